@@ -1,0 +1,1 @@
+"""From images as they lie on disk to tar shards."""

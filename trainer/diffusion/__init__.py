@@ -1,0 +1,1 @@
+"""Schedules, the diffusion process and samplers: pure tensor mathematics."""

@@ -1,0 +1,1 @@
+"""What a run tells: scalars, pictures, progress."""
