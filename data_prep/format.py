@@ -1,0 +1,133 @@
+"""The shard format: the one definition that data_prep writes by and trainer reads by.
+
+A dataset folder holds::
+
+    shard-000000.tar ...   USTAR, one image a member, named <key>.<extension>, mtime 0
+    index.npy              INDEX_DTYPE, one row a sample, in shard order; made to be memory-mapped
+    names.jsonl            one JSON string a line: where the sample of that row came from
+    rejects.jsonl          one object a line: {"name": ..., "reason": ...}
+    manifest.json          everything below in `Manifest`; written last, so a folder without it is unfinished
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+NAMES_NAME = "names.jsonl"
+REJECTS_NAME = "rejects.jsonl"
+UNLABELLED = -1
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # position in Manifest.shards
+        ("offset", "<u8"),  # of the image's first byte in the tar (behind the member's header)
+        ("length", "<u4"),  # of the encoded image in bytes
+        ("crc32", "<u4"),  # of the encoded image
+        ("label", "<i4"),  # position in Manifest.classes, or UNLABELLED
+        ("key", "<u4"),  # position in the sorted list of sources; also the member's name
+    ]
+)
+
+
+class FormatError(ValueError):
+    """A dataset folder that is not what it says it is; the message names the file and what would be right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What the manifest promises about one tar file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a dataset that is not a pixel.
+
+    `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is the members' extension;
+    `source` says what was read (kind, count of files, fingerprint) and `resample` how it was brought to size.
+    """
+
+    image_size: int
+    mode: str
+    encoding: str
+    resample: str
+    samples: int
+    rejected: int
+    classes: list[str]
+    source: dict[str, Any]
+    shards: list[ShardRecord]
+    index_sha256: str
+    names_sha256: str
+    format_version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for L."""
+        return {"RGB": 3, "L": 1}[self.mode]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the samples and their numbering: two folders with the same one train the same run."""
+        content = [self.image_size, self.mode, self.index_sha256, [shard.sha256 for shard in self.shards]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The manifest's text as it lies on disk."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `folder`/manifest.json.
+
+    Raises FormatError where the folder or the manifest is missing, unreadable or of another version.
+    """
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder; make it with `python -m data_prep SRC {folder}`")
+    if not path.is_file():
+        raise FormatError(f"{path}: missing, so the dataset is unfinished; run data_prep again to complete it")
+    try:
+        raw = json.loads(path.read_text())
+        if raw["format_version"] != FORMAT_VERSION:
+            raise FormatError(f"{path}: format_version is {raw['format_version']}, this program reads {FORMAT_VERSION}")
+        shards = [ShardRecord(**shard) for shard in raw.pop("shards")]
+        manifest = Manifest(**raw, shards=shards)
+        manifest.channels  # noqa: B018 - an unknown mode is a bad manifest
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: not a manifest ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check what can be checked without reading the shards: every file is there and has its promised size.
+
+    Raises FormatError naming the first file that is missing or has another size, or an index that does not match.
+    """
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise FormatError(f"{path}: missing; the manifest lists {len(manifest.shards)} shards")
+        if path.stat().st_size != shard.bytes:
+            raise FormatError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}")
+    for name, expected in ((INDEX_NAME, manifest.index_sha256), (NAMES_NAME, manifest.names_sha256)):
+        if not (folder / name).is_file():
+            raise FormatError(f"{folder / name}: missing")
+        if sha256_of(folder / name) != expected:
+            raise FormatError(f"{folder / name}: sha256 differs from the manifest's; the file was changed or is stale")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
