@@ -1,0 +1,207 @@
+"""Checkpoints of a run: written by all ranks, verified before use, one damaged one never the end of a run.
+
+    RUN/checkpoints/step-00001000/part-00000-of-00002.safetensors   each rank's share of the tensors
+                                  manifest.json                     files and their hashes, tensors, scalars, identity
+                                  COMPLETE                          the manifest's hash
+    RUN/checkpoints/quarantine/step-00002000/                       damaged, with the reason in REASON
+    RUN/checkpoints/superseded/step-00003000/                       newer than one that the run was taken back to
+
+Names and shapes of the tensors do not depend on the number of ranks, so any number can load what any number wrote.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from trainer import __version__
+from trainer.engine import sealed
+from trainer.engine.processes import broadcast, gather, raise_together
+from trainer.engine.state import TrainState
+from trainer.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Every method is collective: all ranks call it, all return or all raise."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.folder = folder
+        self.rank = accelerator.process_index
+        self.world_size = accelerator.num_processes
+        self.wait = accelerator.wait_for_everyone
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, state: TrainState, *, step: int, identity: Mapping[str, Any]) -> Path:
+        """Write a checkpoint; it appears under its name only when every byte of every rank is on disk.
+
+        Raises CheckpointError on all ranks where any of them cannot write; older checkpoints stay as they are.
+        """
+        staging, final = self.folder / f".staging-step-{step:08d}", self.path(step)
+        tensors = state.tensors()
+        owners = _balance(tensors, self.world_size)
+        name = f"part-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
+        record, error = None, None
+        if self.rank == 0:
+            error = _attempt(lambda: _make_empty(staging))
+        raise_together(error, CheckpointError)
+        try:
+            own = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if owners[key] == self.rank}
+            record = _write_part(staging / name, own)
+        except (OSError, SafetensorError) as fault:
+            error = CheckpointError(f"{staging / name}: cannot be written ({fault})")
+        records = gather(record)
+        if self.rank == 0 and None not in records:
+            content = {
+                "format_version": FORMAT_VERSION,
+                "trainer_version": __version__,
+                "step": step,
+                "world_size": self.world_size,
+                "state": state.scalars(),
+                "identity": dict(identity),
+                "tensors": {
+                    key: {"part": owners[key], "shape": list(value.shape), "dtype": str(value.dtype)}
+                    for key, value in tensors.items()
+                },
+            }
+            error = _attempt(lambda: sealed.seal(staging, final, records, content))
+        try:
+            raise_together(error, CheckpointError)
+        except CheckpointError:
+            if self.rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)  # make room; what was complete before is untouched
+            raise
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first; verified or not."""
+        matches = [_STEP.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def verify(self, path: Path) -> str | None:
+        """Check every byte of a checkpoint, each rank its share. Returns the reason why it is damaged, or None."""
+        try:
+            manifest = sealed.read_manifest(path)
+            for record in manifest["files"][self.rank :: self.world_size]:
+                sealed.verify_file(path, record)
+        except sealed.DamagedError as fault:
+            reason: str | None = str(fault)
+        else:
+            reason = None
+        return next((reason for reason in gather(reason) if reason is not None), None)
+
+    def newest_verified(self) -> tuple[Path | None, dict[str, str]]:
+        """The newest checkpoint that is whole; damaged newer ones are put into quarantine with the reason.
+
+        Returns it, or None where the run has no checkpoint yet, and the damaged ones' names and reasons. Raises
+        CheckpointError where checkpoints were made but none is whole: training anew would lose a run silently.
+        """
+        damaged: dict[str, str] = {}
+        for step in reversed(broadcast(self.steps())):
+            reason = self.verify(self.path(step))
+            if reason is None:
+                return self.path(step), damaged
+            damaged[self.path(step).name] = reason
+            self._set_aside(self.path(step), "quarantine", reason)
+        quarantined = broadcast(sorted(path.name for path in self.folder.glob("quarantine/*")))
+        if quarantined:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint is whole, {len(quarantined)} in quarantine/{f' ({reasons})' * bool(reasons)}; "
+                "restore one from a copy, or choose another run_dir to start anew"
+            )
+        return None, damaged
+
+    def read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors (on the CPU) and manifest of a checkpoint, verified first.
+
+        Raises CheckpointError where it is damaged or of another format.
+        """
+        reason = self.verify(path)
+        if reason is not None:
+            raise CheckpointError(f"{path}: damaged: {reason}")
+        return read_verified(path)
+
+    def supersede(self, step: int) -> None:
+        """Set checkpoints newer than `step` aside: the run goes on from there and will write those steps again."""
+        for newer in broadcast([s for s in self.steps() if s > step]):
+            self._set_aside(self.path(newer), "superseded", f"the run was taken back to step {step}")
+
+    def retire(self, keep: int, keep_forever: Mapping[int, bool]) -> None:
+        """Delete checkpoints that are neither among the `keep` newest nor to be kept for ever."""
+        if self.rank == 0:
+            for step in self.steps()[:-keep]:
+                if not keep_forever.get(step, False):
+                    doomed = self.folder / f".staging-retired-{step:08d}"
+                    self.path(step).rename(doomed)  # at once, so that a half-deleted one is never taken for damaged
+                    shutil.rmtree(doomed)
+
+    def discard_unfinished(self) -> None:
+        """Delete what an interrupted save or deletion left."""
+        if self.rank == 0:
+            for leftover in self.folder.glob(".staging-*"):
+                shutil.rmtree(leftover)
+        self.wait()
+
+    def _set_aside(self, path: Path, where: str, reason: str) -> None:
+        if self.rank == 0:
+            parent = self.folder / where
+            parent.mkdir(exist_ok=True)
+            target, copy = parent / path.name, 1
+            while target.exists():
+                target, copy = parent / f"{path.name}.{copy}", copy + 1
+            path.rename(target)
+            (target / "REASON").write_text(reason + "\n")
+        self.wait()
+
+
+def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and manifest of a checkpoint whose files have been verified."""
+    manifest = sealed.read_manifest(path)
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {manifest['format_version']}, this program reads {FORMAT_VERSION}"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for record in manifest["files"]:
+        tensors |= load_file(path / record.name)
+    return tensors, manifest
+
+
+def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> sealed.FileRecord:
+    save_file(tensors, path)
+    return sealed.record_file(path)
+
+
+def _balance(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, int]:
+    """Which rank writes which tensor: the largest first, each to the rank with the fewest bytes so far."""
+    load = [0] * world_size
+    owners = {}
+    for key in sorted(tensors, key=lambda key: (-tensors[key].nbytes, key)):
+        owners[key] = load.index(min(load))
+        load[owners[key]] += tensors[key].nbytes
+    return owners
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _attempt(action: Callable[[], object]) -> CheckpointError | None:
+    try:
+        action()
+    except OSError as fault:
+        return CheckpointError(f"{fault.filename or 'checkpoint'}: cannot be written ({fault.strerror})")
+    return None

@@ -1,0 +1,193 @@
+"""The training loop: streams, steps, and what happens between steps."""
+
+import json
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from trainer.config import Config, Span
+from trainer.data.order import sample_ids
+from trainer.data.shards import ShardedDataset
+from trainer.data.stream import BatchLayout
+from trainer.diffusion.noise import keyed_timesteps
+from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.processes import gather
+from trainer.engine.run import RunFolder, identity
+from trainer.engine.sampling import sample, share_of
+from trainer.engine.state import TrainState
+from trainer.engine.step import PendingVerdict, TrainStep, Verdict
+from trainer.errors import NonFiniteError
+from trainer.telemetry.metrics import Metrics
+from trainer.telemetry.pictures import grid, save_png
+from trainer.telemetry.progress import Progress, Stopwatch
+
+_SAMPLING_BATCH = 16
+
+
+class TrainingLoop:
+    """Trains from the state's position to the end of the run, or to a request to stop.
+
+    The verdict on a step is read while the next step's backward pass is queued, so the device never waits for the
+    host; only then is the step settled: averaged into the EMA if it was applied, counted, logged.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        layout: BatchLayout,
+        accelerator: Accelerator,
+        dataset: ShardedDataset,
+        state: TrainState,
+        train_step: TrainStep,
+        checkpoints: Checkpoints,
+        folder: RunFolder,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.accelerator = accelerator
+        self.dataset = dataset
+        self.state = state
+        self.train_step = train_step
+        self.checkpoints = checkpoints
+        self.folder = folder
+        self.identity = identity(config, dataset)
+        self.last_step = config.train.duration.steps(layout.global_batch)
+        self.metrics = Metrics(folder.logs, self.step) if accelerator.is_main_process else None
+        self.progress = Progress(
+            total=self.last_step, done=self.step, unit="step", title="training", visible=accelerator.is_main_process
+        )
+        self.stopwatch = Stopwatch()
+        self.losses: list[float] = []
+        self.pending: PendingVerdict | None = None
+        self.stopping = False
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.position // self.layout.global_batch
+
+    def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
+        """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
+        saved_at = self.step
+        while self.step < self.last_step and not self.stopping:
+            loss = self.train_step.backward(stream)
+            self._settle()
+            self.pending = self.train_step.update(loss)
+            if self._is_due(self.config.log.samples_every):
+                self._settle()
+                self._draw_samples()
+            if self._is_due(self.config.checkpoint.every):
+                self._settle()
+                self._save()
+                saved_at = self.step
+        self._settle()
+        if self.step > saved_at:
+            self._save()
+        finished = self.step >= self.last_step
+        self.folder.event("finished" if finished else "stopped", step=self.step)
+        if finished and self.accelerator.is_main_process:
+            self.folder.done.write_text(f"step {self.step}\n")
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        return finished
+
+    def _is_due(self, span: Span) -> bool:
+        return span.is_due(self.state.position, self.layout.global_batch)
+
+    def _settle(self) -> None:
+        """Finish the step whose update was queued last: all ranks read the same verdict and do the same."""
+        if self.pending is None:
+            return
+        verdict, self.pending = self.pending.read(), None
+        if verdict.finite:
+            self.state.ema.update()
+        elif self.state.scaler is None or not math.isfinite(verdict.loss):
+            # With loss scaling, an infinite gradient under a finite loss is how the scale is found: no fault.
+            self._report_nonfinite(verdict)
+        self.stopping = self.stopping or verdict.stop_requests > 0
+        self.losses.append(verdict.loss)
+        self.stopwatch.count(self.layout.global_batch)
+        self.progress.advance()
+        if self._is_due(self.config.log.every) or self.step == self.last_step:
+            self._log(verdict)
+
+    def _log(self, verdict: Verdict) -> None:
+        values = {
+            "train/loss": float(np.mean(self.losses)),
+            "train/grad_norm": verdict.grad_norm,
+            "train/learning_rate": self.train_step.learning_rate(self.step - 1),
+            "train/images_per_second": self.stopwatch.lap(),
+            "train/epoch": self.state.position / len(self.dataset),
+            "train/nonfinite_steps": float(self.state.nonfinite_steps),
+        }
+        self.losses.clear()
+        if self.metrics is not None:
+            self.metrics.scalars(self.step, values)
+        summary = f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} images/s"
+        self.progress.show(summary)
+        self.progress.log(f"step {self.step}/{self.last_step}: {summary}")
+
+    def _report_nonfinite(self, verdict: Verdict) -> None:
+        """Dump which images, timesteps and seed made a step that was skipped, and give up after too many."""
+        self.state.nonfinite_steps += 1
+        first = self.state.position - self.layout.global_batch
+        positions = np.arange(first, self.state.position)
+        ids = sample_ids(positions, len(self.dataset), self.config.seed)
+        t = keyed_timesteps(self.config.seed, torch.from_numpy(positions), self.config.diffusion.timesteps)
+        path = self.folder.nonfinite / f"step-{self.step:08d}.json"
+        if self.accelerator.is_main_process:
+            dump = {
+                "step": self.step,
+                "loss": repr(verdict.loss),
+                "grad_norm": repr(verdict.grad_norm),
+                "seed": self.config.seed,
+                "samples": [
+                    {"position": int(p), "id": int(i), "t": int(k), "image": self.dataset.describe(int(i))}
+                    for p, i, k in zip(positions, ids, t)
+                ],
+            }
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(dump, indent=1))
+        self.folder.event("nonfinite", step=self.step, dump=str(path))
+        line = f"step {self.step}: loss {verdict.loss}, gradient norm {verdict.grad_norm}; skipped, batch in {path}"
+        self.progress.say(line)
+        if self.state.nonfinite_steps > self.config.train.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"{line}; {self.state.nonfinite_steps} such steps exceed "
+                f"train.max_nonfinite_steps = {self.config.train.max_nonfinite_steps}"
+            )
+
+    def _save(self) -> None:
+        resume_watch = self.stopwatch.pause()
+        path = self.checkpoints.save(self.state, step=self.step, identity=self.identity)
+        keep_every, global_batch = self.config.checkpoint.keep_every, self.layout.global_batch
+        forever = {step: keep_every.is_due(step * global_batch, global_batch) for step in self.checkpoints.steps()}
+        self.checkpoints.retire(self.config.checkpoint.keep, forever)
+        self.folder.event("checkpoint", step=self.step, path=str(path))
+        resume_watch()
+
+    def _draw_samples(self) -> None:
+        """Draw a grid from the EMA weights, every rank its share."""
+        resume_watch = self.stopwatch.pause()
+        count = self.config.log.samples
+        drawn = sample(
+            self.state.ema.ema_model,
+            config=self.config,
+            diffusion=self.train_step.diffusion,
+            accelerator=self.accelerator,
+            batches=share_of(count, _SAMPLING_BATCH, self.accelerator.process_index, self.layout.world_size),
+            seed=self.config.seed,
+        )
+        parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
+        if self.metrics is not None:
+            picture = grid(np.concatenate([parts[first] for first in sorted(parts)]))
+            path = self.folder.samples / f"step-{self.step:08d}.png"
+            save_png(path, picture)
+            self.metrics.picture(self.step, "samples", picture)
+            self.progress.say(f"step {self.step}: samples in {path}")
+        resume_watch()

@@ -1,0 +1,75 @@
+"""Processes: how many there are, that they really train together, and how they agree."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+
+from trainer.errors import ConfigError, TrainerError
+
+MixedPrecision = Literal["fp32", "bf16", "fp16"]
+
+
+def make_accelerator(precision: MixedPrecision = "fp32") -> Accelerator:
+    """Join the process group that the launcher prepared: CUDA devices where there are any, else CPUs with gloo.
+
+    Raises ConfigError where the device cannot do the precision, TrainerError where the processes would not train
+    together.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and precision == "fp16":
+        raise ConfigError("train.precision = 'fp16': needs a GPU; on a CPU take 'fp32' or 'bf16'")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if on_cpu:
+        # Launchers set OMP_NUM_THREADS=1 whatever the number of processes; more threads than cores thrash.
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+    accelerator = Accelerator(
+        cpu=on_cpu,  # without it Accelerate leaves processes on CPUs unconnected
+        mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != world_size:
+        raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")
+    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise TrainerError(f"{world_size} processes were launched but none shares its gradients with another")
+    return accelerator
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the parent dies: workers of a killed launcher would train on as orphans."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() == 1:  # it died before the call
+        raise TrainerError("the launcher is gone")
+
+
+def gather(value: Any) -> list[Any]:
+    """One value from each rank, in rank order, on every rank."""
+    return gather_object([value])
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def raise_together(error: Exception | None, kind: type[TrainerError]) -> None:
+    """Raise on every rank if any rank has an error, naming the first such rank; so that none waits for the others."""
+    errors: Sequence[str | None] = gather(None if error is None else str(error))
+    for rank, message in enumerate(errors):
+        if message is not None:
+            where = f" (rank {rank})" if len(errors) > 1 else ""
+            raise kind(f"{message}{where}") from error

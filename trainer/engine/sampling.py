@@ -1,0 +1,56 @@
+"""Sampling over all processes: the same seed gives the same images on any number of them."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from trainer.config import Config
+from trainer.diffusion.process import GaussianDiffusion
+from trainer.diffusion.samplers import ancestral_sample
+from trainer.telemetry.pictures import Pixels, to_uint8
+
+
+def share_of(count: int, batch: int, rank: int, world_size: int) -> list[range]:
+    """The batches of sample numbers 0..count-1 that fall to a rank.
+
+    They are cut the same way for every number of ranks, since the network's rounding may depend on the batch size.
+    """
+    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+    return batches[rank::world_size]
+
+
+def sample(
+    network: nn.Module,
+    *,
+    config: Config,
+    diffusion: GaussianDiffusion,
+    accelerator: Accelerator,
+    batches: list[range],
+    seed: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[tuple[range, Pixels]]:
+    """Draw the samples of each batch of numbers; yields the numbers and (B, C, H, W) uint8 images.
+
+    `on_step` is called after each denoising step with the number of images that advanced.
+    """
+    shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    for numbers in batches:
+
+        def advance(_: int, images: int = len(numbers)) -> None:
+            if on_step is not None:
+                on_step(images)
+
+        with accelerator.autocast():
+            x0 = ancestral_sample(
+                network,
+                diffusion,
+                shape=shape,
+                index=torch.tensor(list(numbers), device=accelerator.device),
+                seed=seed,
+                variance=config.diffusion.variance,
+                device=accelerator.device,
+                on_step=advance,
+            )
+        yield numbers, to_uint8(x0).cpu().numpy()

@@ -1,0 +1,155 @@
+"""One optimizer step: noise the images, predict the noise, accumulate, clip, update; no host sync on the way."""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from trainer.config import Config
+from trainer.data.stream import BatchLayout
+from trainer.diffusion.noise import Stream, keyed_flips, keyed_int, keyed_normal, keyed_timesteps
+from trainer.diffusion.process import GaussianDiffusion
+from trainer.engine.signals import StopRequest
+from trainer.engine.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What all ranks know about a step: mean loss of the global batch, gradient norm before clipping, ranks to stop."""
+
+    loss: float
+    grad_norm: float
+    stop_requests: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was applied; a NaN or infinity anywhere makes it a step that never was."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class PendingVerdict:
+    """A verdict on its way from the device; reading it waits for the step, so read it when the next one is queued."""
+
+    def __init__(self, report: torch.Tensor) -> None:
+        self._arrived = torch.cuda.Event() if report.is_cuda else None
+        self._report = report.to("cpu", non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Verdict:
+        """Wait and read."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, grad_norm, stop_requests = self._report.tolist()
+        return Verdict(loss=loss, grad_norm=grad_norm, stop_requests=round(stop_requests))
+
+
+def noised_inputs(
+    batch: dict[str, torch.Tensor], config: Config, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, timesteps and noise of a micro-batch, each a pure function of the seed and the image's position.
+
+    Returns x0 (B, C, H, W) float32 in [-1, 1], flipped where `data.flip` says so and its key falls so; t (B,) int64;
+    eps like x0.
+    """
+    position = batch["position"].to(device, non_blocking=True)
+    images = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    x0 = images.float() / 127.5 - 1
+    if config.data.flip:
+        x0 = torch.where(keyed_flips(config.seed, position)[:, None, None, None], x0.flip(-1), x0)
+    t = keyed_timesteps(config.seed, position, config.diffusion.timesteps)
+    eps = keyed_normal(config.seed, Stream.EPS, position, tuple(x0.shape[1:]))
+    return x0, t, eps
+
+
+class TrainStep:
+    """The two halves of a step: `backward` fills the gradients, `update` applies them where they are finite."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        layout: BatchLayout,
+        accelerator: Accelerator,
+        network: nn.Module,
+        state: TrainState,
+        diffusion: GaussianDiffusion,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.accelerator = accelerator
+        self.network = network
+        self.state = state
+        self.diffusion = diffusion
+        self.stop = stop
+        self.parameters = list(state.model.parameters())
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), so that the first step moves nothing (Ho et al.)."""
+        warmup = self.config.optimizer.warmup.steps(self.layout.global_batch)
+        return self.config.optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
+
+    def warm_up(self) -> None:
+        """Throw one forward and backward away.
+
+        DistributedDataParallel regroups its gradient buckets after the first backward pass, which changes the order
+        of summation from then on. Done before the state is loaded, in new and resumed runs alike, all real steps sum
+        in one order and a resumed run is exact.
+        """
+        model = self.config.model
+        zeros = torch.zeros(
+            self.layout.micro_batch, model.channels, model.image_size, model.image_size, device=self.accelerator.device
+        )
+        t = torch.zeros(len(zeros), dtype=torch.int64, device=zeros.device)
+        self.accelerator.backward(self.diffusion.l_simple(self.network(zeros, t), zeros).mean())
+        self.state.optimizer.zero_grad()
+
+    def backward(self, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Gradients of one global batch, accumulated over micro-batches and averaged over ranks.
+
+        Returns this rank's mean loss, a scalar on the device.
+        """
+        losses = []
+        accumulation = self.layout.accumulation
+        for micro_step in range(accumulation):
+            batch = next(stream)
+            if self.config.model.dropout > 0:
+                torch.manual_seed(keyed_int(self.config.seed, Stream.DROPOUT, int(batch["position"][0])))
+            x0, t, eps = noised_inputs(batch, self.config, self.accelerator.device)
+            is_last = micro_step == accumulation - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.network):
+                eps_hat = self.network(self.diffusion.q_sample(x0, t, eps), t)
+                loss = self.diffusion.l_simple(eps_hat, eps).mean() / accumulation
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def update(self, loss: torch.Tensor) -> PendingVerdict:
+        """Clip and apply the gradients on all ranks, or on none if any rank's loss or gradient is not finite.
+
+        The decision is taken on the device: a fused optimizer skips its step where `found_inf` is 1.
+        """
+        optimizer, scaler = self.state.optimizer, self.state.scaler
+        report = torch.stack([loss / self.layout.world_size, torch.full_like(loss, bool(self.stop))])
+        if self.layout.world_size > 1:
+            dist.all_reduce(report)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm, foreach=True)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.state.position // self.layout.global_batch)
+        if scaler is not None:
+            scaler.step(optimizer)  # hands over its own found_inf, which an infinite gradient has set
+            scaler.update()
+        else:
+            optimizer.found_inf = 1 - (report[0] + grad_norm).isfinite().float()  # type: ignore[attr-defined]
+            optimizer.step()
+        optimizer.zero_grad()
+        self.state.position += self.layout.global_batch
+        return PendingVerdict(torch.stack([report[0], grad_norm, report[1]]))

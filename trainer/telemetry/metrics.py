@@ -1,0 +1,60 @@
+"""Scalars and pictures of a run: TensorBoard, and the same scalars as one JSON object a line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """Writer of RUN/logs; one process of a run holds it.
+
+    `step` is where the run goes on: what was logged behind it belongs to work that was lost and will be done again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / METRICS_NAME
+        _drop_behind(self._path, step)
+        self._lines = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record scalars of one step."""
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+
+    def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
+        """Record an (H, W, C) picture."""
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Bring everything to the disk."""
+        self._lines.close()
+        self._tensorboard.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All recorded scalars of RUN/logs, oldest first; a line cut by a kill is left out."""
+    path = folder / METRICS_NAME
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _drop_behind(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fresh.replace(path)

@@ -1,0 +1,73 @@
+"""What a person at the terminal sees."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar with rate and ETA on a terminal, a line now and then in a log file, nothing on other ranks."""
+
+    def __init__(self, *, total: int, done: int, unit: str, title: str, visible: bool) -> None:
+        on_terminal = sys.stderr.isatty()
+        self._visible = visible
+        self._bar = tqdm(
+            total=total, initial=done, unit=unit, desc=title, disable=not (visible and on_terminal), dynamic_ncols=True
+        )
+        self._print: Callable[[str], object] = self._bar.write if on_terminal else _print_line
+
+    def advance(self, count: int = 1) -> None:
+        """Count finished work."""
+        self._bar.update(count)
+
+    def show(self, text: str) -> None:
+        """Put figures behind the bar."""
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar, or into the log."""
+        if self._visible:
+            self._print(line)
+
+    def log(self, line: str) -> None:
+        """Print a line where there is no bar that says the same."""
+        if self._visible and self._bar.disable:
+            _print_line(line)
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+class Stopwatch:
+    """Images a second of training proper; what is paused (sampling, saving) does not count."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._images = 0
+
+    def count(self, images: int) -> None:
+        """Count images as trained on."""
+        self._images += images
+
+    def pause(self) -> Callable[[], None]:
+        """Stop the watch; call the result to let it run on."""
+        paused = time.perf_counter()
+
+        def resume() -> None:
+            self._started += time.perf_counter() - paused
+
+        return resume
+
+    def lap(self) -> float:
+        """Images a second since the last lap."""
+        now = time.perf_counter()
+        rate = self._images / max(now - self._started, 1e-9)
+        self._started, self._images = now, 0
+        return rate
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)

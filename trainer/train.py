@@ -1,0 +1,54 @@
+"""Train a diffusion model: `accelerate launch trainer/train.py --config configs/lsun256.toml`."""
+
+import sys
+from pathlib import Path
+
+# Run by path, Python puts trainer/ itself first, where a module could shadow a library of the same name.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+
+from trainer.config import Config
+from trainer.engine.dry_run import describe_run
+from trainer.engine.session import train
+from trainer.errors import exit_clearly
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, metavar="TOML", help="the run's configuration")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.NAME=VALUE",
+        help="override one field, for example --set train.global_batch=64; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|none",
+        help="auto (default): go on from the run's newest verified checkpoint, or start; PATH: go on from that "
+        "checkpoint; none: start, and refuse if the run has checkpoints",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the configuration, print what it means, and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: number of processes to plan for")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
+    return parser.parse_args()
+
+
+@exit_clearly
+def main() -> int:
+    """Parse, wire, run."""
+    arguments = parse_arguments()
+    config = Config.load(arguments.config, arguments.set)
+    if arguments.dry_run:
+        print(describe_run(config, world_size=arguments.world_size, as_json=arguments.json))
+        return 0
+    train(config, resume=arguments.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
