@@ -1,0 +1,152 @@
+"""Keyed randomness: every random number is a pure function of (seed, stream, index, sub) and its position.
+
+There is no generator and no state. Sample `index` gets the same timestep, noise and flip on whatever rank, in
+whatever batch and after however many restarts it comes up. Integers are the same on every device; floats are
+the same up to the last bit of the device's log, sin and cos.
+
+The bits come from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
+a keyed bijection of 128-bit counters. Our counter and key are
+
+    counter = (block, stream << 24 | sub, index & 0xffffffff, index >> 32)     four 32-bit words
+    key     = (seed & 0xffffffff, seed >> 32)                                  two 32-bit words
+
+where `block` counts groups of four numbers of one sample. Each argument has bits of its own, so two different
+(seed, stream, index, sub, block) never meet: under one seed all counters differ, and another seed is another
+bijection.
+
+The numbers are part of what a run is: to change any of them is to break the resuming of every run before.
+"""
+
+import enum
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+ROUNDS = 10
+# The paper's multipliers less 2^32: see `_multiply`.
+MULTIPLIER_0 = 0xD2511F53 - 2**32
+MULTIPLIER_1 = 0xCD9E8D57 - 2**32
+WEYL_0 = 0x9E3779B9
+WEYL_1 = 0xBB67AE85
+
+SUB_BITS = 24
+# Normal numbers are made this many blocks at a time: the int64 temporaries of so many fit a CPU's cache (five times
+# faster than all at once), and take a few hundred megabytes on an accelerator.
+CPU_CHUNK = 2**16
+ACCELERATOR_CHUNK = 2**21
+
+Word = TypeVar("Word", int, Tensor)
+
+
+class Stream(enum.IntEnum):
+    """What the numbers are for. A number here is for ever, and below 256."""
+
+    TIMESTEP = 0
+    EPS = 1
+    FLIP = 2
+    INITIAL = 3  # x_T of a sample
+    ANCESTRAL = 4  # z_t of a sample, with sub = t
+    DROPOUT = 5
+
+
+def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+    """Salmon et al. 2011, section 3.3: ten rounds over four words in [0, 2^32), ints or int64 tensors that broadcast.
+
+    Returns four words of the same kind.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, MULTIPLIER_0)
+        high1, low1 = _multiply(c2, MULTIPLIER_1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Word, multiplier: int) -> tuple[Word, Word]:
+    """High and low 32 bits of word * (multiplier + 2^32), where the multiplier is in [-2^31, 0).
+
+    The full multiplier would overflow int64, which a C++ compiler may take as never happening. Less 2^32 the product
+    fits; its low half is the same, and its high half (>> rounds down) is short by exactly one word.
+    """
+    product = word * multiplier
+    return (product >> 32) + word, product & MASK
+
+
+def _key(seed: int) -> tuple[int, int]:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: must be in [0, 2^63)")
+    return seed & MASK, seed >> 32
+
+
+def _words(
+    seed: int, stream: Stream, index: Tensor, blocks: Tensor, sub: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words of each block: (B,), (N,) -> four of (B, N)."""
+    if isinstance(sub, Tensor):
+        sub = sub.reshape(-1, 1)
+    else:
+        if not 0 <= sub < 2**SUB_BITS:
+            raise ValueError(f"sub={sub}: must be in [0, 2^{SUB_BITS})")
+        sub = index.new_full((1, 1), sub)
+    index = index[:, None]
+    return philox4x32_10((blocks[None, :], sub | (stream << SUB_BITS), index & MASK, index >> 32), _key(seed))
+
+
+def keyed_bits(seed: int, stream: Stream, index: Tensor, count: int, sub: int | Tensor = 0) -> Tensor:
+    """`count` random words for each sample: (B, count) int64 in [0, 2^32).
+
+    seed: in [0, 2^63); index: (B,) int64, not negative; sub: in [0, 2^24), an int (checked) or an int64 tensor,
+    () or (B,), on the index's device (not checked, for that would wait for the device). ValueError for other ints.
+    """
+    blocks = torch.arange(math.ceil(count / 4), device=index.device)
+    words = _words(seed, stream, index, blocks, sub)
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+
+
+def keyed_uniform(seed: int, stream: Stream, index: Tensor, count: int, sub: int | Tensor = 0) -> Tensor:
+    """(B, count) float32, uniform over the midpoints (k + 1/2) / 2^23: never 0, never 1. Arguments: `keyed_bits`."""
+    # 23 bits, not 24: the largest midpoint must still be a float32 below 1.
+    return ((keyed_bits(seed, stream, index, count, sub) >> 9).float() + 0.5) * 2.0**-23
+
+
+def keyed_normal(seed: int, stream: Stream, index: Tensor, shape: tuple[int, ...], sub: int | Tensor = 0) -> Tensor:
+    """Standard normal numbers for each sample: (B, *shape) float32, contiguous, |z| < 6.8. Arguments: `keyed_bits`."""
+    count = math.prod(shape)
+    blocks = torch.arange(math.ceil(count / 4), device=index.device)
+    if torch.compiler.is_compiling():
+        chunk = len(blocks)  # the compiler fuses everything into one pass and keeps no temporaries
+    else:
+        chunk = (CPU_CHUNK if index.device.type == "cpu" else ACCELERATOR_CHUNK) // max(len(index), 1)
+    chunks = []
+    for some in blocks.split(max(chunk, 1)):
+        w0, w1, w2, w3 = _words(seed, stream, index, some, sub)
+        chunks.append(torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1))
+    return torch.cat(chunks, dim=1).flatten(1)[:, :count].reshape(len(index), *shape)
+
+
+def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
+    """Box and Muller 1958: two uniform words make two independent normal numbers."""
+    radius = ((word0.float() + 0.5) * 2.0**-32).log().mul(-2).sqrt()  # + 0.5: log never sees 0
+    angle = word1.float() * (2 * math.pi * 2.0**-32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def keyed_timesteps(seed: int, index: Tensor, timesteps: int) -> Tensor:
+    """t for each sample: (B,) int64, uniform in [0, timesteps) but for less than timesteps / 2^32."""
+    return (keyed_bits(seed, Stream.TIMESTEP, index, 1)[:, 0] * timesteps) >> 32
+
+
+def keyed_flips(seed: int, index: Tensor, probability: float = 0.5) -> Tensor:
+    """Whether to mirror each sample: (B,) bool, True with the given probability."""
+    return keyed_uniform(seed, Stream.FLIP, index, 1)[:, 0] < probability
+
+
+def keyed_int(seed: int, stream: Stream, index: int) -> int:
+    """One number in [0, 2^63), without torch: to seed a generator that is not ours, such as dropout's."""
+    word0, word1, _, _ = philox4x32_10((0, stream << SUB_BITS, index & MASK, index >> 32), _key(seed))
+    return ((word1 >> 1) << 32) | word0

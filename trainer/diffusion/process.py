@@ -1,0 +1,94 @@
+"""The forward process q and its posterior (Ho et al. 2020, section 2). Equation numbers are that paper's.
+
+Here t runs over 0..T-1: index t is the paper's t + 1. Images are (B, C, H, W), timesteps (B,) int64.
+"""
+
+from typing import Literal, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Variance = Literal["small", "large"]
+
+
+class GaussianDiffusion:
+    """q(x_t | x_0) and q(x_{t-1} | x_t, x_0) for a schedule of betas.
+
+    The tables are computed in float64 and kept in float32: each is correctly rounded, where a float32 cumulative
+    product would drift. Every method takes any floating dtype and returns float32, also under autocast: in
+    bfloat16 abar = 0.9999 is 1, and the first timesteps would get no noise.
+
+    It is no nn.Module on purpose: its tables belong in no state dict and in no average of weights.
+
+    betas: (T,) float64 with T >= 2, each in (0, 1); ValueError otherwise.
+    """
+
+    def __init__(self, betas: Tensor) -> None:
+        if betas.dtype != torch.float64 or betas.ndim != 1 or len(betas) < 2:
+            raise ValueError(f"betas: must be (T,) float64 with T >= 2, got {tuple(betas.shape)} {betas.dtype}")
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"betas: must lie in (0, 1), got {betas.min():g} to {betas.max():g}")
+
+        abar = torch.cumprod(1 - betas, dim=0)
+        abar_prev = torch.cat((abar.new_ones(1), abar[:-1]))
+        beta_tilde = betas * (1 - abar_prev) / (1 - abar)  # equation 7; beta~_0 = 0
+        # log(beta~_0) would be -inf; the authors put beta~_1 there, in both choices of the variance.
+        log_beta_tilde = torch.cat((beta_tilde[1:2], beta_tilde[1:])).log()
+        log_beta = torch.cat((beta_tilde[1:2], betas[1:])).log()
+
+        self.betas = betas.float()
+        self.abar = abar.float()
+        self.sqrt_abar = abar.sqrt().float()
+        self.sqrt_one_minus_abar = (1 - abar).sqrt().float()
+        self.sqrt_recip_abar = (1 / abar).sqrt().float()
+        self.sqrt_recip_abar_minus_one = (1 / abar - 1).sqrt().float()
+        self.posterior_x0 = (betas * abar_prev.sqrt() / (1 - abar)).float()
+        self.posterior_x_t = ((1 - betas).sqrt() * (1 - abar_prev) / (1 - abar)).float()
+        self.beta_tilde = beta_tilde.float()
+        self.log_beta_tilde = log_beta_tilde.float()
+        self.log_beta = log_beta.float()
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the tables to `device`, in place, and returns self."""
+        for name, table in list(vars(self).items()):
+            setattr(self, name, table.to(device))
+        return self
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Equation 4: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. x0 and eps: (B, C, H, W). Returns the same."""
+        return _at(self.sqrt_abar, t) * x0.float() + _at(self.sqrt_one_minus_abar, t) * eps.float()
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, eps_hat: Tensor) -> Tensor:
+        """Equation 15: x0_hat = (x_t - sqrt(1 - abar_t) eps_hat) / sqrt(abar_t), not clamped."""
+        return _at(self.sqrt_recip_abar, t) * x_t.float() - _at(self.sqrt_recip_abar_minus_one, t) * eps_hat.float()
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Equation 7: mu~ = [sqrt(abar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - abar_{t-1}) x_t] / (1 - abar_t).
+
+        At t = 0 it is x0.
+        """
+        return _at(self.posterior_x0, t) * x0.float() + _at(self.posterior_x_t, t) * x_t.float()
+
+    def posterior_variance(self, t: Tensor, variance: Variance) -> Tensor:
+        """Section 3.2: sigma_t^2 = beta~_t ("small", 0 at t = 0) or beta_t ("large"). Returns (B,)."""
+        return {"small": self.beta_tilde, "large": self.betas}[variance][t]
+
+    def posterior_log_variance(self, t: Tensor, variance: Variance) -> Tensor:
+        """log sigma_t^2, finite everywhere: at t = 0 it is log beta~_1 for both choices. Returns (B,)."""
+        return {"small": self.log_beta_tilde, "large": self.log_beta}[variance][t]
+
+    @staticmethod
+    def l_simple(eps_hat: Tensor, eps: Tensor) -> Tensor:
+        """Equation 14 for each sample: the mean over C, H, W of (eps - eps_hat)^2. Returns (B,)."""
+        return (eps.float() - eps_hat.float()).square().mean(dim=(1, 2, 3))
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """The table's entry for each sample, made to broadcast over images: (T,), (B,) -> (B, 1, 1, 1)."""
+    return rearrange(table[t], "b -> b 1 1 1")
