@@ -3,13 +3,14 @@
 import sys
 from pathlib import Path
 
-# Run by path, Python puts trainer/ itself first, where a module could shadow a library of the same name.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:  # run by path, Python looks in trainer/ first, where a module could shadow a library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import os
 
 from trainer.config import Config
-from trainer.engine.dry_run import describe_run
+from trainer.engine.dry_run import as_json, as_text, describe_run
 from trainer.engine.session import train
 from trainer.errors import exit_clearly
 
@@ -35,7 +36,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check the configuration, print what it means, and stop")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: number of processes to plan for")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not arguments.dry_run and (arguments.json or arguments.world_size is not None):
+        parser.error("--json and --world-size go with --dry-run")
+    return arguments
 
 
 @exit_clearly
@@ -44,7 +48,11 @@ def main() -> int:
     arguments = parse_arguments()
     config = Config.load(arguments.config, arguments.set)
     if arguments.dry_run:
-        print(describe_run(config, world_size=arguments.world_size, as_json=arguments.json))
+        plan, fault = describe_run(config, world_size=arguments.world_size)
+        if os.environ.get("RANK", "0") == "0":
+            print(as_json(plan) if arguments.json else as_text(plan))
+        if fault is not None:
+            raise fault
         return 0
     train(config, resume=arguments.resume)
     return 0

@@ -1,12 +1,12 @@
 """A run's folder and identity.
 
-    RUN/config.toml      the configuration as resolved
-    RUN/checkpoints/     see trainer/engine/checkpoints.py
-    RUN/logs/            TensorBoard files and metrics.jsonl
-    RUN/samples/         grids drawn while training
-    RUN/nonfinite/       batches whose loss or gradient was not finite
-    RUN/events.jsonl     starts, resumes, checkpoints, faults, stops
-    RUN/DONE             written when the whole duration has been trained
+RUN/config.toml      the configuration as resolved
+RUN/checkpoints/     see trainer/engine/checkpoints.py
+RUN/logs/            TensorBoard files and metrics.jsonl
+RUN/samples/         grids drawn while training
+RUN/nonfinite/       batches whose loss or gradient was not finite
+RUN/events.jsonl     starts, resumes, checkpoints, faults, stops
+RUN/DONE             written when the whole duration has been trained
 """
 
 import json

@@ -57,7 +57,7 @@ def build_state(config: Config, accelerator: Accelerator) -> TrainState:
         model=model,
         ema=make_ema(model, config.train.ema_decay),
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(accelerator.device.type) if config.train.precision == "fp16" else None,
+        scaler=accelerator.scaler,
     )
 
 
@@ -149,7 +149,9 @@ def _find_checkpoint(checkpoints: Checkpoints, folder: RunFolder, resume: str) -
             )
         return None
     if not Path(resume).is_dir():
-        raise CheckpointError(f"--resume {resume}: no such checkpoint; give auto, none or the path of a step-... folder")
+        raise CheckpointError(
+            f"--resume {resume}: no such checkpoint; give auto, none or the path of a step-... folder"
+        )
     return Path(resume)
 
 

@@ -24,4 +24,3 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
-

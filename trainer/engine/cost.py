@@ -1,0 +1,86 @@
+"""What a network costs, found by running it on fake tensors: shapes and lifetimes are real, the numbers are not."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """FLOPs count a multiply-add as two. `peak_bytes` holds weights, gradients and activations of one micro-batch."""
+
+    parameters: int
+    forward_flops_per_image: int
+    training_flops_per_image: int
+    peak_bytes: int
+
+
+def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> Cost:
+    """Cost of one forward and backward pass over `batch` images of `image_shape` (C, H, W); nothing is allocated."""
+    with FakeTensorMode():
+        network = build()
+        precision = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+        with _PeakMemory() as memory:
+            x, t = torch.empty(batch, *image_shape), torch.zeros(batch, dtype=torch.int64)
+            with precision:
+                loss = network(x, t).float().square().mean()
+            loss.backward()
+        # Counted without autocast and checkpointing: FLOPs are of the mathematics, not of how it is run.
+        plain = build()
+        x, t = torch.empty(1, *image_shape), torch.zeros(1, dtype=torch.int64)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU goes uncounted
+            with FlopCounterMode(display=False) as forward:
+                prediction = plain.eval()(x, t)
+            with FlopCounterMode(display=False) as backward:
+                prediction.square().mean().backward()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Cost(
+        parameters=parameters,
+        forward_flops_per_image=forward.get_total_flops(),
+        training_flops_per_image=forward.get_total_flops() + backward.get_total_flops(),
+        peak_bytes=4 * parameters + memory.peak,
+    )
+
+
+class _PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.held += storage.nbytes()
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size: int) -> None:
+        self.held -= size

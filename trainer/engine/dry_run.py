@@ -1,0 +1,114 @@
+"""What a configuration means before it is run: sizes, divisions, memory, disk, and whether the data is there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config
+from trainer.data.shards import ShardedDataset
+from trainer.data.stream import BatchLayout
+from trainer.engine.cost import Cost, measure
+from trainer.engine.run import check_dataset
+from trainer.engine.session import build_network
+from trainer.errors import TrainerError
+from trainer.models.unet import UNet
+
+# Float32 copies of the weights: Adam's two moments and the EMA beside them; a checkpoint holds all four.
+_COPIES_BESIDE_WEIGHTS = 3
+_COPIES_IN_CHECKPOINT = 4
+
+
+def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, Any], TrainerError | None]:
+    """Everything that can be said without training, and what is wrong with the dataset, if anything.
+
+    `world_size` defaults to the launcher's. Raises ConfigError where the configuration cannot be run at all.
+    """
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
+    dataset, fault = _open_dataset(config)
+    cost = _measure(config, layout.micro_batch)
+    steps = config.train.duration.steps(layout.global_batch)
+    images = steps * layout.global_batch
+    checkpoint_bytes = _COPIES_IN_CHECKPOINT * 4 * cost.parameters
+    return {
+        "parameters": cost.parameters,
+        "forward_flops_per_image": cost.forward_flops_per_image,
+        "training_flops_per_image": cost.training_flops_per_image,
+        "training_flops": cost.training_flops_per_image * images,
+        "global_batch": layout.global_batch,
+        "world_size": layout.world_size,
+        "accumulation": layout.accumulation,
+        "micro_batch": layout.micro_batch,
+        "steps": steps,
+        "images": images,
+        "epochs": images / len(dataset) if dataset is not None else None,
+        "memory_per_device_bytes": cost.peak_bytes + _COPIES_BESIDE_WEIGHTS * 4 * cost.parameters,
+        "checkpoint_bytes": checkpoint_bytes,
+        "checkpoints_on_disk": _checkpoints_on_disk(config),
+        "disk_bytes": checkpoint_bytes * _checkpoints_on_disk(config),
+        "dataset": {
+            "path": config.data.path,
+            "samples": len(dataset) if dataset is not None else None,
+            "shards": len(dataset.manifest.shards) if dataset is not None else None,
+            "fault": str(fault) if fault is not None else None,
+        },
+    }, fault
+
+
+def as_text(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    epochs = f" = {plan['epochs']:,.1f} epochs" if plan["epochs"] is not None else ""
+    data = plan["dataset"]
+    samples = f"{data['samples']:,} images in {data['shards']:,} shards" if data["fault"] is None else data["fault"]
+    rows = {
+        "network": f"{plan['parameters']:,} parameters",
+        "FLOPs per image": f"{plan['forward_flops_per_image'] / 1e9:,.1f} G forward, "
+        f"{plan['training_flops_per_image'] / 1e9:,.1f} G forward and backward",
+        "FLOPs of the run": f"{plan['training_flops']:.3g}",
+        "global batch": f"{plan['global_batch']} = {plan['micro_batch']} images x {plan['accumulation']} accumulated "
+        f"x {plan['world_size']} processes",
+        "duration": f"{plan['steps']:,} steps = {plan['images']:,} images{epochs}",
+        "memory per device": f"{_gib(plan['memory_per_device_bytes'])} (estimate: weights, gradients, Adam, EMA, "
+        f"activations of {plan['micro_batch']} images)",
+        "checkpoint": _gib(plan["checkpoint_bytes"]),
+        "disk": f"{_gib(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most",
+        "data": f"{data['path']}: {samples}",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def as_json(plan: dict[str, Any]) -> str:
+    """The plan for programs; sizes in bytes."""
+    return json.dumps(plan, indent=1)
+
+
+def _open_dataset(config: Config) -> tuple[ShardedDataset | None, TrainerError | None]:
+    try:
+        dataset = ShardedDataset(Path(config.data.path))
+        check_dataset(config, dataset)
+    except TrainerError as fault:
+        return None, fault
+    return dataset, None
+
+
+def _measure(config: Config, micro_batch: int) -> Cost:
+    def build() -> UNet:
+        network = build_network(config.model)
+        network.activation_checkpointing = config.train.activation_checkpointing
+        return network
+
+    shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    return measure(build, shape, batch=micro_batch, bf16=config.train.precision != "fp32")
+
+
+def _checkpoints_on_disk(config: Config) -> int:
+    """The kept ones, those kept for ever, and the one being written."""
+    global_batch, keep_every = config.train.global_batch, config.checkpoint.keep_every.images(config.train.global_batch)
+    forever = config.train.duration.images(global_batch) // keep_every if keep_every else 0
+    return config.checkpoint.keep + forever + 1
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
