@@ -17,7 +17,7 @@ from data_prep.recipe import Encoding, Mode, Recipe, Resample
 BACKGROUND = "white"  # what shows through transparent pixels
 
 # Named, because Pillow would otherwise try formats that run other programs (EPS starts Ghostscript).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 FILTERS: dict[Resample, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,

@@ -87,9 +87,18 @@ def claimed(out: Path) -> Iterator[Path]:
             raise InputError(f"{out}: another run is writing it; wait for that one or give another folder") from error
         except OSError as error:
             raise DataPrepError(f"{out}: its file system offers no locks ({error.strerror})") from error
-        for abandoned in staging.glob("*.tmp-*"):  # by a run that was killed; they would only fill the disk
-            abandoned.unlink(missing_ok=True)
-        yield staging
+        _remove_abandoned(staging)
+        try:
+            yield staging
+        finally:
+            _remove_abandoned(staging)
+
+
+def _remove_abandoned(staging: Path) -> None:
+    """Remove files that a worker was stopped in the middle of; on a full disk their room is wanted."""
+    for path in staging.glob("*.tmp-*"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def check_same_run(out: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -13,10 +13,12 @@ from data_prep.recipe import Mode
 
 MAX_FILE_BYTES = 256 * 1024**2  # no image worth a sample is larger; a file is held in memory whole
 
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
-    + [".ppm", ".pgm", ".pbm", ".jp2", ".j2k", ".avif"]
-)
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".jp2", ".j2k", ".avif",
+})
+# fmt: on
 
 
 class Source(Protocol):
