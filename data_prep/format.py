@@ -5,7 +5,7 @@ A dataset folder holds::
     shard-000000.tar ...   USTAR, one image a member, named <key>.<extension>, mtime 0
     index.npy              INDEX_DTYPE, one row a sample, in shard order; made to be memory-mapped
     names.jsonl            one JSON string a line: where the sample of that row came from
-    rejects.jsonl          one object a line: {"name": ..., "reason": ...}
+    rejects.jsonl          one object a line: {"name": ..., "reason": ..., "detail": ...}
     manifest.json          everything below in `Manifest`; written last, so a folder without it is unfinished
 """
 
@@ -56,6 +56,7 @@ class Manifest:
 
     `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is the members' extension;
     `source` says what was read (kind, count of files, fingerprint) and `resample` how it was brought to size.
+    `options` are data_prep's further options that decided the bytes; a reader has no use for them.
     """
 
     image_size: int
@@ -69,6 +70,7 @@ class Manifest:
     shards: list[ShardRecord]
     index_sha256: str
     names_sha256: str
+    options: dict[str, Any] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
 
     @property

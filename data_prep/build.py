@@ -1,0 +1,203 @@
+"""A whole dataset: plan the shards, have the missing ones written, merge their results, write the manifest."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.errors import DataPrepError, InputError
+from data_prep.format import (
+    INDEX_DTYPE,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    NAMES_NAME,
+    REJECTS_NAME,
+    FormatError,
+    Manifest,
+    ShardRecord,
+    check_files,
+    load_manifest,
+    sha256_of,
+)
+from data_prep.output import begin_or_resume, check_ours, check_same_run, claimed, discard_staging, whole_file
+from data_prep.recipe import Recipe
+from data_prep.sources import Source
+from data_prep.workers import write_shards
+from data_prep.writer import ShardPlan, ShardResult, load_result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished dataset. `reasons` counts the rejects; `already_finished` says that nothing was left to do."""
+
+    manifest: Manifest
+    reasons: Counter[str]
+    already_finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """The shards' results put together."""
+
+    shards: list[ShardRecord]
+    samples: int
+    reasons: Counter[str]
+
+
+def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject_fraction: float) -> Outcome:
+    """Bring `out` to a finished dataset, from whatever an earlier run with the same parameters left there.
+
+    `max_reject_fraction` in [0, 1] is the part of the sources that may be rejected. Raises InputError where `out`
+    is another dataset, another run's or not ours, and DataPrepError where it cannot be written, a worker dies or too
+    many images are rejected.
+    """
+    parameters = _parameters(source, recipe)
+    if (out / MANIFEST_NAME).exists():
+        return _check_finished(out, parameters)
+    check_ours(out)
+    with claimed(out) as staging:
+        if (out / MANIFEST_NAME).exists():  # the run that held the folder a moment ago has finished it
+            return _check_finished(out, parameters)
+        begin_or_resume(out, staging, parameters)
+        plans = plan_shards(source, recipe.shard_samples)
+        _write_missing(plans, recipe, out, staging, workers, total=len(source.names))
+        merged = _merge(plans, out, staging)
+        _check_rejects(merged, len(source.names), max_reject_fraction, out)
+        manifest = _manifest(merged, source, recipe, out)
+        with whole_file(out / MANIFEST_NAME, staging) as stream:
+            stream.write(manifest.to_json().encode())
+        discard_staging(out)
+    return Outcome(manifest=manifest, reasons=merged.reasons, already_finished=False)
+
+
+def plan_shards(source: Source, shard_samples: int) -> list[ShardPlan]:
+    """Cut the sorted sources into slices of `shard_samples`; the last one may be shorter."""
+    return [
+        ShardPlan(number=number, first_key=start, source=source.part(start, start + shard_samples))
+        for number, start in enumerate(range(0, len(source.names), shard_samples))
+    ]
+
+
+def _parameters(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """Everything that decides the bytes, under the names that a message to the user should have."""
+    return {
+        "--size": recipe.image_size,
+        "--resample": recipe.resample,
+        "--format": recipe.encoding,
+        "--mode": recipe.mode,
+        "--shard-samples": recipe.shard_samples,
+        "--upscale": recipe.upscale,
+        "a source": _source_facts(source),
+    }
+
+
+def _source_facts(source: Source) -> dict[str, Any]:
+    return {"kind": source.kind, "files": len(source.names), "fingerprint": source.fingerprint}
+
+
+def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
+    """The outcome of the run that finished `out`; InputError where that was another dataset or has been damaged."""
+    try:
+        manifest = load_manifest(out)
+        check_files(out, manifest)
+    except FormatError as error:
+        raise InputError(f"{error}; remove {out} and run again") from error
+    finished = {
+        "--size": manifest.image_size,
+        "--resample": manifest.resample,
+        "--format": manifest.encoding,
+        "--mode": manifest.mode,
+        "--shard-samples": manifest.options.get("shard_samples"),
+        "--upscale": manifest.options.get("upscale"),
+        "a source": manifest.source,
+    }
+    check_same_run(out, finished, parameters)
+    discard_staging(out)  # left by a run that was killed after its last word
+    with (out / REJECTS_NAME).open() as lines:
+        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    return Outcome(manifest=manifest, reasons=reasons, already_finished=True)
+
+
+def _write_missing(
+    plans: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int
+) -> None:
+    """Write those shards that have no result yet, and show how it goes where a person is looking."""
+    missing = [plan for plan in plans if load_result(plan, out, staging) is None]
+    done = total - sum(len(plan.source.names) for plan in missing)
+    with tqdm(total=total, initial=done, unit="img", disable=None) as progress:  # None: only on a terminal
+        if missing:
+            for sources in write_shards(missing, recipe, out, staging, workers):
+                progress.update(sources)
+
+
+def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[ShardResult]:
+    """Each shard's result in order, loaded one at a time: together they may not fit into memory."""
+    for plan in plans:
+        result = load_result(plan, out, staging)
+        if result is None or result.sources != len(plan.source.names):
+            raise DataPrepError(f"{staging / plan.result_name}: does not account for all sources of the shard")
+        yield result
+
+
+def _merge(plans: list[ShardPlan], out: Path, staging: Path) -> Merged:
+    """Write index, names and rejects of the whole dataset."""
+    shards: list[ShardRecord] = []
+    rows = [np.empty(0, INDEX_DTYPE)]
+    reasons: Counter[str] = Counter()
+    with whole_file(out / NAMES_NAME, staging) as names, whole_file(out / REJECTS_NAME, staging) as rejects:
+        for result in _results(plans, out, staging):
+            for rejected in result.rejects:
+                rejects.write(json.dumps(asdict(rejected)).encode() + b"\n")
+                reasons[rejected.reason] += 1
+            if result.record is None:
+                continue
+            names.writelines(json.dumps(sample.name).encode() + b"\n" for sample in result.samples)
+            rows.append(_index_rows(result, shard=len(shards)))
+            shards.append(result.record)
+    index = np.concatenate(rows)
+    with whole_file(out / INDEX_NAME, staging) as stream:
+        np.save(stream, index)
+    return Merged(shards=shards, samples=len(index), reasons=reasons)
+
+
+def _index_rows(result: ShardResult, shard: int) -> np.ndarray[Any, np.dtype[np.void]]:
+    """(samples,) of INDEX_DTYPE."""
+    return np.array([(shard, s.offset, s.length, s.crc32, s.label, s.key) for s in result.samples], INDEX_DTYPE)
+
+
+def _check_rejects(merged: Merged, read: int, max_reject_fraction: float, out: Path) -> None:
+    """Raise DataPrepError where more was rejected than is allowed, or all was."""
+    rejected = merged.reasons.total()
+    if merged.samples + rejected != read:
+        raise DataPrepError(
+            f"{out}: read {read} but wrote {merged.samples} and rejected {rejected}; please report this"
+        )
+    if merged.samples and rejected <= max_reject_fraction * read:
+        return
+    reason, count = merged.reasons.most_common(1)[0]
+    raise DataPrepError(
+        f"{out / REJECTS_NAME}: {rejected} of {read} images rejected ({count} times: {reason}), which is more than "
+        f"--max-reject-fraction {max_reject_fraction:g} allows; see the file"
+    )
+
+
+def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Manifest:
+    return Manifest(
+        image_size=recipe.image_size,
+        mode=recipe.mode,
+        encoding=recipe.encoding,
+        resample=recipe.resample,
+        samples=merged.samples,
+        rejected=merged.reasons.total(),
+        classes=list(source.classes),
+        source=_source_facts(source),
+        shards=merged.shards,
+        index_sha256=sha256_of(out / INDEX_NAME),
+        names_sha256=sha256_of(out / NAMES_NAME),
+        options={"shard_samples": recipe.shard_samples, "upscale": recipe.upscale},
+    )

@@ -1,0 +1,126 @@
+"""The output folder: who may write to it, and how a file comes to lie in it whole or not at all."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep.errors import DataPrepError, InputError
+from data_prep.format import INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME
+
+STAGING_NAME = ".staging"
+LOCK_NAME = "lock"
+BEGUN_NAME = "begun.json"
+
+OUR_NAMES = re.compile(
+    "|".join(
+        [r"shard-\d{6,}\.tar", *map(re.escape, (STAGING_NAME, INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME))]
+    )
+)
+
+
+@contextmanager
+def whole_file(path: Path, staging: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears under `path` only when all of it is on the disk.
+
+    Until then it lies in `staging`, a folder on the same file system. Raises DataPrepError where the disk is full or
+    the folder cannot be written; then nothing is left behind.
+    """
+    temporary = staging / f"{path.name}.tmp-{os.getpid()}"  # the worker of a killed run may still be writing its own
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise DataPrepError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_ours(out: Path) -> None:
+    """Raise InputError where `out` holds anything that a run of data_prep does not write."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: not a folder; give an empty or new one")
+    entries = sorted(entry.name for entry in out.iterdir())
+    begun = STAGING_NAME in entries or MANIFEST_NAME in entries
+    foreign = [name for name in entries if not (begun and OUR_NAMES.fullmatch(name))]
+    if foreign:
+        raise InputError(f"{out}: holds {foreign[0]}, which is not ours; give an empty or new folder")
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[Path]:
+    """Hold `out` for this run alone, and yield its staging folder; both are made where missing.
+
+    Raises InputError where another run holds it, and DataPrepError where it cannot be written.
+    """
+    staging = out / STAGING_NAME
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = (staging / LOCK_NAME).open("ab")
+    except OSError as error:
+        raise DataPrepError(f"{out}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{out}: another run is writing it; wait for that one or give another folder") from error
+        except OSError as error:
+            raise DataPrepError(f"{out}: its file system offers no locks ({error.strerror})") from error
+        _remove_abandoned(staging)
+        try:
+            yield staging
+        finally:
+            _remove_abandoned(staging)
+
+
+def _remove_abandoned(staging: Path) -> None:
+    """Remove files that a worker was stopped in the middle of; on a full disk their room is wanted."""
+    for path in staging.glob("*.tmp-*"):
+        with suppress(OSError):
+            path.unlink()
+
+
+def check_same_run(out: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise InputError naming the first parameter in which `asked` differs from what `out` was `begun` with."""
+    for name, value in asked.items():
+        if begun.get(name) != value:
+            raise InputError(
+                f"{out}: was made with {name} {begun.get(name)!r}, this run says {value!r}; "
+                "give the same again, or another folder"
+            )
+
+
+def begin_or_resume(out: Path, staging: Path, asked: dict[str, Any]) -> None:
+    """Note what this run was asked for, or check that the run being resumed was asked for the same."""
+    note = staging / BEGUN_NAME
+    if note.exists():
+        check_same_run(out, json.loads(note.read_text()), asked)
+        return
+    with whole_file(note, staging) as stream:
+        stream.write(json.dumps(asked).encode())
+
+
+def discard_staging(out: Path) -> None:
+    """Remove what only an unfinished run needs; what cannot be removed does no harm."""
+    shutil.rmtree(out / STAGING_NAME, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""What every source of images offers, and the rules that file-like sources share."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Protocol, Self
+
+from PIL import Image
+
+from data_prep.format import UNLABELLED
+from data_prep.recipe import Mode
+
+MAX_FILE_BYTES = 256 * 1024**2  # no image worth a sample is larger; a file is held in memory whole
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".jp2", ".j2k", ".avif",
+})
+# fmt: on
+
+
+class Source(Protocol):
+    """Images in a fixed order, numbered from 0; small to pickle once cut into parts."""
+
+    @property
+    def kind(self) -> str:
+        """What the source is: "folder", "zip" or "embedded"."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Where each image came from, sorted; not necessarily unique."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, sorted; empty where the images have no labels."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 that changes with the names, their order or (as far as can be told cheaply) the content."""
+
+    @property
+    def natural_mode(self) -> Mode:
+        """The mode to store where none is asked for."""
+
+    @property
+    def notice(self) -> str | None:
+        """Licence and origin, for a person to read."""
+
+    def label(self, i: int) -> int:
+        """Position of image `i`'s class in `classes`, or UNLABELLED."""
+
+    def read(self, i: int) -> bytes | Image.Image:
+        """The encoded file, or the image itself.
+
+        Raises Reject where this one cannot be had and InputError where the source as a whole has changed or failed.
+        """
+
+    def part(self, start: int, stop: int) -> Self:
+        """Images [start, stop) as a source of their own, renumbered from 0."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path is a by-product of the desktop (.DS_Store, __MACOSX) and no candidate at all."""
+    parts = PurePosixPath(name).parts
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
+
+
+def labels_from_folders(names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The class names and the label of each of `names`, from the folders right under the top.
+
+    They are classes where images lie in them and none beside them. A single folder that holds everything is taken
+    for a wrapper and looked into instead. Whether a file counts as an image is judged by its suffix here, so that a
+    README beside the class folders does no harm.
+    """
+    images = [PurePosixPath(name).parts for name in names if _has_image_suffix(name)]
+    depth = 0
+    while images and all(len(parts) > depth + 1 for parts in images):
+        classes = sorted({parts[depth] for parts in images})
+        if len(classes) > 1:
+            position = {(*images[0][:depth], name): label for label, name in enumerate(classes)}
+            return classes, [position.get(PurePosixPath(name).parts[: depth + 1], UNLABELLED) for name in names]
+        depth += 1
+    return [], [UNLABELLED] * len(names)
+
+
+def _has_image_suffix(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def fingerprint_of(rows: Iterable[Sequence[object]]) -> str:
+    """Hex sha256 over rows of JSON values; the end of each row is unmistakable."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()

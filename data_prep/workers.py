@@ -1,0 +1,62 @@
+"""Shards over worker processes: a bounded number in flight, and no worker that outlives its run."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+
+from data_prep.errors import DataPrepError
+from data_prep.recipe import Recipe
+from data_prep.writer import ShardPlan, write_shard
+
+IN_FLIGHT_PER_WORKER = 2  # one being written, one waiting, so that no worker idles
+
+
+def write_shards(plans: Sequence[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int) -> Iterator[int]:
+    """Write all `plans` in no given order; yield the number of sources of each as it is done.
+
+    Raises DataPrepError where a shard cannot be written or a worker dies; then the other workers are stopped.
+    """
+    with ProcessPoolExecutor(
+        max_workers=min(workers, len(plans)),
+        mp_context=multiprocessing.get_context("spawn"),  # fork would copy locks held by the parent's threads
+        initializer=_begin_worker,
+    ) as pool:
+        waiting = iter(plans)
+        try:
+            running = {
+                pool.submit(write_shard, plan, recipe, out, staging)
+                for plan in islice(waiting, workers * IN_FLIGHT_PER_WORKER)
+            }
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for shard in done:
+                    yield shard.result()
+                running |= {pool.submit(write_shard, plan, recipe, out, staging) for plan in islice(waiting, len(done))}
+        except BaseException as error:
+            for child in multiprocessing.active_children():  # or the pool would wait for the shards they are in
+                child.terminate()
+            if isinstance(error, BrokenProcessPool | MemoryError):
+                raise DataPrepError(
+                    f"{out}: a worker process died, most likely for want of memory; "
+                    "run again to go on from here, with fewer --workers"
+                ) from error
+            raise
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,200 @@
+"""Promises of the transform: every awkward image comes out right, or is rejected with its reason."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.errors import Reject
+from data_prep.images import encode, prepare
+from data_prep.recipe import Recipe
+
+SIDE = 16
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def file_of(image: Image.Image, encoding: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, encoding, **options)
+    return stream.getvalue()
+
+
+def prepared(data: bytes, **recipe: object) -> np.ndarray:
+    options = {"image_size": SIDE, **recipe}
+    image = prepare(data, Recipe(**options))
+    assert image.size == (SIDE, SIDE)
+    assert image.mode == options.get("mode", "RGB")
+    return np.asarray(image)
+
+
+def reason(data: bytes, **recipe: object) -> str:
+    with pytest.raises(Reject) as caught:
+        prepare(data, Recipe(**{"image_size": SIDE, **recipe}))
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 21), (22, 16), (16, 16)])
+def test_right_sized_shorter_side_is_a_pure_centre_crop(height: int, width: int) -> None:
+    pixels = noise(height, width)
+    top, left = (height - SIDE) // 2, (width - SIDE) // 2
+    out = prepared(file_of(Image.fromarray(pixels), "PNG"))
+    np.testing.assert_array_equal(out, pixels[top : top + SIDE, left : left + SIDE])
+
+
+@pytest.mark.parametrize("resample", ["lanczos", "bicubic", "box"])
+def test_larger_images_are_cropped_before_they_are_resampled(resample: str) -> None:
+    pixels = noise(40, 51)
+    square = Image.fromarray(np.ascontiguousarray(pixels[:, 5:45]))
+    expected = square.resize((SIDE, SIDE), Image.Resampling[resample.upper()])
+    out = prepared(file_of(Image.fromarray(pixels), "PNG"), resample=resample)
+    np.testing.assert_array_equal(out, np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = noise(16, 24)
+    # How a camera would have stored it: the inverse of what the orientation tells a viewer to do.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = file_of(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
+    np.testing.assert_array_equal(prepared(data), upright[:, 4:20])
+
+
+def test_cmyk_becomes_rgb() -> None:
+    cyan = Image.new("CMYK", (SIDE, SIDE), (255, 0, 0, 0))
+    out = prepared(file_of(cyan, "TIFF"))
+    np.testing.assert_array_equal(out, np.full((SIDE, SIDE, 3), (0, 255, 255)))
+
+
+def test_grey_becomes_three_equal_channels_and_comes_back() -> None:
+    grey = noise(SIDE, SIDE, channels=1)
+    data = file_of(Image.fromarray(grey), "PNG")
+    np.testing.assert_array_equal(prepared(data), np.repeat(grey[..., None], 3, axis=2))
+    np.testing.assert_array_equal(prepared(data, mode="L"), grey)
+
+
+def test_one_bit_becomes_black_and_white() -> None:
+    bits = noise(SIDE, SIDE, channels=1) > 127
+    data = file_of(Image.fromarray(bits), "PNG")
+    np.testing.assert_array_equal(prepared(data, mode="L"), np.where(bits, 255, 0))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_laid_over_white(mode: str) -> None:
+    grey, alpha = noise(SIDE, SIDE, 1, seed=1), noise(SIDE, SIDE, 1, seed=2)
+    bands = [Image.fromarray(grey)] * (len(mode) - 1) + [Image.fromarray(alpha)]
+    out = prepared(file_of(Image.merge(mode, bands), "PNG")).astype(float)
+    share = alpha[..., None] / 255
+    expected = grey[..., None] * share + 255 * (1 - share)
+    assert np.abs(out - expected).max() <= 1
+
+
+def test_transparent_palette_entries_become_white() -> None:
+    indices = noise(SIDE, SIDE, channels=1) % 3
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette = np.array([[10, 20, 30], [255, 255, 255], [70, 80, 90]], np.uint8)
+    np.testing.assert_array_equal(prepared(file_of(image, "PNG", transparency=1)), palette[indices])
+    np.testing.assert_array_equal(prepared(file_of(image, "GIF", transparency=1)), palette[indices])
+
+
+@pytest.mark.parametrize("encoding", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_not_clipped(encoding: str) -> None:
+    values = np.linspace(0, 65535, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
+    out = prepared(file_of(Image.fromarray(values), encoding), mode="L")
+    np.testing.assert_array_equal(out, np.round(values / 257))
+
+
+@pytest.mark.parametrize("encoding", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_taken(encoding: str) -> None:
+    frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "lime", "blue")]
+    data = file_of(
+        frames[0],
+        encoding,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if encoding == "WEBP" else {}),
+    )
+    np.testing.assert_array_equal(prepared(data), np.full((SIDE, SIDE, 3), (255, 0, 0)))
+
+
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("part", [0.3, 0.9])
+def test_truncated_is_rejected(encoding: str, part: float) -> None:
+    data = file_of(Image.fromarray(noise(64, 64)), encoding)
+    assert reason(data[: int(len(data) * part)]) in {"truncated or corrupt", "not an image"}
+
+
+def test_other_content_is_rejected_whatever_its_name() -> None:
+    assert reason(b"") == "empty file"
+    assert reason(b"<!DOCTYPE html><html>404</html>") == "not an image"
+    assert reason(bytes(1000)) == "not an image"
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n") == "not an image"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_tiff_of_unknown_range_is_rejected(dtype: type) -> None:
+    pixels = noise(SIDE, SIDE, channels=1).astype(dtype)
+    assert reason(file_of(Image.fromarray(pixels), "TIFF")) == "unsupported pixels"
+
+
+def test_16_bit_tiff_that_would_come_out_inverted_is_rejected() -> None:
+    white_is_zero = {262: 0}
+    data = file_of(Image.fromarray(np.full((SIDE, SIDE), 65535, np.uint16)), "TIFF", tiffinfo=white_is_zero)
+    assert reason(data) == "unsupported pixels"
+
+
+def test_decompression_bomb_is_rejected_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = file_of(Image.new("1", (100, 100)), "PNG")
+    for limit in (9_000, 4_000):  # Pillow warns from the limit on and raises from twice the limit on
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert reason(data) == "decompression bomb"
+
+
+def test_too_small_is_rejected_unless_upscaled() -> None:
+    pixels = noise(8, 30)
+    data = file_of(Image.fromarray(pixels), "PNG")
+    assert "smaller than --size 16" in reason(data)
+    expected = Image.fromarray(np.ascontiguousarray(pixels[:, 11:19])).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(prepared(data, upscale=True), np.asarray(expected))
+
+
+@pytest.mark.parametrize("encoding", ["webp", "png"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_lossless_encodings_keep_every_pixel(encoding: str, mode: str) -> None:
+    image = Image.fromarray(noise(SIDE, SIDE, 3 if mode == "RGB" else 1))
+    stored = Image.open(io.BytesIO(encode(image, encoding)))
+    np.testing.assert_array_equal(np.asarray(stored.convert(mode)), np.asarray(image))
+
+
+def test_jpeg_is_quality_95_without_chroma_subsampling() -> None:
+    stored = Image.open(io.BytesIO(encode(Image.fromarray(noise(SIDE, SIDE)), "jpeg")))
+    assert [component[1:3] for component in stored.layer] == [(1, 1)] * 3
+    assert stored.quantization[0][0] == 2  # 16 * (200 - 2*95) / 100, rounded
+    assert Image.open(io.BytesIO(encode(Image.fromarray(noise(SIDE, SIDE, 1)), "jpeg"))).mode == "L"
+
+
+@pytest.mark.parametrize("encoding", ["webp", "png", "jpeg"])
+def test_metadata_of_the_source_is_not_stored(encoding: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "secret place"
+    data = file_of(
+        Image.fromarray(noise(SIDE, SIDE)), "JPEG", exif=exif, icc_profile=b"secret profile", comment=b"secret"
+    )
+    assert b"secret" in data
+    assert b"secret" not in encode(prepare(data, Recipe(image_size=SIDE)), encoding)
