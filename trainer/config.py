@@ -238,8 +238,8 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
         return f"{field}: unknown key; {hint}"
     if details["type"] == "missing":
         return f"{field}: missing"
-    message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{field} = {details['input']!r}: should be {message}"
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"{field} = {details['input']!r}: {message}"
 
 
 def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:

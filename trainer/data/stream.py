@@ -1,7 +1,7 @@
 """The stream of micro-batches: every rank's share of every global batch, in order, resumed from one integer."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def micro_batches(
     dataset: ShardedDataset, plan: MicroBatchPlan, *, workers: int, prefetch: int, pin_memory: bool
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Generator[dict[str, torch.Tensor], None, None]:
     """Stream the plan's micro-batches, as `collate` makes them, in order.
 
     Raises DataError, in one line, where a sample is damaged.

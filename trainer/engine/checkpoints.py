@@ -116,9 +116,9 @@ class Checkpoints:
             self._set_aside(self.path(step), "quarantine", reason)
         quarantined = broadcast(sorted(path.name for path in self.folder.glob("quarantine/*")))
         if quarantined:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items()) or "see REASON in each"
             raise CheckpointError(
-                f"{self.folder}: no checkpoint is whole, {len(quarantined)} in quarantine/{f' ({reasons})' * bool(reasons)}; "
+                f"{self.folder}: no checkpoint is whole, {len(quarantined)} in quarantine/ ({reasons}); "
                 "restore one from a copy, or choose another run_dir to start anew"
             )
         return None, damaged

@@ -44,7 +44,8 @@ def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:
 def build_state(config: Config, accelerator: Accelerator) -> TrainState:
     """The state of a run that has not begun; the same on every rank and for every number of ranks."""
     torch.manual_seed(config.seed)
-    model = build_network(config.model).to(accelerator.device, memory_format=torch.channels_last)
+    model = build_network(config.model).to(accelerator.device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
     model.activation_checkpointing = config.train.activation_checkpointing
     optimizer = torch.optim.Adam(
         model.parameters(),
@@ -149,9 +150,7 @@ def _find_checkpoint(checkpoints: Checkpoints, folder: RunFolder, resume: str) -
             )
         return None
     if not Path(resume).is_dir():
-        raise CheckpointError(
-            f"--resume {resume}: no such checkpoint; give auto, none or the path of a step-... folder"
-        )
+        raise CheckpointError(f"--resume {resume}: no such checkpoint; give auto, none or the path of one (step-...)")
     return Path(resume)
 
 
