@@ -126,7 +126,7 @@ def keyed_normal(seed: int, stream: Stream, index: Tensor, shape: tuple[int, ...
     for some in blocks.split(max(chunk, 1)):
         w0, w1, w2, w3 = _words(seed, stream, index, some, sub)
         chunks.append(torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1))
-    return torch.cat(chunks, dim=1).flatten(1)[:, :count].reshape(len(index), *shape)
+    return torch.cat(chunks, dim=1).flatten(1)[:, :count].reshape(len(index), *shape).contiguous()
 
 
 def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
