@@ -186,15 +186,19 @@ def test_integers_for_other_generators_differ_and_fit() -> None:
     torch.Generator().manual_seed(max(numbers))
 
 
-def test_it_compiles_into_one_graph_with_the_same_bits() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_it_compiles_into_one_graph_with_the_same_bits(backend: str) -> None:
     index = torch.arange(6)
 
-    def draw(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return keyed_timesteps(3, index, 1000), keyed_flips(3, index), keyed_normal(3, Stream.EPS, index, (3, 8, 8))
+    def draw(index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        exact = keyed_timesteps(3, index, 1000), keyed_flips(3, index), keyed_bits(3, Stream.EPS, index, 301)
+        return *exact, keyed_normal(3, Stream.EPS, index, (3, 9, 9))
 
-    compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)
-    for one, other in zip(compiled(index), draw(index), strict=True):
+    *exact, normal = draw(index)
+    *compiled_exact, compiled_normal = torch.compile(draw, backend=backend, fullgraph=True)(index)
+    for one, other in zip(compiled_exact, exact, strict=True):
         assert torch.equal(one, other)
+    torch.testing.assert_close(compiled_normal, normal, rtol=0, atol=2e-6)  # another log, sin and cos
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])

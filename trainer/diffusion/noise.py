@@ -94,7 +94,10 @@ def _words(
             raise ValueError(f"sub={sub}: must be in [0, 2^{SUB_BITS})")
         sub = index.new_full((1, 1), sub)
     index = index[:, None]
-    return philox4x32_10((blocks[None, :], sub | (stream << SUB_BITS), index & MASK, index >> 32), _key(seed))
+    # The mask changes no value. It keeps TorchInductor (seen in 2.13) from taking arange times a constant for an array
+    # index, which it computes in 32 bits.
+    blocks = blocks[None, :] & MASK
+    return philox4x32_10((blocks, sub | (stream << SUB_BITS), index & MASK, index >> 32), _key(seed))
 
 
 def keyed_bits(seed: int, stream: Stream, index: Tensor, count: int, sub: int | Tensor = 0) -> Tensor:
