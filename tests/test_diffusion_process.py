@@ -153,6 +153,15 @@ def test_everything_is_float32_under_bfloat16_autocast(diffusion: GaussianDiffus
         assert torch.equal(one, other)
 
 
+def test_float64_images_come_back_in_float32(diffusion: GaussianDiffusion) -> None:
+    t, x = torch.tensor([0, 1, 499, 999]), images(1).double()
+    for function in (diffusion.q_sample, diffusion.predict_x0):
+        assert function(x, t, images(2)).dtype == function(images(2), t, x).dtype == torch.float32
+    assert diffusion.posterior_mean(x, images(2), t).dtype == torch.float32
+    assert diffusion.posterior_mean(images(2), x, t).dtype == torch.float32
+    assert diffusion.l_simple(x, x).dtype == torch.float32
+
+
 def test_tables_are_float32_and_move_together(diffusion: GaussianDiffusion) -> None:
     assert {table.dtype for table in vars(diffusion).values()} == {torch.float32}
     assert diffusion.to("meta") is diffusion
