@@ -148,8 +148,8 @@ def test_channels_last_flows_through_and_changes_nothing() -> None:
     for name, module in model.named_modules():
         if isinstance(module, Stage | nn.Conv2d):
             module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: formats.update(
-                    {name: output.is_contiguous(memory_format=torch.channels_last)}
+                lambda _module, inputs, output, name=name: formats.update(
+                    {name: all(x.is_contiguous(memory_format=torch.channels_last) for x in (inputs[0], output))}
                 )
             )
     with torch.no_grad():

@@ -94,7 +94,10 @@ def _words(
             raise ValueError(f"sub={sub}: must be in [0, 2^{SUB_BITS})")
         sub = index.new_full((1, 1), sub)
     index = index[:, None]
-    return philox4x32_10((blocks[None, :], sub | (stream << SUB_BITS), index & MASK, index >> 32), _key(seed))
+    # The mask changes no value. It keeps TorchInductor (seen in 2.13) from taking arange times a constant for an array
+    # index, which it computes in 32 bits.
+    blocks = blocks[None, :] & MASK
+    return philox4x32_10((blocks, sub | (stream << SUB_BITS), index & MASK, index >> 32), _key(seed))
 
 
 def keyed_bits(seed: int, stream: Stream, index: Tensor, count: int, sub: int | Tensor = 0) -> Tensor:
@@ -126,7 +129,7 @@ def keyed_normal(seed: int, stream: Stream, index: Tensor, shape: tuple[int, ...
     for some in blocks.split(max(chunk, 1)):
         w0, w1, w2, w3 = _words(seed, stream, index, some, sub)
         chunks.append(torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1))
-    return torch.cat(chunks, dim=1).flatten(1)[:, :count].reshape(len(index), *shape)
+    return torch.cat(chunks, dim=1).flatten(1)[:, :count].reshape(len(index), *shape).contiguous()
 
 
 def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
