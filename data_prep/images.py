@@ -67,9 +67,8 @@ def _decode(data: bytes, recipe: Recipe) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image, recipe)  # before the pixels are decoded, as it is a thousand times cheaper
-            image.load()
             _check_depth(image)
-            return ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image)  # this decodes the pixels
         except UnidentifiedImageError as error:
             raise Reject("not an image", f"begins with {data[:16]!r}") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -97,16 +96,14 @@ def _check_depth(image: Image.Image) -> None:
     """Reject pixels whose white point is not known to be 255 or 65535: they would come out black, or inverted."""
     if image.mode == "F":
         raise Reject("unsupported pixels", "floats of unknown range; convert to 8 or 16 bits")
-    if image.mode == "I" and image.format not in ("PPM", "PNG"):  # these two hold 16 bits in Pillow's 32
-        raise Reject("unsupported pixels", "32-bit or signed integers; convert to 8 or 16 bits")
     if not image.mode.startswith("I"):
         return
     if "transparency" in image.info:
         raise Reject("unsupported pixels", "16-bit grey with a transparent colour; flatten it first")
-    if isinstance(image, TiffImageFile):
+    if isinstance(image, TiffImageFile):  # PGM and old Pillow's PNG also use mode "I", but for 16 bits
         bits, zero_is = image.tag_v2.get(BITSPERSAMPLE), image.tag_v2.get(PHOTOMETRIC_INTERPRETATION)
-        if bits != (16,) or zero_is != TIFF_BLACK_IS_ZERO:
-            raise Reject("unsupported pixels", f"BitsPerSample {bits}, PhotometricInterpretation {zero_is}")
+        if image.mode == "I" or bits != (16,) or zero_is != TIFF_BLACK_IS_ZERO:
+            raise Reject("unsupported pixels", f"signed, or {bits} bits, or PhotometricInterpretation {zero_is}")
 
 
 def _to_mode(image: Image.Image, mode: Mode) -> Image.Image:

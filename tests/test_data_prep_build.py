@@ -127,6 +127,8 @@ def test_every_sample_is_the_pixels_that_pillow_gives(dataset: Path, photos: Pat
 def test_index_agrees_with_the_tars(dataset: Path) -> None:
     members = []
     for position, shard in enumerate(load_manifest(dataset).shards):
+        header = (dataset / shard.name).read_bytes()[:512]
+        assert (header[156:157], header[257:265]) == (b"0", b"ustar\x0000")  # USTAR: a file at once, no PAX records
         with tarfile.open(dataset / shard.name) as tar:
             for member in tar:
                 data = tar.extractfile(member).read()
@@ -326,6 +328,12 @@ def test_a_second_run_on_the_same_folder_is_refused(
         assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
     assert "another run" in one_error_line()
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+
+
+def test_what_a_stopped_worker_left_is_removed(tmp_path: Path) -> None:
+    with claimed(tmp_path) as staging:
+        (staging / "shard-000000.tar.tmp-1").touch()
+    assert not any(tmp_path.rglob("*.tmp-*"))
 
 
 def test_foreign_files_are_never_overwritten(photos: Path, tmp_path: Path, one_error_line: Callable[[], str]) -> None:
