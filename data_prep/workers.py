@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -28,16 +29,18 @@ def write_shards(plans: Sequence[ShardPlan], recipe: Recipe, out: Path, staging:
         initializer=_begin_worker,
     ) as pool:
         waiting = iter(plans)
+
+        def submit(count: int) -> set[Future[int]]:
+            with _ctrl_c_left_to_parent():
+                return {pool.submit(write_shard, plan, recipe, out, staging) for plan in islice(waiting, count)}
+
         try:
-            running = {
-                pool.submit(write_shard, plan, recipe, out, staging)
-                for plan in islice(waiting, workers * IN_FLIGHT_PER_WORKER)
-            }
+            running = submit(workers * IN_FLIGHT_PER_WORKER)
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for shard in done:
                     yield shard.result()
-                running |= {pool.submit(write_shard, plan, recipe, out, staging) for plan in islice(waiting, len(done))}
+                running |= submit(len(done))
         except BaseException as error:
             for child in multiprocessing.active_children():  # or the pool would wait for the shards they are in
                 child.terminate()
@@ -49,9 +52,18 @@ def write_shards(plans: Sequence[ShardPlan], recipe: Recipe, out: Path, staging:
             raise
 
 
+@contextmanager
+def _ctrl_c_left_to_parent() -> Iterator[None]:
+    """Processes started inside never see a SIGINT: they inherit the block; this one gets it at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """See to it that the worker ends with its parent, however that ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

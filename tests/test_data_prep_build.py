@@ -442,6 +442,19 @@ def test_read_only_output_is_one_line(photos: Path, mounted: Callable[[str], Pat
     assert "Read-only file system" in failing_run(photos, mounted("ro") / "out", *PHOTO_OPTIONS)
 
 
+@pytest.mark.parametrize("seconds", [0.1, 0.2])  # while the workers import what they need
+def test_ctrl_c_is_one_line_and_ends_the_workers(big: Path, tmp_path: Path, seconds: float) -> None:
+    run_it = command(big, tmp_path, *BIG_OPTIONS)
+    with subprocess.Popen(run_it, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        wait_until(lambda: bool(children_of(run.pid)))
+        time.sleep(seconds)
+        workers = children_of(run.pid)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does it: to the workers too
+        _, stderr = run.communicate(timeout=60)
+    assert (run.returncode, stderr) == (130, "error: interrupted; run again to go on from here\n")
+    assert not any(is_alive(worker) for worker in workers)
+
+
 def test_a_dying_worker_is_one_line_and_the_run_can_go_on(big: Path, uninterrupted: Path, tmp_path: Path) -> None:
     with subprocess.Popen(command(big, tmp_path, *BIG_OPTIONS), stderr=subprocess.PIPE, text=True) as run:
         wait_until(lambda: any(tmp_path.glob(".staging/*.tar.tmp-*")))
