@@ -101,27 +101,33 @@ class Checkpoints:
             reason = None
         return next((reason for reason in gather(reason) if reason is not None), None)
 
-    def newest_verified(self) -> tuple[Path | None, dict[str, str]]:
-        """The newest checkpoint that is whole; damaged newer ones are put into quarantine with the reason.
-
-        Returns it, or None where the run has no checkpoint yet, and the damaged ones' names and reasons. Raises
-        CheckpointError where checkpoints were made but none is whole: training anew would lose a run silently.
-        """
-        damaged: dict[str, str] = {}
+    def find_verified(self) -> tuple[Path | None, dict[Path, str]]:
+        """The newest checkpoint that is whole, or None, and the newer ones that are not, with the reason of each."""
+        damaged: dict[Path, str] = {}
         for step in reversed(broadcast(self.steps())):
-            reason = self.verify(self.path(step))
+            path = self.path(step)
+            reason = self.verify(path)
             if reason is None:
-                return self.path(step), damaged
-            damaged[self.path(step).name] = reason
-            self._set_aside(self.path(step), "quarantine", reason)
-        quarantined = broadcast(sorted(path.name for path in self.folder.glob("quarantine/*")))
-        if quarantined:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items()) or "see REASON in each"
+                return path, damaged
+            damaged[path] = reason
+        return None, damaged
+
+    def recover(self) -> tuple[Path | None, dict[Path, str]]:
+        """Like `find_verified`, and put the damaged ones into quarantine.
+
+        Raises CheckpointError where checkpoints were made but none is whole: training anew would lose a run silently.
+        """
+        newest, damaged = self.find_verified()
+        for path, reason in damaged.items():
+            self._set_aside(path, "quarantine", reason)
+        quarantined = broadcast(len(list(self.folder.glob("quarantine/*"))))
+        if newest is None and quarantined:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items()) or "see REASON in each"
             raise CheckpointError(
-                f"{self.folder}: no checkpoint is whole, {len(quarantined)} in quarantine/ ({reasons}); "
+                f"{self.folder}: no checkpoint is whole, {quarantined} in quarantine/ ({reasons}); "
                 "restore one from a copy, or choose another run_dir to start anew"
             )
-        return None, damaged
+        return newest, damaged
 
     def read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors (on the CPU) and manifest of a checkpoint, verified first.

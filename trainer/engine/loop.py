@@ -24,7 +24,7 @@ from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.progress import Progress, Stopwatch
 
-_SAMPLING_BATCH = 16
+_LARGEST_SAMPLING_BATCH = 64
 
 
 class TrainingLoop:
@@ -175,12 +175,13 @@ class TrainingLoop:
         """Draw a grid from the EMA weights, every rank its share."""
         resume_watch = self.stopwatch.pause()
         count = self.config.log.samples
+        batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
         drawn = sample(
             self.state.ema.ema_model,
             config=self.config,
             diffusion=self.train_step.diffusion,
             accelerator=self.accelerator,
-            batches=share_of(count, _SAMPLING_BATCH, self.accelerator.process_index, self.layout.world_size),
+            batches=share_of(count, batch, self.accelerator.process_index, self.layout.world_size),
             seed=self.config.seed,
         )
         parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)

@@ -33,7 +33,7 @@ def make_accelerator(precision: MixedPrecision = "fp32") -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu,  # without it Accelerate leaves processes on CPUs unconnected
         mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != world_size:
         raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")

@@ -138,10 +138,10 @@ def train(config: Config, *, resume: str) -> bool:
 def _find_checkpoint(checkpoints: Checkpoints, folder: RunFolder, resume: str) -> Path | None:
     """Which checkpoint to go on from; None to start."""
     if resume == "auto":
-        path, damaged = checkpoints.newest_verified()
-        for name, reason in damaged.items():
-            folder.event("quarantined", checkpoint=name, reason=reason)
-        return path
+        newest, damaged = checkpoints.recover()
+        for path, reason in damaged.items():
+            folder.event("quarantined", checkpoint=path.name, reason=reason)
+        return newest
     if resume == "none":
         if broadcast(bool(checkpoints.steps() or any(checkpoints.folder.glob("quarantine/*")))):
             raise CheckpointError(

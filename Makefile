@@ -1,0 +1,39 @@
+# Everything sets itself up: `make demo` and `make test` need Python >= 3.11 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_FLAGS ?=
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help: ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[demo,test,lint,bench]'
+	@touch $@
+
+demo: $(INSTALLED) ## train on real digits with two processes and draw samples, in minutes, on a CPU
+	$(BIN)/python -m launch.demo
+
+test: $(INSTALLED) ## the tests that every change must pass
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) ## the slow tests too
+	$(BIN)/python -m pytest -m ""
+
+lint: $(INSTALLED) ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## our training step beside diffusers', same network and device
+	$(BIN)/python benchmarks/train_step.py
+
+clean: ## remove the environment, and nothing that was trained
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
