@@ -74,7 +74,9 @@ def draw_summary(run: Path, samples: Path) -> Path:
     figure.tight_layout()
     figure.canvas.draw()
     curves = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
-    final = Image.open(samples / "grid.png").convert("RGB").resize((curves.height, curves.height), Image.Resampling.NEAREST)
+    final = (
+        Image.open(samples / "grid.png").convert("RGB").resize((curves.height, curves.height), Image.Resampling.NEAREST)
+    )
     picture = Image.new("RGB", (curves.width + final.width, curves.height), "white")
     picture.paste(curves, (0, 0))
     picture.paste(final, (curves.width, 0))

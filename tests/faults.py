@@ -1,0 +1,54 @@
+"""Faults for the tests of whole runs: at the n-th time that a rank reaches a point, something happens to it."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trainer.engine import checkpoints, sealed, step
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "noised_inputs": (step, "noised_inputs"),  # once a micro-batch
+    "write_part": (checkpoints, "_write_part"),  # once a save on every rank
+    "write": (sealed, "_write"),  # twice a save on rank 0: manifest, then marker
+    "rename": (Path, "rename"),  # once a save on rank 0, while nothing is retired
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """`kill` strikes before the point, `kill-after` behind it; `nan` spoils the images of a micro-batch; `full` is a
+    disk without space. `call` counts from 1.
+    """
+
+    action: Literal["kill", "kill-after", "nan", "full"]
+    point: str
+    call: int
+    rank: int
+
+    def inject(self) -> None:
+        """Lay the trap in this process."""
+        owner, name = POINTS[self.point]
+        original: Callable[..., Any] = getattr(owner, name)
+        calls = 0
+
+        def faulty(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls != self.call:
+                return original(*args, **kwargs)
+            if self.action == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.action == "full":
+                raise OSError(28, "No space left on device")
+            result = original(*args, **kwargs)
+            if self.action == "kill-after":
+                os.kill(os.getpid(), signal.SIGKILL)
+            x0, t, eps = result
+            return torch.full_like(x0, float("nan")), t, eps
+
+        setattr(owner, name, faulty)

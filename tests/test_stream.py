@@ -1,0 +1,150 @@
+"""The same stream of samples for any number of ranks and loader workers, from any position."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness import make_dataset
+from trainer.data.order import sample_ids
+from trainer.data.shards import ShardedDataset
+from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.errors import ConfigError, DataError
+
+BATCH, SEED, STEPS = 8, 3, 7  # 56 positions: over two and a half epochs of 21 images, crossed inside batches
+
+
+def stream_of(
+    dataset: ShardedDataset, *, world_size: int, workers: int, micro_batch: int | None = None, first_step: int = 0
+) -> dict[str, torch.Tensor]:
+    """All ranks' streams, put together as global batches: position, id and image in the order of training."""
+    layout = BatchLayout.plan(BATCH, world_size, micro_batch)
+    ranks = []
+    for rank in range(world_size):
+        plan = MicroBatchPlan(
+            layout, samples=len(dataset), seed=SEED, rank=rank, first_step=first_step, last_step=STEPS
+        )
+        batches = list(micro_batches(dataset, plan, workers=workers, prefetch=2, pin_memory=False))
+        assert len(batches) == layout.accumulation * (STEPS - first_step)
+        share = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        ranks.append({name: value.unflatten(0, (STEPS - first_step, -1)) for name, value in share.items()})
+    return {name: torch.cat([rank[name] for rank in ranks], dim=1).flatten(0, 1) for name in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def opened(dataset: Path) -> ShardedDataset:
+    return ShardedDataset(dataset)
+
+
+@pytest.fixture(scope="module")
+def reference(opened: ShardedDataset) -> dict[str, torch.Tensor]:
+    return stream_of(opened, world_size=1, workers=0)
+
+
+def test_the_stream_is_the_order(reference: dict[str, torch.Tensor]) -> None:
+    assert reference["position"].tolist() == list(range(BATCH * STEPS))
+    assert reference["id"].tolist() == sample_ids(np.arange(BATCH * STEPS), 21, SEED).tolist()
+    assert reference["image"].dtype == torch.uint8
+    assert reference["image"].shape == (BATCH * STEPS, 3, 8, 8)
+
+
+def test_images_are_those_of_the_source(reference: dict[str, torch.Tensor], dataset: Path) -> None:
+    from PIL import Image
+
+    for sample, image in zip(reference["id"].tolist(), reference["image"], strict=True):
+        with Image.open(dataset.parent / "images" / f"{sample:03d}.png") as source:
+            assert (np.asarray(source) == image.permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "workers"),
+    [(1, None, 1), (1, 2, 0), (1, 2, 2), (1, 1, 3), (2, None, 0), (2, 1, 1), (2, 2, 2), (4, None, 1), (8, None, 0)],
+)
+def test_it_is_the_same_for_any_number_of_ranks_and_workers(
+    opened: ShardedDataset, reference: dict[str, torch.Tensor], world_size: int, micro_batch: int | None, workers: int
+) -> None:
+    found = stream_of(opened, world_size=world_size, workers=workers, micro_batch=micro_batch)
+    for name, value in reference.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 6])
+def test_it_goes_on_from_any_step(opened: ShardedDataset, reference: dict[str, torch.Tensor], first_step: int) -> None:
+    """Step 3 begins at position 24, inside the second epoch."""
+    found = stream_of(opened, world_size=2, workers=1, first_step=first_step)
+    for name, value in reference.items():
+        assert torch.equal(found[name], value[first_step * BATCH :]), name
+
+
+def test_an_epoch_smaller_than_a_batch_and_fewer_shards_than_ranks(tmp_path: Path) -> None:
+    dataset = ShardedDataset(make_dataset(tmp_path, images=3, shard_samples=2))
+    assert len(dataset.manifest.shards) == 2
+    found = stream_of(dataset, world_size=4, workers=1)
+    epochs = found["id"][:54].unflatten(0, (18, 3))
+    assert (epochs.sort(dim=1).values == torch.arange(3)).all()
+    assert torch.equal(found["id"], stream_of(dataset, world_size=1, workers=0)["id"])
+
+
+def damaged_copy(dataset: Path, tmp_path: Path) -> tuple[Path, ShardedDataset]:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    return copy, ShardedDataset(copy)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["flipped bit", "zeroed block", "cut off"])
+def test_a_damaged_sample_is_named_in_one_line(dataset: Path, tmp_path: Path, damage: str, workers: int) -> None:
+    copy, opened = damaged_copy(dataset, tmp_path)
+    shard = copy / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    offset = int(opened.index[13]["offset"])  # sample 13 is the fourth of the second shard
+    if damage == "flipped bit":
+        content[offset + 20] ^= 4
+    elif damage == "zeroed block":
+        content[offset - 512 : offset + 512] = bytes(1024)
+    else:
+        del content[offset + 10 :]
+    shard.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        stream_of(opened, world_size=1, workers=workers)
+    assert "shard-000001.tar: member 0000" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) -> None:
+    copy, _ = damaged_copy(dataset, tmp_path)
+    shard = copy / "shard-000001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-512])
+    with pytest.raises(DataError, match=r"shard-000001\.tar: \d+ bytes, the manifest says"):
+        ShardedDataset(copy)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-000001\.tar: missing"):
+        ShardedDataset(copy)
+    shard.write_bytes(content)
+    index = np.load(copy / "index.npy")
+    index["offset"][0] += 512
+    np.save(copy / "index.npy", index)
+    with pytest.raises(DataError, match=r"index\.npy: sha256 differs"):
+        ShardedDataset(copy)
+
+
+def test_open_files_stay_bounded(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.shards._OPEN_SHARDS", 2)
+    opened = ShardedDataset(dataset)
+    for _ in range(3):
+        for sample in range(len(opened)):
+            opened.read(sample)
+            assert len(opened._descriptors) <= 2
+    opened.close()
+    assert not opened._descriptors
+
+
+def test_batches_that_do_not_divide_name_what_would() -> None:
+    with pytest.raises(ConfigError, match=r"train\.global_batch = 8: .* by 3 processes; .*: 1, 2, 4, 8$"):
+        BatchLayout.plan(8, 3, None)
+    with pytest.raises(ConfigError, match=r"train\.micro_batch = 3: does not divide the 4 images .* valid: 1, 2, 4$"):
+        BatchLayout.plan(8, 2, 3)
+    assert BatchLayout.plan(8, 4, 16).micro_batch == 2  # a device that could hold more gets its share
