@@ -1,6 +1,7 @@
 """From a configuration to a running loop: processes, data, network, state, resume."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def train(config: Config, *, resume: str) -> bool:
         train_step.warm_up()
 
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    source = _find_checkpoint(checkpoints, folder, resume)
+    source = _find_checkpoint(checkpoints, folder, resume, say=accelerator.print)
     if source is not None:
         tensors, manifest = checkpoints.read(source)
         check_identity(manifest["identity"], identity(config, dataset), source)
@@ -135,12 +136,15 @@ def train(config: Config, *, resume: str) -> bool:
     return finished
 
 
-def _find_checkpoint(checkpoints: Checkpoints, folder: RunFolder, resume: str) -> Path | None:
+def _find_checkpoint(
+    checkpoints: Checkpoints, folder: RunFolder, resume: str, *, say: Callable[[str], None]
+) -> Path | None:
     """Which checkpoint to go on from; None to start."""
     if resume == "auto":
         newest, damaged = checkpoints.recover()
         for path, reason in damaged.items():
             folder.event("quarantined", checkpoint=path.name, reason=reason)
+            say(f"{path}: damaged: {reason}; moved to quarantine/")
         return newest
     if resume == "none":
         if broadcast(bool(checkpoints.steps() or any(checkpoints.folder.glob("quarantine/*")))):

@@ -1,0 +1,230 @@
+"""A checkpoint is whole or refused; a damaged one is set aside with the reason; none is ever lost silently."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults import Fault
+from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
+from trainer.config import ModelConfig
+from trainer.engine.checkpoints import Checkpoints, read_verified
+from trainer.engine.processes import make_accelerator
+from trainer.engine.session import build_network
+from trainer.engine.state import TrainState, make_ema
+from trainer.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A finished run of two processes with checkpoints of steps 2, 4 and 6. Copy it before you damage it."""
+    folder = tmp_path_factory.mktemp("trained")
+    launch(2, "--config", str(write_config(folder, dataset)))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def at(run: Path) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", make_accelerator())
+
+
+def change(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
+
+
+def part(folder: Path, rank: int) -> Path:
+    return folder / f"part-0000{rank}-of-00002.safetensors"
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = part(folder, 1)
+    middle = path.stat().st_size // 2
+    change(path, middle, bytes([path.read_bytes()[middle] ^ 1]))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bit flip": (flip_a_bit, "part-00001-of-00002.safetensors differs from its sha256"),
+    "zeroed page": (lambda f: change(part(f, 0), 4096, bytes(4096)), "part-00000-of-00002.safetensors differs"),
+    "truncation": (lambda f: part(f, 0).write_bytes(part(f, 0).read_bytes()[:-100]), "bytes, the manifest says"),
+    "missing part": (lambda f: part(f, 1).unlink(), "part-00001-of-00002.safetensors cannot be read"),
+    "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "changed manifest": (lambda f: change(f / "manifest.json", 30, b"9"), "COMPLETE does not belong to this"),
+    "missing marker": (lambda f: (f / "COMPLETE").unlink(), "COMPLETE cannot be read"),
+    "stale marker": (
+        lambda f: shutil.copy(f.parent / "step-00000002" / "COMPLETE", f / "COMPLETE"),
+        "COMPLETE does not belong to this",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_found_set_aside_and_fallen_back_from(run: Path, damage: str) -> None:
+    inflict, reason = DAMAGES[damage]
+    inflict(checkpoint(run, 6))
+    newest, damaged = at(run).recover()
+    assert newest == checkpoint(run, 4)
+    assert reason in damaged[checkpoint(run, 6)]
+    assert reason in (run / "checkpoints" / "quarantine" / "step-00000006" / "REASON").read_text()
+    assert not checkpoint(run, 6).exists()
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(run: Path, trained: Path, dataset: Path) -> None:
+    """The last two are damaged, each in a part that another rank verifies."""
+    flip_a_bit(checkpoint(run, 6))
+    part(checkpoint(run, 4), 0).unlink()
+    done = launch(2, "--config", str(write_config(run.parent, dataset)))
+    assert "step 2 of 6" in done.output
+    assert "step-00000006: damaged: part-00001-of-00002.safetensors differs from its sha256" in done.output
+    assert {event["checkpoint"] for event in events(run) if event["event"] == "quarantined"} == {
+        "step-00000004",
+        "step-00000006",
+    }
+    assert_same_state(run, trained, 6)
+
+
+def test_when_all_are_damaged_nothing_starts_anew(run: Path, dataset: Path) -> None:
+    config = write_config(run.parent, dataset)
+    for step in (2, 4, 6):
+        flip_a_bit(checkpoint(run, step))
+    for _ in range(2):  # the second time there is only the quarantine to tell
+        done = launch(1, "--config", str(config), expect=2)
+        (line,) = [line for line in done.output.splitlines() if line.startswith("error:")]
+        assert "no checkpoint is whole, 3 in quarantine/" in line
+        assert "Traceback" not in done.output
+    assert len(list((run / "checkpoints" / "quarantine").glob("*/part-*"))) == 6
+    assert not [event for event in events(run) if event["event"] == "started"][1:]
+
+
+def test_resume_none_does_not_mix_runs(run: Path, dataset: Path) -> None:
+    done = launch(1, "--config", str(write_config(run.parent, dataset)), "--resume", "none", expect=2)
+    assert "holds checkpoints of an earlier run" in done.output
+
+
+def test_going_back_sets_newer_checkpoints_aside(run: Path, trained: Path, dataset: Path) -> None:
+    config = write_config(run.parent, dataset)
+    launch(2, "--config", str(config), "--resume", str(checkpoint(run, 2)))
+    assert sorted(p.name for p in (run / "checkpoints" / "superseded").iterdir()) == ["step-00000004", "step-00000006"]
+    assert_same_state(run, trained, 6)
+    damaged = run / "checkpoints" / "superseded" / "step-00000004"
+    flip_a_bit(damaged)
+    done = launch(1, "--config", str(config), "--resume", str(damaged), expect=2)
+    assert "step-00000004: damaged: part-00001" in done.output
+
+
+def test_another_run_is_refused_with_the_differences(run: Path, dataset: Path) -> None:
+    config = str(write_config(run.parent, dataset))
+    changed = overrides(seed=4, model__dropout=0.5, train__ema_decay=0.5)
+    done = launch(1, "--config", config, *changed, expect=2)
+    assert "model.dropout: 0.1 in the checkpoint, 0.5 now; seed: 3 in the checkpoint, 4 now;" in done.output
+    assert "ema_decay" not in done.output  # may change within a run
+
+
+def test_a_full_disk_on_one_rank_ends_all_and_keeps_what_was_complete(tmp_path: Path, dataset: Path) -> None:
+    config = str(write_config(tmp_path, dataset))
+    done = launch(2, "--config", config, fault=Fault(action="full", point="write_part", call=2, rank=1), expect=2)
+    assert "cannot be written ([Errno 28] No space left on device) (rank 1)" in done.output
+    assert "Traceback" not in done.output
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    launch(2, "--config", config)
+    assert "step-00000006" in {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path, dataset: Path) -> None:
+    keep = overrides(checkpoint__keep=2, checkpoint__every="1 steps", checkpoint__keep_every="24 images")
+    launch(1, "--config", str(write_config(tmp_path, dataset)), *keep, *overrides(train__duration="8 steps"))
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [3, 6, 7, 8]  # 24 images are three steps of 8
+
+
+def test_parts_are_balanced_and_hold_each_tensor_once(trained: Path) -> None:
+    from safetensors import safe_open
+
+    folder = checkpoint(trained, 6)
+    names: list[list[str]] = []
+    for rank in range(2):
+        with safe_open(part(folder, rank), framework="pt") as opened:
+            names.append(list(opened.keys()))
+    _, manifest = read_verified(folder)
+    assert sorted(names[0] + names[1]) == sorted(manifest["tensors"])
+    small, large = sorted(part(folder, rank).stat().st_size for rank in range(2))
+    assert large < 1.2 * small
+
+
+MODEL = ModelConfig(
+    image_size=8,
+    base_channels=8,
+    channel_multipliers=[1, 2],
+    blocks_per_level=1,
+    attention_resolutions=[4],
+    dropout=0.0,
+    norm_groups=4,
+)
+
+
+def small_state(model: ModelConfig = MODEL) -> TrainState:
+    network = build_network(model).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    return TrainState(model=network, ema=make_ema(network, 0.9), optimizer=optimizer, scaler=None)
+
+
+def take_a_step(state: TrainState) -> None:
+    torch.manual_seed(0)
+    state.model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    (state.model(x, torch.tensor([3, 5])) - x).square().mean().backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.ema.update()
+
+
+def test_a_loaded_state_goes_on_like_the_saved_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, make_accelerator())
+    state, loaded = small_state(), small_state()
+    take_a_step(state)
+    tensors, manifest = checkpoints.read(checkpoints.save(state, step=1, identity={}))
+    loaded.load(tensors, manifest["state"])
+    for each in (state, loaded):
+        take_a_step(each)
+    ours, theirs = state.tensors(), loaded.tensors()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    moments = loaded.optimizer.state[loaded.model.conv_in.weight]  # type: ignore[union-attr,index]
+    assert moments["exp_avg"].is_contiguous(memory_format=torch.channels_last)  # as the fused optimizer needs it
+
+
+def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, make_accelerator())
+    tensors, manifest = checkpoints.read(checkpoints.save(small_state(), step=0, identity={}))
+    wider = small_state(MODEL.model_copy(update={"base_channels": 16}))
+    with pytest.raises(CheckpointError, match=r"model/.*: shape \(.*, the network has \("):
+        wider.load(tensors, manifest["state"])
+    deeper = small_state(MODEL.model_copy(update={"blocks_per_level": 2}))
+    with pytest.raises(CheckpointError, match="the checkpoint is of another network"):
+        deeper.load(tensors, manifest["state"])
+
+
+def test_the_ema_is_the_average_of_the_paper() -> None:
+    """Starts from the initial weights and moves by (1 - decay) each step, in float64 by hand."""
+    state = small_state()
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    state.ema = make_ema(state.model, 0.9)
+    expected = [parameter.double() for parameter in state.model.parameters()]
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in state.model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        state.ema.update()
+        expected = [0.9 * e + 0.1 * p.double() for e, p in zip(expected, state.model.parameters())]
+    for average, reference in zip(state.ema.ema_model.parameters(), expected):
+        torch.testing.assert_close(average.double(), reference, rtol=0, atol=2e-6)

@@ -1,0 +1,118 @@
+"""A wrong configuration is one line that names the field, its value and what would be right."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import REPOSITORY, environment, launch, load_config, overrides
+from trainer.config import Config, Span
+from trainer.engine.session import build_network
+from trainer.errors import ConfigError
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_survive_being_written(path: Path, tmp_path: Path) -> None:
+    config = Config.load(path)
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(config.to_toml())
+    assert Config.load(resolved) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.global_btach=3", "train.global_btach: unknown key; did you mean global_batch?"),
+        ("tarin.precision=fp32", "tarin: unknown key; did you mean train?"),
+        ("data.zzz=1", "data.zzz: unknown key; known here: path, flip, workers, prefetch"),
+        ("train.global_batch=0", "train.global_batch = 0: should be greater than 0"),
+        ("train.global_batch=eight", "train.global_batch = 'eight': should be a valid integer"),
+        ("train.global_batch=8.0", "train.global_batch = 8.0: should be a valid integer"),
+        ("data.flip=1", "data.flip = 1: should be a valid boolean"),
+        ("train.precision=bf15", "train.precision = 'bf15': should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.duration=5", 'train.duration = 5: a span of training is written like "5000 steps"'),
+        ("train.duration=five steps", "train.duration = 'five steps': a span of training is written like"),
+        ("model.channel_multipliers=[1, 'a']", "model.channel_multipliers = 'a': should be a valid integer"),
+        ("seed=-1", "seed = -1: should be greater than or equal to 0"),
+        ("train", "--set train: write it as section.name=value"),
+        ("seed.x=1", "--set seed.x=1: seed is a value, not a section"),
+    ],
+)
+def test_wrong_fields_are_named(config_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_path, override)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_fields_and_files_are_named(config_path: Path, tmp_path: Path) -> None:
+    config_path.write_text(config_path.read_text().replace("flip = true", "").replace("ema_decay", "decay"))
+    with pytest.raises(ConfigError, match=r"data\.flip: missing; train\.decay: unknown key"):
+        load_config(config_path)
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+        load_config(tmp_path / "none.toml")
+    config_path.write_text("a = [")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(config_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.norm_groups=5", "model.norm_groups=5: must divide every level's channels"),
+        ("model.image_size=9", "model.image_size=9: must be a multiple of 2"),
+        ("model.attention_resolutions=[16]", "model.attention_resolutions=(16,): 16 is no level's side"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(config_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_network(load_config(config_path, override).model)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (overrides(train__global_batch=9), "train.global_batch = 9: is not divisible by 2 processes"),
+        (overrides(train__micro_batch=3), "train.micro_batch = 3: does not divide the 4 images of a process"),
+        (overrides(train__precision="fp16"), "train.precision = 'fp16': needs a GPU"),
+        (overrides(model__image_size=16), "model.image_size = 16: the images in"),
+        (overrides(data__path="/nowhere"), "/nowhere: no such folder; make it with"),
+        (["--resume", "/nowhere"], "--resume /nowhere: no such checkpoint"),
+    ],
+)
+def test_runs_that_cannot_be_end_with_one_line(config_path: Path, arguments: list[str], message: str) -> None:
+    done = launch(2, "--config", str(config_path), *arguments, expect=2)
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_the_exit_code_and_the_line_reach_the_shell(config_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "trainer/train.py", "--config", str(config_path), "--set", "train.lerning_rate=1"],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {config_path}: train.lerning_rate: unknown key; {KNOWN}\n"
+
+
+KNOWN = (
+    "known here: duration, global_batch, micro_batch, ema_decay, precision, activation_checkpointing, "
+    "max_nonfinite_steps"
+)
+
+
+def test_spans_count_steps_or_images() -> None:
+    assert Span.parse("2.4M steps").images(64) == 153_600_000
+    assert Span.parse("51_200 images").steps(64) == 800
+    assert Span.parse("100 images").steps(64) == 2  # rounded up
+    assert str(Span.parse("800k steps")) == "800000 steps"
+    every_100_images = Span.parse("100 images")
+    due = [position for position in range(64, 641, 64) if every_100_images.is_due(position, 64)]
+    assert due == [128, 256, 320, 448, 512, 640]  # the first step that completes each hundred
+    assert not Span.parse("0 steps").is_due(64, 64)
+    assert [p for p in range(8, 49, 8) if Span.parse("2 steps").is_due(p, 8)] == [16, 32, 48]
