@@ -184,9 +184,8 @@ def largest_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torc
 def logged(run: Path, name: str = "train/loss") -> dict[int, float]:
     """A logged scalar by step; no step may be there twice."""
     records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    values = {record["step"]: record[name] for record in records}
-    assert len(values) == len(records)
-    return values
+    assert len({record["step"] for record in records}) == len(records)
+    return {record["step"]: record[name] for record in records if name in record}
 
 
 def events(run: Path) -> list[dict[str, Any]]:

@@ -131,7 +131,7 @@ def test_another_run_is_refused_with_the_differences(run: Path, dataset: Path) -
 def test_a_full_disk_on_one_rank_ends_all_and_keeps_what_was_complete(tmp_path: Path, dataset: Path) -> None:
     config = str(write_config(tmp_path, dataset))
     done = launch(2, "--config", config, fault=Fault(action="full", point="write_part", call=2, rank=1), expect=2)
-    assert "cannot be written ([Errno 28] No space left on device) (rank 1)" in done.output
+    assert "step-00000004: cannot be written: [Errno 28] No space left on device (rank 1)" in done.output
     assert "Traceback" not in done.output
     run = tmp_path / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]

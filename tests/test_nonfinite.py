@@ -40,6 +40,7 @@ def test_training_goes_on(run: Path) -> None:
     assert not torch.equal(after["model/conv_in.weight"], later["model/conv_in.weight"])
     assert all(value.isfinite().all() for value in tensors_of(run, 6).values())
     assert logged(run, "train/nonfinite_steps")[6] == 1
+    assert sorted(logged(run)) == [1, 2, 3, 5, 6]  # a step that never was has no loss
 
 
 def test_the_dump_makes_the_batch_again(run: Path, dataset: Path) -> None:

@@ -11,18 +11,17 @@ Names and shapes of the tensors do not depend on the number of ranks, so any num
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainer import __version__
 from trainer.engine import sealed
-from trainer.engine.processes import broadcast, gather, raise_together
+from trainer.engine.processes import broadcast, gather, together
 from trainer.engine.state import TrainState
 from trainer.errors import CheckpointError
 
@@ -51,33 +50,25 @@ class Checkpoints:
         staging, final = self.folder / f".staging-step-{step:08d}", self.path(step)
         tensors = state.tensors()
         owners = _balance(tensors, self.world_size)
-        name = f"part-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
-        record, error = None, None
-        if self.rank == 0:
-            error = _attempt(lambda: _make_empty(staging))
-        raise_together(error, CheckpointError)
+        own = {key: value for key, value in tensors.items() if owners[key] == self.rank}
+        part = staging / f"part-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
+        content = {
+            "format_version": FORMAT_VERSION,
+            "trainer_version": __version__,
+            "step": step,
+            "world_size": self.world_size,
+            "state": state.scalars(),
+            "identity": dict(identity),
+            "tensors": {
+                key: {"part": owners[key], "shape": list(value.shape), "dtype": str(value.dtype)}
+                for key, value in tensors.items()
+            },
+        }
+        what = f"{final}: cannot be written"
         try:
-            own = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if owners[key] == self.rank}
-            record = _write_part(staging / name, own)
-        except (OSError, SafetensorError) as fault:
-            error = CheckpointError(f"{staging / name}: cannot be written ({fault})")
-        records = gather(record)
-        if self.rank == 0 and None not in records:
-            content = {
-                "format_version": FORMAT_VERSION,
-                "trainer_version": __version__,
-                "step": step,
-                "world_size": self.world_size,
-                "state": state.scalars(),
-                "identity": dict(identity),
-                "tensors": {
-                    key: {"part": owners[key], "shape": list(value.shape), "dtype": str(value.dtype)}
-                    for key, value in tensors.items()
-                },
-            }
-            error = _attempt(lambda: sealed.seal(staging, final, records, content))
-        try:
-            raise_together(error, CheckpointError)
+            together(what, lambda: _make_empty(staging), kind=CheckpointError, only_rank=0)
+            records = together(what, lambda: _write_part(part, own), kind=CheckpointError)
+            together(what, lambda: sealed.seal(staging, final, records, content), kind=CheckpointError, only_rank=0)
         except CheckpointError:
             if self.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)  # make room; what was complete before is untouched
@@ -185,8 +176,8 @@ def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, manifest
 
 
-def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> sealed.FileRecord:
-    save_file(tensors, path)
+def _write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> sealed.FileRecord:
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
     return sealed.record_file(path)
 
 
@@ -203,11 +194,3 @@ def _balance(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, 
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _attempt(action: Callable[[], object]) -> CheckpointError | None:
-    try:
-        action()
-    except OSError as fault:
-        return CheckpointError(f"{fault.filename or 'checkpoint'}: cannot be written ({fault.strerror})")
-    return None

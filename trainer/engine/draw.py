@@ -1,5 +1,6 @@
 """Images from a run's checkpoint: single PNG files and a grid, over all processes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,12 +13,12 @@ from tqdm import tqdm
 
 from trainer.config import Config
 from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.processes import make_accelerator, raise_together
+from trainer.engine.processes import make_accelerator, together
 from trainer.engine.run import RunFolder
 from trainer.engine.sampling import sample, share_of
 from trainer.engine.session import build_diffusion, build_network
-from trainer.errors import CheckpointError, ConfigError, TrainerError
-from trainer.telemetry.pictures import grid, save_png
+from trainer.errors import CheckpointError, ConfigError
+from trainer.telemetry.pictures import Pixels, grid, save_png
 
 _LARGEST_GRID = 64
 
@@ -65,16 +66,14 @@ def draw(request: DrawRequest) -> Path:
 
     out = request.out or folder.samples / f"step-{manifest['step']:08d}-seed-{request.seed}"
     batches = share_of(request.count, request.batch, accelerator.process_index, accelerator.num_processes)
-    bar = tqdm(
+    with tqdm(
         total=config.diffusion.timesteps * sum(map(len, batches)),
         desc="sampling",
         unit="step",
         unit_scale=True,
         disable=None if accelerator.is_main_process else True,
-    )
-    fault: OSError | None = None
-    try:
-        for numbers, images in sample(
+    ) as bar:
+        drawn = sample(
             network,
             config=config,
             diffusion=build_diffusion(config, accelerator.device),
@@ -82,18 +81,19 @@ def draw(request: DrawRequest) -> Path:
             batches=batches,
             seed=request.seed,
             on_step=bar.update,
-        ):
-            for number, image in zip(numbers, images, strict=True):
-                save_png(out / f"{number:06d}.png", rearrange(image, "c h w -> h w c"))
-    except OSError as error:
-        fault = error
-    bar.close()
-    raise_together(fault, TrainerError)
+        )
+        together(f"{out}: cannot be written", lambda: _write_images(out, drawn))
     if accelerator.is_main_process:
         _write_grid(out, min(request.count, _LARGEST_GRID))
         print(f"{request.count} images from {path} ({request.weights} weights, seed {request.seed}) in {out}")
     accelerator.end_training()
     return out
+
+
+def _write_images(out: Path, drawn: Iterator[tuple[range, Pixels]]) -> None:
+    for numbers, images in drawn:
+        for number, image in zip(numbers, images, strict=True):
+            save_png(out / f"{number:06d}.png", rearrange(image, "c h w -> h w c"))
 
 
 def _write_grid(out: Path, count: int) -> None:

@@ -61,7 +61,7 @@ class TrainingLoop:
             total=self.last_step, done=self.step, unit="step", title="training", visible=accelerator.is_main_process
         )
         self.stopwatch = Stopwatch()
-        self.losses: list[float] = []
+        self.applied: list[Verdict] = []  # since the last log line
         self.pending: PendingVerdict | None = None
         self.stopping = False
 
@@ -106,29 +106,30 @@ class TrainingLoop:
         verdict, self.pending = self.pending.read(), None
         if verdict.finite:
             self.state.ema.update()
+            self.applied.append(verdict)
         elif self.state.scaler is None or not math.isfinite(verdict.loss):
             # With loss scaling, an infinite gradient under a finite loss is how the scale is found: no fault.
             self._report_nonfinite(verdict)
         self.stopping = self.stopping or verdict.stop_requests > 0
-        self.losses.append(verdict.loss)
         self.stopwatch.count(self.layout.global_batch)
         self.progress.advance()
         if self._is_due(self.config.log.every) or self.step == self.last_step:
-            self._log(verdict)
+            self._log()
 
-    def _log(self, verdict: Verdict) -> None:
+    def _log(self) -> None:
         values = {
-            "train/loss": float(np.mean(self.losses)),
-            "train/grad_norm": verdict.grad_norm,
             "train/learning_rate": self.train_step.learning_rate(self.step - 1),
             "train/images_per_second": self.stopwatch.lap(),
             "train/epoch": self.state.position / len(self.dataset),
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
         }
-        self.losses.clear()
+        if self.applied:
+            values["train/loss"] = float(np.mean([verdict.loss for verdict in self.applied]))
+            values["train/grad_norm"] = self.applied[-1].grad_norm
+            self.applied.clear()
         if self.metrics is not None:
             self.metrics.scalars(self.step, values)
-        summary = f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} images/s"
+        summary = f"loss {values.get('train/loss', math.nan):.4f}, {values['train/images_per_second']:.1f} images/s"
         self.progress.show(summary)
         self.progress.log(f"step {self.step}/{self.last_step}: {summary}")
 

@@ -3,15 +3,18 @@
 import ctypes
 import os
 import signal
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from safetensors import SafetensorError
 
 from trainer.errors import ConfigError, TrainerError
+
+T = TypeVar("T")
 
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
 
@@ -66,10 +69,21 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def raise_together(error: Exception | None, kind: type[TrainerError]) -> None:
-    """Raise on every rank if any rank has an error, naming the first such rank; so that none waits for the others."""
-    errors: Sequence[str | None] = gather(None if error is None else str(error))
-    for rank, message in enumerate(errors):
-        if message is not None:
-            where = f" (rank {rank})" if len(errors) > 1 else ""
-            raise kind(f"{message}{where}") from error
+def together(
+    what: str, action: Callable[[], T], *, kind: type[TrainerError] = TrainerError, only_rank: int | None = None
+) -> list[T]:
+    """Let every rank (or only one) read or write files; where it fails on any, all raise `kind`, so that none waits.
+
+    Returns the results in rank order. The error says `what` could not be done, why, and on which rank.
+    """
+    outcome: tuple[list[T], str | None] = ([], None)
+    if only_rank is None or only_rank == PartialState().process_index:
+        try:
+            outcome = ([action()], None)
+        except (OSError, SafetensorError) as fault:
+            outcome = ([], str(fault))
+    outcomes = gather(outcome)
+    for rank, (_, reason) in enumerate(outcomes):
+        if reason is not None:
+            raise kind(f"{what}: {reason}" + (f" (rank {rank})" if len(outcomes) > 1 else ""))
+    return [result for results, _ in outcomes for result in results]
