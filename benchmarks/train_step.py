@@ -26,11 +26,11 @@ from diffusers.training_utils import EMAModel
 
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
+from trainer.engine.build import build_diffusion, build_network, build_state
 from trainer.engine.cost import measure
 from trainer.engine.processes import make_accelerator
-from trainer.engine.session import build_diffusion, build_network, build_state
-from trainer.engine.signals import StopRequest
 from trainer.engine.step import TrainStep
+from trainer.signals import StopRequest
 
 Step = Callable[[], None]
 

@@ -39,7 +39,7 @@ def main() -> int:
             print(f"error: the command above ended with status {status}", file=sys.stderr)
             return status
     picture = draw_summary(run, samples)
-    losses = [record["train/loss"] for record in read_metrics(run / "logs")]
+    losses = [record["train/loss"] for record in read_metrics(run / "logs") if "train/loss" in record]
     minutes = (time.perf_counter() - started) / 60
     print(f"""
 Done in {minutes:.1f} minutes: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}.
@@ -47,17 +47,17 @@ Done in {minutes:.1f} minutes: the loss went from {losses[0]:.3f} to {losses[-1]
   single images      {samples}/
   the run            {run}/ (config.toml, checkpoints/, logs/, samples/, events.jsonl)
 
-Try next, with {Path(sys.executable).parent} on your PATH:
+Try next, with {Path(sys.executable).parent} on your PATH (the third goes on from here):
   tensorboard --logdir {run}/logs
   python trainer/sample.py --run {run} --n 64 --seed 1
-  accelerate launch trainer/train.py --config {_CONFIG} --set train.duration="3000 steps"    # goes on from here
+  accelerate launch --num_processes 1 trainer/train.py --config {_CONFIG} --set train.duration="3000 steps"
   python trainer/train.py --config configs/lsun256.toml --dry-run --world-size 8""")
     return 0
 
 
 def draw_summary(run: Path, samples: Path) -> Path:
     """Loss over images seen, the grids drawn while training, and the final samples, as RUN/demo.png."""
-    records = read_metrics(run / "logs")
+    records = [record for record in read_metrics(run / "logs") if "train/loss" in record]
     grids = sorted((run / "samples").glob("step-*.png"))
     figure, axes = plt.subplot_mosaic(
         [["loss"] * len(grids), [f"grid{i}" for i in range(len(grids))]] if grids else [["loss"]],

@@ -22,10 +22,10 @@ POINTS: dict[str, tuple[Any, str]] = {
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """`kill` strikes before the point, `kill-after` behind it; `nan` spoils the images of a micro-batch; `full` is a
-    disk without space. `call` counts from 1.
+    disk without space; `stop` is SIGTERM. `call` counts from 1.
     """
 
-    action: Literal["kill", "kill-after", "nan", "full"]
+    action: Literal["kill", "kill-after", "nan", "full", "stop"]
     point: str
     call: int
     rank: int
@@ -46,6 +46,9 @@ class Fault:
             if self.action == "full":
                 raise OSError(28, "No space left on device")
             result = original(*args, **kwargs)
+            if self.action == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+                return result
             if self.action == "kill-after":
                 os.kill(os.getpid(), signal.SIGKILL)
             x0, t, eps = result

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 from data_prep.cli import main as data_prep
 from tests.faults import Fault
 from trainer.config import Config
+from trainer.engine import processes as processes_module
 from trainer.engine.checkpoints import read_verified
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -90,21 +90,14 @@ def environment(**extra: str) -> dict[str, str]:
     return {**clean, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **extra}
 
 
-@dataclass(frozen=True)
-class Finished:
-    """How a launched script ended: the exit code of the first process that failed, or 0, and what all printed."""
-
-    returncode: int
-    output: str
-
-
 def launch(
     processes: int, *arguments: str, expect: int | None = 0, script: str = "train", fault: Fault | None = None
-) -> Finished:
+) -> str:
     """Run trainer/train.py (or sample.py) in `processes` processes that train together, as torchrun would.
 
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
-    their own. When one fails the others are killed, as launchers do. `expect` is the exit code, None for any but 0.
+    their own. `expect` is the exit code of every process; None where a fault kills one of them, and the others are
+    killed in their turn, as launchers do. Returns what all of them printed.
     """
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # the server inherits it
     context = multiprocessing.get_context("forkserver")
@@ -117,18 +110,23 @@ def launch(
         ]
         for process in ranks:
             process.start()
+        patience = 2.0 if expect is None else 30.0  # for the others, when one has failed
         deadline = time.monotonic() + 240
-        while any(process.is_alive() for process in ranks):
-            failed = any(process.exitcode for process in ranks)
-            if failed or time.monotonic() > deadline:
-                time.sleep(0.5)  # let the others fail by themselves, if that is what they do
-                for process in ranks:
-                    process.kill()
+        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+            if any(process.exitcode for process in ranks):
+                deadline = min(deadline, time.monotonic() + patience)
             time.sleep(0.02)
+        stuck = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        for process in ranks:
+            process.kill()
+            process.join()
         output = log.read()
-    returncode = next((process.exitcode for process in ranks if process.exitcode), 0)
-    assert (returncode == expect) if expect is not None else (returncode != 0), output
-    return Finished(returncode, output)
+    codes = [process.exitcode for process in ranks]
+    if expect is None:
+        assert any(codes), output
+    else:
+        assert codes == [expect] * processes, f"exit codes {codes}, stuck ranks {stuck}\n{output}"
+    return output
 
 
 def _run_rank(
@@ -142,6 +140,7 @@ def _run_rank(
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.chdir(REPOSITORY)
+    processes_module._PARENT = os.getppid()  # it was imported by the server, whose parent is another
     if fault is not None and fault.rank == rank:
         fault.inject()
     sys.argv = [f"{script}.py", *arguments]

@@ -1,6 +1,9 @@
 """A checkpoint is whole or refused; a damaged one is set aside with the reason; none is ever lost silently."""
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +13,12 @@ import torch
 from tests.faults import Fault
 from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
 from trainer.config import ModelConfig
+from trainer.engine.build import build_network
 from trainer.engine.checkpoints import Checkpoints, read_verified
 from trainer.engine.processes import make_accelerator
-from trainer.engine.session import build_network
+from trainer.engine.run import RunFolder
 from trainer.engine.state import TrainState, make_ema
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, TrainerError
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +59,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit flip": (flip_a_bit, "part-00001-of-00002.safetensors differs from its sha256"),
     "zeroed page": (lambda f: change(part(f, 0), 4096, bytes(4096)), "part-00000-of-00002.safetensors differs"),
     "truncation": (lambda f: part(f, 0).write_bytes(part(f, 0).read_bytes()[:-100]), "bytes, the manifest says"),
-    "missing part": (lambda f: part(f, 1).unlink(), "part-00001-of-00002.safetensors cannot be read"),
-    "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "missing part": (lambda f: part(f, 1).unlink(), "part-00001-of-00002.safetensors is missing"),
+    "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     "changed manifest": (lambda f: change(f / "manifest.json", 30, b"9"), "COMPLETE does not belong to this"),
-    "missing marker": (lambda f: (f / "COMPLETE").unlink(), "COMPLETE cannot be read"),
+    "missing marker": (lambda f: (f / "COMPLETE").unlink(), "COMPLETE is missing"),
     "stale marker": (
         lambda f: shutil.copy(f.parent / "step-00000002" / "COMPLETE", f / "COMPLETE"),
         "COMPLETE does not belong to this",
@@ -81,9 +85,9 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(run: Path, trained: P
     """The last two are damaged, each in a part that another rank verifies."""
     flip_a_bit(checkpoint(run, 6))
     part(checkpoint(run, 4), 0).unlink()
-    done = launch(2, "--config", str(write_config(run.parent, dataset)))
-    assert "step 2 of 6" in done.output
-    assert "step-00000006: damaged: part-00001-of-00002.safetensors differs from its sha256" in done.output
+    output = launch(2, "--config", str(write_config(run.parent, dataset)))
+    assert "step 2 of 6" in output
+    assert "step-00000006: damaged: part-00001-of-00002.safetensors differs from its sha256" in output
     assert {event["checkpoint"] for event in events(run) if event["event"] == "quarantined"} == {
         "step-00000004",
         "step-00000006",
@@ -96,17 +100,17 @@ def test_when_all_are_damaged_nothing_starts_anew(run: Path, dataset: Path) -> N
     for step in (2, 4, 6):
         flip_a_bit(checkpoint(run, step))
     for _ in range(2):  # the second time there is only the quarantine to tell
-        done = launch(1, "--config", str(config), expect=2)
-        (line,) = [line for line in done.output.splitlines() if line.startswith("error:")]
+        output = launch(1, "--config", str(config), expect=2)
+        (line,) = [line for line in output.splitlines() if line.startswith("error:")]
         assert "no checkpoint is whole, 3 in quarantine/" in line
-        assert "Traceback" not in done.output
+        assert "Traceback" not in output
     assert len(list((run / "checkpoints" / "quarantine").glob("*/part-*"))) == 6
     assert not [event for event in events(run) if event["event"] == "started"][1:]
 
 
 def test_resume_none_does_not_mix_runs(run: Path, dataset: Path) -> None:
-    done = launch(1, "--config", str(write_config(run.parent, dataset)), "--resume", "none", expect=2)
-    assert "holds checkpoints of an earlier run" in done.output
+    output = launch(1, "--config", str(write_config(run.parent, dataset)), "--resume", "none", expect=2)
+    assert "holds checkpoints of an earlier run" in output
 
 
 def test_going_back_sets_newer_checkpoints_aside(run: Path, trained: Path, dataset: Path) -> None:
@@ -116,23 +120,69 @@ def test_going_back_sets_newer_checkpoints_aside(run: Path, trained: Path, datas
     assert_same_state(run, trained, 6)
     damaged = run / "checkpoints" / "superseded" / "step-00000004"
     flip_a_bit(damaged)
-    done = launch(1, "--config", str(config), "--resume", str(damaged), expect=2)
-    assert "step-00000004: damaged: part-00001" in done.output
+    output = launch(1, "--config", str(config), "--resume", str(damaged), expect=2)
+    assert "step-00000004: damaged: part-00001" in output
+
+
+def test_going_back_to_what_was_set_aside(run: Path, trained: Path, dataset: Path) -> None:
+    """A superseded checkpoint, and then an older one of another folder, win over newer ones of the run."""
+    config = write_config(run.parent, dataset)
+    launch(2, "--config", str(config), "--resume", str(checkpoint(run, 2)), *overrides(train__duration="3 steps"))
+    aside = run / "checkpoints" / "superseded" / "step-00000004"
+    launch(2, "--config", str(config), "--resume", str(aside), *overrides(train__duration="5 steps"))
+    keep_one = overrides(checkpoint__keep=1)
+    launch(2, "--config", str(config), "--resume", str(checkpoint(trained, 2)), *keep_one)
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000006"]
+    assert [event["step"] for event in events(run) if event["event"] == "started"] == [0, 2, 4, 2]
+    assert_same_state(run, trained, 6)
+
+
+def test_a_file_system_that_fails_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(116, "Stale file handle", str(path))
+
+    monkeypatch.setattr("trainer.engine.sealed._sha256", fail)
+    with pytest.raises(CheckpointError, match=r"step-00000006: cannot be verified: .*Stale file handle"):
+        at(run).recover()
+    assert checkpoint(run, 6).exists()
+    assert not (run / "checkpoints" / "quarantine").exists()
+
+
+def test_one_job_trains_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one waits a little for the first to end, then is refused; a dead one's lock is free."""
+    monkeypatch.setattr("trainer.engine.run._PATIENCE_SECONDS", 0.5)
+    holder = os.fork()
+    if holder == 0:
+        first = RunFolder(tmp_path, writes=True)
+        first.claim()
+        time.sleep(60)
+        os._exit(first.path != tmp_path)
+    second = RunFolder(tmp_path, writes=True)
+    try:
+        while not (tmp_path / "lock").exists() or f"process {holder}" not in (tmp_path / "lock").read_text():
+            time.sleep(0.05)
+        with pytest.raises(TrainerError, match=rf"another job trains there \(process {holder} on "):
+            second.claim()
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    second.claim()
+    assert f"process {os.getpid()}" in (tmp_path / "lock").read_text()
 
 
 def test_another_run_is_refused_with_the_differences(run: Path, dataset: Path) -> None:
     config = str(write_config(run.parent, dataset))
     changed = overrides(seed=4, model__dropout=0.5, train__ema_decay=0.5)
-    done = launch(1, "--config", config, *changed, expect=2)
-    assert "model.dropout: 0.1 in the checkpoint, 0.5 now; seed: 3 in the checkpoint, 4 now;" in done.output
-    assert "ema_decay" not in done.output  # may change within a run
+    output = launch(1, "--config", config, *changed, expect=2)
+    assert "model.dropout: 0.1 in the checkpoint, 0.5 now; seed: 3 in the checkpoint, 4 now;" in output
+    assert "ema_decay" not in output  # may change within a run
 
 
 def test_a_full_disk_on_one_rank_ends_all_and_keeps_what_was_complete(tmp_path: Path, dataset: Path) -> None:
     config = str(write_config(tmp_path, dataset))
-    done = launch(2, "--config", config, fault=Fault(action="full", point="write_part", call=2, rank=1), expect=2)
-    assert "step-00000004: cannot be written: [Errno 28] No space left on device (rank 1)" in done.output
-    assert "Traceback" not in done.output
+    output = launch(2, "--config", config, fault=Fault(action="full", point="write_part", call=2, rank=1), expect=2)
+    assert "step-00000004: cannot be written: [Errno 28] No space left on device (rank 1)" in output
+    assert "Traceback" not in output
     run = tmp_path / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
     launch(2, "--config", config)
@@ -191,7 +241,7 @@ def test_a_loaded_state_goes_on_like_the_saved_one(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, make_accelerator())
     state, loaded = small_state(), small_state()
     take_a_step(state)
-    tensors, manifest = checkpoints.read(checkpoints.save(state, step=1, identity={}))
+    tensors, manifest = read_verified(checkpoints.save(state, step=1, identity={}))
     loaded.load(tensors, manifest["state"])
     for each in (state, loaded):
         take_a_step(each)
@@ -203,10 +253,15 @@ def test_a_loaded_state_goes_on_like_the_saved_one(tmp_path: Path) -> None:
 
 def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, make_accelerator())
-    tensors, manifest = checkpoints.read(checkpoints.save(small_state(), step=0, identity={}))
+    tensors, manifest = read_verified(checkpoints.save(small_state(), step=0, identity={}))
     wider = small_state(MODEL.model_copy(update={"base_channels": 16}))
     with pytest.raises(CheckpointError, match=r"model/.*: shape \(.*, the network has \("):
         wider.load(tensors, manifest["state"])
+    moments = {k: v for k, v in tensors.items() if k != "ema/conv_in.bias"}
+    with pytest.raises(CheckpointError, match=r"ema/conv_in\.bias: missing"):
+        small_state().load(moments, manifest["state"])
+    with pytest.raises(CheckpointError, match=r"optimizer\.exp_avg/.*: missing"):
+        small_state().load({**tensors, "optimizer.exp_avg/conv_in.bias": torch.zeros(8)}, manifest["state"])
     deeper = small_state(MODEL.model_copy(update={"blocks_per_level": 2}))
     with pytest.raises(CheckpointError, match="the checkpoint is of another network"):
         deeper.load(tensors, manifest["state"])

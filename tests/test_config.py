@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness import REPOSITORY, environment, launch, load_config, overrides
 from trainer.config import Config, Span
-from trainer.engine.session import build_network
+from trainer.engine.build import build_network
 from trainer.errors import ConfigError
 
 
@@ -34,6 +34,8 @@ def test_shipped_configurations_are_valid_and_survive_being_written(path: Path, 
         ("train.duration=5", 'train.duration = 5: a span of training is written like "5000 steps"'),
         ("train.duration=five steps", "train.duration = 'five steps': a span of training is written like"),
         ("model.channel_multipliers=[1, 'a']", "model.channel_multipliers = 'a': should be a valid integer"),
+        ("train.duration=1.5 steps", "train.duration = '1.5 steps': 1.5 steps is no whole number of steps"),
+        ("optimizer.betas=[0.9, 1.5]", "optimizer.betas = 1.5: should be less than 1"),
         ("seed=-1", "seed = -1: should be greater than or equal to 0"),
         ("train", "--set train: write it as section.name=value"),
         ("seed.x=1", "--set seed.x=1: seed is a value, not a section"),
@@ -83,9 +85,9 @@ def test_networks_that_cannot_be_are_refused(config_path: Path, override: str, m
     ],
 )
 def test_runs_that_cannot_be_end_with_one_line(config_path: Path, arguments: list[str], message: str) -> None:
-    done = launch(2, "--config", str(config_path), *arguments, expect=2)
-    assert message in done.output
-    assert "Traceback" not in done.output
+    output = launch(2, "--config", str(config_path), *arguments, expect=2)
+    assert message in output
+    assert "Traceback" not in output
 
 
 def test_the_exit_code_and_the_line_reach_the_shell(config_path: Path) -> None:

@@ -11,8 +11,8 @@ from trainer.engine.dry_run import as_text, describe_run
 
 
 def plan_of(config: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
-    done = launch(1, "--config", str(config), "--dry-run", "--json", *arguments, expect=expect)
-    return json.loads(done.output[: done.output.rindex("}") + 1])
+    output = launch(1, "--config", str(config), "--dry-run", "--json", *arguments, expect=expect)
+    return json.loads(output[: output.rindex("}") + 1])
 
 
 @pytest.mark.parametrize(
@@ -83,5 +83,5 @@ def test_damaged_shards_are_found(config_path: Path, tmp_path: Path) -> None:
 
 
 def test_its_options_go_with_it_alone(config_path: Path) -> None:
-    done = launch(1, "--config", str(config_path), "--json", expect=2)
-    assert "--json and --world-size go with --dry-run" in done.output
+    output = launch(1, "--config", str(config_path), "--json", expect=2)
+    assert "--json and --world-size go with --dry-run" in output

@@ -60,8 +60,8 @@ def test_the_dump_makes_the_batch_again(run: Path, dataset: Path) -> None:
 def test_too_many_end_the_run(tmp_path: Path, dataset: Path) -> None:
     config = write_config(tmp_path, dataset)
     none_allowed = overrides(train__max_nonfinite_steps=0)
-    done = launch(2, "--config", str(config), *none_allowed, fault=NAN_IN_STEP_4_OF_RANK_1, expect=2)
-    (line,) = {line for line in done.output.splitlines() if line.startswith("error:")}
+    output = launch(2, "--config", str(config), *none_allowed, fault=NAN_IN_STEP_4_OF_RANK_1, expect=2)
+    (line,) = {line for line in output.splitlines() if line.startswith("error:")}
     assert "step 4: loss nan" in line
     assert "exceed train.max_nonfinite_steps = 0" in line
     assert not (tmp_path / "run" / "DONE").exists()

@@ -53,6 +53,21 @@ def test_stopping_and_resuming_changes_no_bit(runs: Path, dataset: Path, uninter
     assert [event["step"] for event in events(run) if event["event"] == "started"] == [0, 1, 4]
 
 
+def test_log_lines_between_checkpoints_survive(runs: Path, dataset: Path, uninterrupted: Path) -> None:
+    """Means over four steps, with stops after two and after five."""
+    rare = overrides(train__micro_batch=2, log__every="4 steps", checkpoint__every="0 steps", train__duration="8 steps")
+    whole, parts = (write_config(runs, dataset, name) for name in ("rare_whole", "rare_parts"))
+    launch(2, "--config", str(whole), *rare)
+    for stop in (2, 5):
+        launch(2, "--config", str(parts), *rare, fault=Fault(action="stop", point="noised_inputs", call=3, rank=0))
+        assert checkpoint(runs / "rare_parts", stop).exists()
+    launch(2, "--config", str(parts), *rare)
+    assert sorted(logged(runs / "rare_whole")) == [4, 8]
+    assert logged(runs / "rare_parts") == logged(runs / "rare_whole")
+    losses = logged(uninterrupted)
+    assert logged(runs / "rare_whole")[4] == pytest.approx(sum(losses[step] for step in (1, 2, 3, 4)) / 4, rel=1e-12)
+
+
 def test_killed_inside_gradient_accumulation(runs: Path, dataset: Path, uninterrupted: Path) -> None:
     """Killed at the second micro-batch of step 4; goes on from the checkpoint of step 2."""
     config = write_config(runs, dataset, "killed_inside")
@@ -89,6 +104,7 @@ def test_another_number_of_processes_sees_the_same_stream(runs: Path, dataset: P
 def test_a_finished_run_stays_as_it_is(uninterrupted: Path) -> None:
     before = sorted(str(path) for path in uninterrupted.rglob("step-*"))
     launch(1, "--config", str(uninterrupted / "config.toml"))
+    assert (uninterrupted / "DONE").exists()
     assert sorted(str(path) for path in uninterrupted.rglob("step-*")) == before
     assert sorted(logged(uninterrupted)) == [1, 2, 3, 4, 5, 6]
 
@@ -178,11 +194,17 @@ def test_accelerate_launch_survives_kill_9_of_all_of_it(tmp_path: Path, dataset:
     assert checkpoint(run, newest + 3).exists()
 
 
-def test_workers_of_a_killed_launcher_save_and_end(tmp_path: Path, dataset: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)], ids=str
+)
+def test_when_the_launcher_ends_its_workers_save_and_end(
+    tmp_path: Path, dataset: Path, processes: int, number: signal.Signals
+) -> None:
+    """Killed, it leaves orphans; terminated, it signals the workers' whole process groups, loaders included."""
     config, run = write_config(tmp_path, dataset), tmp_path / "run"
-    launcher, workers = start_and_wait_for_step_4(2, config, run)
-    launcher.kill()
-    _, alive = psutil.wait_procs(workers, timeout=30)
+    launcher, workers = start_and_wait_for_step_4(processes, config, run)
+    launcher.send_signal(number)
+    _, alive = psutil.wait_procs([launcher, *workers], timeout=30)
     assert not alive
     (stopped,) = [event for event in events(run) if event["event"] == "stopped"]
     assert read_verified(checkpoint(run, stopped["step"]))[1]["step"] == stopped["step"]

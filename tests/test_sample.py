@@ -9,9 +9,9 @@ from PIL import Image
 
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
 from trainer.diffusion.samplers import ancestral_sample
+from trainer.engine.build import build_diffusion, build_network
 from trainer.engine.checkpoints import read_verified
 from trainer.engine.sampling import share_of
-from trainer.engine.session import build_diffusion, build_network
 from trainer.telemetry.pictures import grid, to_uint8
 
 
@@ -71,17 +71,17 @@ def test_grids_are_drawn_while_training(run: Path) -> None:
 
 def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
     launch(1, "--run", str(run), "--n", "1", script="sample")
-    assert (run / "samples" / "step-00000006-seed-0" / "000000.png").exists()
+    assert (run / "samples" / "step-00000006-ema-seed-0" / "000000.png").exists()
     for arguments, message in (
         (["--run", str(tmp_path)], "holds no config.toml, so it is no run's folder"),
         (["--run", str(run), "--seed", "-1"], "--seed -1: should be at least 0"),
-        (["--run", str(run), "--checkpoint", str(tmp_path)], "damaged: manifest.json cannot be read"),
+        (["--run", str(run), "--checkpoint", str(tmp_path)], "damaged: manifest.json is missing"),
         (["--run", str(run), "--out", "/proc/nowhere"], "/proc/nowhere"),
     ):
-        done = launch(1, *arguments, "--n", "1", script="sample", expect=2)
-        (line,) = [line for line in done.output.splitlines() if line.startswith("error:")]
+        output = launch(1, *arguments, "--n", "1", script="sample", expect=2)
+        (line,) = [line for line in output.splitlines() if line.startswith("error:")]
         assert message in line
-        assert "Traceback" not in done.output
+        assert "Traceback" not in output
 
 
 def test_every_sample_falls_to_one_rank() -> None:

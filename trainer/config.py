@@ -4,6 +4,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -33,8 +34,10 @@ class Span:
         if match is None:
             raise ValueError('a span of training is written like "5000 steps", "2.4M steps" or "51.2M images"')
         number, suffix, unit = match.groups()
-        count = round(float(number) * _SUFFIXES[suffix])
-        return cls(count, "steps" if unit.startswith("step") else "images")
+        count = Decimal(number.replace("_", "")) * _SUFFIXES[suffix]
+        if count != int(count):
+            raise ValueError(f"{count} {unit} is no whole number of {unit}")
+        return cls(int(count), "steps" if unit.startswith("step") else "images")
 
     def images(self, global_batch: int) -> int:
         """The span in images, whatever it was written in."""
@@ -123,7 +126,7 @@ class OptimizerConfig(_Section):
     """Learning rate after the warm-up."""
     warmup: SpanField
     """Linear warm-up from 0; "0 steps" for none."""
-    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Decay rates of Adam's two moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
@@ -147,14 +150,14 @@ class TrainConfig(_Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_nonfinite_steps: int = Field(default=10, ge=0)
-    """Steps with a NaN or infinite loss or gradient that are skipped and dumped before the run gives up."""
+    """Steps of a run that may be skipped and dumped for a NaN or infinity in loss or gradient; one more ends it."""
 
 
 class CheckpointConfig(_Section):
     """When the state is saved and what is kept."""
 
     every: SpanField
-    """Between two checkpoints."""
+    """Between two checkpoints; "0 steps" saves only at the end or when stopped."""
     keep: int = Field(default=3, gt=0)
     """Newest checkpoints that are kept."""
     keep_every: SpanField = Span(0, "steps")
@@ -165,7 +168,7 @@ class LogConfig(_Section):
     """What is written while training."""
 
     every: SpanField
-    """Between two lines of scalars (TensorBoard, metrics.jsonl)."""
+    """Between two lines of scalars (TensorBoard, metrics.jsonl); "0 steps" for one at the end."""
     samples_every: SpanField
     """Between two sample grids; "0 steps" for none."""
     samples: int = Field(default=64, gt=0)

@@ -4,22 +4,29 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import ClassVar
 
 
 class TrainerError(Exception):
     """Something outside the program is not as it must be; the message says what, where and what would be right.
 
-    `on_every_rank`: all ranks raise it together, so that one of them speaks for all.
+    `agreed`: all ranks raise it together, so that one of them speaks for all.
     """
 
-    on_every_rank: ClassVar[bool] = False
+    def __init__(self, message: str, *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
+
+    def is_mine_to_tell(self) -> bool:
+        """Whether this rank prints it: of ranks that say the same, only the first does."""
+        return not self.agreed or os.environ.get("RANK", "0") == "0"
 
 
 class ConfigError(TrainerError):
     """A configuration that cannot be run; the message names the field, its value and what would be valid."""
 
-    on_every_rank = True
+    def is_mine_to_tell(self) -> bool:
+        """The ranks of a node read the same file."""
+        return super().is_mine_to_tell() and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class DataError(TrainerError):
@@ -29,13 +36,9 @@ class DataError(TrainerError):
 class CheckpointError(TrainerError):
     """A checkpoint that cannot be written, verified or resumed from; the message names it and the reason."""
 
-    on_every_rank = True
-
 
 class NonFiniteError(TrainerError):
     """Training diverged: more steps than allowed had a loss or a gradient that was not finite."""
-
-    on_every_rank = True
 
 
 def exit_clearly(main: Callable[[], int]) -> Callable[[], int]:
@@ -46,7 +49,7 @@ def exit_clearly(main: Callable[[], int]) -> Callable[[], int]:
         try:
             return main()
         except TrainerError as error:
-            if not error.on_every_rank or os.environ.get("RANK", "0") == "0":
+            if error.is_mine_to_tell():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
 

@@ -15,6 +15,14 @@ from trainer.engine.session import train
 from trainer.errors import exit_clearly
 
 
+def at_least_one(text: str) -> int:
+    """An argument that counts."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: should be at least 1")
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -34,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         "checkpoint; none: start, and refuse if the run has checkpoints",
     )
     parser.add_argument("--dry-run", action="store_true", help="check the configuration, print what it means, and stop")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: number of processes to plan for")
+    parser.add_argument("--world-size", type=at_least_one, metavar="N", help="with --dry-run: processes to plan for")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
     arguments = parser.parse_args()
     if not arguments.dry_run and (arguments.json or arguments.world_size is not None):

@@ -16,8 +16,8 @@ _OPEN_SHARDS = 256
 class ShardedDataset:
     """The images of one data_prep folder by sample id, 0 <= id < len(self).
 
-    Opening checks the manifest, every shard's size and the index; reading checks each sample's crc32. Copies that
-    travel to loader processes (fork or spawn) open their own files.
+    Opening checks the manifest, every shard's size and the index; reading checks each sample's crc32. It may be forked
+    or sent to loader processes: reads do not share a file position, and a copy that was sent opens its own files.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.data.decode import decode
 from trainer.data.order import sample_ids
 from trainer.data.shards import ShardedDataset
 from trainer.errors import ConfigError, DataError
+from trainer.signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +136,29 @@ def micro_batches(
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
     )
+    batches = iter(loader)
     try:
-        yield from loader
+        with _stop_signals_blocked():
+            first = next(batches)  # starts the loader processes, which inherit the mask
+        yield first
+        yield from batches
     except DataError as error:
         # A loader process wraps the message in its traceback; the last line is the one that was raised.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainer.errors.DataError: ")) from error
 
 
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Launchers and schedulers signal whole process groups: to stop is the trainer's to decide, not its loaders'."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)  # one process a worker is the parallelism that was asked for
-    # A stop signal sent to the whole process group is the trainer's to handle. SIGTERM keeps its meaning: the
-    # DataLoader ends stuck workers with it.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _shorten(values: list[int]) -> str:

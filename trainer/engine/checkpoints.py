@@ -11,7 +11,7 @@ Names and shapes of the tensors do not depend on the number of ranks, so any num
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer import __version__
 from trainer.engine import sealed
-from trainer.engine.processes import broadcast, gather, together
+from trainer.engine.processes import broadcast, together
 from trainer.engine.state import TrainState
 from trainer.errors import CheckpointError
 
@@ -81,16 +81,21 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def verify(self, path: Path) -> str | None:
-        """Check every byte of a checkpoint, each rank its share. Returns the reason why it is damaged, or None."""
-        try:
-            manifest = sealed.read_manifest(path)
-            for record in manifest["files"][self.rank :: self.world_size]:
-                sealed.verify_file(path, record)
-        except sealed.DamagedError as fault:
-            reason: str | None = str(fault)
-        else:
-            reason = None
-        return next((reason for reason in gather(reason) if reason is not None), None)
+        """Check every byte of a checkpoint, each rank its share. Returns the reason why it is damaged, or None.
+
+        Raises CheckpointError where it cannot be read, which does not say that it is damaged.
+        """
+
+        def verify_own_share() -> str | None:
+            try:
+                for record in sealed.read_manifest(path)["files"][self.rank :: self.world_size]:
+                    sealed.verify_file(path, record)
+            except sealed.DamagedError as fault:
+                return str(fault)
+            return None
+
+        reasons = together(f"{path}: cannot be verified", verify_own_share, kind=CheckpointError)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def find_verified(self) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that is whole, or None, and the newer ones that are not, with the reason of each."""
@@ -116,43 +121,44 @@ class Checkpoints:
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items()) or "see REASON in each"
             raise CheckpointError(
                 f"{self.folder}: no checkpoint is whole, {quarantined} in quarantine/ ({reasons}); "
-                "restore one from a copy, or choose another run_dir to start anew"
+                "restore one from a copy, or choose another run_dir to start anew",
+                agreed=True,
             )
         return newest, damaged
 
-    def read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors (on the CPU) and manifest of a checkpoint, verified first.
-
-        Raises CheckpointError where it is damaged or of another format.
-        """
+    def check(self, path: Path) -> None:
+        """Raise CheckpointError where one certain checkpoint is damaged."""
         reason = self.verify(path)
         if reason is not None:
-            raise CheckpointError(f"{path}: damaged: {reason}")
-        return read_verified(path)
+            raise CheckpointError(f"{path}: damaged: {reason}", agreed=True)
 
-    def supersede(self, step: int) -> None:
-        """Set checkpoints newer than `step` aside: the run goes on from there and will write those steps again."""
-        for newer in broadcast([s for s in self.steps() if s > step]):
-            self._set_aside(self.path(newer), "superseded", f"the run was taken back to step {step}")
+    def supersede(self, source: Path, step: int) -> None:
+        """Set aside what the run will write again when it goes on from `source`, a checkpoint of `step`."""
+        for other in broadcast(self.steps()):
+            if other > step or (other == step and self.path(other).resolve() != source.resolve()):
+                self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
 
-    def retire(self, keep: int, keep_forever: Mapping[int, bool]) -> None:
+    def retire(self, keep: int, keep_forever: Callable[[int], bool]) -> None:
         """Delete checkpoints that are neither among the `keep` newest nor to be kept for ever."""
-        if self.rank == 0:
+
+        def delete() -> None:
             for step in self.steps()[:-keep]:
-                if not keep_forever.get(step, False):
+                if not keep_forever(step):
                     doomed = self.folder / f".staging-retired-{step:08d}"
                     self.path(step).rename(doomed)  # at once, so that a half-deleted one is never taken for damaged
-                    shutil.rmtree(doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)  # what stays is discarded at the next start
+
+        together(f"{self.folder}: an old checkpoint cannot be deleted", delete, kind=CheckpointError, only_rank=0)
 
     def discard_unfinished(self) -> None:
         """Delete what an interrupted save or deletion left."""
         if self.rank == 0:
             for leftover in self.folder.glob(".staging-*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         self.wait()
 
     def _set_aside(self, path: Path, where: str, reason: str) -> None:
-        if self.rank == 0:
+        def move() -> None:
             parent = self.folder / where
             parent.mkdir(exist_ok=True)
             target, copy = parent / path.name, 1
@@ -160,7 +166,8 @@ class Checkpoints:
                 target, copy = parent / f"{path.name}.{copy}", copy + 1
             path.rename(target)
             (target / "REASON").write_text(reason + "\n")
-        self.wait()
+
+        together(f"{path}: cannot be moved to {where}/", move, kind=CheckpointError, only_rank=0)
 
 
 def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

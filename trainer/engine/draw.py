@@ -12,12 +12,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.config import Config
-from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.build import build_diffusion, build_network
+from trainer.engine.checkpoints import Checkpoints, read_verified
 from trainer.engine.processes import make_accelerator, together
 from trainer.engine.run import RunFolder
 from trainer.engine.sampling import sample, share_of
-from trainer.engine.session import build_diffusion, build_network
 from trainer.errors import CheckpointError, ConfigError
+from trainer.models.unet import UNet
 from trainer.telemetry.pictures import Pixels, grid, save_png
 
 _LARGEST_GRID = 64
@@ -52,19 +53,13 @@ def draw(request: DrawRequest) -> Path:
     path = request.checkpoint or checkpoints.find_verified()[0]
     if path is None:
         raise CheckpointError(f"{folder.checkpoints}: holds no checkpoint that is whole")
-    tensors, manifest = checkpoints.read(path)
-
+    checkpoints.check(path)
     network = build_network(config.model)
-    prefix = f"{request.weights}/"
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its weights do not fit the network of {folder.config}") from error
+    step = together(f"{path}: cannot be read", lambda: _load_weights(network, request.weights, path))[0]
     network.eval().to(accelerator.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
 
-    out = request.out or folder.samples / f"step-{manifest['step']:08d}-seed-{request.seed}"
+    out = request.out or folder.samples / f"step-{step:08d}-{request.weights}-seed-{request.seed}"
     batches = share_of(request.count, request.batch, accelerator.process_index, accelerator.num_processes)
     with tqdm(
         total=config.diffusion.timesteps * sum(map(len, batches)),
@@ -88,6 +83,17 @@ def draw(request: DrawRequest) -> Path:
         print(f"{request.count} images from {path} ({request.weights} weights, seed {request.seed}) in {out}")
     accelerator.end_training()
     return out
+
+
+def _load_weights(network: UNet, kind: str, path: Path) -> int:
+    """Returns the checkpoint's step."""
+    tensors, manifest = read_verified(path)
+    weights = {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights do not fit the network in the run's config.toml") from error
+    return int(manifest["step"])
 
 
 def _write_images(out: Path, drawn: Iterator[tuple[range, Pixels]]) -> None:

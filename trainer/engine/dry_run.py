@@ -8,9 +8,9 @@ from typing import Any
 from trainer.config import Config
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout
+from trainer.engine.build import build_network
 from trainer.engine.cost import Cost, measure
 from trainer.engine.run import check_dataset
-from trainer.engine.session import build_network
 from trainer.errors import TrainerError
 from trainer.models.unet import UNet
 

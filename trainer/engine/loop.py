@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout
 from trainer.diffusion.noise import keyed_timesteps
 from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.processes import gather
+from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import sample, share_of
 from trainer.engine.state import TrainState
@@ -25,6 +26,7 @@ from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.progress import Progress, Stopwatch
 
 _LARGEST_SAMPLING_BATCH = 64
+_MOST_OVERFLOWS = 64
 
 
 class TrainingLoop:
@@ -61,7 +63,8 @@ class TrainingLoop:
             total=self.last_step, done=self.step, unit="step", title="training", visible=accelerator.is_main_process
         )
         self.stopwatch = Stopwatch()
-        self.applied: list[Verdict] = []  # since the last log line
+        self.grad_norm = math.nan  # of the last step that was applied
+        self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
         self.stopping = False
 
@@ -77,20 +80,25 @@ class TrainingLoop:
             loss = self.train_step.backward(stream)
             self._settle()
             self.pending = self.train_step.update(loss)
-            if self._is_due(self.config.log.samples_every):
-                self._settle()
-                self._draw_samples()
             if self._is_due(self.config.checkpoint.every):
                 self._settle()
                 self._save()
                 saved_at = self.step
+            if self._is_due(self.config.log.samples_every):
+                self._settle()
+                if not self.stopping:
+                    self._draw_samples()
         self._settle()
         if self.step > saved_at:
             self._save()
         finished = self.step >= self.last_step
         self.folder.event("finished" if finished else "stopped", step=self.step)
-        if finished and self.accelerator.is_main_process:
-            self.folder.done.write_text(f"step {self.step}\n")
+        if finished:
+            together(
+                f"{self.folder.done}: cannot be written",
+                lambda: self.folder.done.write_text(f"step {self.step}\n"),
+                only_rank=0,
+            )
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
@@ -106,9 +114,13 @@ class TrainingLoop:
         verdict, self.pending = self.pending.read(), None
         if verdict.finite:
             self.state.ema.update()
-            self.applied.append(verdict)
-        elif self.state.scaler is None or not math.isfinite(verdict.loss):
-            # With loss scaling, an infinite gradient under a finite loss is how the scale is found: no fault.
+            self.state.unlogged_steps += 1
+            self.state.unlogged_loss += verdict.loss
+            self.grad_norm = verdict.grad_norm
+            self.overflows = 0
+        elif self.state.scaler is not None and math.isfinite(verdict.loss) and self.overflows < _MOST_OVERFLOWS:
+            self.overflows += 1  # this is how the scale is found: no fault of the batch's
+        else:
             self._report_nonfinite(verdict)
         self.stopping = self.stopping or verdict.stop_requests > 0
         self.stopwatch.count(self.layout.global_batch)
@@ -123,12 +135,13 @@ class TrainingLoop:
             "train/epoch": self.state.position / len(self.dataset),
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
         }
-        if self.applied:
-            values["train/loss"] = float(np.mean([verdict.loss for verdict in self.applied]))
-            values["train/grad_norm"] = self.applied[-1].grad_norm
-            self.applied.clear()
-        if self.metrics is not None:
-            self.metrics.scalars(self.step, values)
+        if self.state.unlogged_steps:
+            values["train/loss"] = self.state.unlogged_loss / self.state.unlogged_steps
+            values["train/grad_norm"] = self.grad_norm
+            self.state.unlogged_steps, self.state.unlogged_loss = 0, 0.0
+        with self._best_effort():
+            if self.metrics is not None:
+                self.metrics.scalars(self.step, values)
         summary = f"loss {values.get('train/loss', math.nan):.4f}, {values['train/images_per_second']:.1f} images/s"
         self.progress.show(summary)
         self.progress.log(f"step {self.step}/{self.last_step}: {summary}")
@@ -141,7 +154,7 @@ class TrainingLoop:
         ids = sample_ids(positions, len(self.dataset), self.config.seed)
         t = keyed_timesteps(self.config.seed, torch.from_numpy(positions), self.config.diffusion.timesteps)
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
-        if self.accelerator.is_main_process:
+        with self._best_effort():
             dump = {
                 "step": self.step,
                 "loss": repr(verdict.loss),
@@ -152,23 +165,26 @@ class TrainingLoop:
                     for p, i, k in zip(positions, ids, t)
                 ],
             }
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(dump, indent=1))
+            if self.accelerator.is_main_process:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(dump, indent=1))
         self.folder.event("nonfinite", step=self.step, dump=str(path))
         line = f"step {self.step}: loss {verdict.loss}, gradient norm {verdict.grad_norm}; skipped, batch in {path}"
         self.progress.say(line)
         if self.state.nonfinite_steps > self.config.train.max_nonfinite_steps:
             raise NonFiniteError(
                 f"{line}; {self.state.nonfinite_steps} such steps exceed "
-                f"train.max_nonfinite_steps = {self.config.train.max_nonfinite_steps}"
+                f"train.max_nonfinite_steps = {self.config.train.max_nonfinite_steps}",
+                agreed=True,
             )
 
     def _save(self) -> None:
         resume_watch = self.stopwatch.pause()
         path = self.checkpoints.save(self.state, step=self.step, identity=self.identity)
         keep_every, global_batch = self.config.checkpoint.keep_every, self.layout.global_batch
-        forever = {step: keep_every.is_due(step * global_batch, global_batch) for step in self.checkpoints.steps()}
-        self.checkpoints.retire(self.config.checkpoint.keep, forever)
+        self.checkpoints.retire(
+            self.config.checkpoint.keep, lambda step: keep_every.is_due(step * global_batch, global_batch)
+        )
         self.folder.event("checkpoint", step=self.step, path=str(path))
         resume_watch()
 
@@ -186,10 +202,19 @@ class TrainingLoop:
             seed=self.config.seed,
         )
         parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
-        if self.metrics is not None:
-            picture = grid(np.concatenate([parts[first] for first in sorted(parts)]))
-            path = self.folder.samples / f"step-{self.step:08d}.png"
-            save_png(path, picture)
-            self.metrics.picture(self.step, "samples", picture)
-            self.progress.say(f"step {self.step}: samples in {path}")
+        with self._best_effort():
+            if self.metrics is not None:
+                picture = grid(np.concatenate([parts[first] for first in sorted(parts)]))
+                path = self.folder.samples / f"step-{self.step:08d}.png"
+                save_png(path, picture)
+                self.metrics.picture(self.step, "samples", picture)
+                self.progress.say(f"step {self.step}: samples in {path}")
         resume_watch()
+
+    @contextmanager
+    def _best_effort(self) -> Iterator[None]:
+        """What only tells of the run must not end it."""
+        try:
+            yield
+        except OSError as fault:
+            self.progress.say(f"step {self.step}: not written: {fault}")

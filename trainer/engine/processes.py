@@ -3,7 +3,7 @@
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from trainer.errors import ConfigError, TrainerError
 
 T = TypeVar("T")
+_PARENT = os.getppid()  # when this module was imported: the launcher, whatever its number
 
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
 
@@ -46,12 +47,15 @@ def make_accelerator(precision: MixedPrecision = "fp32") -> Accelerator:
 
 
 def die_with_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the parent dies: workers of a killed launcher would train on as orphans."""
-    if "LOCAL_RANK" not in os.environ:
+    """Ask the kernel for a SIGTERM when the parent dies: workers of a killed launcher would train on as orphans.
+
+    Started by hand, from a shell that may be closed, nothing is asked for.
+    """
+    if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark, accelerate's
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() == 1:  # it died before the call
+    if os.getppid() != _PARENT:  # it died before the call
         raise TrainerError("the launcher is gone")
 
 
@@ -72,18 +76,37 @@ def broadcast(value: Any) -> Any:
 def together(
     what: str, action: Callable[[], T], *, kind: type[TrainerError] = TrainerError, only_rank: int | None = None
 ) -> list[T]:
-    """Let every rank (or only one) read or write files; where it fails on any, all raise `kind`, so that none waits.
+    """Let every rank (or only one) act on files; where it fails on any, all raise, so that none waits for ever.
 
-    Returns the results in rank order. The error says `what` could not be done, why, and on which rank.
+    Returns the results in rank order (they travel, so keep them small). The error is of `kind` and says `what` could
+    not be done, why, and on which rank; a TrainerError keeps its own words.
     """
     outcome: tuple[list[T], str | None] = ([], None)
+    failure: Exception | None = None
     if only_rank is None or only_rank == PartialState().process_index:
         try:
             outcome = ([action()], None)
-        except (OSError, SafetensorError) as fault:
-            outcome = ([], str(fault))
+        except Exception as fault:
+            failure = fault
+            outcome = ([], str(fault) if isinstance(fault, TrainerError) else f"{what}: {fault}")
     outcomes = gather(outcome)
     for rank, (_, reason) in enumerate(outcomes):
         if reason is not None:
-            raise kind(f"{what}: {reason}" + (f" (rank {rank})" if len(outcomes) > 1 else ""))
+            if failure is not None and not isinstance(failure, OSError | SafetensorError | TrainerError):
+                raise failure  # no fault of the user's: the rank that has it shows where
+            where = f" (rank {rank})" if len(outcomes) > 1 else ""
+            raise kind(reason + where, agreed=True) from failure
     return [result for results, _ in outcomes for result in results]
+
+
+def check_alike(values: Mapping[str, Any], *, kind: type[TrainerError]) -> None:
+    """Raise `kind` on all ranks where a rank has other values than rank 0: they would train another run."""
+    first, *others = gather(dict(values))
+    for rank, other in enumerate(others, start=1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise kind(
+                    f"{name}: {first.get(name)} on rank 0, {other.get(name)} on rank {rank}; "
+                    "every node must have the same configuration and data",
+                    agreed=True,
+                )

@@ -9,18 +9,24 @@ RUN/events.jsonl     starts, resumes, checkpoints, faults, stops
 RUN/DONE             written when the whole duration has been trained
 """
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trainer.config import Config
 from trainer.data.shards import ShardedDataset
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 
+_PATIENCE_SECONDS = 20
+
 
 class RunFolder:
-    """Paths of a run, and its journal. Only rank 0 writes."""
+    """Paths of a run, its lock and its journal. Rank 0 alone writes."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
@@ -31,20 +37,40 @@ class RunFolder:
         self.done = path / "DONE"
         self.config = path / "config.toml"
         self._writes = writes
+        self._lock: IO[str] | None = None
 
-    def create(self, config: Config) -> None:
-        """Make the folder and save the resolved configuration."""
-        if self._writes:
+    def claim(self) -> None:
+        """Make the folder and lock it for this process's life; the kernel frees the lock of a process that died.
+
+        Waits a little for the workers of a killed launcher, which save before they end. Raises TrainerError where
+        another job goes on training there.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("a+")
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
             try:
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-                self.config.write_text(config.to_toml())
-            except OSError as error:
-                raise TrainerError(f"run_dir = {self.path}: cannot be written ({error.strerror})") from error
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    self._lock.seek(0)
+                    owner = self._lock.read().strip()
+                    raise TrainerError(f"run_dir = {self.path}: another job trains there ({owner})") from None
+                time.sleep(0.2)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def begin(self, config: Config) -> None:
+        """Save the resolved configuration; the run is not done any more, should it have been."""
+        self.config.write_text(config.to_toml())
+        self.done.unlink(missing_ok=True)
 
     def event(self, name: str, **details: Any) -> None:
-        """Append a line to the journal."""
+        """Append a line to the journal; a journal that cannot be written is no reason to stop."""
         if self._writes:
-            with (self.path / "events.jsonl").open("a") as journal:
+            with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a") as journal:
                 journal.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
 
 

@@ -15,7 +15,7 @@ from trainer.telemetry.pictures import Pixels, to_uint8
 def share_of(count: int, batch: int, rank: int, world_size: int) -> list[range]:
     """The batches of sample numbers 0..count-1 that fall to a rank.
 
-    They are cut the same way for every number of ranks, since the network's rounding may depend on the batch size.
+    With one `batch` they are cut the same way for any number of ranks: the network's rounding may depend on its size.
     """
     batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
     return batches[rank::world_size]

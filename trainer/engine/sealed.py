@@ -49,13 +49,14 @@ def seal(staging: Path, final: Path, files: Sequence[FileRecord], content: dict[
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's content with "files" as a list of FileRecord.
 
-    Raises DamagedError where the manifest or the marker is missing, or the one is not of the other.
+    Raises DamagedError where the manifest or the marker is missing, or the one is not of the other, and OSError where
+    they cannot be read: that may be the file system's fault, and no reason to give a checkpoint up.
     """
     try:
         manifest = (folder / MANIFEST_NAME).read_bytes()
         marker = (folder / COMPLETE_NAME).read_bytes().decode(errors="replace").strip()
-    except OSError as error:
-        raise DamagedError(f"{Path(error.filename).name} cannot be read ({error.strerror})") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{Path(error.filename).name} is missing") from error
     if hashlib.sha256(manifest).hexdigest() != marker:
         raise DamagedError(f"{COMPLETE_NAME} does not belong to this {MANIFEST_NAME}: one of them was changed")
     content = json.loads(manifest)
@@ -64,7 +65,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_file(folder: Path, record: FileRecord) -> None:
-    """Raise DamagedError where the file is not, byte for byte, the one that was sealed."""
+    """Raise DamagedError where the file is not, byte for byte, the one that was sealed; OSError as `read_manifest`."""
     path = folder / record.name
     try:
         size = path.stat().st_size
@@ -72,8 +73,8 @@ def verify_file(folder: Path, record: FileRecord) -> None:
             raise DamagedError(f"{record.name} has {size} bytes, the manifest says {record.bytes}")
         if _sha256(path) != record.sha256:
             raise DamagedError(f"{record.name} differs from its sha256 in the manifest")
-    except OSError as error:
-        raise DamagedError(f"{record.name} cannot be read ({error.strerror})") from error
+    except FileNotFoundError as error:
+        raise DamagedError(f"{record.name} is missing") from error
 
 
 def fsync(path: Path) -> None:

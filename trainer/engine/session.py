@@ -1,66 +1,23 @@
 """From a configuration to a running loop: processes, data, network, state, resume."""
 
+import multiprocessing
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
-from trainer.config import Config, ModelConfig
+from trainer.config import Config
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.schedules import make_betas
+from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.loop import TrainingLoop
-from trainer.engine.processes import broadcast, die_with_launcher, make_accelerator
-from trainer.engine.run import RunFolder, check_dataset, check_identity, identity
-from trainer.engine.signals import StopRequest
-from trainer.engine.state import TrainState, make_ema
+from trainer.engine.processes import check_alike, die_with_launcher, make_accelerator, together
+from trainer.engine.resume import find_checkpoint, load_checkpoint
+from trainer.engine.run import RunFolder, check_dataset, identity
 from trainer.engine.step import TrainStep
-from trainer.errors import CheckpointError, ConfigError
-from trainer.models.unet import UNet, UNetConfig
-
-
-def build_network(model: ModelConfig) -> UNet:
-    """The UNet that the configuration describes, initialised from torch's current seed.
-
-    Raises ConfigError where the sizes do not fit together.
-    """
-    fields = model.model_dump()
-    fields["channel_multipliers"] = tuple(model.channel_multipliers)
-    fields["attention_resolutions"] = tuple(model.attention_resolutions)
-    try:
-        return UNet(UNetConfig(**fields))
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from error
-
-
-def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:
-    """The forward process that the configuration describes, its tables on the device."""
-    return GaussianDiffusion(make_betas(config.diffusion.schedule, config.diffusion.timesteps)).to(device)
-
-
-def build_state(config: Config, accelerator: Accelerator) -> TrainState:
-    """The state of a run that has not begun; the same on every rank and for every number of ranks."""
-    torch.manual_seed(config.seed)
-    model = build_network(config.model).to(accelerator.device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
-    model.activation_checkpointing = config.train.activation_checkpointing
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        fused=True,
-    )
-    return TrainState(
-        model=model,
-        ema=make_ema(model, config.train.ema_decay),
-        optimizer=optimizer,
-        scaler=accelerator.scaler,
-    )
+from trainer.errors import ConfigError, DataError
+from trainer.signals import StopRequest
 
 
 def train(config: Config, *, resume: str) -> bool:
@@ -74,17 +31,17 @@ def train(config: Config, *, resume: str) -> bool:
     layout = BatchLayout.plan(
         config.train.global_batch, int(os.environ.get("WORLD_SIZE", "1")), config.train.micro_batch
     )
-    dataset = ShardedDataset(Path(config.data.path))
-    check_dataset(config, dataset)
     accelerator = make_accelerator(config.train.precision)
-    folder = RunFolder(Path(config.run_dir), writes=accelerator.is_main_process)
+    dataset = _open_dataset(config)
+    # The parts of the configuration that may differ between restarts must not differ between ranks.
+    check_alike({**identity(config, dataset), "the configuration": config.to_toml()}, kind=ConfigError)
+
     state = build_state(config, accelerator)
-    network = accelerator.prepare(state.model)
     train_step = TrainStep(
         config=config,
         layout=layout,
         accelerator=accelerator,
-        network=network,
+        network=accelerator.prepare(state.model),
         state=state,
         diffusion=build_diffusion(config, accelerator.device),
         stop=stop,
@@ -92,16 +49,16 @@ def train(config: Config, *, resume: str) -> bool:
     if layout.world_size > 1:
         train_step.warm_up()
 
+    folder = RunFolder(Path(config.run_dir), writes=accelerator.is_main_process)
+    what = f"run_dir = {folder.path}: cannot be written"
+    together(what, folder.claim, only_rank=0)
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    source = _find_checkpoint(checkpoints, folder, resume, say=accelerator.print)
-    if source is not None:
-        tensors, manifest = checkpoints.read(source)
-        check_identity(manifest["identity"], identity(config, dataset), source)
-        state.load(tensors, manifest["state"])
-        if source.parent.resolve() == folder.checkpoints.resolve():
-            checkpoints.supersede(manifest["step"])
-    folder.create(config)
     checkpoints.discard_unfinished()
+    source = find_checkpoint(checkpoints, folder, resume, say=accelerator.print)
+    if source is not None:
+        step = load_checkpoint(source, state, identity(config, dataset))
+        checkpoints.supersede(source, step)
+    together(what, lambda: folder.begin(config), only_rank=0)
 
     loop = TrainingLoop(
         config=config,
@@ -115,47 +72,44 @@ def train(config: Config, *, resume: str) -> bool:
     )
     folder.event("started", step=loop.step, world_size=layout.world_size, resumed_from=str(source or ""))
     loop.progress.say(_summary(loop, source))
+    return _run(loop, accelerator)
+
+
+def _open_dataset(config: Config) -> ShardedDataset:
+    opened: list[ShardedDataset] = []
+
+    def open_and_check() -> None:
+        opened.append(ShardedDataset(Path(config.data.path)))
+        check_dataset(config, opened[0])
+
+    together(f"data.path = {config.data.path}: cannot be read", open_and_check, kind=DataError)
+    return opened[0]
+
+
+def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
     plan = MicroBatchPlan(
-        layout,
-        samples=len(dataset),
-        seed=config.seed,
+        loop.layout,
+        samples=len(loop.dataset),
+        seed=loop.config.seed,
         rank=accelerator.process_index,
         first_step=loop.step,
         last_step=loop.last_step,
     )
     stream = micro_batches(
-        dataset,
+        loop.dataset,
         plan,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
+        workers=loop.config.data.workers,
+        prefetch=loop.config.data.prefetch,
         pin_memory=accelerator.device.type == "cuda",
     )
-    finished = loop.run(stream)
-    stream.close()
+    try:
+        finished = loop.run(stream)
+    finally:
+        stream.close()
+        for loader in multiprocessing.active_children():
+            loader.kill()  # one that is left would hold up the exit, deaf to SIGTERM as it was made
     accelerator.end_training()
     return finished
-
-
-def _find_checkpoint(
-    checkpoints: Checkpoints, folder: RunFolder, resume: str, *, say: Callable[[str], None]
-) -> Path | None:
-    """Which checkpoint to go on from; None to start."""
-    if resume == "auto":
-        newest, damaged = checkpoints.recover()
-        for path, reason in damaged.items():
-            folder.event("quarantined", checkpoint=path.name, reason=reason)
-            say(f"{path}: damaged: {reason}; moved to quarantine/")
-        return newest
-    if resume == "none":
-        if broadcast(bool(checkpoints.steps() or any(checkpoints.folder.glob("quarantine/*")))):
-            raise CheckpointError(
-                f"{checkpoints.folder}: holds checkpoints of an earlier run, which --resume none would mix with a new "
-                "one; choose another run_dir, or move the folder away"
-            )
-        return None
-    if not Path(resume).is_dir():
-        raise CheckpointError(f"--resume {resume}: no such checkpoint; give auto, none or the path of one (step-...)")
-    return Path(resume)
 
 
 def _summary(loop: TrainingLoop, source: Path | None) -> str:

@@ -38,7 +38,10 @@ def make_ema(model: nn.Module, decay: float) -> EMA:
 
 @dataclass
 class TrainState:
-    """`position` counts images consumed; `nonfinite_steps` the steps that were skipped by the guard."""
+    """`position` counts images consumed; `nonfinite_steps` the steps that were skipped by the guard.
+
+    `unlogged_steps` and their summed `unlogged_loss` wait for the next log line, which a restart must not change.
+    """
 
     model: nn.Module
     ema: EMA
@@ -46,6 +49,8 @@ class TrainState:
     scaler: torch.amp.GradScaler | None
     position: int = 0
     nonfinite_steps: int = 0
+    unlogged_steps: int = 0
+    unlogged_loss: float = 0.0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state under a name that says what it is, whatever the number of ranks.
@@ -64,6 +69,8 @@ class TrainState:
         return {
             "position": self.position,
             "nonfinite_steps": self.nonfinite_steps,
+            "unlogged_steps": self.unlogged_steps,
+            "unlogged_loss": self.unlogged_loss,
             "ema_updates": int(self.ema.step),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
@@ -76,12 +83,15 @@ class TrainState:
         groups = _group(tensors)
         _check("model", self.model.state_dict(), groups.get("model", {}))
         _check("ema", self.ema.ema_model.state_dict(), groups.get("ema", {}))
+        quantities = {kind.removeprefix("optimizer."): group for kind, group in groups.items() if "." in kind}
+        for quantity, group in quantities.items():  # none before the first step, or one for every parameter
+            if difference := sorted(dict(self.model.named_parameters()).keys() ^ group.keys()):
+                raise CheckpointError(f"optimizer.{quantity}/{difference[0]}: missing, or of no parameter")
         self.model.load_state_dict(groups["model"])
         self.ema.ema_model.load_state_dict(groups["ema"])
         self.ema.step.fill_(scalars["ema_updates"])
-        quantities = {kind.removeprefix("optimizer."): group for kind, group in groups.items() if "." in kind}
         per_parameter = {
-            number: {q: _laid_out_like(parameter, group[name]) for q, group in quantities.items() if name in group}
+            number: {q: _laid_out_like(parameter, group[name]) for q, group in quantities.items()}
             for number, (name, parameter) in enumerate(self.model.named_parameters())
         }
         param_groups = self.optimizer.state_dict()["param_groups"]
@@ -90,6 +100,8 @@ class TrainState:
             self.scaler.load_state_dict(scalars["scaler"])
         self.position = scalars["position"]
         self.nonfinite_steps = scalars["nonfinite_steps"]
+        self.unlogged_steps = scalars["unlogged_steps"]
+        self.unlogged_loss = scalars["unlogged_loss"]
 
 
 def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

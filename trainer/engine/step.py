@@ -14,8 +14,8 @@ from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.diffusion.noise import Stream, keyed_flips, keyed_int, keyed_normal, keyed_timesteps
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.engine.signals import StopRequest
 from trainer.engine.state import TrainState
+from trainer.signals import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)

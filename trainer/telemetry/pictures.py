@@ -1,6 +1,7 @@
 """Samples as pictures."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,6 @@ def grid(images: Pixels, *, shortest_side: int = 256) -> Pixels:
 def save_png(path: Path, pixels: Pixels) -> None:
     """Write an (H, W, C) picture; it appears under its name whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
+    fresh = path.with_suffix(f".tmp-{os.getpid()}")
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(fresh, format="png")
     fresh.replace(path)

@@ -3,7 +3,7 @@
 import signal
 from types import FrameType
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -14,7 +14,7 @@ class StopRequest:
 
     def install(self) -> None:
         """Take over the stop signals of this process (main thread only)."""
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
