@@ -54,11 +54,11 @@ def test_stopping_and_resuming_changes_no_bit(runs: Path, dataset: Path, uninter
 
 
 def test_log_lines_between_checkpoints_survive(runs: Path, dataset: Path, uninterrupted: Path) -> None:
-    """Means over four steps, with stops after two and after five."""
+    """Means over four steps, with stops after three and after six: a signal in one step ends the run with the next."""
     rare = overrides(train__micro_batch=2, log__every="4 steps", checkpoint__every="0 steps", train__duration="8 steps")
     whole, parts = (write_config(runs, dataset, name) for name in ("rare_whole", "rare_parts"))
     launch(2, "--config", str(whole), *rare)
-    for stop in (2, 5):
+    for stop in (3, 6):
         launch(2, "--config", str(parts), *rare, fault=Fault(action="stop", point="noised_inputs", call=3, rank=0))
         assert checkpoint(runs / "rare_parts", stop).exists()
     launch(2, "--config", str(parts), *rare)
