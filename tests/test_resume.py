@@ -82,7 +82,9 @@ def test_killed_inside_gradient_accumulation(runs: Path, dataset: Path, uninterr
 
 
 def test_another_number_of_processes_sees_the_same_stream(runs: Path, dataset: Path, uninterrupted: Path) -> None:
-    """2 -> 1 -> 4 processes: the stream's equality is tested bit by bit elsewhere, here that the losses follow.
+    """2 -> 1 (which accumulates four micro-batches) -> 4 processes, against 1 that does not accumulate.
+
+    The stream's equality is tested bit by bit elsewhere, here that losses and state follow.
 
     Dropout draws a mask for a micro-batch as a whole, so it is off.
     """
@@ -91,7 +93,8 @@ def test_another_number_of_processes_sees_the_same_stream(runs: Path, dataset: P
     launch(1, "--config", str(whole), *still)
     config = write_config(runs, dataset, "moved")
     for processes, duration in ((2, "2 steps"), (1, "4 steps"), (4, "6 steps")):
-        launch(processes, "--config", str(config), *still, *overrides(train__duration=duration))
+        parts = overrides(train__duration=duration, train__micro_batch=2)
+        launch(processes, "--config", str(config), *still, *parts)
     one, moved = runs / "one_process", runs / "moved"
     assert largest_difference(tensors_of(one, 6), tensors_of(moved, 6)) < 1e-6
     losses, moved_losses = logged(one), logged(moved)

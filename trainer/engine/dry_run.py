@@ -69,10 +69,10 @@ def as_text(plan: dict[str, Any]) -> str:
         "global batch": f"{plan['global_batch']} = {plan['micro_batch']} images x {plan['accumulation']} accumulated "
         f"x {plan['world_size']} processes",
         "duration": f"{plan['steps']:,} steps = {plan['images']:,} images{epochs}",
-        "memory per device": f"{_gib(plan['memory_per_device_bytes'])} (estimate: weights, gradients, Adam, EMA, "
+        "memory per device": f"{_size(plan['memory_per_device_bytes'])} (estimate: weights, gradients, Adam, EMA, "
         f"activations of {plan['micro_batch']} images)",
-        "checkpoint": _gib(plan["checkpoint_bytes"]),
-        "disk": f"{_gib(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most",
+        "checkpoint": _size(plan["checkpoint_bytes"]),
+        "disk": f"{_size(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most",
         "data": f"{data['path']}: {samples}",
     }
     width = max(map(len, rows))
@@ -110,5 +110,5 @@ def _checkpoints_on_disk(config: Config) -> int:
     return config.checkpoint.keep + forever + 1
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

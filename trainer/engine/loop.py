@@ -130,7 +130,7 @@ class TrainingLoop:
 
     def _log(self) -> None:
         values = {
-            "train/learning_rate": self.train_step.learning_rate(self.step - 1),
+            "train/learning_rate": self.state.optimizer.param_groups[0]["lr"],
             "train/images_per_second": self.stopwatch.lap(),
             "train/epoch": self.state.position / len(self.dataset),
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
