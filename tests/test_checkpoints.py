@@ -127,9 +127,10 @@ def test_going_back_sets_newer_checkpoints_aside(run: Path, trained: Path, datas
 def test_going_back_to_what_was_set_aside(run: Path, trained: Path, dataset: Path) -> None:
     """A superseded checkpoint, and then an older one of another folder, win over newer ones of the run."""
     config = write_config(run.parent, dataset)
-    launch(2, "--config", str(config), "--resume", str(checkpoint(run, 2)), *overrides(train__duration="3 steps"))
+    launch(2, "--config", str(config), "--resume", str(checkpoint(run, 2)))
     aside = run / "checkpoints" / "superseded" / "step-00000004"
-    launch(2, "--config", str(config), "--resume", str(aside), *overrides(train__duration="5 steps"))
+    launch(2, "--config", str(config), "--resume", str(aside))
+    assert_same_state(run, trained, 6)
     keep_one = overrides(checkpoint__keep=1)
     launch(2, "--config", str(config), "--resume", str(checkpoint(trained, 2)), *keep_one)
     assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000006"]
