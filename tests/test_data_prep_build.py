@@ -445,7 +445,10 @@ def test_read_only_output_is_one_line(photos: Path, mounted: Callable[[str], Pat
 @pytest.mark.parametrize("seconds", [0.1, 0.2])  # while the workers import what they need
 def test_ctrl_c_is_one_line_and_ends_the_workers(big: Path, tmp_path: Path, seconds: float) -> None:
     run_it = command(big, tmp_path, *BIG_OPTIONS)
+    # Background jobs of a shell are started deaf to SIGINT, and so would be what these tests start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(run_it, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        signal.signal(signal.SIGINT, before)
         wait_until(lambda: bool(children_of(run.pid)))
         time.sleep(seconds)
         workers = children_of(run.pid)
