@@ -1,17 +1,23 @@
 """The same stream of samples for any number of ranks and loader workers, from any position."""
 
+import multiprocessing
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.harness import make_dataset
+from tests.harness import REPOSITORY, environment, make_dataset
 from trainer.data.order import sample_ids
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.errors import ConfigError, DataError
+from trainer.signals import STOP_SIGNALS
 
 BATCH, SEED, STEPS = 8, 3, 7  # 56 positions: over two and a half epochs of 21 images, crossed inside batches
 
@@ -31,6 +37,13 @@ def stream_of(
         share = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         ranks.append({name: value.unflatten(0, (STEPS - first_step, -1)) for name, value in share.items()})
     return {name: torch.cat([rank[name] for rank in ranks], dim=1).flatten(0, 1) for name in ranks[0]}
+
+
+def open_stream(folder: Path) -> Generator[dict[str, torch.Tensor], None, None]:
+    """One rank's stream from one loader process."""
+    layout = BatchLayout.plan(BATCH, 1, None)
+    plan = MicroBatchPlan(layout, samples=21, seed=SEED, rank=0, first_step=0, last_step=STEPS)
+    return micro_batches(ShardedDataset(folder), plan, workers=1, prefetch=1, pin_memory=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +125,42 @@ def test_a_damaged_sample_is_named_in_one_line(dataset: Path, tmp_path: Path, da
     assert "shard-000001.tar: member 0000" in str(caught.value)
     assert "damaged (crc32 differs)" in str(caught.value)  # found before a decoder could guess at the rest
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stream_left_open_does_not_hold_up_the_exit(dataset: Path, tmp_path: Path, damaged: bool) -> None:
+    copy, _ = damaged_copy(dataset, tmp_path)
+    program = f"""
+import sys
+from pathlib import Path
+from tests.test_stream import open_stream
+stream = open_stream(Path({str(copy)!r}))
+if {damaged}:
+    for shard in {[str(path) for path in copy.glob("*.tar")]!r}:
+        open(shard, "r+b").write(bytes(4096))
+    try:
+        list(stream)
+    except Exception as error:
+        sys.kept = error
+else:
+    sys.kept = [stream, next(stream)]
+    sys.kept.append(sys.kept)  # no end of the iterator before the interpreter's
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=REPOSITORY, env=environment())
+
+
+def test_loaders_heed_their_trainer_and_nobody_else(opened: ShardedDataset) -> None:
+    stream = open_stream(opened.folder)
+    next(stream)
+    (loader,) = multiprocessing.active_children()
+    for number in STOP_SIGNALS:
+        subprocess.run(["kill", f"-{number:d}", str(loader.pid)], check=True)
+    time.sleep(0.2)
+    assert loader.is_alive()
+    loader.terminate()
+    loader.join(20)
+    assert not loader.is_alive()
+    stream.close()
 
 
 def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The stream of micro-batches: every rank's share of every global batch, in order, resumed from one integer."""
 
+import os
 import signal
+import threading
+import traceback
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +146,9 @@ def micro_batches(
         yield first
         yield from batches
     except DataError as error:
+        # The error and the frames of its traceback hold each other, and among them the loader: without this its
+        # processes would live until a garbage collection, which takes them apart in no order.
+        traceback.clear_frames(error.__traceback__)
         # A loader process wraps the message in its traceback; the last line is the one that was raised.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainer.errors.DataError: ")) from error
 
@@ -159,6 +165,14 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)  # one process a worker is the parallelism that was asked for
+    threading.Thread(target=_end_when_the_trainer_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_trainer_says(trainer: int) -> None:
+    """Deaf to everyone else's SIGTERM, a loader must heed its trainer's: whoever waits for it would wait for ever."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def _shorten(values: list[int]) -> str:

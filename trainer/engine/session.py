@@ -1,6 +1,5 @@
 """From a configuration to a running loop: processes, data, network, state, resume."""
 
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -106,8 +105,6 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
         finished = loop.run(stream)
     finally:
         stream.close()
-        for loader in multiprocessing.active_children():
-            loader.kill()  # one that is left would hold up the exit, deaf to SIGTERM as it was made
     accelerator.end_training()
     return finished
 
