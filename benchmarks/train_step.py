@@ -148,7 +148,7 @@ def main() -> None:
                 times[name].append(spent)
 
     shape = (config.model.channels, config.model.image_size, config.model.image_size)
-    flops = measure(lambda: build_network(config.model), shape, batch=1, bf16=False).training_flops_per_image
+    flops = measure(lambda: build_network(config), shape, batch=1, bf16=False).training_flops_per_image
     peak = matmul_peak(device, torch.float32 if arguments.precision == "fp32" else torch.bfloat16)
     rates = {name: arguments.batch / statistics.median(spent) for name, spent in times.items()}
     rows = [

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import torch
 
 from trainer.engine import checkpoints, sealed, step
+from trainer.evaluation import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
     "noised_inputs": (step, "noised_inputs"),  # once a micro-batch
     "write_part": (checkpoints, "_write_part"),  # once a save on every rank
     "write": (sealed, "_write"),  # twice a save on rank 0: manifest, then marker
+    "work_part": (work.Work, "save"),  # once a batch that a sampling or an evaluation finishes
+    "save_png": (outputs, "save_png"),  # once an image that is drawn into a folder
     "rename": (Path, "rename"),  # once a save on rank 0, while nothing is retired
 }
 
@@ -51,7 +54,7 @@ class Fault:
                 return result
             if self.action == "kill-after":
                 os.kill(os.getpid(), signal.SIGKILL)
-            x0, t, eps = result
-            return torch.full_like(x0, float("nan")), t, eps
+            x0, position, eps = result
+            return torch.full_like(x0, float("nan")), position, eps
 
         setattr(owner, name, faulty)

@@ -12,8 +12,8 @@ import torch
 
 from tests.faults import Fault
 from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
-from trainer.config import ModelConfig
-from trainer.engine.build import build_network
+from trainer.engine.timesteps import UniformTimesteps
+from trainer.models.unet import UNet, UNetConfig
 from trainer.engine.checkpoints import Checkpoints, read_verified
 from trainer.engine.processes import make_accelerator
 from trainer.engine.run import RunFolder
@@ -211,21 +211,24 @@ def test_parts_are_balanced_and_hold_each_tensor_once(trained: Path) -> None:
     assert large < 1.2 * small
 
 
-MODEL = ModelConfig(
+MODEL = UNetConfig(
     image_size=8,
     base_channels=8,
-    channel_multipliers=[1, 2],
+    channel_multipliers=(1, 2),
     blocks_per_level=1,
-    attention_resolutions=[4],
+    attention_resolutions=(4,),
     dropout=0.0,
     norm_groups=4,
 )
 
 
-def small_state(model: ModelConfig = MODEL) -> TrainState:
-    network = build_network(model).to(memory_format=torch.channels_last)
+def small_state(model: UNetConfig = MODEL) -> TrainState:
+    network = UNet(model).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    return TrainState(model=network, ema=make_ema(network, 0.9), optimizer=optimizer, scaler=None)
+    timesteps = UniformTimesteps(seed=0, timesteps=20)
+    return TrainState(
+        model=network, ema=make_ema(network, 0.9), optimizer=optimizer, scaler=None, timesteps=timesteps
+    )
 
 
 def take_a_step(state: TrainState) -> None:
@@ -255,7 +258,7 @@ def test_a_loaded_state_goes_on_like_the_saved_one(tmp_path: Path) -> None:
 def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, make_accelerator())
     tensors, manifest = read_verified(checkpoints.save(small_state(), step=0, identity={}))
-    wider = small_state(MODEL.model_copy(update={"base_channels": 16}))
+    wider = small_state(replace(MODEL, base_channels=16))
     with pytest.raises(CheckpointError, match=r"model/.*: shape \(.*, the network has \("):
         wider.load(tensors, manifest["state"])
     moments = {k: v for k, v in tensors.items() if k != "ema/conv_in.bias"}
@@ -263,7 +266,7 @@ def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
         small_state().load(moments, manifest["state"])
     with pytest.raises(CheckpointError, match=r"optimizer\.exp_avg/.*: missing"):
         small_state().load({**tensors, "optimizer.exp_avg/conv_in.bias": torch.zeros(8)}, manifest["state"])
-    deeper = small_state(MODEL.model_copy(update={"blocks_per_level": 2}))
+    deeper = small_state(replace(MODEL, blocks_per_level=2))
     with pytest.raises(CheckpointError, match="the checkpoint is of another network"):
         deeper.load(tensors, manifest["state"])
 

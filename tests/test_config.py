@@ -69,7 +69,7 @@ def test_missing_fields_and_files_are_named(config_path: Path, tmp_path: Path) -
 )
 def test_networks_that_cannot_be_are_refused(config_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_network(load_config(config_path, override).model)
+        build_network(load_config(config_path, override))
     assert message in str(caught.value)
 
 

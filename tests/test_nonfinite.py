@@ -10,6 +10,7 @@ from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, tensors_of, write_config
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import ReadAndDecode, collate
+from trainer.engine.build import build_timesteps
 from trainer.engine.checkpoints import read_verified
 from trainer.engine.step import noised_inputs
 
@@ -52,7 +53,9 @@ def test_the_dump_makes_the_batch_again(run: Path, dataset: Path) -> None:
     opened = ShardedDataset(dataset)
     read = ReadAndDecode(opened)
     batch = collate([read({"position": sample["position"], "id": sample["id"]}) for sample in samples])
-    _, t, _ = noised_inputs(batch, load_config(run / "config.toml"), torch.device("cpu"))
+    config = load_config(run / "config.toml")
+    _, position, _ = noised_inputs(batch, config, torch.device("cpu"))
+    t, _ = build_timesteps(config, torch.device("cpu")).draw(position)
     assert t.tolist() == [sample["t"] for sample in samples]
     assert [opened.describe(sample["id"]) for sample in samples] == [sample["image"] for sample in samples]
 

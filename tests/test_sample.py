@@ -1,18 +1,31 @@
 """Samples: the same seed gives the same images, whatever draws them."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from PIL import Image
 
+from tests.faults import Fault
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
-from trainer.diffusion.samplers import ancestral_sample
-from trainer.engine.build import build_diffusion, build_network
+from trainer.diffusion.samplers import ancestral, ddim, initial_noise
+from trainer.diffusion.process import Variance
+from trainer.diffusion.respacing import respaced
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.samplers import sample as last_of
+from trainer.engine.build import build_diffusion, build_network, build_reverse
 from trainer.engine.checkpoints import read_verified
-from trainer.engine.sampling import share_of
+from trainer.engine.processes import make_accelerator
+from trainer.engine.sampling import batches_of
+from trainer.engine.sampling import Sampler
+from trainer.evaluation import outputs
+from trainer.evaluation.work import Work
 from trainer.telemetry.pictures import grid, to_uint8
+
+T = 20
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +53,102 @@ def test_one_two_and_three_processes_draw_the_same(run: Path, tmp_path: Path) ->
     assert (fewer["000001.png"] == drawn[0]["000001.png"]).all()
 
 
-@pytest.mark.parametrize("weights", ["ema", "model"])
-def test_the_images_are_those_of_the_newest_weights(run: Path, tmp_path: Path, weights: str) -> None:
-    drawn = draw(run, tmp_path, 1, "--n", "2", "--weights", weights)
+def reverse_process(run: Path, weights: str = "ema") -> ReverseProcess:
+    """Of the last checkpoint, without any of the program's own ways to it."""
     config = load_config(run / "config.toml")
     tensors, _ = read_verified(checkpoint(run, 6))
-    network = build_network(config.model).eval()
+    network = build_network(config).eval()
     network.load_state_dict({k.removeprefix(f"{weights}/"): v for k, v in tensors.items() if k.startswith(weights)})
-    x0 = ancestral_sample(
-        network,
-        build_diffusion(config, torch.device("cpu")),
-        shape=(3, 8, 8),
-        index=torch.arange(2),
-        seed=0,
-        variance="small",
-        device="cpu",
-    )
+    return build_reverse(network, build_diffusion(config, torch.device("cpu")), config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "weights", "steps", "variance", "chain"),
+    [
+        ([], "ema", "all", "small", ancestral),
+        (["--weights", "model"], "model", "all", "small", ancestral),
+        (["--variance", "large", "--respacing", "10"], "ema", "10", "large", ancestral),
+        (["--sampler", "ddim", "--respacing", "ddim5"], "ema", "ddim5", "small", ddim),
+        (["--sampler", "ddim", "--eta", "0.5"], "ema", "all", "small", partial(ddim, eta=0.5)),
+        (["--sampler", "ddpm-sigma-hat"], "ema", "all", "small", partial(ddim, eta=1.0, sigma_hat=True)),
+    ],
+)
+def test_the_images_are_what_the_mathematics_draws(
+    run: Path, tmp_path: Path, arguments: list[str], weights: str, steps: str, variance: Variance, chain: Sampler
+) -> None:
+    drawn = draw(run, tmp_path, 1, "--n", "2", *arguments)
+    reverse = reverse_process(run, weights)
+    reverse.variance = variance
+    reverse = reverse.respaced(respaced(T, steps))
+    index = torch.arange(2)
+    x0 = last_of(chain(reverse, initial_noise(index, 0, (3, 8, 8)), index=index, seed=0))
     for number in range(2):
         expected = to_uint8(x0[number]).permute(1, 2, 0).numpy().astype(int)
         # channels-last and contiguous convolutions may round differently
         assert np.abs(drawn[f"{number:06d}.png"].astype(int) - expected).max() <= 1
+
+
+def test_dpm_solver_comes_closer_to_the_ode_than_ddim_in_as_many_steps(run: Path, tmp_path: Path) -> None:
+    names = (["--sampler", "ddim"], ["--sampler", "ddim", "--respacing", "7"], ["--sampler", "dpm-solver++", "--respacing", "7"])
+    fine, first, second = (
+        np.stack([draw(run, tmp_path / str(k), 1, "--n", "4", *how)[f"{n:06d}.png"].astype(float) for n in range(4)])
+        for k, how in enumerate(names)
+    )
+    assert np.abs(second - fine).mean() < np.abs(first - fine).mean()
+
+
+@pytest.mark.parametrize("output", ["npz", "tar", "folder"])
+def test_a_killed_draw_goes_on_and_all_formats_hold_the_same(run: Path, tmp_path: Path, output: str) -> None:
+    expected = draw(run, tmp_path / "folder", 1, "--n", "7", "--seed", "5")
+    out = tmp_path / "drawn"
+    arguments = ["--run", str(run), "--out", str(out), "--batch", "2", "--n", "7", "--seed", "5", "--format", output]
+    killed = Fault(action="kill", point="work_part" if output != "folder" else "save_png", call=2, rank=0)
+    launch(2, *arguments, script="sample", fault=killed, expect=None)
+    partly = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.suffix in (".npz", ".png")}
+    assert partly
+    launch(3, *arguments, script="sample")
+    assert all(path.stat().st_mtime_ns == made for path, made in partly.items() if path.exists())
+    images = {"npz": read_npz, "tar": read_tar, "folder": read_folder}[output](out)
+    assert (images == np.stack([expected[f"{number:06d}.png"] for number in range(7)])).all()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "grid.png"}
+    launch(1, *arguments, script="sample")  # finished already
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not (out / "parts").exists()
+    output_of_other = launch(1, *arguments, "--seed", "6", script="sample", expect=2)
+    assert "holds what another request made (seed: 5 there, 6 now)" in output_of_other
+
+
+def read_npz(out: Path) -> np.ndarray:
+    with np.load(out / "samples.npz", allow_pickle=False) as stored:
+        assert stored.files == ["arr_0"]
+        return stored["arr_0"]
+
+
+def read_tar(out: Path) -> np.ndarray:
+    samples = list(wds.WebDataset(str(out / "samples-000000.tar"), shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in samples] == [f"{number:09d}" for number in range(7)]
+    return np.stack([sample["png"] for sample in samples])
+
+
+def read_folder(out: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(out / f"{number:06d}.png")) for number in range(7)])
+
+
+def test_shards_of_samples_are_cut_as_they_should_be(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three to a shard, drawn in batches of two."""
+    monkeypatch.setattr(outputs, "SHARD_SAMPLES", 3)
+    work = Work(tmp_path / "out", {}, make_accelerator())
+    output = outputs.TarOutput(work)
+    batches = batches_of(7, 2)
+    images = np.arange(7 * 3 * 4 * 4, dtype=np.uint8).reshape(7, 3, 4, 4)
+    for numbers in reversed(output.missing(batches)):
+        output.write(numbers, images[numbers.start : numbers.stop])
+    output.finish(batches)
+    shards = sorted((tmp_path / "out").glob("*.tar"))
+    read = [list(wds.WebDataset(str(shard), shardshuffle=False).decode("rgb8")) for shard in shards]
+    assert [len(samples) for samples in read] == [3, 3, 1]
+    pixels = np.stack([sample["png"] for samples in read for sample in samples])
+    assert (pixels == images.transpose(0, 2, 3, 1)).all()
 
 
 def test_grids_are_drawn_while_training(run: Path) -> None:
@@ -75,6 +164,8 @@ def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["--run", str(tmp_path)], "holds no config.toml, so it is no run's folder"),
         (["--run", str(run), "--seed", "-1"], "--seed -1: should be at least 0"),
+        (["--run", str(run), "--respacing", "ten"], "--respacing: "),
+        (["--run", str(run), "--eta", "0.5"], "--eta 0.5: goes with --sampler ddim"),
         (["--run", str(run), "--checkpoint", str(tmp_path)], "damaged: manifest.json is missing"),
         (["--run", str(run), "--out", "/proc/nowhere"], "/proc/nowhere"),
     ):
@@ -82,13 +173,6 @@ def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
         (line,) = [line for line in output.splitlines() if line.startswith("error:")]
         assert message in line
         assert "Traceback" not in output
-
-
-def test_every_sample_falls_to_one_rank() -> None:
-    for world_size in (1, 2, 3, 7):
-        shares = [share_of(10, 3, rank, world_size) for rank in range(world_size)]
-        assert sorted(number for share in shares for batch in share for number in batch) == list(range(10))
-        assert {(batch.start, batch.stop) for share in shares for batch in share} == {(0, 3), (3, 6), (6, 9), (9, 10)}
 
 
 def test_pixels_round_trip_and_tiles_lie_in_order() -> None:

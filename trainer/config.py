@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from trainer.errors import ConfigError
@@ -109,14 +109,38 @@ class ModelConfig(_Section):
 
 
 class DiffusionConfig(_Section):
-    """The forward process and the sampler's variance."""
+    """The forward process, what the network predicts of it, and the loss (Ho et al. 2020, table 2)."""
 
     timesteps: int = Field(default=1000, gt=1)
     """T, the number of noise levels."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """beta_t: "linear" 1e-4 to 0.02 (Ho et al. 2020) or "cosine" (Nichol and Dhariwal 2021)."""
-    variance: Literal["small", "large"]
-    """Variance of the reverse process: "small" beta~_t or "large" beta_t (section 3.2)."""
+    schedule: Literal["linear", "cosine", "sqrt-linear", "sigmoid", "table"] = "linear"
+    """beta_t: "linear" 1e-4 to 0.02 (Ho et al. 2020; times 1000 / T), "cosine" (Nichol and Dhariwal 2021),
+    "sqrt-linear", "sigmoid", or "table"."""
+    betas: list[Annotated[float, Field(gt=0, lt=1)]] | None = None
+    """With schedule "table": beta_t for every t."""
+    prediction: Literal["eps", "x0", "mu", "v"] = "eps"
+    """What the network predicts: "eps", "x0", "mu" (the posterior's mean) or "v" (Salimans and Ho 2022)."""
+    variance: Literal["small", "large", "learned", "learned-range"]
+    """Variance of the reverse process: "small" beta~_t or "large" beta_t (section 3.2); "learned", a diagonal one, or
+    "learned-range", between the two fixed ones (Nichol and Dhariwal 2021), doubles the network's output."""
+    loss: Literal["mse", "bound", "hybrid"] = "mse"
+    """The "mse" of the prediction (with "eps" it is L_simple), "bound" (L, the variational bound in bits per dimension), or
+    "hybrid" (L_simple + 0.001 L_vlb; Nichol and Dhariwal 2021)."""
+    timestep_sampling: Literal["uniform", "importance"] = "uniform"
+    """How t is drawn: "importance" as often as its loss is large (Nichol and Dhariwal 2021, section 3.3)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.schedule == "table") != (self.betas is not None):
+            raise ValueError('schedule = "table" and betas go together')
+        if self.betas is not None and len(self.betas) != self.timesteps:
+            raise ValueError(f"betas has {len(self.betas)} values, timesteps is {self.timesteps}")
+        learns = self.variance in ("learned", "learned-range")
+        if self.loss == "mse" and learns:
+            raise ValueError(f'loss = "mse" does not teach variance = "{self.variance}"; take "bound" or "hybrid"')
+        if self.loss == "hybrid" and self.variance != "learned-range":
+            raise ValueError('loss = "hybrid" is for variance = "learned-range"')
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -242,7 +266,7 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{field}: missing"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{field} = {details['input']!r}: {message}"
+    return f"{field}: {message}" if isinstance(details["input"], dict) else f"{field} = {details['input']!r}: {message}"
 
 
 def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:

@@ -7,31 +7,45 @@ if not __package__:  # run by path, Python looks in trainer/ first, where a modu
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+from typing import get_args
 
-from trainer.engine.draw import DrawRequest, draw
 from trainer.errors import exit_clearly
-from trainer.train import at_least_one
+from trainer.evaluation.arguments import add_trained, at_least_one, trained_request
+from trainer.evaluation.draw import DrawRequest, draw
+from trainer.evaluation.outputs import OutputFormat
+from trainer.evaluation.samplers import SamplerChoice, SamplerName
 
 
 def parse_arguments() -> DrawRequest:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    add_trained(parser)
     parser.add_argument("--n", type=at_least_one, default=64, help="number of images (default 64)")
-    parser.add_argument("--sampler", choices=["ddpm"], default="ddpm", help="ddpm: ancestral sampling, algorithm 2")
+    parser.add_argument(
+        "--sampler",
+        choices=get_args(SamplerName),
+        default="ddpm",
+        help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for noise "
+        "larger than DDIM's at eta 1; dpm-solver++: second order, needs diffusers",
+    )
+    parser.add_argument("--eta", type=float, default=0.0, help="with ddim: 0 (default) draws no noise, 1 is ancestral")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images, on any number of processes")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/samples/step-STEP-WEIGHTS-seed-SEED")
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest that verifies")
-    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw (default ema)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: a folder in RUN/samples named by the above")
+    parser.add_argument(
+        "--format",
+        choices=get_args(OutputFormat),
+        default="folder",
+        help="folder (default): PNG files; npz: one array as ADM's evaluation reads it; tar: WebDataset shards",
+    )
     parser.add_argument("--batch", type=at_least_one, default=16, help="images drawn at a time (default 16)")
     arguments = parser.parse_args()
     return DrawRequest(
-        run=arguments.run,
+        trained=trained_request(arguments),
+        sampler=SamplerChoice(name=arguments.sampler, eta=arguments.eta),
         count=arguments.n,
         seed=arguments.seed,
         out=arguments.out,
-        checkpoint=arguments.checkpoint,
-        weights=arguments.weights,
+        output=arguments.format,
         batch=arguments.batch,
     )
 

@@ -13,14 +13,7 @@ from trainer.config import Config
 from trainer.engine.dry_run import as_json, as_text, describe_run
 from trainer.engine.session import train
 from trainer.errors import exit_clearly
-
-
-def at_least_one(text: str) -> int:
-    """An argument that counts."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: should be at least 1")
-    return value
+from trainer.evaluation.arguments import at_least_one
 
 
 def parse_arguments() -> argparse.Namespace:

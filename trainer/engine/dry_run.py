@@ -95,7 +95,7 @@ def _open_dataset(config: Config) -> tuple[ShardedDataset | None, TrainerError |
 
 def _measure(config: Config, micro_batch: int) -> Cost:
     def build() -> UNet:
-        network = build_network(config.model)
+        network = build_network(config)
         network.activation_checkpointing = config.train.activation_checkpointing
         return network
 

@@ -13,11 +13,12 @@ from trainer.config import Config, Span
 from trainer.data.order import sample_ids
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout
-from trainer.diffusion.noise import keyed_timesteps
+from trainer.diffusion.samplers import ancestral
+from trainer.engine.build import build_reverse
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
-from trainer.engine.sampling import sample, share_of
+from trainer.engine.sampling import batches_of, sample
 from trainer.engine.state import TrainState
 from trainer.engine.step import PendingVerdict, TrainStep, Verdict
 from trainer.errors import NonFiniteError
@@ -152,7 +153,8 @@ class TrainingLoop:
         first = self.state.position - self.layout.global_batch
         positions = np.arange(first, self.state.position)
         ids = sample_ids(positions, len(self.dataset), self.config.seed)
-        t = keyed_timesteps(self.config.seed, torch.from_numpy(positions), self.config.diffusion.timesteps)
+        # Nothing has been learned from since, so the same timesteps are drawn again.
+        t, _ = self.state.timesteps.draw(torch.from_numpy(positions).to(self.accelerator.device))
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
         with self._best_effort():
             dump = {
@@ -162,7 +164,7 @@ class TrainingLoop:
                 "seed": self.config.seed,
                 "samples": [
                     {"position": int(p), "id": int(i), "t": int(k), "image": self.dataset.describe(int(i))}
-                    for p, i, k in zip(positions, ids, t)
+                    for p, i, k in zip(positions, ids, t.tolist())
                 ],
             }
             if self.accelerator.is_main_process:
@@ -193,12 +195,13 @@ class TrainingLoop:
         resume_watch = self.stopwatch.pause()
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
+        model = self.config.model
         drawn = sample(
-            self.state.ema.ema_model,
-            config=self.config,
-            diffusion=self.train_step.diffusion,
+            build_reverse(self.state.ema.ema_model, self.train_step.diffusion, self.config),
+            ancestral,
+            shape=(model.channels, model.image_size, model.image_size),
             accelerator=self.accelerator,
-            batches=share_of(count, batch, self.accelerator.process_index, self.layout.world_size),
+            batches=batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size],
             seed=self.config.seed,
         )
         parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)

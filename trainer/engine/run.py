@@ -77,7 +77,10 @@ class RunFolder:
 def identity(config: Config, dataset: ShardedDataset) -> dict[str, Any]:
     """What must not change within a run, or it would be another one: network, process, seed, batch and images."""
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
-    fields |= {f"diffusion.{name}": getattr(config.diffusion, name) for name in ("timesteps", "schedule")}
+    process = config.diffusion.model_dump()
+    if config.diffusion.loss == "mse":
+        del process["variance"]  # is a fixed one then, of which only sampling knows
+    fields |= {f"diffusion.{name}": value for name, value in process.items()}
     fields |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
     return {**fields, "data (manifest)": dataset.manifest.fingerprint}
 

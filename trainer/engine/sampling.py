@@ -1,31 +1,38 @@
 """Sampling over all processes: the same seed gives the same images on any number of them."""
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from trainer.config import Config
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.samplers import ancestral_sample
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.samplers import SamplingStep, initial_noise
 from trainer.telemetry.pictures import Pixels, to_uint8
 
 
-def share_of(count: int, batch: int, rank: int, world_size: int) -> list[range]:
-    """The batches of sample numbers 0..count-1 that fall to a rank.
+class Sampler(Protocol):
+    """A way from noise to an image: yields a state after each step, the image last."""
 
-    With one `batch` they are cut the same way for any number of ranks: the network's rounding may depend on its size.
+    def __call__(
+        self, reverse: ReverseProcess, x: torch.Tensor, *, index: torch.Tensor, seed: int
+    ) -> Iterator[SamplingStep]:
+        """x: (B, C, H, W) noise; index: (B,) int64, the numbers of the samples, which key all further noise."""
+
+
+def batches_of(count: int, batch: int) -> list[range]:
+    """The numbers 0..count-1, `batch` at a time.
+
+    With one `batch` they are cut the same way for any number of ranks: a network's rounding may depend on its size.
     """
-    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
-    return batches[rank::world_size]
+    return [range(first, min(first + batch, count)) for first in range(0, count, batch)]
 
 
 def sample(
-    network: nn.Module,
+    reverse: ReverseProcess,
+    sampler: Sampler,
     *,
-    config: Config,
-    diffusion: GaussianDiffusion,
+    shape: tuple[int, int, int],
     accelerator: Accelerator,
     batches: list[range],
     seed: int,
@@ -35,22 +42,12 @@ def sample(
 
     `on_step` is called after each denoising step with the number of images that advanced.
     """
-    shape = (config.model.channels, config.model.image_size, config.model.image_size)
     for numbers in batches:
-
-        def advance(_: int, images: int = len(numbers)) -> None:
-            if on_step is not None:
-                on_step(images)
-
-        with accelerator.autocast():
-            x0 = ancestral_sample(
-                network,
-                diffusion,
-                shape=shape,
-                index=torch.tensor(list(numbers), device=accelerator.device),
-                seed=seed,
-                variance=config.diffusion.variance,
-                device=accelerator.device,
-                on_step=advance,
-            )
-        yield numbers, to_uint8(x0).cpu().numpy()
+        index = torch.tensor(list(numbers), device=accelerator.device)
+        x = initial_noise(index, seed, shape)
+        with torch.no_grad(), accelerator.autocast():
+            for state in sampler(reverse, x, index=index, seed=seed):
+                x = state.x
+                if on_step is not None:
+                    on_step(len(numbers))
+        yield numbers, to_uint8(x).cpu().numpy()

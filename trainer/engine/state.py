@@ -12,6 +12,7 @@ import torch
 from ema_pytorch import EMA
 from torch import nn
 
+from trainer.engine.timesteps import Timesteps
 from trainer.errors import CheckpointError
 
 
@@ -47,6 +48,7 @@ class TrainState:
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
+    timesteps: Timesteps
     position: int = 0
     nonfinite_steps: int = 0
     unlogged_steps: int = 0
@@ -55,14 +57,15 @@ class TrainState:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state under a name that says what it is, whatever the number of ranks.
 
-        model/<parameter>, ema/<parameter>, optimizer.<quantity>/<parameter>, as in "optimizer.exp_avg/conv_in.weight".
+        model/<parameter>, ema/<parameter>, optimizer.<quantity>/<parameter>, as in "optimizer.exp_avg/conv_in.weight";
+        timesteps/<quantity>.
         """
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema/{name}": value for name, value in self.ema.ema_model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for quantity, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{quantity}/{name}"] = value
-        return tensors
+        return tensors | {f"timesteps/{name}": value for name, value in self.timesteps.tensors().items()}
 
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, as plain JSON."""
@@ -83,6 +86,7 @@ class TrainState:
         groups = _group(tensors)
         _check("model", self.model.state_dict(), groups.get("model", {}))
         _check("ema", self.ema.ema_model.state_dict(), groups.get("ema", {}))
+        _check("timesteps", self.timesteps.tensors(), groups.get("timesteps", {}))
         quantities = {kind.removeprefix("optimizer."): group for kind, group in groups.items() if "." in kind}
         for quantity, group in quantities.items():  # none before the first step, or one for every parameter
             if difference := sorted(dict(self.model.named_parameters()).keys() ^ group.keys()):
@@ -90,6 +94,8 @@ class TrainState:
         self.model.load_state_dict(groups["model"])
         self.ema.ema_model.load_state_dict(groups["ema"])
         self.ema.step.fill_(scalars["ema_updates"])
+        for name, tensor in self.timesteps.tensors().items():
+            tensor.copy_(groups["timesteps"][name])
         per_parameter = {
             number: {q: _laid_out_like(parameter, group[name]) for q, group in quantities.items()}
             for number, (name, parameter) in enumerate(self.model.named_parameters())
@@ -119,8 +125,8 @@ def _group(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Ten
 
 def _check(kind: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
     if difference := sorted(expected.keys() ^ found.keys()):
-        state = "missing" if difference[0] in expected else "not in the network"
-        raise CheckpointError(f"{kind}/{difference[0]}: {state}; the checkpoint is of another network")
+        state = "missing" if difference[0] in expected else "not in this run"
+        raise CheckpointError(f"{kind}/{difference[0]}: {state}; the checkpoint is of another run")
     for name, value in expected.items():
         if value.shape != found[name].shape:
             raise CheckpointError(

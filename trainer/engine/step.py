@@ -1,4 +1,4 @@
-"""One optimizer step: noise the images, predict the noise, accumulate, clip, update; no host sync on the way."""
+"""One optimizer step: noise the images, predict, accumulate, clip, update; no host sync on the way."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
-from trainer.diffusion.noise import Stream, keyed_flips, keyed_int, keyed_normal, keyed_timesteps
+from trainer.diffusion.noise import Stream, keyed_flips, keyed_int, keyed_normal
+from trainer.diffusion.objectives import Objective
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.engine.state import TrainState
 from trainer.signals import StopRequest
@@ -52,19 +53,18 @@ class PendingVerdict:
 def noised_inputs(
     batch: dict[str, torch.Tensor], config: Config, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, timesteps and noise of a micro-batch, each a pure function of the seed and the image's position.
+    """Images, their positions and their noise in a micro-batch, a pure function of the seed and the positions.
 
-    Returns x0 (B, C, H, W) float32 in [-1, 1], flipped where `data.flip` says so and its key falls so; t (B,) int64;
-    eps like x0.
+    Returns x0 (B, C, H, W) float32 in [-1, 1], flipped where `data.flip` says so and its key falls so; position (B,)
+    int64; eps like x0.
     """
     position = batch["position"].to(device, non_blocking=True)
     images = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     x0 = images.float() / 127.5 - 1
     if config.data.flip:
         x0 = torch.where(keyed_flips(config.seed, position)[:, None, None, None], x0.flip(-1), x0)
-    t = keyed_timesteps(config.seed, position, config.diffusion.timesteps)
     eps = keyed_normal(config.seed, Stream.EPS, position, tuple(x0.shape[1:]))
-    return x0, t, eps
+    return x0, position, eps
 
 
 class TrainStep:
@@ -87,6 +87,13 @@ class TrainStep:
         self.network = network
         self.state = state
         self.diffusion = diffusion
+        self.objective = Objective(
+            diffusion,
+            prediction=config.diffusion.prediction,
+            variance=config.diffusion.variance,
+            loss=config.diffusion.loss,
+        )
+        self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []  # t and unweighted losses of each micro-batch
         self.stop = stop
         self.parameters = list(state.model.parameters())
 
@@ -107,7 +114,7 @@ class TrainStep:
             self.layout.micro_batch, model.channels, model.image_size, model.image_size, device=self.accelerator.device
         )
         t = torch.zeros(len(zeros), dtype=torch.int64, device=zeros.device)
-        self.accelerator.backward(self.diffusion.l_simple(self.network(zeros, t), zeros).mean())
+        self.accelerator.backward(self.network(zeros, t).float().square().mean())
         self.state.optimizer.zero_grad()
 
     def backward(self, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -116,18 +123,22 @@ class TrainStep:
         Returns this rank's mean loss, a scalar on the device.
         """
         losses = []
+        self._drawn = []
         accumulation = self.layout.accumulation
         for micro_step in range(accumulation):
             batch = next(stream)
             if self.config.model.dropout > 0:
                 torch.manual_seed(keyed_int(self.config.seed, Stream.DROPOUT, int(batch["position"][0])))
-            x0, t, eps = noised_inputs(batch, self.config, self.accelerator.device)
+            x0, position, eps = noised_inputs(batch, self.config, self.accelerator.device)
+            t, weight = self.state.timesteps.draw(position)
+            x_t = self.diffusion.q_sample(x0, t, eps)
             is_last = micro_step == accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.network):
-                eps_hat = self.network(self.diffusion.q_sample(x0, t, eps), t)
-                loss = self.diffusion.l_simple(eps_hat, eps).mean() / accumulation
+                unweighted = self.objective.losses(self.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
+                loss = (unweighted if weight is None else weight * unweighted).mean() / accumulation
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
+            self._drawn.append((t, unweighted.detach()))
         return torch.stack(losses).sum()
 
     def update(self, loss: torch.Tensor) -> PendingVerdict:
@@ -144,11 +155,14 @@ class TrainStep:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm, foreach=True)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(self.state.position // self.layout.global_batch)
+        found_inf = 1 - (report[0] + grad_norm).isfinite().float()
+        t, losses = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
+        self.state.timesteps.record(t, losses, found_inf=found_inf)
         if scaler is not None:
             scaler.step(optimizer)  # hands over its own found_inf, which an infinite gradient has set
             scaler.update()
         else:
-            optimizer.found_inf = 1 - (report[0] + grad_norm).isfinite().float()  # type: ignore[attr-defined]
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         optimizer.zero_grad()
         self.state.position += self.layout.global_batch

@@ -35,6 +35,7 @@ class UNetConfig:
 
     image_size: int
     channels: int = 3  # of the image: 3 for RGB, 1 for grey
+    out_channels: int | None = None  # of the output; None: as many as the image has
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
     blocks_per_level: int = 2
@@ -98,7 +99,7 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x_t. Under one `torch.manual_seed` the initial weights are always the same.
+    """Predicts, in the paper, the noise in x_t. Under one `torch.manual_seed` the initial weights are always the same.
 
     `activation_checkpointing`: recompute each stage in the backward pass instead of keeping its activations;
     only while training, and the gradients are the same, dropout included.
@@ -139,10 +140,10 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm_out = group_norm(config.norm_groups, h_channels)
-        self.conv_out = conv(h_channels, config.channels, 3, padding=1, scale=NEAR_ZERO)
+        self.conv_out = conv(h_channels, config.out_channels or config.channels, 3, padding=1, scale=NEAR_ZERO)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns eps_hat, shaped as x."""
+        """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns (B, out_channels, H, W), as x."""
         temb = self.temb(t, x.dtype)
         skips = [self.conv_in(x)]
         for layer in self.down:

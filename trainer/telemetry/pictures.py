@@ -19,12 +19,16 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 def grid(images: Pixels, *, shortest_side: int = 256) -> Pixels:
-    """Arrange (N, C, H, W) images in rows, as near to a square as N allows, with a thin border.
+    """`tile` (N, C, H, W) images as near to a square as N allows."""
+    return tile(images, columns=math.ceil(math.sqrt(len(images))), shortest_side=shortest_side)
+
+
+def tile(images: Pixels, *, columns: int, shortest_side: int = 256) -> Pixels:
+    """Arrange (N, C, H, W) images in rows of `columns`, with a thin border.
 
     Returns (H', W', 3). Small images are magnified by a whole factor so that a tile can be looked at.
     """
     count, _, height, _ = images.shape
-    columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     scale = max(1, math.ceil(shortest_side / (rows * height)))
     magnified = repeat(images, "n c h w -> n c (h a) (w b)", a=scale, b=scale)

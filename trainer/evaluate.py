@@ -1,0 +1,157 @@
+"""Judge a trained run: `python trainer/evaluate.py bpd --run runs/demo`.
+
+bpd               variational bound in bits/dim, every term of it, rate and distortion (tables 1, 2, 4, figure 5)
+progressive       estimates of x_0 along the reverse process (figure 6)
+shared-latents    samples that share x_t (figure 7)
+interpolate       mixtures of two images in latent space (figures 8 and 9)
+reconstruct       image -> DDIM latent -> image
+
+Figures and tables are those of Ho et al. 2020.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path, Python looks in trainer/ first, where a module could shadow a library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from trainer.errors import ConfigError, exit_clearly
+from trainer.evaluation.arguments import add_trained, at_least_one, trained_request
+from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
+from trainer.evaluation.figures import (
+    FigureRequest,
+    interpolations,
+    progressive_generation,
+    reconstructions,
+    shared_latents,
+)
+from trainer.evaluation.images import ShardImages, load_files
+from trainer.evaluation.trained import Trained, open_trained
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `command` is the function to call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        added.set_defaults(command=command)
+        add_trained(added)
+        added.add_argument("--seed", type=int, default=0, help="keys all noise (default 0)")
+        added.add_argument("--out", type=Path, help="default: in RUN/evaluation, named by what it is")
+        return added
+
+    bound = add("bpd", bpd)
+    bound.add_argument("--data", type=Path, metavar="DIR", help="default: the shards that the run was trained on")
+    bound.add_argument("--images", type=at_least_one, metavar="N", help="so many, drawn at random (default: all)")
+    bound.add_argument(
+        "--decoder",
+        choices=["exact", "tanh"],
+        default="exact",
+        help="the normal CDF of the last step: exact (default), or as the authors' code approximates it",
+    )
+    bound.add_argument("--batch", type=at_least_one, default=64, help="images at a time (default 64)")
+
+    figure6 = add("progressive", progressive)
+    figure6.add_argument("--rows", type=at_least_one, default=4, help="samples (default 4)")
+    figure6.add_argument("--every", type=at_least_one, default=50, help="steps between estimates (default 50)")
+
+    figure7 = add("shared-latents", shared)
+    figure7.add_argument("--rows", type=at_least_one, default=2, help="latents (default 2)")
+    figure7.add_argument("--splits", type=at_least_one, nargs="+", default=[1000, 750, 500, 250], metavar="T")
+    figure7.add_argument("--variants", type=at_least_one, default=3, help="samples of each split (default 3)")
+
+    figure9 = add("interpolate", interpolate)
+    _add_images(figure9)
+    figure9.add_argument("--timesteps", type=int, nargs="+", default=[500], metavar="T", help="figure 9: 1000 875 .. 0")
+    figure9.add_argument("--mixtures", type=at_least_one, default=9, help="evenly between two (default 9: 0.1 to 0.9)")
+
+    _add_images(add("reconstruct", reconstruct))
+    return parser.parse_args()
+
+
+def bpd(arguments: argparse.Namespace) -> None:
+    """Bits per dimension: the variational bound, each of its terms, rate and distortion."""
+    request = BoundRequest(
+        trained=trained_request(arguments),
+        data=arguments.data,
+        images=arguments.images,
+        decoder=arguments.decoder,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        out=arguments.out,
+    )
+    evaluate_bound(request)
+
+
+def progressive(arguments: argparse.Namespace) -> None:
+    """Figure 6: estimates of x_0 along the reverse process."""
+    trained = open_trained(trained_request(arguments))
+    progressive_generation(trained, _figure(arguments, arguments.rows), every=arguments.every)
+
+
+def shared(arguments: argparse.Namespace) -> None:
+    """Figure 7: samples that share x_t for t in --splits."""
+    trained = open_trained(trained_request(arguments))
+    request = _figure(arguments, arguments.rows)
+    shared_latents(trained, request, splits=arguments.splits, variants=arguments.variants)
+
+
+def interpolate(arguments: argparse.Namespace) -> None:
+    """Figures 8 and 9: images noised for --timesteps steps, mixed in pairs, denoised."""
+    trained = open_trained(trained_request(arguments))
+    images = _images(arguments, trained)
+    if len(images) % 2:
+        raise ConfigError(f"interpolate: takes images in pairs, got {len(images)}")
+    interpolations(
+        trained,
+        _figure(arguments, rows=len(images) // 2),
+        pairs=list(zip(images[::2], images[1::2], strict=True)),
+        timesteps=arguments.timesteps,
+        lambdas=[k / (arguments.mixtures + 1) for k in range(1, arguments.mixtures + 1)],
+    )
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    """DDIM, section 5.4: images, their latents, and the images made from these."""
+    trained = open_trained(trained_request(arguments))
+    images = _images(arguments, trained)
+    reconstructions(trained, _figure(arguments, rows=len(images)), images=images)
+
+
+def _figure(arguments: argparse.Namespace, rows: int) -> FigureRequest:
+    return FigureRequest(rows=rows, seed=arguments.seed, out=arguments.out)
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--files", type=Path, nargs="+", metavar="IMAGE", help="image files; or:")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="shards; default: those the run was trained on")
+    parser.add_argument("--images", type=at_least_one, default=4, metavar="N", help="of the shards (default 4)")
+
+
+def _images(arguments: argparse.Namespace, trained: Trained) -> torch.Tensor:
+    model = trained.config.model
+    if arguments.files is not None:
+        return load_files(arguments.files, model)
+    folder = arguments.data or Path(trained.config.data.path)
+    return ShardImages(folder, model, arguments.images).load(range(arguments.images))
+
+
+@exit_clearly
+def main() -> int:
+    """Parse, wire, run."""
+    arguments = parse_arguments()
+    if not 0 <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed {arguments.seed}: should be at least 0 and below 2^63")
+    arguments.command(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

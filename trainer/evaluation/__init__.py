@@ -1,0 +1,1 @@
+"""Judging a trained network: samples, likelihood, the figures of the paper. Stands on the engine."""

@@ -1,0 +1,189 @@
+"""The variational bound of real images in bits per dimension, and the rate-distortion curve that it contains.
+
+Ho et al. 2020, section 4.3, table 1 (NLL), table 4 and figure 5.
+"""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from trainer.diffusion.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
+from trainer.engine.processes import together
+from trainer.engine.sampling import batches_of
+from trainer.errors import DataError
+from trainer.evaluation.images import ShardImages
+from trainer.evaluation.plots import save_curves
+from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
+from trainer.evaluation.work import Work
+
+_QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundRequest:
+    """Whose bound, on which images: `images` of `data` (None: the run's own), drawn at random, or all (None)."""
+
+    trained: TrainedRequest
+    data: Path | None
+    images: int | None
+    decoder: Cdf
+    seed: int
+    batch: int
+    out: Path | None
+
+
+def summary(bound: BitsPerDim) -> dict[str, float]:
+    """Means over the images, the standard error of the total, and rate and distortion as in the paper's table 2."""
+    rate = bound.prior + bound.bits[:, 1:].sum(dim=1)
+    return {
+        "bits_per_dim": bound.total.mean().item(),
+        "standard_error": standard_error(bound.total),
+        "prior_bits_per_dim": bound.prior.mean().item(),
+        "rate_bits_per_dim": rate.mean().item(),
+        "distortion_bits_per_dim": bound.bits[:, 0].mean().item(),
+        "distortion_rmse_255": 127.5 * math.sqrt(bound.x0_mse[:, 0].mean().item()),
+    }
+
+
+def rows(bound: BitsPerDim, timesteps: list[int]) -> list[dict[str, float]]:
+    """One row a timestep: L_t with its standard error and the mean squared errors behind it; and, where a receiver
+    stands who has x_t, the rate so far (bits/dim) and the distortion (root mean squared error on 0..255)."""
+    received = rate_distortion(bound)
+    return [
+        {
+            "t": t,
+            "bits_per_dim": bound.bits[:, k].mean().item(),
+            "standard_error": standard_error(bound.bits[:, k]),
+            "x0_mse": bound.x0_mse[:, k].mean().item(),
+            "eps_mse": bound.eps_mse[:, k].mean().item(),
+            "rate_bits_per_dim": received.rate[:, -1 - k].mean().item(),
+            "distortion_rmse_255": math.sqrt(received.mse[:, -1 - k].mean().item()),
+        }
+        for k, t in enumerate(timesteps)
+    ]
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of independent values, (N,); NaN for one alone."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def evaluate_bound(request: BoundRequest) -> Path:
+    """Write bpd.json, terms.csv, curves.png and TensorBoard scalars; returns their folder. Killed, it goes on.
+
+    Raises TrainerError where the run, the checkpoint or the data cannot be used.
+    """
+    trained = open_trained(request.trained)
+    data = request.data or Path(trained.config.data.path)
+    opened: list[ShardImages] = []
+    together(
+        f"{data}: cannot be read",
+        lambda: opened.append(ShardImages(data, trained.config.model, request.images)),
+        kind=DataError,
+    )
+    images = opened[0]
+    out = request.out or trained.folder.path / "evaluation" / _name(trained, request, images)
+    work = Work(out, _identity(trained, request, images), trained.accelerator)
+    batches = batches_of(images.count, request.batch)
+    together(f"{out}: cannot be written", lambda: _measure(trained, request, images, work, batches))
+    together(f"{out}: cannot be written", lambda: _report(trained, images, work, batches), only_rank=0)
+    trained.accelerator.end_training()
+    return out
+
+
+def _measure(
+    trained: Trained, request: BoundRequest, images: ShardImages, work: Work, batches: list[range]
+) -> None:
+    share = work.missing(batches)
+    with tqdm(
+        total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
+        desc="bits/dim",
+        unit="term",
+        unit_scale=True,
+        disable=None if trained.accelerator.is_main_process else True,
+    ) as bar:
+        for numbers in share:
+            x0 = images.load(numbers).to(trained.device)
+            with torch.no_grad(), trained.accelerator.autocast():
+                bound = bits_per_dim(
+                    trained.reverse,
+                    x0,
+                    index=torch.tensor(images.ids(numbers), device=trained.device),
+                    seed=request.seed,
+                    cdf=request.decoder,
+                    on_step=lambda _, count=len(numbers): bar.update(count),
+                )
+            work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
+
+
+def _read(work: Work, batches: list[range]) -> BitsPerDim:
+    """The batches' results, put together in float64."""
+    parts = [work.load(numbers) for numbers in batches]
+    return BitsPerDim(
+        **{name: torch.from_numpy(np.concatenate([part[name] for part in parts])).double() for name in _QUANTITIES}
+    )
+
+
+def _report(trained: Trained, images: ShardImages, work: Work, batches: list[range]) -> None:
+    bound = _read(work, batches)
+    means, by_timestep = summary(bound), rows(bound, trained.reverse.diffusion.original_timesteps.tolist())
+    about = {"checkpoint": str(trained.checkpoint), "step": trained.step, "weights": trained.weights}
+    content = {**about, "images": images.count, **means}
+    (work.folder / "bpd.json").write_text(json.dumps(content, indent=1) + "\n")
+    with (work.folder / "terms.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, by_timestep[0])
+        writer.writeheader()
+        writer.writerows(by_timestep)
+    save_curves(work.folder / "curves.png", by_timestep)
+    _to_tensorboard(work.folder, trained.step, means, by_timestep)
+    print(
+        f"{means['bits_per_dim']:.4f} +- {means['standard_error']:.4f} bits/dim over {images.count} images = "
+        f"rate {means['rate_bits_per_dim']:.4f} (of it L_T {means['prior_bits_per_dim']:.2g}) + distortion "
+        f"{means['distortion_bits_per_dim']:.4f} (RMSE {means['distortion_rmse_255']:.3f} of 255), in {work.folder}"
+    )
+
+
+def _to_tensorboard(
+    folder: Path, step: int, means: dict[str, float], by_timestep: list[dict[str, float]]
+) -> None:
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in means.items():
+            writer.add_scalar(f"likelihood/{name}", value, step)
+        for row in by_timestep:
+            for name in ("bits_per_dim", "rate_bits_per_dim", "distortion_rmse_255"):
+                writer.add_scalar(f"by_timestep/{name}", row[name], int(row["t"]))
+
+
+def _name(trained: Trained, request: BoundRequest, images: ShardImages) -> str:
+    parts = ["bpd", f"step-{trained.step:08d}", trained.weights, images.dataset.folder.name, f"n-{images.count}"]
+    if request.trained.respacing != "all":
+        parts.append(request.trained.respacing.replace(",", "-"))
+    if request.trained.variance is not None:
+        parts.append(request.trained.variance)
+    if request.decoder != "exact":
+        parts.append(request.decoder)
+    return "-".join([*parts, f"seed-{request.seed}"])
+
+
+def _identity(trained: Trained, request: BoundRequest, images: ShardImages) -> dict[str, Any]:
+    return {
+        "checkpoint": trained.fingerprint,
+        "weights": trained.weights,
+        "data": images.dataset.manifest.fingerprint,
+        "images": images.count,
+        "respacing": request.trained.respacing,
+        "variance": trained.config.diffusion.variance,
+        "decoder": request.decoder,
+        "seed": request.seed,
+        "batch": request.batch,
+    }

@@ -1,0 +1,104 @@
+"""Images from a run's checkpoint, over all processes, as many as an evaluation needs; killed, it goes on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.engine.processes import together
+from trainer.engine.sampling import batches_of, sample
+from trainer.errors import ConfigError
+from trainer.evaluation.outputs import OutputFormat, make_output
+from trainer.evaluation.samplers import SamplerChoice, make_sampler
+from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
+from trainer.evaluation.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRequest:
+    """What to draw, from which weights, how, and where to put it."""
+
+    trained: TrainedRequest
+    sampler: SamplerChoice
+    count: int
+    seed: int
+    out: Path | None
+    output: OutputFormat
+    batch: int
+
+
+def draw(request: DrawRequest) -> Path:
+    """Draw the images and return their folder; see trainer/evaluation/outputs.py for what is in it.
+
+    Raises TrainerError where the run or the checkpoint cannot be used, or the folder cannot be written.
+    """
+    if not 0 <= request.seed < 2**63:
+        raise ConfigError(f"--seed {request.seed}: should be at least 0 and below 2^63")
+    sampler = make_sampler(request.sampler)
+    trained = open_trained(request.trained)
+    out = request.out or default_folder(trained, request)
+    work = Work(out, _identity(trained, request), trained.accelerator)
+    output = make_output(request.output, work)
+    batches = batches_of(request.count, request.batch)
+    share = output.missing(batches)
+    with tqdm(
+        total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
+        desc="sampling",
+        unit="step",
+        unit_scale=True,
+        disable=None if trained.accelerator.is_main_process else True,
+    ) as bar:
+        drawn = sample(
+            trained.reverse,
+            sampler,
+            shape=trained.image_shape,
+            accelerator=trained.accelerator,
+            batches=share,
+            seed=request.seed,
+            on_step=bar.update,
+        )
+
+        def write_all() -> None:
+            for numbers, images in drawn:
+                output.write(numbers, images)
+
+        together(f"{out}: cannot be written", write_all)
+    output.finish(batches)
+    if trained.accelerator.is_main_process:
+        print(
+            f"{request.count} images from {trained.checkpoint} ({trained.weights} weights, {request.sampler}, "
+            f"{trained.reverse.diffusion.timesteps} steps, seed {request.seed}) in {out}"
+        )
+    trained.accelerator.end_training()
+    return out
+
+
+def default_folder(trained: Trained, request: DrawRequest) -> Path:
+    """RUN/samples/ and what makes these samples what they are."""
+    parts = [f"step-{trained.step:08d}", trained.weights]
+    if (how := str(request.sampler)) != "ddpm":
+        parts.append(how)
+    if request.trained.respacing != "all":
+        parts.append(request.trained.respacing.replace(",", "-"))
+    if request.trained.variance is not None:
+        parts.append(request.trained.variance)
+    parts.append(f"seed-{request.seed}")
+    if request.output != "folder":
+        parts += [request.output, f"n-{request.count}"]
+    return trained.folder.samples / "-".join(parts)
+
+
+def _identity(trained: Trained, request: DrawRequest) -> dict[str, object]:
+    # More images may be asked for later, but what has been put together stays as it is.
+    count = {"count": request.count} if request.output != "folder" else {}
+    return {
+        **count,
+        "checkpoint": trained.fingerprint,
+        "weights": trained.weights,
+        "sampler": str(request.sampler),
+        "respacing": request.trained.respacing,
+        "variance": trained.config.diffusion.variance,
+        "batch": request.batch,
+        "seed": request.seed,
+        "format": request.output,
+    }

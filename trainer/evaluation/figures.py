@@ -1,0 +1,189 @@
+"""The figures of Ho et al. 2020 for a trained network, and DDIM's reconstructions; each a picture and its numbers.
+
+The rows of a figure are shared out over the processes; the same seed gives the same figure on any number of them.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, initial_noise, interpolate
+from trainer.engine.processes import gather, together
+from trainer.errors import ConfigError
+from trainer.evaluation.trained import Trained
+from trainer.telemetry.pictures import Pixels, save_png, tile, to_uint8
+
+Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and what is to be said of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureRequest:
+    """How many rows, from which seed, and where the picture goes (None: into the run's folder)."""
+
+    rows: int
+    seed: int
+    out: Path | None
+
+
+def progressive_generation(trained: Trained, request: FigureRequest, *, every: int) -> Path:
+    """Figure 6: the estimate of x_0 every `every` steps of the reverse process, one sample a row."""
+    diffusion = trained.reverse.diffusion
+
+    def row(number: int, on_step: Callable[[], object]) -> Row:
+        index = torch.tensor([number], device=trained.device)
+        x = initial_noise(index, request.seed, trained.image_shape)
+        estimates, timesteps = [], []
+        for done, state in enumerate(ancestral(trained.reverse, x, index=index, seed=request.seed), start=1):
+            on_step()
+            if done % every == 0 or done in (1, diffusion.timesteps):
+                estimates.append(state.x0.clamp(-1, 1))
+                timesteps.append(state.original_t)
+        return torch.cat(estimates), {"sample": number, "estimated_at_t": timesteps}
+
+    return _draw(trained, request, "progressive", row, steps=diffusion.timesteps)
+
+
+def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence[int], variants: int) -> Path:
+    """Figure 7: samples that share x_t and go separate ways from there, t in `splits` (the paper: 1000, 750, 500, 250).
+
+    A row holds x_0 of one latent: for each split, `variants` samples.
+    """
+    diffusion = trained.reverse.diffusion
+    for split in splits:
+        if not 0 < split <= diffusion.timesteps:
+            raise ConfigError(f"--splits {split}: should be 1 to {diffusion.timesteps}, the steps of the process")
+
+    def row(number: int, on_step: Callable[[], object]) -> Row:
+        index = torch.tensor([number], device=trained.device)
+        x = initial_noise(index, request.seed, trained.image_shape)
+        shared = {diffusion.timesteps: x}
+        for state in ancestral(trained.reverse, x, index=index, seed=request.seed):
+            if state.t in splits:
+                shared[state.t] = state.x
+            if state.t <= min(splits):
+                break
+        # Samples of other numbers: their noise is not that of the trunk, nor of other rows.
+        others = request.rows + number * variants + torch.arange(variants, device=trained.device)
+        images = []
+        for split in sorted(splits, reverse=True):
+            x = shared[split].expand(variants, -1, -1, -1)
+            for state in ancestral(trained.reverse, x, index=others, seed=request.seed, start=split - 1):
+                x = state.x
+                on_step()
+            images.append(x)
+        return torch.cat(images), {"latent": number, "splits": sorted(splits, reverse=True), "variants": variants}
+
+    return _draw(trained, request, "shared-latents", row, steps=sum(splits))
+
+
+def interpolations(
+    trained: Trained,
+    request: FigureRequest,
+    *,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    timesteps: Sequence[int],
+    lambdas: Sequence[float],
+) -> Path:
+    """Figures 8 and 9: both images noised for t steps with the same noise, mixed, denoised; t = 0 mixes pixels.
+
+    pairs: (C, H, W) in [-1, 1] each. A row is a pair at one t (the paper: 500; or 1000, 875, ..., 0): the one image,
+    the mixtures by `lambdas` (0.1 to 0.9), the other image.
+    """
+    diffusion = trained.reverse.diffusion
+    for t in timesteps:
+        if not 0 <= t <= diffusion.timesteps:
+            raise ConfigError(f"--timesteps {t}: should be 0 to {diffusion.timesteps}, the steps of the process")
+
+    def row(number: int, on_step: Callable[[], object]) -> Row:
+        pair, t = divmod(number, len(timesteps))
+        one, other = (image.to(trained.device)[None] for image in pairs[pair])
+
+        def counted(reverse: ReverseProcess, x: torch.Tensor, **chain: Any) -> Iterator[SamplingStep]:
+            for state in ancestral(reverse, x, **chain):
+                on_step()
+                yield state
+
+        mixtures = interpolate(
+            trained.reverse,
+            one,
+            other,
+            t=timesteps[t],
+            lambdas=lambdas,
+            index=torch.tensor([pair], device=trained.device),
+            seed=request.seed,
+            chain=counted,
+        )
+        notes = {"pair": pair, "t": timesteps[t], "lambdas": list(lambdas)}
+        return torch.cat((one, mixtures[:, 0], other)), notes
+
+    rows = FigureRequest(rows=len(pairs) * len(timesteps), seed=request.seed, out=request.out)
+    return _draw(trained, rows, "interpolation", row, steps=sum(timesteps) // max(1, len(timesteps)))
+
+
+def reconstructions(trained: Trained, request: FigureRequest, *, images: torch.Tensor) -> Path:
+    """DDIM, section 5.4: image, its latent x_T by the deterministic process run backwards, the image made from it.
+
+    images: (N, C, H, W) in [-1, 1].
+    """
+    diffusion = trained.reverse.diffusion
+
+    def row(number: int, on_step: Callable[[], object]) -> Row:
+        index = torch.tensor([number], device=trained.device)
+        image = latent = images[number : number + 1].to(trained.device)
+        for state in ddim_invert(trained.reverse, image):
+            latent = state.x
+            on_step()
+        x = latent
+        for state in ddim(trained.reverse, latent, index=index, seed=request.seed, clip=False):
+            x = state.x
+            on_step()
+        error = (x - image).square().mean().item()
+        return torch.cat((image, (latent / 3).clamp(-1, 1), x.clamp(-1, 1))), {"image": number, "mse": error}
+
+    rows = FigureRequest(rows=len(images), seed=request.seed, out=request.out)
+    return _draw(trained, rows, "reconstruction", row, steps=2 * diffusion.timesteps)
+
+
+def _draw(
+    trained: Trained,
+    request: FigureRequest,
+    name: str,
+    row: Callable[[int, Callable[[], object]], Row],
+    *,
+    steps: int,
+) -> Path:
+    """Make all rows, every rank its share, and let rank 0 write the picture and the numbers. Returns the picture."""
+    accelerator = trained.accelerator
+    default = trained.folder.path / "evaluation" / f"{name}-step-{trained.step:08d}-{trained.weights}.png"
+    path = request.out or default
+    share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=steps * len(share), desc=name, disable=None if accelerator.is_main_process else True)
+
+    def make() -> Iterator[tuple[int, Pixels, dict[str, Any]]]:
+        for number in share:
+            with torch.no_grad(), accelerator.autocast():
+                images, notes = row(number, lambda: bar.update())
+            yield number, to_uint8(images).cpu().numpy(), notes
+
+    with bar:
+        made = sorted((part for parts in gather(list(make())) for part in parts), key=lambda part: part[0])
+
+    def write() -> None:
+        columns = made[0][1].shape[0]
+        images = rearrange(np.stack([images for _, images, _ in made]), "r k c h w -> (r k) c h w")
+        save_png(path, tile(images, columns=columns))
+        notes = {"checkpoint": str(trained.checkpoint), "weights": trained.weights, "seed": request.seed}
+        path.with_suffix(".json").write_text(json.dumps({**notes, "rows": [n for _, _, n in made]}, indent=1) + "\n")
+        print(f"{len(made)} rows in {path}")
+
+    together(f"{path}: cannot be written", write, only_rank=0)
+    accelerator.end_training()
+    return path

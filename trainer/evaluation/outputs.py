@@ -1,0 +1,166 @@
+"""Where drawn images go: single files, one array as ADM's evaluation reads it, or tar shards to train on."""
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import webdataset as wds
+from einops import rearrange
+from numpy.lib import format as npy_format
+from PIL import Image
+
+from trainer.engine.processes import together
+from trainer.evaluation.work import Work
+from trainer.telemetry.pictures import Pixels, grid, save_png
+
+OutputFormat = Literal["folder", "npz", "tar"]
+NPZ_NAME = "samples.npz"
+SHARD_SAMPLES = 2048
+_LARGEST_GRID = 64
+
+
+class Output(Protocol):
+    """Images are written batch by batch, by any rank, in any order; `finish` makes of them what was asked for."""
+
+    def missing(self, batches: list[range]) -> list[range]:
+        """This rank's share of the batches that are not there yet. All ranks call it."""
+
+    def write(self, numbers: range, images: Pixels) -> None:
+        """Keep a batch, (B, C, H, W) uint8."""
+
+    def finish(self, batches: list[range]) -> None:
+        """Put all batches together. All ranks call it."""
+
+
+def make_output(kind: OutputFormat, work: Work) -> Output:
+    """The output of that kind in the work's folder."""
+    return {"folder": FolderOutput, "npz": NpzOutput, "tar": TarOutput}[kind](work)
+
+
+class FolderOutput:
+    """FOLDER/000000.png, ... and grid.png, the first 64 on one picture."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def missing(self, batches: list[range]) -> list[range]:
+        """See `Output`."""
+        return self.work.missing(batches, lambda numbers: all(self._path(number).exists() for number in numbers))
+
+    def write(self, numbers: range, images: Pixels) -> None:
+        """See `Output`."""
+        for number, image in zip(numbers, images, strict=True):
+            save_png(self._path(number), rearrange(image, "c h w -> h w c"))
+
+    def finish(self, batches: list[range]) -> None:
+        """See `Output`."""
+
+        def write_grid() -> None:
+            images = []
+            for number in range(min(batches[-1].stop, _LARGEST_GRID)):
+                with Image.open(self._path(number)) as image:
+                    images.append(np.atleast_3d(np.asarray(image)))
+            save_png(self.work.folder / "grid.png", grid(rearrange(np.stack(images), "n h w c -> n c h w")))
+
+        together(f"{self.work.folder}: cannot be written", write_grid, only_rank=0)
+
+    def _path(self, number: int) -> Path:
+        return self.work.folder / f"{number:06d}.png"
+
+
+class NpzOutput:
+    """FOLDER/samples.npz with one array "arr_0", (N, H, W, 3) uint8: what ADM's evaluator.py reads."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.path = work.folder / NPZ_NAME
+
+    def missing(self, batches: list[range]) -> list[range]:
+        """See `Output`."""
+        return _missing_unless(self.path, self.work, batches)
+
+    def write(self, numbers: range, images: Pixels) -> None:
+        """See `Output`."""
+        self.work.save(numbers, {"images": images})
+
+    def finish(self, batches: list[range]) -> None:
+        """See `Output`; batch by batch, for fifty thousand images need not fit the memory."""
+
+        def assemble() -> None:
+            if self.path.exists():
+                return
+            fresh = self.path.with_suffix(".tmp")
+            with zipfile.ZipFile(fresh, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                for first, images in _in_order(self.work, batches):
+                    if first == 0:
+                        shape = (batches[-1].stop, *images.shape[2:], 3)
+                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                        npy_format.write_array_header_1_0(member, header)
+                    colour = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
+                    member.write(rearrange(colour, "n c h w -> n h w c").tobytes())
+            fresh.replace(self.path)
+
+        together(f"{self.path}: cannot be written", assemble, only_rank=0)
+        self.work.discard_parts()
+
+
+class TarOutput:
+    """FOLDER/samples-000000.tar, ...: PNG images in WebDataset shards of 2,048; the name of a member is its number."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.done = work.folder / "samples-complete"
+
+    def missing(self, batches: list[range]) -> list[range]:
+        """See `Output`."""
+        return _missing_unless(self.done, self.work, batches)
+
+    def write(self, numbers: range, images: Pixels) -> None:
+        """See `Output`."""
+        self.work.save(numbers, {"images": images})
+
+    def finish(self, batches: list[range]) -> None:
+        """See `Output`; every rank writes its share of the shards."""
+        accelerator = self.work.accelerator
+        shards = range(0, batches[-1].stop, SHARD_SAMPLES)
+
+        def assemble() -> None:
+            if self.done.exists():
+                return
+            for first in shards[accelerator.process_index :: accelerator.num_processes]:
+                self._write_shard(range(first, min(first + SHARD_SAMPLES, batches[-1].stop)), batches)
+
+        together(f"{self.work.folder}: a shard cannot be written", assemble)
+        together(f"{self.done}: cannot be written", self.done.touch, only_rank=0)
+        self.work.discard_parts()
+
+    def _write_shard(self, numbers: range, batches: list[range]) -> None:
+        path = self.work.folder / f"samples-{numbers.start // SHARD_SAMPLES:06d}.tar"
+        fresh = path.with_suffix(".tmp")
+        overlapping = [batch for batch in batches if batch.start < numbers.stop and batch.stop > numbers.start]
+        with wds.TarWriter(str(fresh), mtime=0, encoder=False) as shard:
+            for first, images in _in_order(self.work, overlapping):
+                for number, image in enumerate(images, start=first):
+                    if number in numbers:
+                        shard.write({"__key__": f"{number:09d}", "png": _as_png(image)})
+        fresh.replace(path)
+
+
+def _missing_unless(finished: Path, work: Work, batches: list[range]) -> list[range]:
+    exists = together(f"{finished}: cannot be read", finished.exists, only_rank=0)[0]
+    return [] if exists else work.missing(batches)
+
+
+def _in_order(work: Work, batches: list[range]) -> Iterator[tuple[int, Pixels]]:
+    for numbers in batches:
+        yield numbers.start, work.load(numbers)["images"]
+
+
+def _as_png(image: Pixels) -> bytes:
+    stream = io.BytesIO()
+    pixels = rearrange(image, "c h w -> h w c")
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(stream, format="png")
+    return stream.getvalue()

@@ -1,0 +1,73 @@
+"""Samplers by name, as the command line has them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.samplers import SamplingStep, ancestral, ddim
+from trainer.engine.sampling import Sampler
+from trainer.errors import ConfigError
+
+SamplerName = Literal["ddpm", "ddim", "ddpm-sigma-hat", "dpm-solver++"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerChoice:
+    """A sampler and, for "ddim", its eta: 0 is deterministic, 1 as noisy as ancestral sampling."""
+
+    name: SamplerName
+    eta: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.name}-eta-{self.eta:g}" if self.name == "ddim" else self.name
+
+
+def make_sampler(choice: SamplerChoice) -> Sampler:
+    """Raises ConfigError where eta does not go with the sampler, or its library is missing."""
+    if choice.eta != 0 and choice.name != "ddim":
+        raise ConfigError(f"--eta {choice.eta:g}: goes with --sampler ddim")
+    if not 0 <= choice.eta <= 1:
+        raise ConfigError(f"--eta {choice.eta:g}: should be from 0 to 1")
+    match choice.name:
+        case "ddpm":
+            return ancestral
+        case "ddim":
+            return partial(ddim, eta=choice.eta)
+        case "ddpm-sigma-hat":
+            return partial(ddim, eta=1.0, sigma_hat=True)
+        case "dpm-solver++":
+            return _dpm_solver
+
+
+def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, index: torch.Tensor, seed: int) -> Iterator[SamplingStep]:
+    """DPM-Solver++(2M) (Lu et al. 2022), deterministic; the mathematics is diffusers', the network's call ours.
+
+    It takes the timesteps of the (respaced) process, from the last one down to clean data.
+    """
+    del index, seed  # draws no noise
+    try:
+        from diffusers import DPMSolverMultistepScheduler
+    except ImportError as error:
+        raise ConfigError("--sampler dpm-solver++: needs diffusers; pip install 'ddpm-trainer[solvers]'") from error
+    diffusion = reverse.diffusion
+    solver = DPMSolverMultistepScheduler(
+        num_train_timesteps=diffusion.timesteps,
+        trained_betas=diffusion.betas.cpu().numpy(),
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type="sample",
+        thresholding=False,
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
+    steps = list(reversed(range(diffusion.timesteps)))
+    solver.set_timesteps(timesteps=steps, device=x.device)
+    for step in steps:
+        t = torch.full((len(x),), step, device=x.device)
+        x0 = reverse.step(x, t, clip=True).x0
+        x = solver.step(x0, step, x).prev_sample
+        yield SamplingStep(t=step, original_t=int(diffusion.original_timesteps[step]), x=x, x0=x0)

@@ -1,0 +1,127 @@
+"""A trained network, opened to draw from or to be judged: configuration, verified weights, reverse process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+
+from trainer.config import Config
+from trainer.diffusion.respacing import respaced
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.engine.build import build_diffusion, build_network, build_reverse
+from trainer.engine.checkpoints import Checkpoints, read_verified
+from trainer.engine.processes import make_accelerator, together
+from trainer.engine.run import RunFolder
+from trainer.engine.sealed import COMPLETE_NAME
+from trainer.errors import CheckpointError, ConfigError
+from trainer.models.unet import UNet
+
+Weights = Literal["ema", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRequest:
+    """Which weights of which run, and over which of its timesteps.
+
+    `checkpoint`: None for the newest that verifies; `respacing`: see trainer/diffusion/respacing.py; `variance`: one of
+    the fixed ones instead of the configuration's, or None.
+    """
+
+    run: Path
+    checkpoint: Path | None
+    weights: Weights
+    respacing: str
+    variance: Literal["small", "large"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What `open_trained` found. `fingerprint` is the checkpoint's, which no other has."""
+
+    config: Config
+    folder: RunFolder
+    checkpoint: Path
+    fingerprint: str
+    step: int
+    weights: Weights
+    accelerator: Accelerator
+    reverse: ReverseProcess
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        model = self.config.model
+        return model.channels, model.image_size, model.image_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network and the tables are."""
+        return self.accelerator.device
+
+
+def open_trained(request: TrainedRequest) -> Trained:
+    """Load the weights on every rank, in eval mode.
+
+    Raises TrainerError where the run or the checkpoint cannot be used, ConfigError where the request does not fit it.
+    """
+    folder = RunFolder(request.run, writes=False)
+    if not folder.config.is_file():
+        raise ConfigError(f"--run {request.run}: holds no config.toml, so it is no run's folder")
+    config = Config.load(folder.config)
+    if request.variance is not None:
+        config = _with_variance(config, request.variance)
+    accelerator = make_accelerator(config.train.precision)
+    diffusion = build_diffusion(config, accelerator.device)
+    if request.respacing != "all":
+        diffusion = _or_config_error(
+            "--respacing", lambda: diffusion.respaced(respaced(diffusion.timesteps, request.respacing))
+        )
+
+    checkpoints = Checkpoints(folder.checkpoints, accelerator)
+    path = request.checkpoint or checkpoints.find_verified()[0]
+    if path is None:
+        raise CheckpointError(f"{folder.checkpoints}: holds no checkpoint that is whole", agreed=True)
+    checkpoints.check(path)
+    network = build_network(config)
+    step = together(f"{path}: cannot be read", lambda: _load_weights(network, request.weights, path))[0]
+    network.eval().requires_grad_(False).to(accelerator.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+    return Trained(
+        config=config,
+        folder=folder,
+        checkpoint=path,
+        fingerprint=(path / COMPLETE_NAME).read_text().strip(),
+        step=step,
+        weights=request.weights,
+        accelerator=accelerator,
+        reverse=build_reverse(network, diffusion, config),
+    )
+
+
+def _with_variance(config: Config, variance: Literal["small", "large"]) -> Config:
+    if config.diffusion.variance not in ("small", "large"):
+        raise ConfigError(
+            f"--variance {variance}: the network of this run gives its own variance ({config.diffusion.variance})"
+        )
+    return config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"variance": variance})})
+
+
+def _or_config_error(option: str, action: Callable[[], T]) -> T:
+    try:
+        return action()
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from error
+
+
+def _load_weights(network: UNet, kind: Weights, path: Path) -> int:
+    """Returns the checkpoint's step."""
+    tensors, manifest = read_verified(path)
+    weights = {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights do not fit the network in the run's config.toml") from error
+    return int(manifest["step"])

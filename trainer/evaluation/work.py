@@ -1,0 +1,85 @@
+"""Work that outlives a kill: numbered items in batches, each batch's result a file, done by whichever rank it falls to."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from accelerate import Accelerator
+
+from trainer.engine.processes import broadcast, check_alike, together
+from trainer.errors import ConfigError
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class Work:
+    """A folder of results, made for one request; batches that are there already are not done again.
+
+    FOLDER/request.json                 what was asked for: another request in this folder is refused
+    FOLDER/parts/000000000-000000064.npz   the result of a batch, until everything is put together
+
+    The number of processes may change between two goes.
+    """
+
+    def __init__(self, folder: Path, request: Mapping[str, Any], accelerator: Accelerator) -> None:
+        self.folder = folder
+        self.accelerator = accelerator
+        self._request = dict(request)
+        self._parts = folder / "parts"
+        check_alike(self._request, kind=ConfigError)
+        together(f"{folder}: cannot be written", self._claim, only_rank=0)
+
+    def missing(self, batches: list[range], is_done: Callable[[range], bool] | None = None) -> list[range]:
+        """This rank's share of the batches that have no result yet. All ranks call it."""
+        is_done = is_done or (lambda numbers: self.part(numbers).exists())
+        missing = broadcast([numbers for numbers in batches if not is_done(numbers)])
+        return missing[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def save(self, numbers: range, arrays: Arrays) -> None:
+        """Keep a batch's result; its file appears whole or not at all."""
+        self._parts.mkdir(exist_ok=True)
+        fresh = self._parts / f".{numbers.start}.{os.getpid()}.tmp"
+        with fresh.open("wb") as stream:
+            np.savez(stream, **arrays)
+        fresh.replace(self.part(numbers))
+
+    def load(self, numbers: range) -> dict[str, npt.NDArray[Any]]:
+        """A batch's result."""
+        with np.load(self.part(numbers), allow_pickle=False) as stored:
+            return dict(stored)
+
+    def part(self, numbers: range) -> Path:
+        """The file of a batch's result."""
+        return self._parts / f"{numbers.start:09d}-{numbers.stop:09d}.npz"
+
+    def discard_parts(self) -> None:
+        """Delete the single results: they have been put together. All ranks call it."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self._parts, ignore_errors=True)
+
+    def _claim(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "request.json"
+        if path.exists():
+            stored = json.loads(path.read_text())
+            differences = [
+                f"{name}: {stored.get(name)} there, {self._request.get(name)} now"
+                for name in self._request | stored
+                if stored.get(name) != self._request.get(name)
+            ]
+            if differences:
+                raise ConfigError(
+                    f"--out {self.folder}: holds what another request made ({'; '.join(differences)}); "
+                    "choose another folder",
+                    agreed=True,
+                )
+        else:
+            fresh = path.with_suffix(".tmp")
+            fresh.write_text(json.dumps(self._request, indent=1) + "\n")
+            fresh.replace(path)
