@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
-from trainer.diffusion.samplers import ancestral_sample
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.samplers import ancestral, initial_noise, sample
 from trainer.engine.build import build_diffusion, build_network
 from trainer.engine.checkpoints import read_verified
 from trainer.engine.sampling import share_of
@@ -47,15 +48,9 @@ def test_the_images_are_those_of_the_newest_weights(run: Path, tmp_path: Path, w
     tensors, _ = read_verified(checkpoint(run, 6))
     network = build_network(config.model).eval()
     network.load_state_dict({k.removeprefix(f"{weights}/"): v for k, v in tensors.items() if k.startswith(weights)})
-    x0 = ancestral_sample(
-        network,
-        build_diffusion(config, torch.device("cpu")),
-        shape=(3, 8, 8),
-        index=torch.arange(2),
-        seed=0,
-        variance="small",
-        device="cpu",
-    )
+    reverse = ReverseProcess(network, build_diffusion(config, torch.device("cpu")), variance="small")
+    index = torch.arange(2)
+    x0 = sample(ancestral(reverse, initial_noise(index, 0, (3, 8, 8)), index=index, seed=0))
     for number in range(2):
         expected = to_uint8(x0[number]).permute(1, 2, 0).numpy().astype(int)
         # channels-last and contiguous convolutions may round differently

@@ -8,7 +8,9 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.samplers import ancestral_sample
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.samplers import SamplingStep, ancestral, initial_noise
+from trainer.diffusion.samplers import sample as run_chain
 from trainer.telemetry.pictures import Pixels, to_uint8
 
 
@@ -36,21 +38,15 @@ def sample(
     `on_step` is called after each denoising step with the number of images that advanced.
     """
     shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    reverse = ReverseProcess(network, diffusion, variance=config.diffusion.variance)
     for numbers in batches:
 
-        def advance(_: int, images: int = len(numbers)) -> None:
+        def advance(_: SamplingStep, images: int = len(numbers)) -> None:
             if on_step is not None:
                 on_step(images)
 
+        index = torch.tensor(list(numbers), device=accelerator.device)
+        x = initial_noise(index, seed, shape)
         with accelerator.autocast():
-            x0 = ancestral_sample(
-                network,
-                diffusion,
-                shape=shape,
-                index=torch.tensor(list(numbers), device=accelerator.device),
-                seed=seed,
-                variance=config.diffusion.variance,
-                device=accelerator.device,
-                on_step=advance,
-            )
+            x0 = run_chain(ancestral(reverse, x, index=index, seed=seed), advance)
         yield numbers, to_uint8(x0).cpu().numpy()
