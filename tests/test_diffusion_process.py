@@ -41,16 +41,17 @@ def test_the_cosine_schedule_has_its_golden_values() -> None:
     assert torch.cumprod(1 - betas, dim=0)[499].item() == pytest.approx(0.4938435904, rel=1e-9)
 
 
-def test_linear_betas_keep_their_ends_at_any_length() -> None:
-    assert linear_betas(4).tolist() == pytest.approx([1e-4, 1e-4 + 0.0199 / 3, 1e-4 + 0.0398 / 3, 0.02], rel=1e-14)
-    assert linear_betas(50)[[0, -1]].tolist() == pytest.approx([1e-4, 0.02], rel=1e-14)
+def test_linear_betas_are_scaled_with_the_length_of_the_chain() -> None:
+    assert linear_betas(50)[[0, -1]].tolist() == pytest.approx([0.002, 0.4], rel=1e-14)
+    assert linear_betas(4000)[[0, -1]].tolist() == pytest.approx([2.5e-5, 0.005], rel=1e-14)
+    assert linear_betas(4).tolist() == pytest.approx([0.025, 0.999, 0.999, 0.999], rel=1e-14)
 
 
 def test_schedules_are_chosen_by_name() -> None:
     assert torch.equal(make_betas("linear", 10), linear_betas(10))
     assert torch.equal(make_betas("cosine", 10), cosine_betas(10))
-    with pytest.raises(ValueError, match="schedule='sigmoid': must be one of linear, cosine"):
-        make_betas("sigmoid", 10)
+    with pytest.raises(ValueError, match="schedule='quad': must be one of linear, cosine, sqrt-linear, sigmoid, table"):
+        make_betas("quad", 10)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,9 @@ def test_float64_images_come_back_in_float32(diffusion: GaussianDiffusion) -> No
 
 
 def test_tables_are_float32_and_move_together(diffusion: GaussianDiffusion) -> None:
-    assert {table.dtype for table in vars(diffusion).values()} == {torch.float32}
+    tables = {name: table for name, table in vars(diffusion).items() if name not in ("abar64", "original_timesteps")}
+    assert {table.dtype for table in tables.values()} == {torch.float32}
     assert diffusion.to("meta") is diffusion
-    assert {table.device.type for table in vars(diffusion).values()} == {"meta"}
+    assert {getattr(diffusion, name).device.type for name in tables} == {"meta"}
+    assert diffusion.original_timesteps.device.type == "meta"
+    assert (diffusion.abar64.device.type, diffusion.abar64.dtype) == ("cpu", torch.float64)

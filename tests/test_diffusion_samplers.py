@@ -8,14 +8,15 @@ from diffusers import DDPMScheduler
 
 from trainer.diffusion.noise import Stream, keyed_normal
 from trainer.diffusion.process import GaussianDiffusion, Variance
-from trainer.diffusion.samplers import ancestral_sample
-from trainer.diffusion.schedules import linear_betas
+from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.samplers import SamplingStep, ancestral, initial_noise
+from trainer.diffusion.samplers import sample as run_chain
 
 T = 50
 SHAPE = (2, 3, 3)
 SEED = 11
 # Steeper than the paper's, so that 50 steps reach noise.
-BETAS = linear_betas(T, beta_end=0.3)
+BETAS = torch.linspace(1e-4, 0.3, T, dtype=torch.float64)
 
 
 def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -23,12 +24,10 @@ def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return 0.8 * x + 0.3 * torch.sin(3 * x + t[:, None, None, None] / 7)
 
 
-def sample(index: list[int], variance: Variance = "small", seed: int = SEED, **more: object) -> torch.Tensor:
-    diffusion = GaussianDiffusion(BETAS)
+def sample(index: list[int], variance: Variance = "small", seed: int = SEED) -> torch.Tensor:
     number = torch.tensor(index)
-    return ancestral_sample(
-        model, diffusion, shape=SHAPE, index=number, seed=seed, variance=variance, device="cpu", **more
-    )
+    reverse = ReverseProcess(model, GaussianDiffusion(BETAS), variance=variance)
+    return run_chain(ancestral(reverse, initial_noise(number, seed, SHAPE), index=number, seed=seed))
 
 
 def algorithm_2(index: int, variance: Variance, clamp: bool = True) -> torch.Tensor:
@@ -88,17 +87,11 @@ def test_a_sample_is_the_same_in_whatever_batch() -> None:
 
 
 def test_it_reports_each_step_and_leaves_no_graph() -> None:
-    steps: list[int] = []
+    steps: list[SamplingStep] = []
     weight = torch.ones((), requires_grad=True)
-    drawn = ancestral_sample(
-        lambda x, t: weight * model(x, t),
-        GaussianDiffusion(BETAS),
-        shape=SHAPE,
-        index=torch.arange(2),
-        seed=SEED,
-        variance="small",
-        device="cpu",
-        on_step=steps.append,
-    )
-    assert steps == list(range(T - 1, -1, -1))
+    reverse = ReverseProcess(lambda x, t: weight * model(x, t), GaussianDiffusion(BETAS), variance="small")
+    number = torch.arange(2)
+    drawn = run_chain(ancestral(reverse, initial_noise(number, SEED, SHAPE), index=number, seed=SEED), steps.append)
+    assert [step.t for step in steps] == list(range(T - 1, -1, -1))
+    assert torch.equal(steps[-1].x, drawn)
     assert not drawn.requires_grad

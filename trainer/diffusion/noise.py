@@ -50,6 +50,7 @@ class Stream(enum.IntEnum):
     INITIAL = 3  # x_T of a sample
     ANCESTRAL = 4  # z_t of a sample, with sub = t
     DROPOUT = 5
+    LIKELIHOOD = 6  # eps of an image when its bits are counted, with sub = t
 
 
 def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
