@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ import torch
 
 from tests.faults import Fault
 from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
-from trainer.engine.timesteps import UniformTimesteps
-from trainer.models.unet import UNet, UNetConfig
 from trainer.engine.checkpoints import Checkpoints, read_verified
 from trainer.engine.processes import make_accelerator
 from trainer.engine.run import RunFolder
 from trainer.engine.state import TrainState, make_ema
+from trainer.engine.timesteps import UniformTimesteps
 from trainer.errors import CheckpointError, TrainerError
+from trainer.models.unet import UNet, UNetConfig
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +227,7 @@ def small_state(model: UNetConfig = MODEL) -> TrainState:
     network = UNet(model).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     timesteps = UniformTimesteps(seed=0, timesteps=20)
-    return TrainState(
-        model=network, ema=make_ema(network, 0.9), optimizer=optimizer, scaler=None, timesteps=timesteps
-    )
+    return TrainState(model=network, ema=make_ema(network, 0.9), optimizer=optimizer, scaler=None, timesteps=timesteps)
 
 
 def take_a_step(state: TrainState) -> None:
@@ -267,7 +266,7 @@ def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"optimizer\.exp_avg/.*: missing"):
         small_state().load({**tensors, "optimizer.exp_avg/conv_in.bias": torch.zeros(8)}, manifest["state"])
     deeper = small_state(replace(MODEL, blocks_per_level=2))
-    with pytest.raises(CheckpointError, match="the checkpoint is of another network"):
+    with pytest.raises(CheckpointError, match="the checkpoint is of another run"):
         deeper.load(tensors, manifest["state"])
 
 

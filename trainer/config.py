@@ -124,8 +124,8 @@ class DiffusionConfig(_Section):
     """Variance of the reverse process: "small" beta~_t or "large" beta_t (section 3.2); "learned", a diagonal one, or
     "learned-range", between the two fixed ones (Nichol and Dhariwal 2021), doubles the network's output."""
     loss: Literal["mse", "bound", "hybrid"] = "mse"
-    """The "mse" of the prediction (with "eps" it is L_simple), "bound" (L, the variational bound in bits per dimension), or
-    "hybrid" (L_simple + 0.001 L_vlb; Nichol and Dhariwal 2021)."""
+    """The "mse" of the prediction (with "eps" it is L_simple), "bound" (L, the variational bound, in bits per
+    dimension), or "hybrid" (L_simple + 0.001 L_vlb; Nichol and Dhariwal 2021)."""
     timestep_sampling: Literal["uniform", "importance"] = "uniform"
     """How t is drawn: "importance" as often as its loss is large (Nichol and Dhariwal 2021, section 3.3)."""
 

@@ -2,7 +2,6 @@
 
 import torch
 from accelerate import Accelerator
-
 from torch import nn
 
 from trainer.config import Config

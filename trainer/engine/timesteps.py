@@ -13,7 +13,10 @@ class Timesteps(Protocol):
     """Where t comes from, and what is remembered of the losses it led to."""
 
     def draw(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """t, (B,) int64, and the weight of its loss, (B,) float32 or None for 1, of images at `position`, (B,) int64."""
+        """t, (B,) int64, and the weight of its loss, (B,) float32 or None for 1.
+
+        position: (B,) int64, of the images that are noised.
+        """
 
     def record(self, t: torch.Tensor, losses: torch.Tensor, *, found_inf: torch.Tensor) -> None:
         """Learn from the unweighted losses of this rank's part of a global batch; all ranks call it.

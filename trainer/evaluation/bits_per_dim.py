@@ -99,9 +99,7 @@ def evaluate_bound(request: BoundRequest) -> Path:
     return out
 
 
-def _measure(
-    trained: Trained, request: BoundRequest, images: ShardImages, work: Work, batches: list[range]
-) -> None:
+def _measure(trained: Trained, request: BoundRequest, images: ShardImages, work: Work, batches: list[range]) -> None:
     share = work.missing(batches)
     with tqdm(
         total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
@@ -111,6 +109,10 @@ def _measure(
         disable=None if trained.accelerator.is_main_process else True,
     ) as bar:
         for numbers in share:
+
+            def advance(_: int, count: int = len(numbers)) -> None:
+                bar.update(count)
+
             x0 = images.load(numbers).to(trained.device)
             with torch.no_grad(), trained.accelerator.autocast():
                 bound = bits_per_dim(
@@ -119,7 +121,7 @@ def _measure(
                     index=torch.tensor(images.ids(numbers), device=trained.device),
                     seed=request.seed,
                     cdf=request.decoder,
-                    on_step=lambda _, count=len(numbers): bar.update(count),
+                    on_step=advance,
                 )
             work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
 
@@ -151,9 +153,7 @@ def _report(trained: Trained, images: ShardImages, work: Work, batches: list[ran
     )
 
 
-def _to_tensorboard(
-    folder: Path, step: int, means: dict[str, float], by_timestep: list[dict[str, float]]
-) -> None:
+def _to_tensorboard(folder: Path, step: int, means: dict[str, float], by_timestep: list[dict[str, float]]) -> None:
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(folder)) as writer:

@@ -37,7 +37,9 @@ class Output(Protocol):
 
 def make_output(kind: OutputFormat, work: Work) -> Output:
     """The output of that kind in the work's folder."""
-    return {"folder": FolderOutput, "npz": NpzOutput, "tar": TarOutput}[kind](work)
+    kinds: dict[OutputFormat, type[FolderOutput] | type[NpzOutput] | type[TarOutput]]
+    kinds = {"folder": FolderOutput, "npz": NpzOutput, "tar": TarOutput}
+    return kinds[kind](work)
 
 
 class FolderOutput:
@@ -80,7 +82,7 @@ class NpzOutput:
 
     def missing(self, batches: list[range]) -> list[range]:
         """See `Output`."""
-        return _missing_unless(self.path, self.work, batches)
+        return [] if _is_finished(self.path) else self.work.missing(batches)
 
     def write(self, numbers: range, images: Pixels) -> None:
         """See `Output`."""
@@ -90,8 +92,6 @@ class NpzOutput:
         """See `Output`; batch by batch, for fifty thousand images need not fit the memory."""
 
         def assemble() -> None:
-            if self.path.exists():
-                return
             fresh = self.path.with_suffix(".tmp")
             with zipfile.ZipFile(fresh, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 for first, images in _in_order(self.work, batches):
@@ -103,7 +103,8 @@ class NpzOutput:
                     member.write(rearrange(colour, "n c h w -> n h w c").tobytes())
             fresh.replace(self.path)
 
-        together(f"{self.path}: cannot be written", assemble, only_rank=0)
+        if not _is_finished(self.path):
+            together(f"{self.path}: cannot be written", assemble, only_rank=0)
         self.work.discard_parts()
 
 
@@ -116,7 +117,7 @@ class TarOutput:
 
     def missing(self, batches: list[range]) -> list[range]:
         """See `Output`."""
-        return _missing_unless(self.done, self.work, batches)
+        return [] if _is_finished(self.done) else self.work.missing(batches)
 
     def write(self, numbers: range, images: Pixels) -> None:
         """See `Output`."""
@@ -128,13 +129,12 @@ class TarOutput:
         shards = range(0, batches[-1].stop, SHARD_SAMPLES)
 
         def assemble() -> None:
-            if self.done.exists():
-                return
             for first in shards[accelerator.process_index :: accelerator.num_processes]:
                 self._write_shard(range(first, min(first + SHARD_SAMPLES, batches[-1].stop)), batches)
 
-        together(f"{self.work.folder}: a shard cannot be written", assemble)
-        together(f"{self.done}: cannot be written", self.done.touch, only_rank=0)
+        if not _is_finished(self.done):
+            together(f"{self.work.folder}: a shard cannot be written", assemble)
+            together(f"{self.done}: cannot be written", self.done.touch, only_rank=0)
         self.work.discard_parts()
 
     def _write_shard(self, numbers: range, batches: list[range]) -> None:
@@ -149,9 +149,9 @@ class TarOutput:
         fresh.replace(path)
 
 
-def _missing_unless(finished: Path, work: Work, batches: list[range]) -> list[range]:
-    exists = together(f"{finished}: cannot be read", finished.exists, only_rank=0)[0]
-    return [] if exists else work.missing(batches)
+def _is_finished(marker: Path) -> bool:
+    """What rank 0 sees, on all ranks."""
+    return together(f"{marker}: cannot be read", marker.exists, only_rank=0)[0]
 
 
 def _in_order(work: Work, batches: list[range]) -> Iterator[tuple[int, Pixels]]:

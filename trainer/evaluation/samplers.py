@@ -56,7 +56,7 @@ def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, index: torch.Tensor
     diffusion = reverse.diffusion
     solver = DPMSolverMultistepScheduler(
         num_train_timesteps=diffusion.timesteps,
-        trained_betas=diffusion.betas.cpu().numpy(),
+        trained_betas=diffusion.betas.clamp(max=1 - 1e-6).cpu().numpy(),  # a beta of 1 would make it divide by 0
         algorithm_type="dpmsolver++",
         solver_order=2,
         prediction_type="sample",

@@ -1,6 +1,5 @@
 """A trained network, opened to draw from or to be judged: configuration, verified weights, reverse process."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,10 +74,10 @@ def open_trained(request: TrainedRequest) -> Trained:
         config = _with_variance(config, request.variance)
     accelerator = make_accelerator(config.train.precision)
     diffusion = build_diffusion(config, accelerator.device)
-    if request.respacing != "all":
-        diffusion = _or_config_error(
-            "--respacing", lambda: diffusion.respaced(respaced(diffusion.timesteps, request.respacing))
-        )
+    try:
+        diffusion = diffusion.respaced(respaced(diffusion.timesteps, request.respacing))
+    except ValueError as error:
+        raise ConfigError(f"--respacing: {error}") from error
 
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = request.checkpoint or checkpoints.find_verified()[0]
@@ -107,13 +106,6 @@ def _with_variance(config: Config, variance: Literal["small", "large"]) -> Confi
             f"--variance {variance}: the network of this run gives its own variance ({config.diffusion.variance})"
         )
     return config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"variance": variance})})
-
-
-def _or_config_error(option: str, action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except ValueError as error:
-        raise ConfigError(f"{option}: {error}") from error
 
 
 def _load_weights(network: UNet, kind: Weights, path: Path) -> int:

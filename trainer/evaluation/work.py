@@ -1,4 +1,4 @@
-"""Work that outlives a kill: numbered items in batches, each batch's result a file, done by whichever rank it falls to."""
+"""Work that outlives a kill: numbered items in batches, each batch's result a file, from whichever rank it fell to."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class Work:
         self._parts.mkdir(exist_ok=True)
         fresh = self._parts / f".{numbers.start}.{os.getpid()}.tmp"
         with fresh.open("wb") as stream:
-            np.savez(stream, **arrays)
+            np.savez(stream, **dict[str, Any](arrays))
         fresh.replace(self.part(numbers))
 
     def load(self, numbers: range) -> dict[str, npt.NDArray[Any]]:
