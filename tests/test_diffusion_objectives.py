@@ -47,9 +47,11 @@ def batch(prediction: str, variance: str) -> dict[str, torch.Tensor]:
     rows = [(x0[row].double(), eps[row].double(), t) for row, t in enumerate(T.tolist())]
     x_t = torch.stack([REFERENCE.x_t(*row) for row in rows]).float()
     targets = torch.stack([REFERENCE.target(prediction, *row) for row in rows]).float()
-    small = 0.003 if prediction in ("mu", "x0") else 0.3
-    output = targets + small * normal(3, *x0.shape)
-    output[1] += 20 * small
+    off = torch.full((len(T), 1, 1, 1), 0.003 if prediction == "mu" else 0.3)
+    if prediction == "x0":
+        off[:2] = 0.003
+    output = targets + off * normal(3, *x0.shape)
+    output[1] += 20 * off[1]
     if output_channels(3, variance) == 6:
         spread = normal(4, *x0.shape)
         if variance == "learned":
