@@ -56,7 +56,7 @@ def test_the_exact_decoder_is_exact_in_both_tails_and_narrow_bins() -> None:
     # z itself is known to 1e-7 / scale, and the loss moves by |z| times that
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-4)
     usual = (scale >= 0.05) & (scale <= 0.4)
-    torch.testing.assert_close(ours[usual], theirs[usual], rtol=1e-6, atol=3e-5)
+    torch.testing.assert_close(ours[usual], theirs[usual], rtol=3e-6, atol=3e-5)
 
 
 def test_bins_have_half_width_1_255_and_the_outermost_have_no_end() -> None:
