@@ -21,6 +21,7 @@ Cdf = Literal["exact", "tanh"]
 BIN = 1 / 255  # half the width of a value's bin
 EDGE = 0.999  # beyond it a value is the first or the last, whose bin has no end
 LEAST_PROBABILITY = 1e-12  # the authors take no logarithm of less
+FAR = 100.0  # standard deviations beyond which no mass is left
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor, cdf: Cd
     as at least 1e-12. Returns float32.
     """
     centered, scale = x.float() - mean.float(), torch.exp(-log_scale.float())
-    lower, upper = scale * (centered - BIN), scale * (centered + BIN)
+    # Clamped far outside all mass, where the gradients of log_ndtr would overflow.
+    lower, upper = ((scale * (centered + end)).clamp(-FAR, FAR) for end in (-BIN, BIN))
     log_mass = _log_mass_tanh if cdf == "tanh" else _log_mass
     first, last, inner = log_mass(lower, upper)
     chosen = torch.where(x < -EDGE, first, torch.where(x > EDGE, last, inner))
