@@ -74,10 +74,11 @@ def open_trained(request: TrainedRequest) -> Trained:
         config = _with_variance(config, request.variance)
     accelerator = make_accelerator(config.train.precision)
     diffusion = build_diffusion(config, accelerator.device)
-    try:
-        diffusion = diffusion.respaced(respaced(diffusion.timesteps, request.respacing))
-    except ValueError as error:
-        raise ConfigError(f"--respacing: {error}") from error
+    if request.respacing != "all":
+        try:
+            diffusion = diffusion.respaced(respaced(diffusion.timesteps, request.respacing))
+        except ValueError as error:
+            raise ConfigError(f"--respacing: {error}") from error
 
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = request.checkpoint or checkpoints.find_verified()[0]
