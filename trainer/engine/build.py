@@ -11,18 +11,20 @@ from trainer.errors import ConfigError
 from trainer.models.unet import UNet, UNetConfig
 
 
-def build_network(model: ModelConfig) -> UNet:
-    """The UNet that the configuration describes, initialised from torch's current seed.
-
-    Raises ConfigError where the sizes do not fit together.
-    """
+def unet_config(model: ModelConfig) -> UNetConfig:
+    """The network's own description of its shape. Raises ConfigError where the sizes do not fit together."""
     fields = model.model_dump()
     fields["channel_multipliers"] = tuple(model.channel_multipliers)
     fields["attention_resolutions"] = tuple(model.attention_resolutions)
     try:
-        return UNet(UNetConfig(**fields))
+        return UNetConfig(**fields)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
+
+
+def build_network(model: ModelConfig) -> UNet:
+    """The UNet that the configuration describes, initialised from torch's current seed; errors as `unet_config`."""
+    return UNet(unet_config(model))
 
 
 def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:

@@ -11,9 +11,8 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
-from trainer.config import Config
 from trainer.engine.build import build_diffusion, build_network
-from trainer.engine.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpoints import Checkpoints, read_weights
 from trainer.engine.processes import make_accelerator, together
 from trainer.engine.run import RunFolder
 from trainer.engine.sampling import sample, share_of
@@ -45,15 +44,10 @@ def draw(request: DrawRequest) -> Path:
     folder = RunFolder(request.run, writes=False)
     if not 0 <= request.seed < 2**63:
         raise ConfigError(f"--seed {request.seed}: should be at least 0 and below 2^63")
-    if not folder.config.is_file():
-        raise ConfigError(f"--run {request.run}: holds no config.toml, so it is no run's folder")
-    config = Config.load(folder.config)
+    config = folder.load_config()
     accelerator = make_accelerator(config.train.precision)
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    path = request.checkpoint or checkpoints.find_verified()[0]
-    if path is None:
-        raise CheckpointError(f"{folder.checkpoints}: holds no checkpoint that is whole")
-    checkpoints.check(path)
+    path = checkpoints.choose(request.checkpoint)
     network = build_network(config.model)
     step = together(f"{path}: cannot be read", lambda: _load_weights(network, request.weights, path))[0]
     network.eval().to(accelerator.device)
@@ -85,10 +79,9 @@ def draw(request: DrawRequest) -> Path:
     return out
 
 
-def _load_weights(network: UNet, kind: str, path: Path) -> int:
+def _load_weights(network: UNet, kind: Literal["ema", "model"], path: Path) -> int:
     """Returns the checkpoint's step."""
-    tensors, manifest = read_verified(path)
-    weights = {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
+    weights, manifest = read_weights(path, kind)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
