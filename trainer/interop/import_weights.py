@@ -74,7 +74,8 @@ def _configure(request: ImportRequest, source: Source) -> Config:
             "model": dict(source.model),
             "diffusion": dict(source.diffusion),
         }
-        config = Config.parse(raw, request.overrides, source=str(source.path))
+        what = f"{source.path} (choose by --set what it does not say)"
+        config = Config.parse(raw, request.overrides, source=what)
     for section, said in (("model", source.model), ("diffusion", source.diffusion)):
         for field, value in said.items():
             chosen = getattr(getattr(config, section), field)

@@ -27,7 +27,8 @@ def model_card(
     front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: diffusers", "tags:"]
     front += [f"- {tag}" for tag in ("diffusers", "ddpm", "unconditional-image-generation")]
     rows = [f"| {name} | {value} |" for name, value in _facts(config, manifest, checkpoint, weights, parameters)]
-    size = config.model.image_size
+    size, timesteps = config.model.image_size, config.diffusion.timesteps
+    kind = {1: "grey", 3: "RGB"}.get(config.model.channels, f"{config.model.channels}-channel")
     return "\n".join(
         [
             *front,
@@ -36,7 +37,7 @@ def model_card(
             f"# Unconditional diffusion model, {size} x {size}",
             "",
             "A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020) that draws "
-            f"{size} x {size} images of {config.model.channels} channel(s).",
+            f"{size} x {size} {kind} images.",
             "",
             f"Licence of the weights: {license_name or 'not stated; ask who gave them to you'}.",
             "",
@@ -49,8 +50,8 @@ def model_card(
             "```python",
             "from diffusers import DDIMPipeline, DDPMPipeline",
             "",
-            f'images = DDPMPipeline.from_pretrained("FOLDER")(num_inference_steps={config.diffusion.timesteps}).images',
-            'images = DDIMPipeline.from_pretrained("FOLDER")(num_inference_steps=50).images  # faster',
+            f'images = DDPMPipeline.from_pretrained("FOLDER")(num_inference_steps={timesteps}).images',
+            f'images = DDIMPipeline.from_pretrained("FOLDER")(num_inference_steps={min(50, timesteps)}).images',
             "```",
             "",
             "## Configuration",
