@@ -17,6 +17,7 @@ from tests.harness import checkpoint, events, launch, overrides, tensors_of
 from tests.networks import make_run, randomise, reference
 from tests.test_convert_export import TWO_LEVELS, export, network_of, run_convert
 from trainer.config import Config
+from trainer.diffusion.schedules import make_betas
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import make_accelerator
 from trainer.engine.run import check_identity
@@ -384,6 +385,22 @@ def test_another_process_is_refused_by_the_schedulers_field(
     line = refusal(monkeypatch, capsys, source)
     assert line.startswith(f"error: {source}/scheduler_config.json: ")
     assert f"{field} = {value!r}" in line
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_table_of_betas_is_recognised_and_nothing_near_it(
+    schedule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = publish(tmp_path / "ddpm", SMALL, reference(SMALL).state_dict())
+    betas = make_betas(schedule, 500)
+    for table in (betas * 0.999, betas.float()):
+        settings = PUBLISHED_SCHEDULER | {"trained_betas": table.tolist(), "num_train_timesteps": 500}
+        (source / "scheduler_config.json").write_text(json.dumps(settings))
+        if table.dtype == torch.float64:
+            assert "no schedule that diffusion.schedule has a name for" in refusal(monkeypatch, capsys, source)
+    assert run_convert(monkeypatch, "import", source, "--out", tmp_path / "run") == 0
+    diffusion = Config.load(tmp_path / "run" / "config.toml").diffusion
+    assert (diffusion.schedule, diffusion.timesteps) == (schedule, 500)
 
 
 NAME = "down_blocks.1.attentions.0.to_k.weight"

@@ -50,7 +50,12 @@ def parse_arguments() -> argparse.Namespace:
         "a run's folder or one of its checkpoints",
     )
     into.add_argument("--out", type=Path, required=True, metavar="RUN", help="must not exist yet")
-    into.add_argument("--config", type=Path, metavar="TOML", help="how to train further; of the same network")
+    into.add_argument(
+        "--config",
+        type=Path,
+        metavar="TOML",
+        help="how to train further: a run's configuration of the same network; run_dir becomes --out",
+    )
     into.add_argument(
         "--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="override one field; may be repeated"
     )

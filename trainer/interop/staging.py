@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from trainer.engine.sealed import fsync
 from trainer.errors import ConversionError
 
@@ -30,5 +32,5 @@ def new_folder(final: Path) -> Iterator[Path]:
             fsync(final.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConversionError(f"--out {final}: cannot be written ({error})") from error
