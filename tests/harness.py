@@ -93,7 +93,7 @@ def environment(**extra: str) -> dict[str, str]:
 def launch(
     processes: int, *arguments: str, expect: int | None = 0, script: str = "train", fault: Fault | None = None
 ) -> str:
-    """Run trainer/train.py (or sample.py, evaluate.py) in `processes` processes that train together, as torchrun would.
+    """Run trainer/train.py (or sample.py, evaluate.py, convert.py) in `processes` processes, as torchrun would.
 
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
     their own. `expect` is the exit code of every process; None where a fault kills one of them, and the others are
@@ -101,7 +101,9 @@ def launch(
     """
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # the server inherits it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate"])
+    context.set_forkserver_preload(
+        ["tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"]
+    )
     port = free_port()
     with tempfile.NamedTemporaryFile("r+") as log:
         ranks = [

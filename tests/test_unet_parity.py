@@ -4,14 +4,17 @@ import re
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 
+from tests.networks import randomise, reference
 from trainer.models.unet import Downsample, Stage, UNet, UNetConfig
 
 # In float64 nothing but the network itself can differ; float32 is what is trained.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 CIFAR10 = UNetConfig(image_size=32)
+# The network of CelebA at 64 x 64 in Song et al. 2021 (DDIM), and the paper's of 256 x 256.
+CELEBA64 = UNetConfig(image_size=64, channel_multipliers=(1, 2, 2, 2, 4))
+LSUN256 = UNetConfig(image_size=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
 # The layout of the 256 x 256 recipe (attention on the fifth of six levels), small enough for a test.
 LSUN_LAYOUT = UNetConfig(
     image_size=64, base_channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(4,)
@@ -20,39 +23,6 @@ LSUN_LAYOUT = UNetConfig(
 LSUN_AT_16 = UNetConfig(
     image_size=64, base_channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(16,)
 )
-
-
-def randomise(model: UNet) -> None:
-    """Weights that hide nothing: no layer near zero, no bias at zero, no norm at one, outputs of order one."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.add_(noise * 0.2)
-            else:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-
-
-def reference(config: UNetConfig, **wrong: object) -> UNet2DModel:
-    attention = [side in config.attention_resolutions for side in config.level_resolutions]
-    settings = {
-        "freq_shift": 1,
-        "flip_sin_to_cos": False,
-        "downsample_padding": 0,
-        "attention_head_dim": None,
-        "norm_eps": 1e-6,
-        "norm_num_groups": config.norm_groups,
-        "layers_per_block": config.blocks_per_level,
-        "act_fn": "silu",
-    }
-    return UNet2DModel(
-        sample_size=config.image_size,
-        block_out_channels=config.level_channels,
-        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-        **(settings | wrong),
-    ).eval()
 
 
 PARTS = {
@@ -110,8 +80,13 @@ def to_diffusers(model: UNet) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def difference(config: UNetConfig, dtype: torch.dtype, **wrong: object) -> tuple[float, float]:
-    """The largest difference of the two outputs, and the size of our output."""
+def difference(
+    config: UNetConfig, dtype: torch.dtype, *, side: int | None = None, **wrong: object
+) -> tuple[float, float]:
+    """The largest difference of the two outputs, and the size of our output. `side` of the input; the network's own
+    costs minutes at 256.
+    """
+    side = side or config.image_size
     torch.manual_seed(0)
     model = UNet(config).eval()
     randomise(model)
@@ -119,7 +94,7 @@ def difference(config: UNetConfig, dtype: torch.dtype, **wrong: object) -> tuple
     other.load_state_dict(to_diffusers(model), strict=True)
     model.to(dtype)
     other.to(dtype)
-    x = torch.randn(2, config.channels, config.image_size, config.image_size, dtype=dtype)
+    x = torch.randn(2, config.channels, side, side, dtype=dtype)
     t = torch.tensor([3, 871])
     with torch.no_grad():
         ours, theirs = model(x, t), other(x, t).sample
@@ -132,6 +107,21 @@ def test_the_network_is_the_one_diffusers_builds(config: UNetConfig, dtype: torc
     largest, scale = difference(config, dtype)
     assert largest < TOLERANCE[dtype]
     assert 0.3 < scale < 3  # or the tolerance would mean something else
+
+
+@pytest.mark.parametrize(
+    ("config", "side"),
+    [
+        pytest.param(CELEBA64, 32, id="celeba64"),
+        pytest.param(LSUN256, 64, id="lsun256"),
+        pytest.param(CELEBA64, 64, id="celeba64-own-size", marks=pytest.mark.slow),
+        pytest.param(LSUN256, 256, id="lsun256-own-size", marks=pytest.mark.slow),
+    ],
+)
+def test_the_large_networks_are_too_at_full_width(config: UNetConfig, side: int) -> None:
+    largest, scale = difference(config, torch.float32, side=side)
+    assert largest < TOLERANCE[torch.float32]
+    assert 0.3 < scale < 3
 
 
 @pytest.mark.parametrize(

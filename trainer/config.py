@@ -226,13 +226,18 @@ class Config(_Section):
             raise ConfigError(f"{path}: cannot be read ({error})") from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        return cls.parse(raw, overrides, source=str(path))
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Self:
+        """Validate what a TOML file would hold, overrides applied to it; errors as `load`, from `source`."""
         for override in overrides:
             _apply_override(raw, override)
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
             lines = [_explain(cls, details) for details in error.errors()]
-            raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+            raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 
     def to_toml(self) -> str:
         """The configuration as resolved: every field, defaults included."""

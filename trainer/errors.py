@@ -37,6 +37,12 @@ class CheckpointError(TrainerError):
     """A checkpoint that cannot be written, verified or resumed from; the message names it and the reason."""
 
 
+class ConversionError(TrainerError):
+    """Another program's weights or settings that this network cannot take, or ours that it cannot; the message names
+    the tensor or the field.
+    """
+
+
 class NonFiniteError(TrainerError):
     """Training diverged: more steps than allowed had a loss or a gradient that was not finite."""
 

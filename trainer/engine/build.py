@@ -4,9 +4,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trainer.config import Config
+from trainer.config import Config, ModelConfig
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.reverse import ReverseProcess, output_channels
+from trainer.diffusion.reverse import ReverseProcess, ReverseVariance, output_channels
 from trainer.diffusion.schedules import make_betas
 from trainer.diffusion.timesteps import ImportanceSampling
 from trainer.engine.state import TrainState, make_ema
@@ -15,20 +15,21 @@ from trainer.errors import ConfigError
 from trainer.models.unet import UNet, UNetConfig
 
 
-def build_network(config: Config) -> UNet:
-    """The UNet that the configuration describes, initialised from torch's current seed.
-
-    Raises ConfigError where the sizes do not fit together.
-    """
-    model = config.model
+def unet_config(model: ModelConfig, variance: ReverseVariance) -> UNetConfig:
+    """The network's own description of its shape. Raises ConfigError where the sizes do not fit together."""
     fields = model.model_dump()
     fields["channel_multipliers"] = tuple(model.channel_multipliers)
     fields["attention_resolutions"] = tuple(model.attention_resolutions)
-    out_channels = output_channels(model.channels, config.diffusion.variance)
+    out_channels = output_channels(model.channels, variance)
     try:
-        return UNet(UNetConfig(**fields, out_channels=out_channels))
+        return UNetConfig(**fields, out_channels=out_channels)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
+
+
+def build_network(config: Config) -> UNet:
+    """The UNet that the configuration describes, initialised from torch's current seed; errors as `unet_config`."""
+    return UNet(unet_config(config.model, config.diffusion.variance))
 
 
 def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -108,6 +108,16 @@ class Checkpoints:
             damaged[path] = reason
         return None, damaged
 
+    def choose(self, path: Path | None) -> Path:
+        """The given checkpoint, or the newest that is whole; verified. Raises CheckpointError where there is none."""
+        if path is not None:
+            self.check(path)
+            return path
+        newest, _ = self.find_verified()
+        if newest is None:
+            raise CheckpointError(f"{self.folder}: holds no checkpoint that is whole", agreed=True)
+        return newest
+
     def recover(self) -> tuple[Path | None, dict[Path, str]]:
         """Like `find_verified`, and put the damaged ones into quarantine.
 
@@ -181,6 +191,13 @@ def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     for record in manifest["files"]:
         tensors |= load_file(path / record.name)
     return tensors, manifest
+
+
+def read_weights(path: Path, kind: Literal["ema", "model"]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The network's state dict, averaged ("ema") or raw ("model"), and the manifest of a verified checkpoint."""
+    tensors, manifest = read_verified(path)
+    prefix = f"{kind}/"
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, manifest
 
 
 def _write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> sealed.FileRecord:

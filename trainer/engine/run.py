@@ -23,6 +23,8 @@ from trainer.data.shards import ShardedDataset
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 
 _PATIENCE_SECONDS = 20
+DATA_FINGERPRINT = "data (manifest)"
+UNDECIDED = "undecided"  # in the identity of imported weights: the first training run decides
 
 
 class RunFolder:
@@ -62,6 +64,12 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
 
+    def load_config(self) -> Config:
+        """The configuration that was saved with the run. Raises ConfigError where there is none."""
+        if not self.config.is_file():
+            raise ConfigError(f"--run {self.path}: holds no config.toml, so it is no run's folder")
+        return Config.load(self.config)
+
     def begin(self, config: Config) -> None:
         """Save the resolved configuration; the run is not done any more, should it have been."""
         self.config.write_text(config.to_toml())
@@ -74,15 +82,21 @@ class RunFolder:
                 journal.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
 
 
-def identity(config: Config, dataset: ShardedDataset) -> dict[str, Any]:
-    """What must not change within a run, or it would be another one: network, process, seed, batch and images."""
+def identity(config: Config, dataset: ShardedDataset | None) -> dict[str, Any]:
+    """What must not change within a run, or it would be another one: network, process, seed, batch and images.
+
+    Without a dataset it is that of weights that a run may start from: what belongs to the training is UNDECIDED.
+    """
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
-    process = config.diffusion.model_dump()
+    process = {f"diffusion.{name}": value for name, value in config.diffusion.model_dump().items()}
+    training = {name: process.pop(name) for name in ("diffusion.variance", "diffusion.loss")}
     if config.diffusion.loss == "mse":
-        del process["variance"]  # is a fixed one then, of which only sampling knows
-    fields |= {f"diffusion.{name}": value for name, value in process.items()}
-    fields |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
-    return {**fields, "data (manifest)": dataset.manifest.fingerprint}
+        del training["diffusion.variance"]  # is a fixed one then, of which only sampling knows
+    training |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
+    if dataset is None:
+        undecided = ["diffusion.variance", *training, DATA_FINGERPRINT]
+        return {**fields, **process, **dict.fromkeys(undecided, UNDECIDED)}
+    return {**fields, **process, **training, DATA_FINGERPRINT: dataset.manifest.fingerprint}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
@@ -90,7 +104,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
     differences = [
         f"{name}: {saved.get(name)} in the checkpoint, {current.get(name)} now"
         for name in current | saved
-        if saved.get(name) != current.get(name)
+        if saved.get(name) not in (current.get(name), UNDECIDED)
     ]
     if differences:
         raise CheckpointError(

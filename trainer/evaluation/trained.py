@@ -11,7 +11,7 @@ from trainer.config import Config
 from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.engine.build import build_diffusion, build_network, build_reverse
-from trainer.engine.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpoints import Checkpoints, read_weights
 from trainer.engine.processes import make_accelerator, together
 from trainer.engine.run import RunFolder
 from trainer.engine.sealed import COMPLETE_NAME
@@ -67,9 +67,7 @@ def open_trained(request: TrainedRequest) -> Trained:
     Raises TrainerError where the run or the checkpoint cannot be used, ConfigError where the request does not fit it.
     """
     folder = RunFolder(request.run, writes=False)
-    if not folder.config.is_file():
-        raise ConfigError(f"--run {request.run}: holds no config.toml, so it is no run's folder")
-    config = Config.load(folder.config)
+    config = folder.load_config()
     if request.variance is not None:
         config = _with_variance(config, request.variance)
     accelerator = make_accelerator(config.train.precision)
@@ -81,10 +79,7 @@ def open_trained(request: TrainedRequest) -> Trained:
             raise ConfigError(f"--respacing: {error}") from error
 
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    path = request.checkpoint or checkpoints.find_verified()[0]
-    if path is None:
-        raise CheckpointError(f"{folder.checkpoints}: holds no checkpoint that is whole", agreed=True)
-    checkpoints.check(path)
+    path = checkpoints.choose(request.checkpoint)
     network = build_network(config)
     step = together(f"{path}: cannot be read", lambda: _load_weights(network, request.weights, path))[0]
     network.eval().requires_grad_(False).to(accelerator.device)
@@ -111,8 +106,7 @@ def _with_variance(config: Config, variance: Literal["small", "large"]) -> Confi
 
 def _load_weights(network: UNet, kind: Weights, path: Path) -> int:
     """Returns the checkpoint's step."""
-    tensors, manifest = read_verified(path)
-    weights = {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
+    weights, manifest = read_weights(path, kind)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

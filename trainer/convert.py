@@ -1,0 +1,97 @@
+"""Weights in and out.
+
+python trainer/convert.py export --run runs/lsun256 --out exported
+python trainer/convert.py import exported --out runs/imported
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path, Python looks in trainer/ first, where a module could shadow a library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import re
+import shlex
+
+from trainer.errors import exit_clearly
+from trainer.evaluation.arguments import at_least_one
+from trainer.interop.export import ExportRequest, export
+from trainer.interop.import_weights import ImportRequest, import_weights
+
+
+def license_identifier(text: str) -> str:
+    """A name such as apache-2.0, as the Hugging Face Hub lists them."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: should be an identifier such as apache-2.0 or cc-by-4.0")
+    return text
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    out = commands.add_parser("export", help="write a folder that diffusers' DDPMPipeline and DDIMPipeline load")
+    out.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    out.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest that verifies")
+    out.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw (default ema)")
+    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="must not exist yet")
+    out.add_argument(
+        "--license", type=license_identifier, metavar="NAME", help="of the weights, for the model card: apache-2.0, ..."
+    )
+
+    into = commands.add_parser("import", help="make a run's folder, to draw from or to train further")
+    into.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="a diffusers DDPM folder; a state dict in the layout of pytorch_diffusion (the authors' weights); "
+        "a run's folder or one of its checkpoints",
+    )
+    into.add_argument("--out", type=Path, required=True, metavar="RUN", help="must not exist yet")
+    into.add_argument(
+        "--config",
+        type=Path,
+        metavar="TOML",
+        help="how to train further: a run's configuration of the same network; run_dir becomes --out",
+    )
+    into.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="override one field; may be repeated"
+    )
+    into.add_argument(
+        "--weights", choices=["ema", "model"], help="of a run or checkpoint: averaged or raw (default ema)"
+    )
+    into.add_argument(
+        "--image-size",
+        type=at_least_one,
+        metavar="N",
+        help="of a state dict: side of the images (default: 16 x 16 is where its one level of attention is)",
+    )
+    return parser.parse_args()
+
+
+@exit_clearly
+def main() -> int:
+    """Parse, wire, run."""
+    arguments = parse_arguments()
+    if arguments.command == "export":
+        command = shlex.join(["python", "trainer/convert.py", *sys.argv[1:]])
+        fields = {name: getattr(arguments, name) for name in ("run", "checkpoint", "weights", "out", "license")}
+        export(ExportRequest(**fields, command=command))
+    else:
+        import_weights(
+            ImportRequest(
+                source=arguments.source,
+                out=arguments.out,
+                config=arguments.config,
+                overrides=arguments.set,
+                weights=arguments.weights,
+                image_size=arguments.image_size,
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

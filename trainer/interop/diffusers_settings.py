@@ -1,0 +1,251 @@
+"""The settings of diffusers' UNet2DModel and DDPMScheduler that make them this network and this process.
+
+A setting that a config.json leaves out has diffusers' default, which is often another network than the paper's.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from trainer.config import Config
+from trainer.diffusion.schedules import ScheduleName, cosine_betas, make_betas
+from trainer.errors import ConversionError
+from trainer.models.layers import GROUP_NORM_EPS
+from trainer.models.unet import UNetConfig
+
+# What this network has no choice about: field -> (the value that it needs, diffusers' default).
+_FIXED: dict[str, tuple[Any, Any]] = {
+    "center_input_sample": (False, False),
+    "time_embedding_type": ("positional", "positional"),
+    "time_embedding_dim": (None, None),
+    "freq_shift": (1, 0),
+    "flip_sin_to_cos": (False, True),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
+    "mid_block_scale_factor": (1, 1),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "conv"),
+    "upsample_type": ("conv", "conv"),
+    "act_fn": ("silu", "silu"),
+    "attention_head_dim": (None, 8),
+    "attn_norm_num_groups": (None, None),
+    "norm_eps": (GROUP_NORM_EPS, 1e-5),
+    "resnet_time_scale_shift": ("default", "default"),
+    "add_attention": (True, True),
+    "class_embed_type": (None, None),
+    "num_class_embeds": (None, None),
+}
+# What is read from it, and diffusers' default where it has one.
+_READ: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (224, 448, 672, 896),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "dropout": 0.0,
+    "norm_num_groups": 32,
+}
+_WITHOUT_EFFECT = {"num_train_timesteps"}  # on the embedding that is in use
+_DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
+_UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+
+# Ours -> diffusers'. It knows no prediction of mu~, and its "learned" is the variance itself, ours its logarithm.
+_PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_VARIANCE_TYPE = {"small": "fixed_small", "large": "fixed_large", "learned-range": "learned_range"}
+# What this sampler has no choice about, as above. How a shorter chain is spaced is the caller's affair in both.
+_FIXED_SCHEDULER: dict[str, tuple[Any, Any]] = {
+    "clip_sample": (True, True),
+    "clip_sample_range": (1.0, 1.0),
+    "thresholding": (False, False),
+    "rescale_betas_zero_snr": (False, False),
+}
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def unet_settings(config: UNetConfig) -> dict[str, Any]:
+    """The config.json of the UNet2DModel that is this network.
+
+    Raises ConversionError that names the field where there is none.
+    """
+    if config.channel_multipliers[0] != 1:
+        raise ConversionError(
+            f"model.channel_multipliers = {list(config.channel_multipliers)}: in diffusers the first level is as wide "
+            "as the first convolution, so only a network whose first multiplier is 1 can be exported"
+        )
+    attention = [side in config.attention_resolutions for side in config.level_resolutions]
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": config.image_size,
+        "in_channels": config.channels,
+        "out_channels": config.out_channels or config.channels,
+        "block_out_channels": list(config.level_channels),
+        "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+        "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+        "layers_per_block": config.blocks_per_level,
+        "dropout": config.dropout,
+        "norm_num_groups": config.norm_groups,
+        **{field: needed for field, (needed, _) in _FIXED.items()},
+    }
+
+
+def model_section(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """The [model] section of the network that a UNet2DModel's config.json describes.
+
+    Raises ConversionError that names the setting where this network has no such thing.
+    """
+    if settings.get("_class_name") != "UNet2DModel":
+        raise ConversionError(f"{source}: _class_name = {settings.get('_class_name')!r}: should be 'UNet2DModel'")
+    _refuse_others(settings, _FIXED, source)
+    known = _FIXED.keys() | _READ.keys() | _WITHOUT_EFFECT
+    for field, value in settings.items():
+        if field not in known and not field.startswith("_") and value is not None:
+            raise ConversionError(f"{source}: {field} = {value!r}: a setting that this network does not have")
+
+    read = {field: settings.get(field, default) for field, default in _READ.items()}
+    try:
+        return _model_section(read, source)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ConversionError(f"{source}: describes no UNet2DModel ({error})") from error
+
+
+def _model_section(read: Mapping[str, Any], source: str) -> dict[str, Any]:
+    def refuse(field: str, right: str) -> ConversionError:
+        return ConversionError(f"{source}: {field} = {read[field]!r}: {right}")
+
+    size = read["sample_size"]
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int):
+        raise refuse("sample_size", "should be the side of square images")
+    if read["out_channels"] not in (read["in_channels"], 2 * read["in_channels"]):
+        raise refuse("out_channels", f"should be in_channels, {read['in_channels']}, or twice as many")
+    widths = list(read["block_out_channels"])
+    if any(width % widths[0] for width in widths):
+        raise refuse("block_out_channels", f"each should be a multiple of the first, {widths[0]}")
+    if list(read["down_block_types"]) != [kind for kind in read["down_block_types"] if kind in _DOWN_BLOCKS]:
+        raise refuse("down_block_types", f"each should be one of {', '.join(_DOWN_BLOCKS)}")
+    attention = [_DOWN_BLOCKS[kind] for kind in read["down_block_types"]]
+    if len(attention) != len(widths):
+        raise refuse("down_block_types", f"should be as many as block_out_channels, {len(widths)}")
+    if [_UP_BLOCKS.get(kind) for kind in read["up_block_types"]] != attention[::-1]:
+        raise refuse("up_block_types", "should have attention where down_block_types have it, in reverse order")
+    return {
+        "image_size": size,
+        "channels": read["in_channels"],
+        "base_channels": widths[0],
+        "channel_multipliers": [width // widths[0] for width in widths],
+        "blocks_per_level": read["layers_per_block"],
+        "attention_resolutions": [size // 2**level for level, here in enumerate(attention) if here],
+        "dropout": float(read["dropout"]),
+        "norm_groups": read["norm_num_groups"],
+    }
+
+
+def scheduler_settings(config: Config) -> dict[str, Any]:
+    """The scheduler_config.json of the DDPMScheduler whose steps are those of our ancestral sampler.
+
+    DDIMScheduler reads it too. It asks for "leading" timesteps, the only ones whose distance its step() takes for
+    granted; over all T steps every spacing is the same.
+    """
+    process = config.diffusion
+    for field, value, known in (
+        ("prediction", process.prediction, _PREDICTION_TYPE),
+        ("variance", process.variance, _VARIANCE_TYPE),
+    ):
+        if value not in known:
+            raise ConversionError(
+                f"diffusion.{field} = {value!r}: has no like in diffusers; can be exported: {', '.join(known)}"
+            )
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": process.timesteps,
+        **_beta_settings(make_betas(process.schedule, process.timesteps, process.betas)),
+        "prediction_type": _PREDICTION_TYPE[process.prediction],
+        "variance_type": _VARIANCE_TYPE[process.variance],
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,  # DDIMScheduler's: abar before the first timestep is 1
+        **{field: needed for field, (needed, _) in _FIXED_SCHEDULER.items()},
+    }
+
+
+def diffusion_section(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """The [diffusion] section that a DDPMScheduler's or DDIMScheduler's config describes; the latter has no variance.
+
+    Raises ConversionError that names the setting where this process has no such thing.
+    """
+    _refuse_others(settings, _FIXED_SCHEDULER, source)
+    betas = _read_betas(settings, source)
+    section: dict[str, Any] = {"timesteps": len(betas), **_schedule_of(betas)}
+    section["prediction"] = _ours(_PREDICTION_TYPE, "prediction_type", settings, "epsilon", source)
+    if settings.get("_class_name", "DDPMScheduler") == "DDPMScheduler":
+        section["variance"] = _ours(_VARIANCE_TYPE, "variance_type", settings, "fixed_small", source)
+        if section["variance"] == "learned-range":
+            section["loss"] = "hybrid"  # what such a network is trained by
+    return section
+
+
+def _ours(names: Mapping[str, str], field: str, settings: Mapping[str, Any], default: str, source: str) -> str:
+    theirs = settings.get(field, default)
+    ours = {value: name for name, value in names.items()}
+    if theirs not in ours:
+        raise ConversionError(f"{source}: {field} = {theirs!r}: should be one of {', '.join(ours)}")
+    return ours[theirs]
+
+
+def _refuse_others(settings: Mapping[str, Any], fixed: Mapping[str, tuple[Any, Any]], source: str) -> None:
+    for field, (needed, default) in fixed.items():
+        value = settings.get(field, default)
+        if value != needed:
+            found = f"{field} = {value!r}" if field in settings else f"{field} is left out, which means {value!r}"
+            raise ConversionError(f"{source}: {found}: should be {needed!r}")
+
+
+def _evenly(start: float, end: float, timesteps: int) -> Tensor:
+    return torch.linspace(start, end, timesteps, dtype=torch.float64)
+
+
+def _beta_settings(betas: Tensor) -> dict[str, Any]:
+    """By name where diffusers has a schedule with these betas, else as a table."""
+    first, last = betas[0].item(), betas[-1].item()
+    if _same(_evenly(first, last, len(betas)), betas):
+        return {"beta_schedule": "linear", "beta_start": first, "beta_end": last, "trained_betas": None}
+    if _same(cosine_betas(len(betas)), betas):
+        return {"beta_schedule": "squaredcos_cap_v2", "trained_betas": None}
+    return {"beta_schedule": "linear", "trained_betas": betas.tolist()}
+
+
+def _read_betas(settings: Mapping[str, Any], source: str) -> Tensor:
+    read = {field: settings.get(field, default) for field, default in _BETAS.items()}
+    timesteps, start, end = (read[field] for field in ("num_train_timesteps", "beta_start", "beta_end"))
+    try:
+        if settings.get("trained_betas") is not None:
+            return torch.tensor(settings["trained_betas"], dtype=torch.float64)
+        if read["beta_schedule"] == "linear":
+            return _evenly(start, end, timesteps)
+        if read["beta_schedule"] == "scaled_linear":
+            return _evenly(start**0.5, end**0.5, timesteps) ** 2
+        if read["beta_schedule"] == "squaredcos_cap_v2":
+            return cosine_betas(timesteps)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConversionError(f"{source}: describes no betas ({error})") from error
+    raise ConversionError(
+        f"{source}: beta_schedule = {read['beta_schedule']!r}: should be linear, scaled_linear or squaredcos_cap_v2, "
+        "or trained_betas should be given"
+    )
+
+
+def _schedule_of(betas: Tensor) -> dict[str, Any]:
+    """Our name for these betas, or the table itself."""
+    for name in get_args(ScheduleName):
+        if name != "table" and _same(make_betas(name, len(betas)), betas):
+            return {"schedule": name}
+    return {"schedule": "table", "betas": betas.tolist()}
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Up to the rounding of float32, in which diffusers keeps them."""
+    return ours.shape == theirs.shape and torch.allclose(ours.double(), theirs.double(), rtol=1e-6, atol=0)

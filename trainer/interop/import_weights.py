@@ -1,0 +1,87 @@
+"""A run's folder from weights that were trained elsewhere: to draw from, or to train further."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config import Config
+from trainer.engine.build import build_state
+from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.processes import make_accelerator
+from trainer.engine.run import RunFolder, identity
+from trainer.errors import ConfigError
+from trainer.interop.sources import Source, open_source
+from trainer.interop.staging import new_folder
+
+# How to train further where no --config says it: the paper's settings at 256 x 256, to be edited in config.toml.
+_FINE_TUNING: dict[str, dict[str, Any]] = {
+    "data": {"path": "data/CHANGE_ME", "flip": False},
+    "optimizer": {"learning_rate": 2e-5, "warmup": "5000 steps"},
+    "train": {"duration": "100k steps", "global_batch": 64},
+    "checkpoint": {"every": "10k steps"},
+    "log": {"every": "100 steps", "samples_every": "10k steps"},
+}
+# What weights do not bind: they fit whatever is chosen here.
+_FREE = {"model.dropout", "diffusion.variance", "diffusion.loss", "diffusion.timestep_sampling"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest:
+    """Where the weights are, the run's folder to make, and what is to be decided besides."""
+
+    source: Path
+    out: Path
+    config: Path | None
+    overrides: list[str]
+    weights: Literal["ema", "model"] | None
+    image_size: int | None
+
+
+def import_weights(request: ImportRequest) -> None:
+    """Make a run's folder whose one checkpoint, of step 0, holds the weights as raw and as averaged ones.
+
+    Raises TrainerError where the source cannot be taken, the configuration is of another network, or `out` exists.
+    """
+    accelerator = make_accelerator()
+    source = open_source(
+        request.source, weights=request.weights, image_size=request.image_size, accelerator=accelerator
+    )
+    config = _configure(request, source)
+    state = build_state(config, accelerator)
+    state.load(
+        {
+            **{f"timesteps/{name}": tensor for name, tensor in state.timesteps.tensors().items()},
+            **{f"{kind}/{name}": tensor for kind in ("model", "ema") for name, tensor in source.weights.items()},
+        },
+        state.scalars(),
+    )
+    with new_folder(request.out) as staging:
+        folder = RunFolder(staging, writes=True)
+        folder.begin(config)
+        saved = Checkpoints(folder.checkpoints, accelerator).save(state, step=0, identity=identity(config, None))
+        folder.event("imported", step=0, source=str(source.path), checkpoint=saved.name)
+    print(
+        f"{source.path} in {request.out}: draw with `python trainer/sample.py --run {request.out}`; to train further, "
+        f"set data.path and the rest in {request.out / 'config.toml'} and give it to trainer/train.py"
+    )
+
+
+def _configure(request: ImportRequest, source: Source) -> Config:
+    if request.config is not None:
+        config = Config.load(request.config, request.overrides)
+    else:
+        raw: dict[str, Any] = {
+            "run_dir": str(request.out),
+            **copy.deepcopy(_FINE_TUNING),  # overrides are written into it
+            "model": dict(source.model),
+            "diffusion": dict(source.diffusion),
+        }
+        what = f"{source.path} (choose by --set what it does not say)"
+        config = Config.parse(raw, request.overrides, source=what)
+    for section, said in (("model", source.model), ("diffusion", source.diffusion)):
+        for field, value in said.items():
+            chosen = getattr(getattr(config, section), field)
+            if chosen != value and f"{section}.{field}" not in _FREE:
+                raise ConfigError(f"{section}.{field} = {chosen!r}: the weights in {source.path} have {value!r}")
+    return config.model_copy(update={"run_dir": str(request.out)})

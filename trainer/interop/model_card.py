@@ -1,0 +1,95 @@
+"""The README.md of an exported model: what it is, what it was trained on and how, how it is loaded."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from trainer import __version__
+from trainer.config import Config
+from trainer.engine.run import DATA_FINGERPRINT, UNDECIDED
+
+_KINDS = {"ema": "exponential moving average of the weights", "model": "raw weights, not averaged"}
+# Sections that decided what the weights are; the rest says where files lay and what was logged.
+_SECTIONS = ("model", "diffusion", "optimizer", "train")
+
+
+def model_card(
+    config: Config,
+    manifest: dict[str, Any],
+    *,
+    checkpoint: str,
+    weights: Literal["ema", "model"],
+    parameters: int,
+    license_name: str | None,
+    command: str,
+) -> str:
+    """Markdown with the metadata that the Hugging Face Hub reads; `manifest` is the checkpoint's."""
+    front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: diffusers", "tags:"]
+    front += [f"- {tag}" for tag in ("diffusers", "ddpm", "unconditional-image-generation")]
+    rows = [f"| {name} | {value} |" for name, value in _facts(config, manifest, checkpoint, weights, parameters)]
+    size, timesteps = config.model.image_size, config.diffusion.timesteps
+    kind = {1: "grey", 3: "RGB"}.get(config.model.channels, f"{config.model.channels}-channel")
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# Unconditional diffusion model, {size} x {size}",
+            "",
+            "A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020) that draws "
+            f"{size} x {size} {kind} images.",
+            "",
+            f"Licence of the weights: {license_name or 'not stated; ask who gave them to you'}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from diffusers import DDIMPipeline, DDPMPipeline",
+            "",
+            f'images = DDPMPipeline.from_pretrained("FOLDER")(num_inference_steps={timesteps}).images',
+            'pipeline = DDIMPipeline.from_pretrained("FOLDER")  # fewer steps',
+            f"images = pipeline(num_inference_steps={min(50, timesteps)}, use_clipped_model_output=True).images",
+            "```",
+            "",
+            "## Configuration",
+            "",
+            "| field | value |",
+            "|---|---|",
+            *(f"| `{name}` | `{value}` |" for name, value in _fields(config)),
+            "",
+            "## Origin",
+            "",
+            "```bash",
+            command,
+            "```",
+            "",
+        ]
+    )
+
+
+def _facts(
+    config: Config, manifest: dict[str, Any], checkpoint: str, weights: Literal["ema", "model"], parameters: int
+) -> Iterator[tuple[str, str]]:
+    position = manifest["state"]["position"]
+    data = manifest["identity"].get(DATA_FINGERPRINT)
+    trained = data is not None and data != UNDECIDED
+    yield "weights", _KINDS[weights] + (f", decay {config.train.ema_decay}" if weights == "ema" and trained else "")
+    yield "parameters", f"{parameters:,}"
+    yield "checkpoint", f"{checkpoint}, written by ddpm-trainer {manifest['trainer_version']}"
+    yield "optimizer steps", f"{manifest['step']:,}"
+    yield "images seen", f"{position:,}"
+    yield "data", f"fingerprint {data}" if trained else "imported weights that were not trained further"
+    yield "exported by", f"ddpm-trainer {__version__}"
+
+
+def _fields(config: Config) -> Iterator[tuple[str, str]]:
+    values = config.model_dump(mode="json", exclude_none=True)
+    for section in _SECTIONS:
+        for name, value in values[section].items():
+            yield f"{section}.{name}", json.dumps(value)
+    yield "data.flip", json.dumps(values["data"]["flip"])
+    yield "seed", json.dumps(values["seed"])

@@ -1,0 +1,156 @@
+"""Weights to start from: whoever wrote the files, our names, float32, and what they say about network and process.
+
+Nothing of another's file is executed: safetensors where there is one, and of a pickle only tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.config import ModelConfig
+from trainer.engine.build import unet_config
+from trainer.engine.checkpoints import Checkpoints, read_weights
+from trainer.engine.run import UNDECIDED, RunFolder
+from trainer.engine.sealed import MANIFEST_NAME
+from trainer.errors import ConfigError, ConversionError
+from trainer.interop.authors_network import diffusion_section as authors_diffusion
+from trainer.interop.authors_network import model_section as authors_model
+from trainer.interop.diffusers_settings import diffusion_section, model_section
+from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from_layout
+from trainer.models.unet import UNetConfig
+
+_DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_DATA_PARALLEL = "module."  # torch.nn.DataParallel's prefix of every name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """`weights`: the network's state dict. `model`, `diffusion`: sections of a Config, as far as the source says."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    model: dict[str, Any]
+    diffusion: dict[str, Any]
+
+
+def open_source(
+    path: Path, *, weights: Literal["ema", "model"] | None, image_size: int | None, accelerator: Accelerator
+) -> Source:
+    """Read a diffusers folder, a state dict in the authors' layout, a run's folder or one of its checkpoints.
+
+    `weights` chooses among those of a run (default "ema"); `image_size` is for state dicts, which do not say it.
+    Raises TrainerError that names what is missing or wrong, also where a choice is given that the source leaves none.
+    """
+    ours = (path / MANIFEST_NAME).is_file() or (path / "checkpoints").is_dir()
+    if weights is not None and not ours:
+        raise ConversionError(f"--weights {weights}: {path} is no run or checkpoint of ours, it has one set of weights")
+    if image_size is not None and path.is_dir():
+        raise ConversionError(f"--image-size {image_size}: {path} says itself what its images are")
+    if ours:
+        return _from_run(path, weights or "ema", accelerator)
+    if path.is_dir():
+        return _from_diffusers(path)
+    if path.is_file():
+        return _from_state_dict(path, image_size)
+    raise ConversionError(f"{path}: no such file or folder")
+
+
+def _from_run(path: Path, kind: Literal["ema", "model"], accelerator: Accelerator) -> Source:
+    """A checkpoint says what its network and process are; the sampler's variance stands in the run's config.toml."""
+    single = (path / MANIFEST_NAME).is_file()
+    run = RunFolder(path.resolve().parent.parent if single else path, writes=False)
+    checkpoint = Checkpoints(run.checkpoints, accelerator).choose(path if single else None)
+    saved, manifest = read_weights(checkpoint, kind)
+    sections: dict[str, dict[str, Any]] = {"model": {}, "diffusion": {}}
+    for name, value in manifest["identity"].items():
+        section, _, field = name.partition(".")
+        if section in sections and value != UNDECIDED:
+            sections[section][field] = value
+    if run.config.is_file():
+        sections["diffusion"]["variance"] = run.load_config().diffusion.variance
+    network = _network(sections["model"], sections["diffusion"], checkpoint)
+    weights = fit(saved, network, source=str(checkpoint))
+    return Source(path=checkpoint, weights=weights, **sections)
+
+
+def _from_diffusers(path: Path) -> Source:
+    """Both layouts: a pipeline's sub-folders, and everything in one folder as in the published `google/ddpm-*`."""
+    unet = path / "unet" if (path / "unet").is_dir() else path
+    model = model_section(_read_json(unet / "config.json"), source=str(unet / "config.json"))
+    diffusion: dict[str, Any] = {}
+    for scheduler in (path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"):
+        if scheduler.is_file():
+            diffusion = diffusion_section(_read_json(scheduler), source=str(scheduler))
+            break
+    file = next((unet / name for name in _DIFFUSERS_FILES if (unet / name).is_file()), None)
+    if file is None:
+        raise ConversionError(f"{unet}: holds no {' or '.join(_DIFFUSERS_FILES)}")
+    tensors = read_tensors(file)
+    layout = DIFFUSERS_OLD if f"{DIFFUSERS_OLD.middle_attention}.query.weight" in tensors else DIFFUSERS
+    weights = from_layout(tensors, _network(model, diffusion, unet), layout, source=str(file))
+    return Source(path=path, weights=weights, model=model, diffusion=diffusion)
+
+
+def _from_state_dict(path: Path, image_size: int | None) -> Source:
+    tensors = read_tensors(path)
+    if tensors and all(name.startswith(_DATA_PARALLEL) for name in tensors):
+        tensors = {name.removeprefix(_DATA_PARALLEL): tensor for name, tensor in tensors.items()}
+    model = authors_model(tensors, image_size, source=str(path))
+    diffusion = authors_diffusion(model)
+    weights = from_layout(tensors, _network(model, diffusion, path), AUTHORS, source=str(path))
+    return Source(path=path, weights=weights, model=model, diffusion=diffusion)
+
+
+def _network(model: dict[str, Any], diffusion: dict[str, Any], path: Path) -> UNetConfig:
+    try:
+        return unet_config(ModelConfig.model_validate(model), diffusion.get("variance", "small"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConversionError(f"{path}: model.{first['loc'][0]} = {first['input']!r}: {first['msg']}") from error
+    except ConfigError as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickled state dict; of a pickle nothing but tensors is loaded.
+
+    Raises ConversionError where it cannot be read or is something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path}: cannot be read ({error})") from error
+    except Exception as error:  # whatever a hostile or broken pickle provokes; it is refused before it runs
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(f"{path}: no pickle that holds only tensors, so it is not loaded ({reason})") from error
+    return _as_state_dict(content, path)
+
+
+def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        raise ConversionError(f"{path}: holds a {type(content).__name__}, should be a state dict: names and tensors")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ConversionError(f"{path}: {name}: a {type(value).__name__}; a state dict holds tensors only")
+    return dict(content)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: holds no settings")
+    return content
