@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.schedules import cosine_betas, linear_betas, make_betas
+from trainer.diffusion.schedules import cosine_betas, linear_betas, make_betas, sigmoid_betas, sqrt_linear_betas
 
 T = 1000
 BETAS = [1e-4 + (0.02 - 1e-4) * i / (T - 1) for i in range(T)]
@@ -47,9 +48,60 @@ def test_linear_betas_are_scaled_with_the_length_of_the_chain() -> None:
     assert linear_betas(4).tolist() == pytest.approx([0.025, 0.999, 0.999, 0.999], rel=1e-14)
 
 
+def test_sqrt_linear_betas_are_what_diffusers_calls_scaled_linear() -> None:
+    betas = sqrt_linear_betas(T)
+    assert betas.dtype == torch.float64
+    assert betas[[0, -1]].tolist() == pytest.approx([1e-4, 0.02], rel=1e-14)
+    assert betas[500].item() == pytest.approx((0.01 + 500 / 999 * (math.sqrt(0.02) - 0.01)) ** 2, rel=1e-12)
+    theirs = DDPMScheduler(T, beta_schedule="scaled_linear").betas
+    torch.testing.assert_close(betas, theirs.double(), rtol=3e-6, atol=0)
+    assert sqrt_linear_betas(250)[[0, -1]].tolist() == pytest.approx([4e-4, 0.08], rel=1e-13)
+    assert sqrt_linear_betas(10).max().item() == 0.999
+
+
+def test_sigmoid_abar_is_that_of_jabri_and_chen() -> None:
+    """Algorithm 1 of Chen 2023 with start = -3, end = 3, tau = 1."""
+
+    def gamma(u: float) -> float:
+        sigmoid = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
+        return (sigmoid(3) - sigmoid(6 * u - 3)) / (sigmoid(3) - sigmoid(-3))
+
+    betas = sigmoid_betas(T)
+    assert betas.dtype == torch.float64
+    abar = torch.cumprod(1 - betas, dim=0)
+    assert abar[[0, 99, 499, 899]].tolist() == pytest.approx([gamma(u) for u in (0.001, 0.1, 0.5, 0.9)], rel=1e-9)
+    assert gamma(0.5) == pytest.approx(0.5)
+    assert betas[-1].item() == 0.999
+    assert (betas == 0.999).sum() == 1
+
+
+def test_a_table_of_betas_is_taken_as_it_is() -> None:
+    table = [0.1, 0.5, 0.3]
+    assert make_betas("table", 3, table).tolist() == table
+    assert make_betas("table", 3, torch.tensor(table)).dtype == torch.float64
+    for betas, message in (
+        ([0.1, 0.2], r"table: must hold timesteps=3 betas, got shape \(2,\)"),
+        ([0.1, 0.2, 1.0], r"table: betas must lie in \(0, 1\), got 0.1 to 1"),
+        ([0.0, 0.2, 0.3], r"table: betas must lie in \(0, 1\), got 0 to 0.3"),
+        ([math.nan, 0.2, 0.3], r"table: betas must lie in \(0, 1\)"),
+        (None, "schedule='table': needs a table"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_betas("table", 3, betas)
+    with pytest.raises(ValueError, match="schedule='linear': takes no table"):
+        make_betas("linear", 3, table)
+
+
 def test_schedules_are_chosen_by_name() -> None:
-    assert torch.equal(make_betas("linear", 10), linear_betas(10))
-    assert torch.equal(make_betas("cosine", 10), cosine_betas(10))
+    for name, betas in (
+        ("linear", linear_betas(30)),
+        ("cosine", cosine_betas(30)),
+        ("sqrt-linear", sqrt_linear_betas(30)),
+        ("sigmoid", sigmoid_betas(30)),
+    ):
+        assert torch.equal(make_betas(name, 30), betas)
+        assert ((betas > 0) & (betas < 1)).all()
+        GaussianDiffusion(betas)
     with pytest.raises(ValueError, match="schedule='quad': must be one of linear, cosine, sqrt-linear, sigmoid, table"):
         make_betas("quad", 10)
 
@@ -81,6 +133,20 @@ def test_q_sample_and_predict_x0_follow_equations_4_and_15(diffusion: GaussianDi
         expected = (x0[row].double() - math.sqrt(1 - a) * eps[row].double()) / math.sqrt(a)
         torch.testing.assert_close(x0_hat[row].double(), expected, rtol=1e-6, atol=5e-7 / math.sqrt(a))
     torch.testing.assert_close(diffusion.predict_x0(x_t, t, eps)[:3], x0[:3], rtol=0, atol=1e-5)
+
+
+def test_eps_v_and_mu_are_undone_by_what_makes_them(diffusion: GaussianDiffusion) -> None:
+    x0, eps, t = images(1), images(2), torch.tensor([0, 1, 300, 999])
+    x_t, v = diffusion.q_sample(x0, t, eps), diffusion.v_target(x0, t, eps)
+    for row, step in enumerate(t.tolist()):  # Salimans and Ho 2022: a rotation of (x_0, eps)
+        expected = math.sqrt(ABAR[step]) * eps[row].double() - math.sqrt(1 - ABAR[step]) * x0[row].double()
+        torch.testing.assert_close(v[row].double(), expected, rtol=0, atol=5e-7)
+    torch.testing.assert_close(diffusion.x0_from_v(x_t, t, v), x0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(diffusion.eps_from_v(x_t, t, v), eps, rtol=0, atol=1e-6)
+    torch.testing.assert_close(diffusion.predict_eps(x_t, t, x0), eps, rtol=0, atol=5e-5)
+    mu = diffusion.posterior_mean(x0, x_t, t)
+    torch.testing.assert_close(diffusion.x0_from_mu(x_t, t, mu)[:3], x0[:3], rtol=0, atol=2e-4)
+    torch.testing.assert_close(diffusion.x0_from_mu(x_t, t, mu)[3], x0[3], rtol=0, atol=5e-3)
 
 
 def test_every_timestep_gets_its_noise_to_float32s_last_bits(diffusion: GaussianDiffusion) -> None:
@@ -156,7 +222,15 @@ def test_everything_is_float32_under_bfloat16_autocast(diffusion: GaussianDiffus
 
 def test_float64_images_come_back_in_float32(diffusion: GaussianDiffusion) -> None:
     t, x = torch.tensor([0, 1, 499, 999]), images(1).double()
-    for function in (diffusion.q_sample, diffusion.predict_x0):
+    for function in (
+        diffusion.q_sample,
+        diffusion.predict_x0,
+        diffusion.predict_eps,
+        diffusion.v_target,
+        diffusion.x0_from_v,
+        diffusion.eps_from_v,
+        diffusion.x0_from_mu,
+    ):
         assert function(x, t, images(2)).dtype == function(images(2), t, x).dtype == torch.float32
     assert diffusion.posterior_mean(x, images(2), t).dtype == torch.float32
     assert diffusion.posterior_mean(images(2), x, t).dtype == torch.float32

@@ -36,6 +36,7 @@ QUADRATIC_10_OF_1000 = [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
         (1000, "quadratic10", QUADRATIC_10_OF_1000),
         (1000, "trailing10", list(range(99, 1000, 100))),
         (1000, "trailing7", [142, 285, 428, 570, 713, 856, 999]),
+        (100, "trailing8", [11, 24, 37, 49, 61, 74, 87, 99]),  # 87.5 and 62.5 are rounded before 1 is taken off
         (12, "all", list(range(12))),
         (12, "12", list(range(12))),
         (12, "trailing12", list(range(12))),
