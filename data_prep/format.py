@@ -6,6 +6,8 @@ A dataset folder holds::
     index.npy              INDEX_DTYPE, one row a sample, in shard order; made to be memory-mapped
     names.jsonl            one JSON string a line: where the sample of that row came from
     rejects.jsonl          one object a line: {"name": ..., "reason": ..., "detail": ...}
+    contact_sheet.png      some of the images, for a person to look at
+    stats.npz              only after `python -m data_prep stats`; see data_prep/stats.py
     manifest.json          everything below in `Manifest`; written last, so a folder without it is unfinished
 
 Where `Manifest.encoding` is "webp", "png" or "jpeg", it is every member's extension, and every image is
@@ -27,6 +29,8 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.jsonl"
 REJECTS_NAME = "rejects.jsonl"
+CONTACT_SHEET_NAME = "contact_sheet.png"
+STATS_NAME = "stats.npz"
 UNLABELLED = -1
 SOURCE_ENCODING = "source"
 
@@ -63,7 +67,8 @@ class Manifest:
     `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is "webp", "png",
     "jpeg" or "source" (see the module); `source` says what was read (kind, count of files, fingerprint) and `transform`
     how it was brought to size. `options` are data_prep's further options that decided the bytes; a reader has no use
-    for them.
+    for them, nor for `report`, which tells a person what was found: "kept", the number of samples whose bytes are the
+    source's, and "shorter_sides", how many sources had a shorter side of {"256": 256..511, ...} pixels.
     """
 
     image_size: int
@@ -78,12 +83,18 @@ class Manifest:
     index_sha256: str
     names_sha256: str
     options: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
     def channels(self) -> int:
         """3 for RGB, 1 for L."""
         return {"RGB": 3, "L": 1}[self.mode]
+
+    @property
+    def crops(self) -> bool:
+        """Whether a reader must crop what it decodes, by `center_crop_box`."""
+        return self.encoding == SOURCE_ENCODING
 
     @property
     def fingerprint(self) -> str:
@@ -146,6 +157,11 @@ def center_crop_box(width: int, height: int, size: int) -> tuple[int, int, int, 
         raise FormatError(f"is {width}x{height}; its shorter side must be {size}")
     left, top = (width - size) // 2, (height - size) // 2
     return left, top, left + size, top + size
+
+
+def member_name(key: int, extension: str) -> str:
+    """The name of a sample's member in its tar."""
+    return f"{key:09d}.{extension}"
 
 
 def sha256_of(path: Path) -> str:

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.errors import DataPrepError, InputError
-from data_prep.format import INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME
+from data_prep.format import CONTACT_SHEET_NAME, INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME, STATS_NAME
 
 STAGING_NAME = ".staging"
 LOCK_NAME = "lock"
 BEGUN_NAME = "begun.json"
 
-OUR_NAMES = re.compile(
-    "|".join(
-        [r"shard-\d{6,}\.tar", *map(re.escape, (STAGING_NAME, INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME))]
-    )
-)
+OUR_FILES = (INDEX_NAME, NAMES_NAME, REJECTS_NAME, CONTACT_SHEET_NAME, STATS_NAME, MANIFEST_NAME)
+OUR_NAMES = re.compile("|".join([r"shard-\d{6,}\.tar", *map(re.escape, (STAGING_NAME, *OUR_FILES))]))
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from data_prep.convert import Member, convert
 from data_prep.errors import Reject
-from data_prep.format import ShardRecord, sha256_of
-from data_prep.images import encode, prepare
+from data_prep.format import ShardRecord, member_name, sha256_of
 from data_prep.output import whole_file
 from data_prep.recipe import Recipe
 from data_prep.sources import Source
@@ -39,7 +39,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One member of a tar: the fields of INDEX_DTYPE, and the source's name."""
+    """One member of a tar: the fields of INDEX_DTYPE, the source's name and size, and whether its bytes were kept."""
 
     key: int
     offset: int
@@ -47,6 +47,9 @@ class Sample:
     crc32: int
     label: int
     name: str
+    width: int
+    height: int
+    kept: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +83,12 @@ def write_shard(plan: ShardPlan, recipe: Recipe, out: Path, staging: Path) -> in
     rejects: list[Rejected] = []
     samples: list[Sample] = []
     record = None
-    encoded = _encoded(plan, recipe, rejects)
-    first = next(encoded, None)
+    members = _members(plan, recipe, rejects)
+    first = next(members, None)
     if first is not None:
         tar_path = out / plan.tar_name
         with whole_file(tar_path, staging) as stream:
-            samples = _write_tar(stream, chain([first], encoded), plan, recipe.encoding)
+            samples = _write_tar(stream, chain([first], members), plan)
         record = ShardRecord(
             name=plan.tar_name, samples=len(samples), bytes=tar_path.stat().st_size, sha256=sha256_of(tar_path)
         )
@@ -113,34 +116,36 @@ def load_result(plan: ShardPlan, out: Path, staging: Path) -> ShardResult | None
     )
 
 
-def _encoded(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, bytes]]:
-    """Position in the plan's source and encoded image of each that is good; the others are added to `rejects`."""
+def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, Member]]:
+    """Position in the plan's source and member of each image that is good; the others are added to `rejects`."""
     for i, name in enumerate(plan.source.names):
         try:
-            yield i, encode(prepare(plan.source.read(i), recipe), recipe.encoding)
+            yield i, convert(plan.source.read(i), recipe)
         except Reject as reject:
             rejects.append(Rejected(name=name, reason=reject.reason, detail=reject.detail))
 
 
-def _write_tar(stream: BinaryIO, encoded: Iterable[tuple[int, bytes]], plan: ShardPlan, extension: str) -> list[Sample]:
+def _write_tar(stream: BinaryIO, members: Iterable[tuple[int, Member]], plan: ShardPlan) -> list[Sample]:
     """Write USTAR members whose headers depend on nothing but position and content."""
     samples = []
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, data in encoded:
+        for i, member in members:
             key = plan.first_key + i
-            member = tarfile.TarInfo(f"{key:09d}.{extension}")  # mtime, uid and gid are 0 unless set
-            member.size = len(data)
+            header = tarfile.TarInfo(member_name(key, member.extension))  # mtime, uid and gid are 0 unless set
+            header.size = len(member.data)
             offset = stream.tell() + tarfile.BLOCKSIZE
-            tar.addfile(member, io.BytesIO(data))
-            label = plan.source.label(i)
+            tar.addfile(header, io.BytesIO(member.data))
             samples.append(
                 Sample(
                     key=key,
                     offset=offset,
-                    length=len(data),
-                    crc32=zlib.crc32(data),
-                    label=label,
+                    length=len(member.data),
+                    crc32=zlib.crc32(member.data),
+                    label=plan.source.label(i),
                     name=plan.source.names[i],
+                    width=member.width,
+                    height=member.height,
+                    kept=member.kept,
                 )
             )
     return samples

@@ -23,7 +23,7 @@ from data_prep.cli import main
 from data_prep.format import UNLABELLED, check_files, load_manifest, sha256_of
 from data_prep.output import claimed
 
-FINAL = {"index.npy", "names.jsonl", "rejects.jsonl", "manifest.json"}
+FINAL = {"index.npy", "names.jsonl", "rejects.jsonl", "contact_sheet.png", "manifest.json"}
 
 
 def noise(height: int, width: int, seed: int) -> Image.Image:
@@ -145,7 +145,7 @@ def test_manifest_and_rejects_account_for_every_source(dataset: Path) -> None:
     check_files(dataset, manifest)
     assert set(bytes_of(dataset)) == FINAL | {shard.name for shard in manifest.shards}
     assert (manifest.samples, manifest.rejected, manifest.classes) == (10, 2, ["bird", "cat"])
-    assert (manifest.image_size, manifest.mode, manifest.encoding, manifest.transform) == (32, "RGB", "webp", "lanczos")
+    assert (manifest.image_size, manifest.mode, manifest.encoding, manifest.transform) == (32, "RGB", "webp", "ddpm")
     assert [shard.samples for shard in manifest.shards] == [4, 5, 1]
     assert all(sha256_of(dataset / shard.name) == shard.sha256 for shard in manifest.shards)
     rejects = [json.loads(line) for line in (dataset / "rejects.jsonl").read_text().splitlines()]
@@ -282,7 +282,7 @@ def test_rerun_of_a_finished_dataset_does_nothing_and_says_so(
     ("changed", "named"),
     [
         (["--size", "31"], "--size 32"),
-        (["--resample", "box"], "--resample 'lanczos'"),
+        (["--transform", "area"], "--transform 'ddpm'"),
         (["--format", "png"], "--format 'webp'"),
         (["--mode", "L"], "--mode 'RGB'"),
         (["--shard-samples", "6"], "--shard-samples 5"),

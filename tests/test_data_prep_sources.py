@@ -222,7 +222,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for spec, message in [
         (tmp_path / "empty", "holds no files"),
         (tmp_path / "empty.zip", "holds no files"),
-        (tmp_path / "text.zip", "neither a folder nor a readable .zip"),
+        (tmp_path / "text.zip", "neither a folder nor a readable archive"),
         (tmp_path / "nowhere", "no such file or folder"),
         ("embedded:imagenet", "no such embedded set"),
     ]:
