@@ -25,7 +25,7 @@ def edm(image: Image.Image, size: int) -> Image.Image:
 
 
 def area(image: Image.Image, size: int) -> Image.Image:
-    """Middle square, then the mean of the area below each pixel: what ProGAN's pyramid and cv2.INTER_AREA do."""
+    """Middle square, then the mean of the area below each pixel, as cv2.INTER_AREA takes it."""
     return _resize_square(image, size, Resampling.BOX)
 
 
