@@ -22,28 +22,23 @@ SHAPES = [(16, 16), (16, 21), (22, 16), (31, 32), (33, 47), (40, 51), (64, 150),
 
 
 def stylegan2_lsun(pixels: np.ndarray) -> np.ndarray:
-    """create_lsun of StyleGAN2's dataset_tool.py, word for word."""
-    img = pixels
-    crop = np.min(img.shape[:2])
-    img = img[
-        (img.shape[0] - crop) // 2 : (img.shape[0] + crop) // 2, (img.shape[1] - crop) // 2 : (img.shape[1] + crop) // 2
-    ]
-    img = Image.fromarray(img, "RGB")
-    img = img.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return np.asarray(img)
+    """What StyleGAN2's dataset_tool.py makes of an LSUN image: rows and columns (n - crop) // 2 to (n + crop) // 2."""
+    crop = min(pixels.shape[:2])
+    rows, columns = (slice((n - crop) // 2, (n + crop) // 2) for n in pixels.shape[:2])
+    square = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
+    return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def guided_diffusion(pixels: np.ndarray) -> np.ndarray:
-    """center_crop_arr of guided-diffusion's image_datasets.py, word for word."""
-    pil_image = Image.fromarray(pixels)
-    while min(*pil_image.size) >= 2 * SIDE:
-        pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.BOX)
-    scale = SIDE / min(*pil_image.size)
-    pil_image = pil_image.resize(tuple(round(x * scale) for x in pil_image.size), resample=Image.BICUBIC)
-    arr = np.array(pil_image)
-    crop_y = (arr.shape[0] - SIDE) // 2
-    crop_x = (arr.shape[1] - SIDE) // 2
-    return arr[crop_y : crop_y + SIDE, crop_x : crop_x + SIDE]
+    """What guided-diffusion's image_datasets.py makes of an image: shrunk first and cropped last."""
+    image = Image.fromarray(pixels)
+    while min(image.size) // 2 >= SIDE:
+        image = image.resize([n // 2 for n in image.size], Image.Resampling.BOX)
+    shorter = min(image.size)
+    image = image.resize([round(n * (SIDE / shorter)) for n in image.size], Image.Resampling.BICUBIC)
+    shrunk = np.asarray(image)
+    top, left = ((n - SIDE) // 2 for n in shrunk.shape[:2])
+    return shrunk[top:, left:][:SIDE, :SIDE]
 
 
 def area_mean(pixels: np.ndarray) -> np.ndarray:
@@ -74,7 +69,7 @@ def test_each_transform_gives_the_pixels_of_whom_it_is_named_after(
 
 def test_area_is_the_mean_of_the_area() -> None:
     pixels = pixels_of_noise(48, 61, seed=0)
-    assert np.abs(converted(pixels, "area") - area_mean(pixels)).max() <= 0.5 + 1e-9
+    assert np.abs(converted(pixels, "area") - area_mean(pixels)).max() < 1  # Pillow rounds rows, then columns
 
 
 def test_the_transforms_differ_where_they_should() -> None:
