@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data_prep.contact_sheet import contact_sheet
 from data_prep.dataset import Dataset, load_index
-from data_prep.disk import check_room, in_gigabytes
+from data_prep.disk import check_room, readable
 from data_prep.errors import DataPrepError, InputError
 from data_prep.format import (
     CONTACT_SHEET_NAME,
@@ -71,7 +71,10 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
             return _check_finished(out, parameters)
         begin_or_resume(out, staging, parameters)
         plans = plan_shards(source, recipe.shard_samples)
-        _write_missing(plans, recipe, out, staging, workers, total=len(source.names))
+        missing = [plan for plan in plans if load_result(plan, out, staging) is None]
+        if missing:
+            _check_room(missing, recipe, out, begun=len(missing) < len(plans))
+            _write(missing, recipe, out, staging, workers, total=len(source.names))
         merged = _merge(plans, out, staging)
         _check_rejects(merged, len(source.names), max_reject_fraction, out)
         manifest = _manifest(merged, source, recipe, out)
@@ -131,19 +134,23 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
     return Outcome(manifest=manifest, reasons=reasons, already_finished=True)
 
 
-def _write_missing(
-    plans: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int
-) -> None:
-    """Write those shards that have no result yet, and show how it goes where a person is looking."""
-    missing = [plan for plan in plans if load_result(plan, out, staging) is None]
-    if missing:
+def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:
+    """Say how much room it will take. Raises InputError where that is not there; then nothing holds a run not begun."""
+    try:
         room = check_room(missing, recipe, out)
-        print(f"{out}: about {in_gigabytes(room.needed)} to write, {in_gigabytes(room.free)} free", flush=True)
+    except InputError:
+        if not begun:
+            discard_staging(out)
+        raise
+    print(f"{out}: about {readable(room.needed)} to write, {readable(room.free)} free", flush=True)
+
+
+def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int) -> None:
+    """Write the shards that have no result yet, and show how it goes where a person is looking."""
     done = total - sum(len(plan.source.names) for plan in missing)
     with tqdm(total=total, initial=done, unit="img", disable=None) as progress:  # None: only on a terminal
-        if missing:
-            for sources in write_shards(missing, recipe, out, staging, workers):
-                progress.update(sources)
+        for sources in write_shards(missing, recipe, out, staging, workers):
+            progress.update(sources)
 
 
 def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[ShardResult]:

@@ -43,15 +43,18 @@ def check_room(missing: Sequence[ShardPlan], recipe: Recipe, out: Path) -> Room:
     room = Room(needed=taken * total // len(trials), free=shutil.disk_usage(out).free)
     if room.needed * TOLERANCE > room.free:
         raise InputError(
-            f"{out}: needs about {in_gigabytes(room.needed)}, {in_gigabytes(room.free)} are free; "
+            f"{out}: needs about {readable(room.needed)}, {readable(room.free)} are free; "
             "make room or give a folder on another disk"
         )
     return room
 
 
-def in_gigabytes(count: int) -> str:
-    """Bytes for a person: "1.234 GB"."""
-    return f"{count / 1e9:.3f} GB"
+def readable(count: int) -> str:
+    """Bytes for a person: "31.4 GB"."""
+    size, units = float(count), ["bytes", "kB", "MB", "GB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.1f} {units[0]}"
 
 
 def _bytes_of(plan: ShardPlan, i: int, recipe: Recipe) -> int:

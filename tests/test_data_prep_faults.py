@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.build import plan_shards
+from data_prep.disk import Room, check_room
 from data_prep.format import sha256_of
 from data_prep.output import claimed
+from data_prep.recipe import Recipe
+from data_prep.sources import open_source
 from tests.data_prep_harness import (
     BIG_OPTIONS,
     PHOTO_OPTIONS,
@@ -157,13 +162,47 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(
-    photos: Path, dataset: Path, mounted: Callable[[str], Path]
+    photos: Path,
+    dataset: Path,
+    mounted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    one_error_line: Callable[[], str],
 ) -> None:
-    out = mounted("size=36k") / "out"
-    assert "No space left on device" in failing_run(photos, out, *PHOTO_OPTIONS, "--workers", 1)
-    for path in out.glob("shard-*"):
+    place = mounted("size=36k")
+    monkeypatch.setattr("data_prep.build.check_room", lambda *_: Room(needed=0, free=0))  # the disk fills up later
+    assert data_prep(photos, place / "out", *PHOTO_OPTIONS, "--workers", 1) == 1
+    line = one_error_line()
+    assert "No space left on device" in line
+    assert "make room and run again" in line
+    for path in (place / "out").glob("shard-*"):
         assert sha256_of(path) == sha256_of(dataset / path.name)
-    assert not (out / "manifest.json").exists()
+    assert not (place / "out" / "manifest.json").exists()
+    assert not any(place.rglob("*.tmp-*"))
+    subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
+    assert data_prep(photos, place / "out", *PHOTO_OPTIONS, "--workers", 1) == 0
+    assert bytes_of(place / "out") == bytes_of(dataset)
+
+
+def test_too_little_room_is_told_before_anything_is_written(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error_line: Callable[[], str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("data_prep.disk.shutil.disk_usage", lambda _: usage._replace(free=25_000))
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 2
+    assert "needs about 0.000 GB, 0.000 GB are free; make room or give a folder on another disk" in one_error_line()
+    assert not any(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--size", 31, "--workers", 1) == 0  # so it holds nothing to that
+
+
+def test_the_estimate_is_what_will_be_written(big: Path, uninterrupted: Path) -> None:
+    source = open_source(str(big))
+    plans = plan_shards(source, 5)
+    room = check_room(plans, Recipe(image_size=64), uninterrupted)
+    written = sum(path.stat().st_size for path in uninterrupted.glob("shard-*"))
+    assert 0.7 * written < room.needed < 1.1 * written  # each tar is padded to 10 KiB, which it does not count
+    part = check_room(plans[3:9], Recipe(image_size=64), uninterrupted)
+    assert part.needed == pytest.approx(room.needed * 6 / 24, rel=0.05)
 
 
 def test_read_only_output_is_one_line(photos: Path, mounted: Callable[[str], Path]) -> None:

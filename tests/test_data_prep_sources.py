@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import stat
 import sys
 import warnings
 import zipfile
@@ -139,6 +140,15 @@ def test_zip_entries_that_climb_out_are_rejected(tmp_path: Path) -> None:
             assert source.label(i) == UNLABELLED
         else:
             assert isinstance(source.read(i), bytes)
+
+
+def test_links_in_a_zip_are_rejected(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "../secret.png")
+    with pytest.raises(Reject, match="link"):
+        open_source(str(tmp_path / "in.zip")).read(0)
 
 
 def test_zip_entries_of_one_name_are_each_read(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_what_is_no_dataset_is_one_line(
 def test_inspect_tells_what_is_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_prep("inspect", whole) == 0
     out = capsys.readouterr().out
-    for line in ("11, RGB 16x16", "webp, brought to size as ddpm", "folder of 12", "rejected  1", "5  cat", "6  dog"):
+    for line in ("11, RGB 16x16", "stored    webp, ddpm", "folder of 12", "rejected  1", "5  cat", "6  dog"):
         assert line in out
     assert "16-31         11" in out
     assert f"look at   {whole / 'contact_sheet.png'}" in out

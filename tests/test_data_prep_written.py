@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import zlib
@@ -91,6 +92,21 @@ def test_manifest_and_rejects_account_for_every_source(dataset: Path) -> None:
         ("bird/38.jpg", "not an image"),
         ("cat/9.png", "truncated or corrupt"),
     ]
+
+
+def test_the_summary_accounts_for_every_source_and_its_size(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(photos, tmp_path / "in")
+    noise(300, 64, seed=0).save(source / "cat" / "large.png")
+    assert data_prep(source, tmp_path / "out", *PHOTO_OPTIONS, "--workers", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in ("read      13", "written   11 images of 2 classes", "rejected  2", "          1 not an image"):
+        assert line in lines
+    assert load_manifest(tmp_path / "out").report == {"kept": 0, "shorter_sides": {"32": 10, "64": 1}}
+    assert any(line.startswith("sides           32-63         10  ###") for line in lines)
+    assert any(line.startswith("               64-127          1  ####") for line in lines)
+    assert f"look at   {tmp_path / 'out' / 'contact_sheet.png'}" in lines
 
 
 def test_gnu_tar_and_webdataset_read_every_shard(dataset: Path, tmp_path: Path) -> None:
