@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.images import check_size, decode_upright, faults_are_rejects, open_image, to_mode
+from data_prep.images import check_size, faults_are_rejects, open_image, to_mode, turn_upright
 from data_prep.recipe import Encoding, Recipe
 from data_prep.transforms import TRANSFORMS
 
@@ -40,19 +40,18 @@ def convert(found: bytes | Image.Image, recipe: Recipe) -> Member:
     anything that is not wholly and exactly an image.
     """
     if isinstance(found, bytes):
-        image = open_image(found, recipe)
-        if recipe.keeps_bytes and _can_be_kept(image, found, recipe):
-            decode_upright(image, found)  # only to see that it can be
-            extension = KEPT_EXTENSIONS[str(image.format)]
+        with faults_are_rejects(found):
+            image = open_image(found, recipe)
+            extension = _kept_extension(image, found, recipe)
+            turn_upright(image)  # which decodes it, so that kept bytes are known to be whole
+        if extension is not None:
             return Member(data=found, extension=extension, width=image.width, height=image.height, kept=True)
-        image = decode_upright(image, found)
     else:
         image = found
         check_size(image, recipe)
     width, height = image.size
-    extension = recipe.encoding
     data = encode(prepare(image, recipe), recipe.encoding)
-    return Member(data=data, extension=extension, width=width, height=height, kept=False)
+    return Member(data=data, extension=recipe.encoding, width=width, height=height, kept=False)
 
 
 def prepare(image: Image.Image, recipe: Recipe) -> Image.Image:
@@ -69,13 +68,12 @@ def encode(image: Image.Image, encoding: Encoding) -> bytes:
     return stream.getvalue()
 
 
-def _can_be_kept(image: Image.Image, data: bytes, recipe: Recipe) -> bool:
-    """Whether every reader gets the wanted pixels from these bytes by decoding and cropping them."""
-    if image.format not in KEPT_EXTENSIONS or min(image.size) != recipe.image_size or image.mode != recipe.mode:
-        return False
-    if image.format == "PNG" and data[PNG_DEPTH_AT] != 8:
-        return False
-    with faults_are_rejects(data):
-        one_frame = getattr(image, "n_frames", 1) == 1
-        upright = image.getexif().get(EXIF_ORIENTATION, UPRIGHT) == UPRIGHT
-    return one_frame and upright and not image.has_transparency_data
+def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | None:
+    """The member's extension where these bytes give every reader the wanted pixels by a mere crop, or else None."""
+    if not recipe.keeps_bytes or min(image.size) != recipe.image_size or image.mode != recipe.mode:
+        return None
+    deep = image.format == "PNG" and data[PNG_DEPTH_AT] != 8
+    turned = image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT
+    if deep or turned or image.has_transparency_data or getattr(image, "n_frames", 1) > 1:
+        return None
+    return KEPT_EXTENSIONS.get(str(image.format))

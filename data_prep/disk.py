@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.convert import convert
 from data_prep.errors import InputError, Reject
 from data_prep.format import INDEX_DTYPE
+from data_prep.images import pillow_is_quiet
 from data_prep.recipe import Recipe
 from data_prep.writer import ShardPlan
 
@@ -39,7 +40,8 @@ def check_room(missing: Sequence[ShardPlan], recipe: Recipe, out: Path) -> Room:
     for position in trials:
         chosen = int(np.searchsorted(ends, position, side="right"))
         plan = missing[chosen]
-        taken += _bytes_of(plan, int(position - ends[chosen]) + len(plan.source.names), recipe)
+        with pillow_is_quiet():
+            taken += _bytes_of(plan, int(position - ends[chosen]) + len(plan.source.names), recipe)
     room = Room(needed=taken * total // len(trials), free=shutil.disk_usage(out).free)
     if room.needed * TOLERANCE > room.free:
         raise InputError(

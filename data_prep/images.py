@@ -24,10 +24,34 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 TIFF_BLACK_IS_ZERO = 1
 
 
+@contextmanager
+def pillow_is_quiet() -> Iterator[None]:
+    """Keeps Pillow's warnings off the terminal; entered once for many images, as it takes longer than opening one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def faults_are_rejects(data: bytes) -> Iterator[None]:
+    """Whatever Pillow says about the bad file `data`, as a Reject."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise Reject("not an image", f"begins with {data[:16]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise Reject("decompression bomb", str(error)) from error
+    except (Reject, MemoryError):
+        raise
+    except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
+        raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
+
+
 def open_image(data: bytes, recipe: Recipe) -> Image.Image:
     """The file's first frame, as large as the recipe asks for and with known pixels, but not decoded yet.
 
-    Raises Reject where it is no image, a decompression bomb, too small, or of pixels whose white is unknown.
+    Raises Reject where it is empty, too small, a decompression bomb, or of pixels whose white is unknown; Pillow's own
+    errors are for `faults_are_rejects`.
     """
     if not data:
         raise Reject("empty file")
@@ -35,22 +59,18 @@ def open_image(data: bytes, recipe: Recipe) -> Image.Image:
         image = image_of_npy(data)
         check_size(image, recipe)
         return image
-    with faults_are_rejects(data):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        check_size(image, recipe)  # before the pixels are decoded, as it is a thousand times cheaper
-        _check_depth(image)
-        return image
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself waits for twice
+        raise Reject("decompression bomb", f"{image.width}x{image.height} pixels")
+    check_size(image, recipe)  # before the pixels are decoded, as it is a thousand times cheaper
+    _check_depth(image)
+    return image
 
 
-def decode_upright(image: Image.Image, data: bytes) -> Image.Image:
-    """Decode what `open_image` made of `data` to its last pixel, and turn it as its EXIF orientation says.
-
-    Raises Reject where a pixel is missing or broken.
-    """
-    with faults_are_rejects(data):
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
+def turn_upright(image: Image.Image) -> None:
+    """Decode the image to its last pixel, and turn it as its EXIF orientation says."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def check_size(image: Image.Image, recipe: Recipe) -> None:
@@ -75,24 +95,6 @@ def to_mode(image: Image.Image, mode: Mode) -> Image.Image:
         return image if image.mode == mode else image.convert(mode)
     except ValueError as error:
         raise Reject("unsupported pixels", f"mode {image.mode}: {error}") from error
-
-
-@contextmanager
-def faults_are_rejects(data: bytes) -> Iterator[None]:
-    """Whatever Pillow says about a bad file, as a Reject."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            yield
-        except UnidentifiedImageError as error:
-            raise Reject("not an image", f"begins with {data[:16]!r}") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise Reject("decompression bomb", str(error)) from error
-        except (Reject, MemoryError):
-            raise
-        except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
-            raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
 
 
 def _check_depth(image: Image.Image) -> None:

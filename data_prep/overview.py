@@ -40,10 +40,8 @@ def print_contents(dataset: Dataset) -> None:
     manifest = dataset.manifest
     source = manifest.source
     print(f"images    {manifest.samples}, {manifest.mode} {manifest.image_size}x{manifest.image_size}")
-    how = (
-        "the source's own files, cropped when read" if manifest.crops else f"{manifest.encoding}, {manifest.transform}"
-    )
-    print(f"stored    {how}")
+    how = "own files, cropped when read" if manifest.crops else manifest.transform
+    print(f"stored    {manifest.encoding}, {how}")
     _print_kept(manifest)
     print(f"source    {source.get('kind')} of {source.get('files')}, fingerprint {str(source.get('fingerprint'))[:16]}")
     print(f"rejected  {manifest.rejected}")

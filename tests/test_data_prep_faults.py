@@ -189,7 +189,7 @@ def test_too_little_room_is_told_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("data_prep.disk.shutil.disk_usage", lambda _: usage._replace(free=25_000))
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 2
-    assert "needs about 0.000 GB, 0.000 GB are free; make room or give a folder on another disk" in one_error_line()
+    assert " kB, 25.0 kB are free; make room or give a folder on another disk" in one_error_line()
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--size", 31, "--workers", 1) == 0  # so it holds nothing to that
