@@ -166,6 +166,7 @@ def test_16_bit_grey_with_a_transparent_colour_is_rejected() -> None:
     assert reason(data[:at] + chunk + data[at:]) == "unsupported pixels"
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bomb_is_rejected_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = file_of(Image.new("1", (100, 100)), "PNG")
     for limit in (9_000, 4_000):  # Pillow warns from the limit on and raises from twice the limit on
