@@ -1,4 +1,4 @@
-"""Real photos, fetched when the test runs: an LSUN-like LMDB and a CelebA-HQ-like folder, to the pixels of the paper."""
+"""Real photos, fetched when the test runs: an LSUN-like LMDB and a CelebA-HQ-like folder, pixel for pixel."""
 
 import hashlib
 import io
