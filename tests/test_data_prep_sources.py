@@ -238,3 +238,14 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             open_source(str(spec))
+
+
+def test_a_source_that_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zipped(tmp_path / "in.zip", ["a.png"])
+
+    def denied(file: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("data_prep.sources.cifar.is_gzip", denied)
+    with pytest.raises(InputError, match=r"in\.zip: cannot be read \(Permission denied\)"):
+        open_source(str(path))

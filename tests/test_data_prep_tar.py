@@ -162,6 +162,13 @@ def test_a_damaged_archive_is_an_error_not_a_shorter_one(tmp_path: Path, damage:
         open_source(str(path))
 
 
+def test_images_beside_archives_are_refused_not_left_out(tmp_path: Path) -> None:
+    tarred(tmp_path / "a.tar", [("a.png", png())])
+    (tmp_path / "b.png").write_bytes(png())
+    with pytest.raises(InputError, match=r"holds a\.tar and b\.png; give a folder of one kind"):
+        open_source(str(tmp_path))
+
+
 def test_gnu_tar_and_empty_archives(tmp_path: Path) -> None:
     path = tarred(tmp_path / "gnu.tar", [("l" * 200 + ".png", png())], tarfile.GNU_FORMAT)
     assert list(open_source(str(path)).names) == ["l" * 200 + ".png"]

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from data_prep.errors import InputError
 from data_prep.sources import cifar, lmdb, parquet, tar, tfrecords
-from data_prep.sources.base import Source
+from data_prep.sources.base import Source, has_image_suffix
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.embedded import Mnist5kSource
 from data_prep.sources.folder import FolderSource
@@ -31,7 +31,10 @@ def open_source(spec: str, *, size: int = 256, split: Split = "train") -> Source
     `size` chooses among TFRecords of several resolutions, and `split` among the parts of CIFAR-10 and of Hugging Face
     datasets. Raises InputError where `spec` is nothing we read, holds no file at all, or has no such part.
     """
-    source = _open_embedded(spec) if spec.startswith(EMBEDDED_PREFIX) else _open_path(Path(spec), size, split)
+    try:
+        source = _open_embedded(spec) if spec.startswith(EMBEDDED_PREFIX) else _open_path(Path(spec), size, split)
+    except OSError as error:
+        raise InputError(f"{error.filename or spec}: cannot be read ({error.strerror or error})") from error
     if split != "train" and source.kind not in ("cifar10", "parquet"):
         raise InputError(f"{spec}: --split {split} is for CIFAR-10 and Hugging Face parquet; this is {source.kind}")
     if not source.names:
@@ -72,11 +75,20 @@ def _open_folder(folder: Path, size: int, split: Split) -> Source:
         return CifarSource.open(folder, split)
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if shards := [path for path in files if tfrecords.is_tfrecords(path)]:
+        _check_unmixed(files, shards[0])
         return TfrecordsSource.open(shards, size)
     if shards := parquet.find_files(folder):
         return ParquetSource.open(shards, split)
     if shards := [path for path in files if path.suffix == ".tar"]:
+        _check_unmixed(files, shards[0])
         return TarSource.open(shards)
     if databases := sorted(folder.glob(f"*/{lmdb.DATA_NAME}")):
         raise InputError(f"{folder}: holds {len(databases)} LMDBs; give one of them, such as {databases[0].parent}")
     return FolderSource.open(folder)
+
+
+def _check_unmixed(files: list[Path], archive: Path) -> None:
+    """Raise InputError where images lie beside an archive: one of the two would be left out unsaid."""
+    image = next((path for path in files if has_image_suffix(path.name)), None)
+    if image is not None:
+        raise InputError(f"{archive.parent}: holds {archive.name} and {image.name}; give a folder of one kind")
