@@ -93,6 +93,12 @@ def test_labels_come_from_json(tmp_path: Path, labels: list[str], classes: list[
     assert (source.classes, [source.label(i) for i in range(3)]) == (classes, expected)
 
 
+def test_an_image_without_extension_beside_one_of_its_name_is_an_image(tmp_path: Path) -> None:
+    files = [("a", png(1)), ("a.png", png(2)), ("a.txt", b"caption")]
+    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    assert [source.read(i) for i in range(len(source.names))] == [png(1), png(2)]
+
+
 def test_without_label_files_folders_are_classes(tmp_path: Path) -> None:
     source = open_source(str(tarred(tmp_path / "in.tar", [("dog/1.png", png()), ("cat/1.png", png())])))
     assert (source.classes, [source.label(i) for i in range(2)]) == (["cat", "dog"], [1, 0])
@@ -232,6 +238,12 @@ def test_grey_npy_is_read(array: np.ndarray) -> None:
 def test_other_npy_is_rejected_and_never_unpickled(data: bytes, reason: str) -> None:
     with pytest.raises(Reject, match=reason):
         stored(data)
+
+
+def test_npy_with_fewer_bytes_than_its_shape_says_so() -> None:
+    with pytest.raises(Reject) as caught:
+        stored(npy(RGB)[:-1])
+    assert caught.value.detail == ".npy of shape (8, 12, 3) in 287 bytes"
 
 
 def test_a_folder_of_npy_is_a_dataset_with_classes(tmp_path: Path) -> None:
