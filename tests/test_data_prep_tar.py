@@ -182,6 +182,12 @@ def test_gnu_tar_and_empty_archives(tmp_path: Path) -> None:
         open_source(str(tarred(tmp_path / "empty" / "a.tar", [("notes/.keep", b"")])))
 
 
+def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "in.tar", [("a.png", png()), ("a.cls", b"20261122")])
+    with pytest.raises(InputError, match="label 20261122: not a class number"):
+        open_source(str(path))
+
+
 @pytest.mark.parametrize("name", ["a.cls", "a.json"])
 def test_a_label_file_without_a_label_is_named(tmp_path: Path, name: str) -> None:
     path = tarred(tmp_path / "in.tar", [("a.png", png()), (name, b"cat")])

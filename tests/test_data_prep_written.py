@@ -79,6 +79,21 @@ def test_index_agrees_with_the_tars(dataset: Path) -> None:
     assert [r["key"] for r in index] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]  # the rejects keep their positions
 
 
+def test_the_tars_are_those_of_pythons_tarfile(dataset: Path) -> None:
+    for shard in load_manifest(dataset).shards:
+        written = (dataset / shard.name).read_bytes()
+        again = io.BytesIO()
+        with (
+            tarfile.open(dataset / shard.name) as ours,
+            tarfile.open(fileobj=again, mode="w", format=tarfile.USTAR_FORMAT) as copy,
+        ):
+            for member in ours:
+                header = tarfile.TarInfo(member.name)
+                header.size = member.size
+                copy.addfile(header, ours.extractfile(member))
+        assert again.getvalue() == written
+
+
 def test_manifest_and_rejects_account_for_every_source(dataset: Path) -> None:
     manifest = load_manifest(dataset)
     check_files(dataset, manifest)
