@@ -32,8 +32,9 @@ lint: $(INSTALLED) ## style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## our training step beside diffusers', same network and device
+bench: $(INSTALLED) ## our training step beside diffusers', and data_prep beside Pillow's bare calls
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/prepare.py
 
 clean: ## remove the environment, and nothing that was trained
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

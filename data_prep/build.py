@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.contact_sheet import contact_sheet
+from data_prep.dataset import Dataset, load_index
+from data_prep.disk import check_room, readable
 from data_prep.errors import DataPrepError, InputError
 from data_prep.format import (
+    CONTACT_SHEET_NAME,
     INDEX_DTYPE,
     INDEX_NAME,
     MANIFEST_NAME,
@@ -47,6 +51,8 @@ class Merged:
     shards: list[ShardRecord]
     samples: int
     reasons: Counter[str]
+    kept: int
+    shorter_sides: Counter[int]  # by the largest power of two that is no larger
 
 
 def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject_fraction: float) -> Outcome:
@@ -65,10 +71,15 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
             return _check_finished(out, parameters)
         begin_or_resume(out, staging, parameters)
         plans = plan_shards(source, recipe.shard_samples)
-        _write_missing(plans, recipe, out, staging, workers, total=len(source.names))
+        missing = [plan for plan in plans if load_result(plan, out, staging) is None]
+        if missing:
+            _check_room(missing, recipe, out, begun=len(missing) < len(plans))
+            _write(missing, recipe, out, staging, workers, total=len(source.names))
         merged = _merge(plans, out, staging)
         _check_rejects(merged, len(source.names), max_reject_fraction, out)
         manifest = _manifest(merged, source, recipe, out)
+        with whole_file(out / CONTACT_SHEET_NAME, staging) as stream:
+            stream.write(contact_sheet(Dataset(folder=out, manifest=manifest, index=load_index(out))))
         with whole_file(out / MANIFEST_NAME, staging) as stream:
             stream.write(manifest.to_json().encode())
         discard_staging(out)
@@ -87,7 +98,7 @@ def _parameters(source: Source, recipe: Recipe) -> dict[str, Any]:
     """Everything that decides the bytes, under the names that a message to the user should have."""
     return {
         "--size": recipe.image_size,
-        "--resample": recipe.resample,
+        "--transform": recipe.transform,
         "--format": recipe.encoding,
         "--mode": recipe.mode,
         "--shard-samples": recipe.shard_samples,
@@ -109,8 +120,8 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
         raise InputError(f"{error}; remove {out} and run again") from error
     finished = {
         "--size": manifest.image_size,
-        "--resample": manifest.resample,
-        "--format": manifest.encoding,
+        "--transform": manifest.transform,
+        "--format": manifest.options.get("format"),
         "--mode": manifest.mode,
         "--shard-samples": manifest.options.get("shard_samples"),
         "--upscale": manifest.options.get("upscale"),
@@ -123,16 +134,23 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
     return Outcome(manifest=manifest, reasons=reasons, already_finished=True)
 
 
-def _write_missing(
-    plans: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int
-) -> None:
-    """Write those shards that have no result yet, and show how it goes where a person is looking."""
-    missing = [plan for plan in plans if load_result(plan, out, staging) is None]
+def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:
+    """Say how much room it will take. Raises InputError where that is not there; then nothing holds a run not begun."""
+    try:
+        room = check_room(missing, recipe, out)
+    except InputError:
+        if not begun:
+            discard_staging(out)
+        raise
+    print(f"{out}: about {readable(room.needed)} to write, {readable(room.free)} free", flush=True)
+
+
+def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int) -> None:
+    """Write the shards that have no result yet, and show how it goes where a person is looking."""
     done = total - sum(len(plan.source.names) for plan in missing)
     with tqdm(total=total, initial=done, unit="img", disable=None) as progress:  # None: only on a terminal
-        if missing:
-            for sources in write_shards(missing, recipe, out, staging, workers):
-                progress.update(sources)
+        for sources in write_shards(missing, recipe, out, staging, workers):
+            progress.update(sources)
 
 
 def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[ShardResult]:
@@ -149,6 +167,8 @@ def _merge(plans: list[ShardPlan], out: Path, staging: Path) -> Merged:
     shards: list[ShardRecord] = []
     rows = [np.empty(0, INDEX_DTYPE)]
     reasons: Counter[str] = Counter()
+    shorter_sides: Counter[int] = Counter()
+    kept = 0
     with whole_file(out / NAMES_NAME, staging) as names, whole_file(out / REJECTS_NAME, staging) as rejects:
         for result in _results(plans, out, staging):
             for rejected in result.rejects:
@@ -156,13 +176,20 @@ def _merge(plans: list[ShardPlan], out: Path, staging: Path) -> Merged:
                 reasons[rejected.reason] += 1
             if result.record is None:
                 continue
+            shorter_sides.update(_power_of_two(min(sample.width, sample.height)) for sample in result.samples)
+            kept += sum(sample.kept for sample in result.samples)
             names.writelines(json.dumps(sample.name).encode() + b"\n" for sample in result.samples)
             rows.append(_index_rows(result, shard=len(shards)))
             shards.append(result.record)
     index = np.concatenate(rows)
     with whole_file(out / INDEX_NAME, staging) as stream:
         np.save(stream, index)
-    return Merged(shards=shards, samples=len(index), reasons=reasons)
+    return Merged(shards=shards, samples=len(index), reasons=reasons, kept=kept, shorter_sides=shorter_sides)
+
+
+def _power_of_two(side: int) -> int:
+    """The largest that is no larger than `side` >= 1."""
+    return 1 << side.bit_length() - 1
 
 
 def _index_rows(result: ShardResult, shard: int) -> np.ndarray[Any, np.dtype[np.void]]:
@@ -190,8 +217,8 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Mani
     return Manifest(
         image_size=recipe.image_size,
         mode=recipe.mode,
-        encoding=recipe.encoding,
-        resample=recipe.resample,
+        encoding=recipe.manifest_encoding,
+        transform=recipe.transform,
         samples=merged.samples,
         rejected=merged.reasons.total(),
         classes=list(source.classes),
@@ -199,5 +226,9 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Mani
         shards=merged.shards,
         index_sha256=sha256_of(out / INDEX_NAME),
         names_sha256=sha256_of(out / NAMES_NAME),
-        options={"shard_samples": recipe.shard_samples, "upscale": recipe.upscale},
+        options={"format": recipe.encoding, "shard_samples": recipe.shard_samples, "upscale": recipe.upscale},
+        report={
+            "kept": merged.kept,
+            "shorter_sides": {str(side): count for side, count in sorted(merged.shorter_sides.items())},
+        },
     )

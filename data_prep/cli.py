@@ -4,53 +4,67 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep.build import Outcome, build
+from data_prep.build import build
+from data_prep.dataset import Dataset
 from data_prep.errors import DataPrepError, InputError
-from data_prep.recipe import ENCODINGS, MODES, RESAMPLES, Recipe
-from data_prep.sources import open_source
+from data_prep.overview import print_contents, print_outcome
+from data_prep.recipe import ENCODINGS, MODES, TRANSFORMS, Recipe
+from data_prep.sources import SPLITS, open_source
+from data_prep.stats import write_stats
+from data_prep.verify import DECODE, verify
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+DESCRIPTION = """\
+Images as they lie on disk -> tar shards for the trainer. Run again after any interruption.
+
+For a finished folder: python -m data_prep verify|inspect|stats DIR"""
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ours: one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:  # noqa: D102 - see argparse
-        raise InputError(f"{message}; see python -m data_prep --help")
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and leaves the description's lines alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m data_prep`; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        run(_parser().parse_args(argv))
+        command = COMMANDS.get(arguments[0]) if arguments else None
+        return run_build(arguments) if command is None else command(arguments[1:])
     except DataPrepError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted; run again to go on from here", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
-def run(options: argparse.Namespace) -> None:
-    """Do what the parsed command line says, and print the summary."""
+def run_build(argv: Sequence[str]) -> int:
+    """`SRC OUT`: bring a dataset to its end, and print the summary."""
+    options = _build_parser().parse_args(argv)
     start = time.monotonic()
     if not 0 <= options.max_reject_fraction <= 1:
         raise InputError(f"--max-reject-fraction {options.max_reject_fraction:g}: must lie in [0, 1]")
-    if options.workers < 1:
-        raise InputError(f"--workers {options.workers}: must be at least 1")
+    _check_workers(options.workers)
     if options.out.resolve().is_relative_to(Path(options.src).resolve()):
         raise InputError(f"{options.out}: lies in the source folder; give a folder outside it")
-    source = open_source(options.src)
+    source = open_source(options.src, size=options.size, split=options.split)
     if source.notice:
         print(source.notice)
     recipe = Recipe(
         image_size=options.size,
-        resample=options.resample,
+        transform=options.transform,
         encoding=options.format,
         mode=options.mode or source.natural_mode,
         shard_samples=options.shard_samples,
@@ -59,38 +73,84 @@ def run(options: argparse.Namespace) -> None:
     outcome = build(
         source, recipe, options.out, workers=options.workers, max_reject_fraction=options.max_reject_fraction
     )
-    _print_summary(outcome, options.out, time.monotonic() - start)
+    print_outcome(outcome, options.out, time.monotonic() - start)
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m data_prep",
-        description="Images as they lie on disk -> tar shards for the trainer. Run again after any interruption.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def run_verify(argv: Sequence[str]) -> int:
+    """`verify DIR`: print each fault as one line; 0 where there is none, else 2."""
+    parser = _dataset_parser("verify", "Check every byte of a finished dataset against its manifest and index.")
+    parser.add_argument("--decode", choices=DECODE, default="sample", help="which images to decode as well")
+    parser.add_argument("--workers", type=int, default=_cores(), help="threads")
+    options = parser.parse_args(argv)
+    _check_workers(options.workers)
+    faults = verify(options.dir, decode=options.decode, workers=options.workers)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if faults:
+        return InputError.exit_code
+    print(f"{options.dir}: no fault found")
+    return 0
+
+
+def run_inspect(argv: Sequence[str]) -> int:
+    """`inspect DIR`: print what is in it."""
+    options = _dataset_parser("inspect", "Tell what is in a finished dataset.").parse_args(argv)
+    print_contents(Dataset.open(options.dir))
+    return 0
+
+
+def run_stats(argv: Sequence[str]) -> int:
+    """`stats DIR`: write stats.npz, and print its few numbers that a person can read."""
+    parser = _dataset_parser("stats", "Write the pixel statistics of a finished dataset to DIR/stats.npz.")
+    parser.add_argument("--workers", type=int, default=_cores(), help="threads")
+    options = parser.parse_args(argv)
+    _check_workers(options.workers)
+    stats = write_stats(Dataset.open(options.dir), workers=options.workers)
+    print(f"images  {stats.count}")
+    print(f"mean    {', '.join(f'{value:.4f}' for value in stats.channel_mean)}   of each channel, pixels in [-1, 1]")
+    print(f"std     {', '.join(f'{value:.4f}' for value in stats.channel_std)}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "verify": run_verify,
+    "inspect": run_inspect,
+    "stats": run_stats,
+}
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m data_prep", description=DESCRIPTION, formatter_class=Formatter)
     add = parser.add_argument
-    add("src", metavar="SRC", help="a folder, a .zip archive, or embedded:mnist5k")
+    add(
+        "src",
+        metavar="SRC",
+        help="LSUN's LMDB, a folder, .zip, .tar, .tfrecords, .parquet, CIFAR-10 (see docs/data.md)",
+    )
     add("out", metavar="OUT", type=Path, help="a new or empty folder, or one to resume")
     add("--size", type=int, default=Recipe.image_size, help="side of the square images in pixels")
-    add("--resample", choices=RESAMPLES, default=Recipe.resample, help="filter for images of another size")
+    add("--transform", choices=TRANSFORMS, default=Recipe.transform, help="whose way to that size (see docs/data.md)")
     add("--format", choices=ENCODINGS, default=Recipe.encoding, help="webp and png are lossless, jpeg is q95 4:4:4")
     add("--mode", choices=MODES, help="colour or grey (default: RGB, but L for embedded:mnist5k)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the bytes do not depend on it")
+    add("--split", choices=SPLITS, default="train", help="which part, of a source that has parts")
+    add("--workers", type=int, default=_cores(), help="processes; the bytes do not depend on it")
     add("--shard-samples", type=int, default=Recipe.shard_samples, help="sources to a shard")
     add("--max-reject-fraction", type=float, default=0.01, help="fail where more of the sources are unusable")
     add("--upscale", action="store_true", help="enlarge images smaller than --size instead of rejecting them")
     return parser
 
 
-def _print_summary(outcome: Outcome, out: Path, seconds: float) -> None:
-    manifest = outcome.manifest
-    if outcome.already_finished:
-        print(f"{out}: already finished, nothing to do")
-    size = sum(shard.bytes for shard in manifest.shards)
-    print(f"read      {manifest.samples + manifest.rejected}")
-    print(f"written   {manifest.samples} images of {len(manifest.classes) or 'no'} classes")
-    print(f"rejected  {manifest.rejected}")
-    for reason, count in outcome.reasons.most_common():
-        print(f"          {count} {reason}")
-    print(f"shards    {len(manifest.shards)}, {size:,} bytes")
-    print(f"seconds   {seconds:.1f}")
+def _dataset_parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=f"python -m data_prep {command}", description=description, formatter_class=Formatter)
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder that data_prep has finished")
+    return parser
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 1:
+        raise InputError(f"--workers {workers}: must be at least 1")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

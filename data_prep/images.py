@@ -1,95 +1,100 @@
-"""One image as it was found -> one square image of the recipe's size and mode, or a Reject with its reason.
+"""A file's bytes -> an upright image of the recipe's mode, 8 bits a channel, or a Reject with its reason.
 
 Colour profiles are not applied: the numbers in the file are taken as sRGB, as everywhere in the field.
 """
 
 import io
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
+from data_prep.arrays import NPY_MAGIC, image_of_npy
 from data_prep.errors import Reject
-from data_prep.recipe import Encoding, Mode, Recipe, Resample
+from data_prep.recipe import Mode, Recipe
 
 BACKGROUND = "white"  # what shows through transparent pixels
 
 # Named, because Pillow would otherwise try formats that run other programs (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-FILTERS: dict[Resample, Image.Resampling] = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-}
-
-SAVE_OPTIONS: dict[Encoding, dict[str, Any]] = {
-    "webp": {"lossless": True, "method": 0, "quality": 0},  # still exact: these trade size for speed
-    "png": {"compress_level": 1},
-    "jpeg": {"quality": 95, "subsampling": 0},  # 4:4:4, about 42 dB
-}
-
 TIFF_BLACK_IS_ZERO = 1
 
 
-def prepare(found: bytes | Image.Image, recipe: Recipe) -> Image.Image:
-    """Turn a file's bytes (or an image) upright, crop its middle square, bring it to size and mode.
+@contextmanager
+def pillow_is_quiet() -> Iterator[None]:
+    """Keeps Pillow's warnings off the terminal; entered once for many images, as it takes longer than opening one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
-    Returns an image of `recipe.image_size` squared in `recipe.mode`, 8 bits a channel, without metadata.
-    Raises Reject for anything that is not wholly and exactly such an image.
+
+@contextmanager
+def faults_are_rejects(data: bytes) -> Iterator[None]:
+    """Whatever Pillow says about the bad file `data`, as a Reject."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise Reject("not an image", f"begins with {data[:16]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise Reject("decompression bomb", str(error)) from error
+    except (Reject, MemoryError):
+        raise
+    except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
+        raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
+
+
+def open_image(data: bytes, recipe: Recipe) -> Image.Image:
+    """The file's first frame, as large as the recipe asks for and with known pixels, but not decoded yet.
+
+    Raises Reject where it is empty, too small, a decompression bomb, or of pixels whose white is unknown; Pillow's own
+    errors are for `faults_are_rejects`.
     """
-    image = _decode(found, recipe) if isinstance(found, bytes) else found
-    _check_size(image, recipe)
-    image = _to_mode(_centre_square(image), recipe.mode)
-    target = (recipe.image_size, recipe.image_size)
-    if image.size != target:
-        image = image.resize(target, FILTERS[recipe.resample])
-    image.info = {}  # or the encoders would write the source's profile and comments into every sample
+    if not data:
+        raise Reject("empty file")
+    if data.startswith(NPY_MAGIC):
+        image = image_of_npy(data)
+        check_size(image, recipe)
+        return image
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself waits for twice
+        raise Reject("decompression bomb", f"{image.width}x{image.height} pixels")
+    check_size(image, recipe)  # before the pixels are decoded, as it is a thousand times cheaper
+    _check_depth(image)
     return image
 
 
-def encode(image: Image.Image, encoding: Encoding) -> bytes:
-    """The image as one file's bytes; webp and png are lossless."""
-    stream = io.BytesIO()
-    image.save(stream, encoding, **SAVE_OPTIONS[encoding])
-    return stream.getvalue()
+def turn_upright(image: Image.Image) -> None:
+    """Decode the image to its last pixel, and turn it as its EXIF orientation says."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
 
 
-def _decode(data: bytes, recipe: Recipe) -> Image.Image:
-    """The first frame, decoded to its last pixel and turned upright."""
-    if not data:
-        raise Reject("empty file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(image, recipe)  # before the pixels are decoded, as it is a thousand times cheaper
-            _check_depth(image)
-            return ImageOps.exif_transpose(image)  # this decodes the pixels
-        except UnidentifiedImageError as error:
-            raise Reject("not an image", f"begins with {data[:16]!r}") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise Reject("decompression bomb", str(error)) from error
-        except (Reject, MemoryError):
-            raise
-        except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
-            raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
-
-
-def _check_size(image: Image.Image, recipe: Recipe) -> None:
+def check_size(image: Image.Image, recipe: Recipe) -> None:
+    """Raise Reject where the image would have to be enlarged and that was not asked for."""
     if min(image.size) < recipe.image_size and not recipe.upscale:
         raise Reject(
             f"smaller than --size {recipe.image_size} (--upscale would enlarge)", f"{image.width}x{image.height}"
         )
 
 
-def _centre_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def to_mode(image: Image.Image, mode: Mode) -> Image.Image:
+    """Any of Pillow's modes -> `mode`; transparency is laid over BACKGROUND, 16-bit grey is scaled to 8 bits.
+
+    Raises Reject where Pillow knows no way.
+    """
+    if image.mode.startswith("I"):
+        image = _scale_16_bit_grey(image)
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+        return image if image.mode == mode else image.convert(mode)
+    except ValueError as error:
+        raise Reject("unsupported pixels", f"mode {image.mode}: {error}") from error
 
 
 def _check_depth(image: Image.Image) -> None:
@@ -104,19 +109,6 @@ def _check_depth(image: Image.Image) -> None:
         bits, zero_is = image.tag_v2.get(BITSPERSAMPLE), image.tag_v2.get(PHOTOMETRIC_INTERPRETATION)
         if image.mode == "I" or bits != (16,) or zero_is != TIFF_BLACK_IS_ZERO:
             raise Reject("unsupported pixels", f"signed, or {bits} bits, or PhotometricInterpretation {zero_is}")
-
-
-def _to_mode(image: Image.Image, mode: Mode) -> Image.Image:
-    """Any of Pillow's modes -> `mode`; transparency is laid over BACKGROUND, 16-bit grey is scaled to 8 bits."""
-    if image.mode.startswith("I"):
-        image = _scale_16_bit_grey(image)
-    try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        return image.convert(mode)
-    except ValueError as error:
-        raise Reject("unsupported pixels", f"mode {image.mode}: {error}") from error
 
 
 def _scale_16_bit_grey(image: Image.Image) -> Image.Image:

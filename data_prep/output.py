@@ -1,5 +1,6 @@
 """The output folder: who may write to it, and how a file comes to lie in it whole or not at all."""
 
+import errno
 import fcntl
 import json
 import os
@@ -11,17 +12,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.errors import DataPrepError, InputError
-from data_prep.format import INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME
+from data_prep.format import CONTACT_SHEET_NAME, INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME, STATS_NAME
 
 STAGING_NAME = ".staging"
 LOCK_NAME = "lock"
 BEGUN_NAME = "begun.json"
 
-OUR_NAMES = re.compile(
-    "|".join(
-        [r"shard-\d{6,}\.tar", *map(re.escape, (STAGING_NAME, INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME))]
-    )
-)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+OUR_FILES = (INDEX_NAME, NAMES_NAME, REJECTS_NAME, CONTACT_SHEET_NAME, STATS_NAME, MANIFEST_NAME)
+OUR_NAMES = re.compile("|".join([r"shard-\d{6,}\.tar", *map(re.escape, (STAGING_NAME, *OUR_FILES))]))
 
 
 @contextmanager
@@ -40,7 +40,8 @@ def whole_file(path: Path, staging: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise DataPrepError(f"{path}: cannot be written ({error.strerror or error})") from error
+        hint = "; make room and run again to go on from here" if error.errno in NO_ROOM else ""
+        raise DataPrepError(f"{path}: cannot be written ({error.strerror or error}){hint}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from data_prep.errors import InputError
+from data_prep.format import SOURCE_ENCODING
 
-Resample = Literal["lanczos", "bicubic", "box"]
+Transform = Literal["ddpm", "adm", "edm", "area", "source"]
 Encoding = Literal["webp", "png", "jpeg"]
 Mode = Literal["RGB", "L"]
 
-RESAMPLES: tuple[Resample, ...] = get_args(Resample)
+TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 MODES: tuple[Mode, ...] = get_args(Mode)
 
@@ -19,11 +20,12 @@ class Recipe:
     """Same source, same recipe and same Pillow give the same bytes, on any number of workers.
 
     `image_size` is the side in pixels, at least 1; `shard_samples` the number of sources cut into one shard, at
-    least 1. Raises InputError otherwise.
+    least 1. Under the transform "source", `encoding` is for those images whose bytes cannot be kept, and must be
+    lossless. Raises InputError otherwise.
     """
 
     image_size: int = 256
-    resample: Resample = "lanczos"
+    transform: Transform = "ddpm"
     encoding: Encoding = "webp"
     mode: Mode = "RGB"
     shard_samples: int = 2048
@@ -34,3 +36,17 @@ class Recipe:
             raise InputError(f"--size {self.image_size}: must be at least 1")
         if self.shard_samples < 1:
             raise InputError(f"--shard-samples {self.shard_samples}: must be at least 1")
+        if self.keeps_bytes and self.encoding == "jpeg":
+            raise InputError(
+                "--format jpeg: --transform source must stay exact; give webp or png for the images it makes"
+            )
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether images that are of the right size already are stored as they were found."""
+        return self.transform == "source"
+
+    @property
+    def manifest_encoding(self) -> str:
+        """What `Manifest.encoding` says of a dataset made so."""
+        return SOURCE_ENCODING if self.keeps_bytes else self.encoding

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import stat
 import sys
 import warnings
 import zipfile
@@ -141,6 +142,15 @@ def test_zip_entries_that_climb_out_are_rejected(tmp_path: Path) -> None:
             assert isinstance(source.read(i), bytes)
 
 
+def test_links_in_a_zip_are_rejected(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "../secret.png")
+    with pytest.raises(Reject, match="link"):
+        open_source(str(tmp_path / "in.zip")).read(0)
+
+
 def test_zip_entries_of_one_name_are_each_read(tmp_path: Path) -> None:
     source = open_source(str(zipped(tmp_path / "in.zip", ["b.png", "a.png", "b.png"])))
     assert list(source.names) == ["a.png", "b.png", "b.png"]
@@ -222,9 +232,20 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for spec, message in [
         (tmp_path / "empty", "holds no files"),
         (tmp_path / "empty.zip", "holds no files"),
-        (tmp_path / "text.zip", "neither a folder nor a readable .zip"),
+        (tmp_path / "text.zip", "neither a folder nor a readable archive"),
         (tmp_path / "nowhere", "no such file or folder"),
         ("embedded:imagenet", "no such embedded set"),
     ]:
         with pytest.raises(InputError, match=message):
             open_source(str(spec))
+
+
+def test_a_source_that_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zipped(tmp_path / "in.zip", ["a.png"])
+
+    def denied(file: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("data_prep.sources.cifar.is_gzip", denied)
+    with pytest.raises(InputError, match=r"in\.zip: cannot be read \(Permission denied\)"):
+        open_source(str(path))

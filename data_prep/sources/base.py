@@ -1,22 +1,26 @@
 """What every source of images offers, and the rules that file-like sources share."""
 
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
-from typing import Protocol, Self
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Protocol, Self
 
 from PIL import Image
 
+from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
 
 MAX_FILE_BYTES = 256 * 1024**2  # no image worth a sample is larger; a file is held in memory whole
 
+MAX_CLASSES = 1_000_000
+
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
-    ".jp2", ".j2k", ".avif",
+    ".jp2", ".j2k", ".avif", ".npy",
 })
 # fmt: on
 
@@ -26,15 +30,15 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """What the source is: "folder", "zip" or "embedded"."""
+        """What the source is: "folder", "lmdb" and so on."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Where each image came from, sorted; not necessarily unique."""
+        """Where each image came from, in an order that is always the same; not necessarily unique."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes, sorted; empty where the images have no labels."""
+        """Names of the classes, in the order of their numbers; empty where the images have no labels."""
 
     @property
     def fingerprint(self) -> str:
@@ -74,7 +78,7 @@ def labels_from_folders(names: Sequence[str]) -> tuple[list[str], list[int]]:
     for a wrapper and looked into instead. Whether a file counts as an image is judged by its suffix here, so that a
     README beside the class folders does no harm.
     """
-    images = [PurePosixPath(name).parts for name in names if _has_image_suffix(name)]
+    images = [PurePosixPath(name).parts for name in names if has_image_suffix(name)]
     depth = 0
     while images and all(len(parts) > depth + 1 for parts in images):
         classes = sorted({parts[depth] for parts in images})
@@ -85,7 +89,38 @@ def labels_from_folders(names: Sequence[str]) -> tuple[list[str], list[int]]:
     return [], [UNLABELLED] * len(names)
 
 
-def _has_image_suffix(name: str) -> bool:
+def classes_of_values(values: Sequence[int | str | None]) -> tuple[list[str], list[int]]:
+    """The class names and the label of each image, from numbers (which stay as they are) or from words (sorted).
+
+    None, a negative number or a word among numbers is no label. Raises InputError for numbers beyond MAX_CLASSES.
+    """
+    numbers = [value if isinstance(value, int) and value >= 0 else UNLABELLED for value in values]
+    highest = max(numbers, default=UNLABELLED)
+    if highest >= MAX_CLASSES:
+        raise InputError(f"label {highest}: not a class number, which are below {MAX_CLASSES}")
+    if highest != UNLABELLED:
+        return [str(number) for number in range(highest + 1)], numbers
+    words = sorted({value for value in values if isinstance(value, str)})
+    position = {word: label for label, word in enumerate(words)}
+    return words, [position[value] if isinstance(value, str) else UNLABELLED for value in values]
+
+
+def is_safe(name: str) -> bool:
+    """Whether a name stays below the archive's top, be it read with `/` or with `\\`."""
+    windows = PureWindowsPath(name)
+    return not (PurePosixPath(name).is_absolute() or windows.is_absolute() or ".." in windows.parts)
+
+
+def needed_module(name: str) -> Any:
+    """Import a library that only some sources need. Raises InputError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"this source needs {name}: pip install 'ddpm-trainer[sources]'") from error
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether the name ends as an image's does."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 

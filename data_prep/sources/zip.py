@@ -1,17 +1,19 @@
 """A .zip archive of image files, read in place: nothing is ever unpacked to disk."""
 
+import stat
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import ClassVar, Self
 from zipfile import BadZipFile, ZipFile
 
 from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
-from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, is_hidden, labels_from_folders
+from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, is_hidden, is_safe, labels_from_folders
 
 ENCRYPTED_FLAG = 0x1
+UNIX_MODE_SHIFT = 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ZipSource:
         )
         names = [name for name, _ in listed]
         positions = [position for _, position in listed]
-        classes, labels = labels_from_folders([name if _is_safe(name) else "" for name in names])
+        classes, labels = labels_from_folders([name if is_safe(name) else "" for name in names])
         chosen = [entries[position] for position in positions]
         fingerprint = fingerprint_of([entry.filename, entry.file_size, entry.CRC] for entry in chosen)
         return cls(path, names, positions, labels, classes, fingerprint)
@@ -51,8 +53,10 @@ class ZipSource:
     def read(self, i: int) -> bytes:  # noqa: D102 - see Source
         archive = _archive(self.path)
         entry = archive.infolist()[self.positions[i]]
-        if not _is_safe(entry.filename):
+        if not is_safe(entry.filename):
             raise Reject("unsafe name", "absolute, or with a `..`")
+        if stat.S_ISLNK(entry.external_attr >> UNIX_MODE_SHIFT):
+            raise Reject("link", "links in archives are not followed")
         if entry.flag_bits & ENCRYPTED_FLAG:
             raise Reject("encrypted")
         if entry.file_size > MAX_FILE_BYTES:
@@ -80,9 +84,3 @@ def _archive(path: Path) -> ZipFile:
         return ZipFile(path)
     except (BadZipFile, OSError) as error:
         raise InputError(f"{path}: not a readable zip archive ({error})") from error
-
-
-def _is_safe(name: str) -> bool:
-    """Whether a name stays below the archive's top, be it read with `/` or with `\\`."""
-    windows = PureWindowsPath(name)
-    return not (PurePosixPath(name).is_absolute() or windows.is_absolute() or ".." in windows.parts)

@@ -1,0 +1,79 @@
+"""One image as it was found -> the bytes of one member of a shard."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from data_prep.images import check_size, faults_are_rejects, open_image, to_mode, turn_upright
+from data_prep.recipe import Encoding, Recipe
+from data_prep.transforms import TRANSFORMS
+
+SAVE_OPTIONS: dict[Encoding, dict[str, Any]] = {
+    "webp": {"lossless": True, "method": 0, "quality": 0},  # still exact: these trade size for speed
+    "png": {"compress_level": 1},
+    "jpeg": {"quality": 95, "subsampling": 0},  # 4:4:4, about 42 dB
+}
+
+KEPT_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = 1
+PNG_DEPTH_AT = 24  # the bit depth in the IHDR chunk, which is always the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """An encoded image. `width` and `height` are the source's, upright; `kept` says that its bytes are too."""
+
+    data: bytes
+    extension: str
+    width: int
+    height: int
+    kept: bool
+
+
+def convert(found: bytes | Image.Image, recipe: Recipe) -> Member:
+    """Turn a file's bytes (or an image) upright, bring it to mode and size, and encode it.
+
+    Under the transform "source", bytes that decode to the wanted pixels by a mere crop are kept. Raises Reject for
+    anything that is not wholly and exactly an image.
+    """
+    if isinstance(found, bytes):
+        with faults_are_rejects(found):
+            image = open_image(found, recipe)
+            extension = _kept_extension(image, found, recipe)
+            turn_upright(image)  # which decodes it, so that kept bytes are known to be whole
+        if extension is not None:
+            return Member(data=found, extension=extension, width=image.width, height=image.height, kept=True)
+    else:
+        image = found
+        check_size(image, recipe)
+    width, height = image.size
+    data = encode(prepare(image, recipe), recipe.encoding)
+    return Member(data=data, extension=recipe.encoding, width=width, height=height, kept=False)
+
+
+def prepare(image: Image.Image, recipe: Recipe) -> Image.Image:
+    """An upright image -> `recipe.image_size` squared in `recipe.mode`, 8 bits a channel, without metadata."""
+    image = TRANSFORMS[recipe.transform](to_mode(image, recipe.mode), recipe.image_size)
+    image.info = {}  # or the encoders would write the source's profile and comments into every sample
+    return image
+
+
+def encode(image: Image.Image, encoding: Encoding) -> bytes:
+    """The image as one file's bytes; webp and png are lossless."""
+    stream = io.BytesIO()
+    image.save(stream, encoding, **SAVE_OPTIONS[encoding])
+    return stream.getvalue()
+
+
+def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | None:
+    """The member's extension where these bytes give every reader the wanted pixels by a mere crop, or else None."""
+    if not recipe.keeps_bytes or min(image.size) != recipe.image_size or image.mode != recipe.mode:
+        return None
+    deep = image.format == "PNG" and data[PNG_DEPTH_AT] != 8
+    turned = image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT
+    if deep or turned or image.has_transparency_data or getattr(image, "n_frames", 1) > 1:
+        return None
+    return KEPT_EXTENSIONS.get(str(image.format))

@@ -1,0 +1,118 @@
+"""A finished dataset, read back for a person or a check; the trainer has a faster reader of its own."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data_prep.errors import InputError
+from data_prep.format import (
+    INDEX_DTYPE,
+    INDEX_NAME,
+    NAMES_NAME,
+    FormatError,
+    Manifest,
+    center_crop_box,
+    load_manifest,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Manifest and index of one folder. `index`: (samples,) INDEX_DTYPE, memory-mapped."""
+
+    folder: Path
+    manifest: Manifest
+    index: npt.NDArray[np.void]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Dataset":
+        """Raises InputError where the folder is no finished dataset or the index cannot be read."""
+        try:
+            manifest = load_manifest(folder)
+        except FormatError as error:
+            raise InputError(str(error)) from error
+        return cls(folder=folder, manifest=manifest, index=load_index(folder))
+
+    def rows_of(self, shard: int) -> npt.NDArray[np.void]:
+        """The index's rows of one shard, in the order of its members."""
+        first, last = np.searchsorted(self.index["shard"], [shard, shard + 1])
+        return self.index[first:last]
+
+    def path_of(self, shard: int) -> Path:
+        """Where the shard lies."""
+        return self.folder / self.manifest.shards[shard].name
+
+    def names(self) -> list[str]:
+        """Where each sample came from."""
+        return [json.loads(line) for line in (self.folder / NAMES_NAME).read_text().splitlines()]
+
+    def read(self, sample: int) -> Image.Image:
+        """The sample as the trainer sees it. Raises InputError where it cannot be read or decoded."""
+        row = self.index[sample]
+        path = self.path_of(int(row["shard"]))
+        with opened(path) as descriptor:
+            data = os.pread(descriptor, int(row["length"]), int(row["offset"]))
+        try:
+            return decode_member(data, self.manifest)
+        except FormatError as error:
+            raise InputError(f"{path}: member {row['key']:09d} {error}") from error
+
+
+def load_index(folder: Path) -> npt.NDArray[np.void]:
+    """(samples,) INDEX_DTYPE, memory-mapped. Raises InputError where it is missing or something else."""
+    path = folder / INDEX_NAME
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as an index ({error})") from error
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+        raise InputError(f"{path}: not an index ({index.ndim} axes of {index.dtype})")
+    return index
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor to read `path` from. Raises InputError where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror})") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def decode_member(data: bytes, manifest: Manifest) -> Image.Image:
+    """A member's bytes -> `image_size` squared, in the manifest's mode.
+
+    Raises FormatError, which begins with a verb for the caller to prefix, where the bytes are something else.
+    """
+    size, mode = manifest.image_size, manifest.mode
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        image.load()
+    except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
+        raise FormatError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+    if image.mode not in (mode, "RGB"):  # WebP has no grey, so that grey comes back as three equal channels
+        raise FormatError(f"is {image.mode}, the manifest says {mode}")
+    if image.size != (size, size):
+        if not manifest.crops:
+            raise FormatError(f"is {image.width}x{image.height}, the manifest says {size}x{size}")
+        image = image.crop(center_crop_box(*image.size, size))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def pixels_of(image: Image.Image) -> npt.NDArray[Any]:
+    """(C, H, W) uint8."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -1,0 +1,99 @@
+"""What a person is told: at the end of a run, and about a dataset that lies there."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.build import Outcome
+from data_prep.contact_sheet import contact_sheet
+from data_prep.dataset import Dataset
+from data_prep.format import CONTACT_SHEET_NAME, UNLABELLED, Manifest
+from data_prep.output import claimed, discard_staging, whole_file
+
+BAR = 40  # characters of the longest bar
+CLASSES_SHOWN = 20
+
+
+def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
+    """The summary of a run."""
+    manifest = outcome.manifest
+    if outcome.already_finished:
+        print(f"{out}: already finished, nothing to do")
+    print(f"read      {manifest.samples + manifest.rejected}")
+    print(f"written   {manifest.samples} images of {len(manifest.classes) or 'no'} classes")
+    _print_kept(manifest)
+    print(f"rejected  {manifest.rejected}")
+    for reason, count in outcome.reasons.most_common():
+        print(f"          {count} {reason}")
+    _print_sizes(manifest)
+    _print_shards(manifest)
+    print(f"look at   {out / CONTACT_SHEET_NAME}")
+    print(f"seconds   {seconds:.1f}")
+
+
+def print_contents(dataset: Dataset) -> None:
+    """What a finished dataset holds; makes its contact sheet where that is missing.
+
+    Raises InputError where the sheet must be made and a sample cannot be read.
+    """
+    manifest = dataset.manifest
+    source = manifest.source
+    print(f"images    {manifest.samples}, {manifest.mode} {manifest.image_size}x{manifest.image_size}")
+    how = "own files, cropped when read" if manifest.crops else manifest.transform
+    print(f"stored    {manifest.encoding}, {how}")
+    _print_kept(manifest)
+    print(f"source    {source.get('kind')} of {source.get('files')}, fingerprint {str(source.get('fingerprint'))[:16]}")
+    print(f"rejected  {manifest.rejected}")
+    _print_sizes(manifest)
+    _print_shards(manifest)
+    if len(dataset.index):
+        lengths = dataset.index["length"]
+        print(
+            f"an image  {int(lengths.min()):,} to {int(lengths.max()):,} bytes, {float(lengths.mean()):,.0f} on average"
+        )
+    _print_classes(dataset)
+    print(f"identity  {manifest.fingerprint[:16]}")
+    print(f"look at   {_existing_contact_sheet(dataset)}")
+
+
+def _print_kept(manifest: Manifest) -> None:
+    if manifest.crops:
+        kept = manifest.report.get("kept", 0)
+        print(f"          {kept} with the source's bytes, {manifest.samples - kept} encoded anew without loss")
+
+
+def _print_sizes(manifest: Manifest) -> None:
+    counts: dict[str, int] = manifest.report.get("shorter_sides", {})
+    for line, (side, count) in enumerate(sorted(counts.items(), key=lambda item: int(item[0]))):
+        bar = "#" * max(1, round(BAR * count / max(counts.values())))
+        sides = f"{side}-{2 * int(side) - 1}"
+        print(f"{'' if line else 'sides':8}  {sides:>11}  {count:>9}  {bar}")
+
+
+def _print_shards(manifest: Manifest) -> None:
+    print(f"shards    {len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards):,} bytes")
+
+
+def _print_classes(dataset: Dataset) -> None:
+    classes = dataset.manifest.classes
+    if not classes:
+        print("classes   none")
+        return
+    counts = Counter(dict(zip(*np.unique(dataset.index["label"], return_counts=True))))
+    print(f"classes   {len(classes)}, {counts[UNLABELLED]} images without one")
+    for label, name in enumerate(classes[:CLASSES_SHOWN]):
+        print(f"          {counts[label]:>9}  {name}")
+    if len(classes) > CLASSES_SHOWN:
+        print(f"          and {len(classes) - CLASSES_SHOWN} more")
+
+
+def _existing_contact_sheet(dataset: Dataset) -> Path:
+    path = dataset.folder / CONTACT_SHEET_NAME
+    if not path.exists():
+        sheet = contact_sheet(dataset)
+        with claimed(dataset.folder) as staging:
+            with whole_file(path, staging) as stream:
+                stream.write(sheet)
+            discard_staging(dataset.folder)
+    return path

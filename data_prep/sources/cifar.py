@@ -1,0 +1,192 @@
+"""CIFAR-10 as its authors distribute it: the Python version or the binary one, as archive or unpacked.
+
+Python: `data_batch_1` ... `data_batch_5` and `test_batch`, each a pickled dict of `data` ((10000, 3072) uint8: red,
+green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`. Pickles can run any program, so
+they are read by an unpickler that admits five harmless names.
+Binary: the same with `.bin`, each image one byte of label and 3072 of pixels, and `batches.meta.txt`.
+"""
+
+import hashlib
+import io
+import pickle
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data_prep.arrays import image_of_array
+from data_prep.errors import InputError
+from data_prep.recipe import Mode
+
+SIDE = 32
+PIXELS = 3 * SIDE * SIDE
+CLASSES = 10
+BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+META = "batches.meta"
+META_TEXT = "batches.meta.txt"
+KNOWN_NAMES = {META, META_TEXT} | {name + end for names in BATCHES.values() for name in names for end in ("", ".bin")}
+MAX_FILE_BYTES = 64 * 1024**2  # twice a batch
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True, eq=False)
+class CifarSource:
+    """`pixels`: (N, 3, 32, 32) uint8; `labels`: (N,), 0..9; the fingerprint covers all of both."""
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    names: list[str]
+    classes: list[str]
+    fingerprint: str
+    kind: ClassVar[str] = "cifar10"
+    natural_mode: ClassVar[Mode] = "RGB"
+    notice: ClassVar[None] = None
+
+    @classmethod
+    def open(cls, path: Path, split: str) -> Self:
+        """Load the train batches (150 MB) or the test batch. Raises InputError where one is missing or no batch."""
+        if split not in BATCHES:
+            raise InputError(f"{path}: CIFAR-10 has no split {split}; it has {', '.join(BATCHES)}")
+        files = _files_of_archive(path) if path.is_file() else _files_of_folder(path)
+        batches = [_batch(path, files, name) for name in BATCHES[split]]
+        pixels = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, SIDE, SIDE)
+        labels = np.concatenate([labels for _, labels in batches])
+        names = [f"{name}/{i}" for name, (_, rows) in zip(BATCHES[split], batches) for i in range(len(rows))]
+        fingerprint = hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
+        return cls(pixels, labels, names, _class_names(path, files), fingerprint)
+
+    def label(self, i: int) -> int:  # noqa: D102 - see Source
+        return int(self.labels[i])
+
+    def read(self, i: int) -> Image.Image:  # noqa: D102 - see Source
+        return image_of_array(self.pixels[i].transpose(1, 2, 0))
+
+    def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
+        chosen = slice(start, stop)
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], names=self.names[chosen])
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether the file is compressed, as CIFAR-10's archives are."""
+    with path.open("rb") as stream:
+        return stream.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+
+
+def find_batches(folder: Path) -> Path | None:
+    """The folder of the batches: `folder` itself, or the one that its archive makes; None where there are none."""
+    places = [folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"]
+    return next((place for place in places if any((place / name).is_file() for name in KNOWN_NAMES - {META})), None)
+
+
+def _files_of_folder(folder: Path) -> dict[str, bytes]:
+    place = find_batches(folder) or folder
+    try:
+        return {name: (place / name).read_bytes() for name in sorted(KNOWN_NAMES) if (place / name).is_file()}
+    except OSError as error:
+        raise InputError(f"{place}: cannot be read ({error.strerror})") from error
+
+
+def _files_of_archive(path: Path) -> dict[str, bytes]:
+    """Regular files of the known names, read into memory; where they say they belong is of no interest."""
+    try:
+        files = dict(_archived(path))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .tar.gz ({error})") from error
+    if not files.keys() & (KNOWN_NAMES - {META, META_TEXT}):
+        raise InputError(f"{path}: compressed and not CIFAR-10, so images cannot be read in place; unpack it first")
+    return files
+
+
+def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path, "r:gz") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name).name
+            if member.isfile() and name in KNOWN_NAMES and member.size <= MAX_FILE_BYTES:
+                content = tar.extractfile(member)
+                assert content is not None  # as it is a regular file
+                yield name, content.read()
+
+
+def _batch(path: Path, files: dict[str, bytes], name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """(n, 3072) and (n,) of one batch, in either version."""
+    if name in files:
+        pixels, labels = _unpickled_batch(f"{path}: {name}", files[name])
+    elif f"{name}.bin" in files:
+        rows = np.frombuffer(files[f"{name}.bin"], np.uint8)
+        if len(rows) % (PIXELS + 1):
+            raise InputError(f"{path}: {name}.bin is cut; {len(rows)} bytes are no multiple of {PIXELS + 1}")
+        rows = rows.reshape(-1, PIXELS + 1)
+        pixels, labels = rows[:, 1:], rows[:, 0].astype(np.int64)
+    else:
+        raise InputError(f"{path}: has no {name}; fetch CIFAR-10 again")
+    if not len(labels) or labels.min() < 0 or labels.max() >= CLASSES:
+        raise InputError(f"{path}: {name} has labels outside 0..{CLASSES - 1}")
+    return pixels, labels
+
+
+def _unpickled_batch(place: str, data: bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    batch = _unpickled(place, data)
+    pixels, labels = (batch.get(b"data"), batch.get(b"labels")) if isinstance(batch, dict) else (None, None)
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
+        raise InputError(f"{place}: not a batch of CIFAR-10; `data` should be (N, {PIXELS}) of uint8")
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(label) is int for label in labels):
+        raise InputError(f"{place}: not a batch of CIFAR-10; `labels` should be {len(pixels)} integers")
+    return pixels, np.array(labels, np.int64)
+
+
+def _class_names(path: Path, files: dict[str, bytes]) -> list[str]:
+    """From the meta file, or else the numbers."""
+    names: list[Any] = []
+    if META in files:
+        meta = _unpickled(f"{path}: {META}", files[META])
+        found = meta.get(b"label_names") if isinstance(meta, dict) else None
+        names = [name.decode(errors="replace") for name in found or [] if isinstance(name, bytes)]
+    elif META_TEXT in files:
+        names = files[META_TEXT].decode(errors="replace").split()
+    return names if len(names) == CLASSES else [str(label) for label in range(CLASSES)]
+
+
+def _unpickled(place: str, data: bytes) -> Any:
+    try:
+        return HarmlessUnpickler(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # a broken pickle leads to any exception there is
+        raise InputError(f"{place}: cannot be read as CIFAR-10's pickle ({error})") from error
+
+
+class HarmlessUnpickler(pickle.Unpickler):
+    """Makes containers, numbers, bytes and numpy arrays, and calls nothing else.
+
+    Raises UnpicklingError for a pickle that names anything beyond the five names that arrays of bytes need.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a pickle means by a name. The older two are NumPy 1's and Python 2's for the same."""
+        admitted = {
+            ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+            ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): _latin_1,
+        }
+        if (module, name) not in admitted:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a data set")
+        return admitted[module, name]
+
+
+def _empty_array(kind: object, shape: object, _code: object) -> npt.NDArray[Any]:
+    """What numpy's `_reconstruct` gives for every array; its state is set afterwards."""
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("an array that numpy did not write")
+    return np.ndarray((0,), dtype="b")
+
+
+def _latin_1(text: object, codec: object = "latin1") -> bytes:
+    """How Python 3 writes bytes for Python 2."""
+    if not isinstance(text, str) or codec not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError("a codec other than latin1")
+    return text.encode("latin1")

@@ -1,0 +1,173 @@
+"""ProGAN's and StyleGAN's datasets: TFRecords of raw pixels, one resolution a file. Read without TensorFlow.
+
+A file is a row of records, each framed as
+
+    length        uint64, little-endian
+    crc           uint32, masked CRC-32C of the 8 bytes of length
+    data          `length` bytes: a tf.train.Example with `shape` (int64[3]: C, H, W) and `data` (C * H * W uint8)
+    crc           uint32, masked CRC-32C of data
+
+where masked(c) = rotate_right(c, 15) + 0xa282ead8 (mod 2^32).
+"""
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from io import FileIO
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+from PIL import Image
+
+from data_prep.arrays import image_of_array
+from data_prep.errors import InputError, Reject
+from data_prep.format import UNLABELLED
+from data_prep.recipe import Mode
+from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, needed_module
+from data_prep.sources.protobuf import WireError, bytes_and_integers
+
+LENGTH = struct.Struct("<QI")  # a record's length and its crc
+CRC = struct.Struct("<I")
+MASK_DELTA = 0xA282EAD8
+CACHED_FILES = 8
+
+
+@dataclass(frozen=True)
+class Record:
+    """`length` bytes of file number `file` from `offset` on; their crc lies behind them."""
+
+    file: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TfrecordsSource:
+    """The records of all files of one resolution, in their order; the fingerprint covers their places and lengths."""
+
+    files: list[Path]
+    records: list[Record]
+    names: list[str]
+    fingerprint: str
+    notice: str | None
+    kind: ClassVar[str] = "tfrecords"
+    classes: ClassVar[list[str]] = []
+    natural_mode: ClassVar[Mode] = "RGB"
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], size: int) -> Self:
+        """Take the files of resolution `size`, or else of the highest there is, and find their records.
+
+        Raises InputError where a file is cut or damaged, or google-crc32c is missing.
+        """
+        files, notice = _one_resolution([path.resolve() for path in paths], size)
+        records = [record for number, path in enumerate(files) for record in _frames(path, number)]
+        first = {record.file: position for position, record in reversed(list(enumerate(records)))}
+        names = [f"{files[record.file].name}:{i - first[record.file]}" for i, record in enumerate(records)]
+        fingerprint = fingerprint_of([name, record.offset, record.length] for name, record in zip(names, records))
+        return cls(files, records, names, fingerprint, notice)
+
+    def label(self, i: int) -> int:  # noqa: ARG002, D102 - see Source
+        return UNLABELLED
+
+    def read(self, i: int) -> Image.Image:  # noqa: D102 - see Source
+        record = self.records[i]
+        if record.length > MAX_FILE_BYTES:
+            raise Reject("file too large", f"{record.length} bytes")
+        framed = _pread(self.files[record.file], record.offset, record.length + CRC.size)
+        data = framed[: record.length]
+        if len(framed) < record.length + CRC.size or CRC.unpack(framed[record.length :])[0] != masked_crc32c(data):
+            raise Reject("truncated or corrupt", "crc differs")
+        return image_of_example(data)
+
+    def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
+        return replace(self, records=self.records[start:stop], names=self.names[start:stop], notice=None)
+
+
+def is_tfrecords(path: Path) -> bool:
+    """Whether the file begins with a TFRecord's length and its crc."""
+    if ".tfrecord" not in path.name:  # or every file would be opened, and a library asked for that nobody needs
+        return False
+    head = _pread(path, 0, LENGTH.size)
+    return len(head) == LENGTH.size and LENGTH.unpack(head)[1] == masked_crc32c(head[:8])
+
+
+def image_of_example(data: bytes) -> Image.Image:
+    """The image of a serialised tf.train.Example with `shape` (C, H, W) and raw uint8 `data`.
+
+    Raises Reject where it holds something else.
+    """
+    try:
+        features = bytes_and_integers(data)
+    except WireError as error:
+        raise Reject("truncated or corrupt", f"tf.train.Example: {error}") from error
+    shape, pixels = features.get("shape"), features.get("data")
+    if not isinstance(shape, tuple) or len(shape) != 3 or not isinstance(pixels, bytes):
+        raise Reject("unsupported pixels", f"tf.train.Example with {sorted(features)}; `shape` and `data` are read")
+    channels, height, width = shape
+    if channels not in (1, 3) or min(shape) < 1 or channels * height * width != len(pixels):
+        raise Reject("unsupported pixels", f"shape {shape} in {len(pixels)} bytes; (1 or 3, H, W) of uint8 is read")
+    return image_of_array(np.frombuffer(pixels, np.uint8).reshape(shape).transpose(1, 2, 0))
+
+
+def masked_crc32c(data: bytes) -> int:
+    """TFRecord's checksum of `data`."""
+    crc = needed_module("google_crc32c").value(data)
+    return ((crc >> 15 | crc << 17) + MASK_DELTA) & 0xFFFFFFFF
+
+
+def _one_resolution(files: list[Path], size: int) -> tuple[list[Path], str | None]:
+    """The files of resolution `size` or else of the highest, and a notice where others are left out."""
+    sides = {path: max(_first_image(path).size) for path in files}
+    side = size if size in sides.values() else max(sides.values())
+    chosen = [path for path in files if sides[path] == side]
+    if len(chosen) == len(files):
+        return chosen, None
+    return (
+        chosen,
+        f"reads {', '.join(path.name for path in chosen)}: {side} pixels; there are {sorted(set(sides.values()))}",
+    )
+
+
+def _first_image(path: Path) -> Image.Image:
+    record = next(_frames(path, 0), None)
+    if record is None:
+        raise InputError(f"{path}: holds no records")
+    try:
+        return image_of_example(_pread(path, record.offset, record.length))
+    except Reject as reject:
+        raise InputError(f"{path}: {reject.reason} in its first record ({reject.detail})") from reject
+
+
+def _frames(path: Path, file: int) -> Iterator[Record]:
+    """Where the records lie. Raises InputError where a length is damaged, since nothing behind it can be found."""
+    size, offset = path.stat().st_size, 0
+    while offset < size:
+        head = _pread(path, offset, LENGTH.size)
+        if len(head) < LENGTH.size:
+            raise InputError(f"{path}: cut at byte {size}, inside a record; fetch the file again")
+        length, crc = LENGTH.unpack(head)
+        if crc != masked_crc32c(head[:8]):
+            raise InputError(
+                f"{path}: the record at byte {offset} is damaged (crc of its length); fetch the file again"
+            )
+        if offset + LENGTH.size + length + CRC.size > size:
+            raise InputError(f"{path}: cut at byte {size}, inside a record; fetch the file again")
+        yield Record(file, offset + LENGTH.size, length)
+        offset += LENGTH.size + length + CRC.size
+
+
+def _pread(path: Path, offset: int, length: int) -> bytes:
+    try:
+        return os.pread(_opened(path).fileno(), length, offset)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; the source must stay as it is during a run") from error
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def _opened(path: Path) -> FileIO:
+    """Open once a process; the file closes when the cache lets go of it."""
+    return FileIO(path)

@@ -1,0 +1,55 @@
+"""How the field's published datasets were brought to size: an image -> its square of `size` x `size` pixels.
+
+Each is named after whom it reproduces, and works on 8-bit "RGB" or "L". Where the shorter side is `size` already, all
+of them are the same pure crop, and no pixel changes.
+"""
+
+from collections.abc import Callable
+
+from PIL import Image
+
+from data_prep.format import center_crop_box
+from data_prep.recipe import Transform
+
+Resampling = Image.Resampling
+
+
+def ddpm(image: Image.Image, size: int) -> Image.Image:
+    """DDPM's LSUN and CelebA-HQ, prepared by StyleGAN2's and ProGAN's dataset_tool.py: middle square, then Lanczos."""
+    return _resize_square(image, size, Resampling.LANCZOS)
+
+
+def edm(image: Image.Image, size: int) -> Image.Image:
+    """EDM's dataset_tool.py with `--transform=center-crop`; it took over StyleGAN2's, so it equals `ddpm`."""
+    return _resize_square(image, size, Resampling.LANCZOS)
+
+
+def area(image: Image.Image, size: int) -> Image.Image:
+    """Middle square, then the mean of the area below each pixel, as cv2.INTER_AREA takes it."""
+    return _resize_square(image, size, Resampling.BOX)
+
+
+def adm(image: Image.Image, size: int) -> Image.Image:
+    """`center_crop_arr` of improved-diffusion and guided-diffusion: halved by boxes, then bicubic, then cropped."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    scale = size / min(image.size)
+    target = round(image.width * scale), round(image.height * scale)
+    if image.size != target:
+        image = image.resize(target, Resampling.BICUBIC)
+    return image.crop(center_crop_box(*image.size, size))
+
+
+# What "source" cannot keep as it is, it makes as DDPM would have.
+TRANSFORMS: dict[Transform, Callable[[Image.Image, int], Image.Image]] = {
+    "ddpm": ddpm,
+    "adm": adm,
+    "edm": edm,
+    "area": area,
+    "source": ddpm,
+}
+
+
+def _resize_square(image: Image.Image, size: int, resampling: Resampling) -> Image.Image:
+    square = image.crop(center_crop_box(*image.size, min(image.size)))
+    return square if square.size == (size, size) else square.resize((size, size), resampling)

@@ -1,0 +1,133 @@
+"""Every byte of a finished dataset against its manifest and index: what is wrong, one line a fault."""
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from data_prep.dataset import Dataset, decode_member, opened
+from data_prep.errors import InputError
+from data_prep.format import INDEX_NAME, NAMES_NAME, REJECTS_NAME, UNLABELLED, FormatError, sha256_of
+from data_prep.tars import walk
+
+Decode = Literal["none", "sample", "all"]
+DECODE: tuple[Decode, ...] = get_args(Decode)
+
+DECODED_OF_A_SHARD = 16  # where a sample is decoded: evenly spaced
+
+
+def verify(folder: Path, *, decode: Decode, workers: int) -> list[str]:
+    """The faults of a dataset, each a line that names the file; an empty list where it is whole.
+
+    Raises InputError where there is no manifest or index to compare with.
+    """
+    dataset = Dataset.open(folder)
+    faults = [*_faults_of_lists(dataset), *_extra_shards(dataset)]
+    shards = range(len(dataset.manifest.shards))
+    with (
+        ThreadPoolExecutor(workers) as pool,  # hashing and decoding let other threads run
+        tqdm(total=dataset.manifest.samples, unit="img", disable=None) as progress,
+    ):
+        for shard, found in zip(shards, pool.map(lambda shard: _faults_of_shard(dataset, shard, decode), shards)):
+            faults += [f"{dataset.path_of(shard)}: {fault}" for fault in found]
+            progress.update(dataset.manifest.shards[shard].samples)
+    return faults
+
+
+def _faults_of_lists(dataset: Dataset) -> Iterator[str]:
+    """What is wrong with index, names and rejects."""
+    folder, manifest, index = dataset.folder, dataset.manifest, dataset.index
+    for name, expected in ((INDEX_NAME, manifest.index_sha256), (NAMES_NAME, manifest.names_sha256)):
+        if not (folder / name).is_file():
+            yield f"{folder / name}: missing"
+        elif sha256_of(folder / name) != expected:
+            yield f"{folder / name}: sha256 differs from the manifest's; the file was changed or is stale"
+    if len(index) != manifest.samples:
+        yield f"{folder / INDEX_NAME}: {len(index)} rows, the manifest says {manifest.samples}"
+    if (np.diff(index["shard"].astype(np.int64)) < 0).any() or (np.diff(index["key"].astype(np.int64)) <= 0).any():
+        yield f"{folder / INDEX_NAME}: its rows are not in the order of shards and keys"
+    if ((index["label"] < UNLABELLED) | (index["label"] >= len(manifest.classes))).any():
+        yield f"{folder / INDEX_NAME}: a label outside the manifest's {len(manifest.classes)} classes"
+    yield from _faults_of_rejects(folder / REJECTS_NAME, manifest.rejected)
+
+
+def _faults_of_rejects(path: Path, expected: int) -> Iterator[str]:
+    try:
+        found = sum(1 for line in path.read_text().splitlines() if json.loads(line)["reason"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{path}: cannot be read ({error})"
+        return
+    if found != expected:
+        yield f"{path}: {found} lines, the manifest says {expected}"
+
+
+def _extra_shards(dataset: Dataset) -> Iterator[str]:
+    listed = {shard.name for shard in dataset.manifest.shards}
+    for path in sorted(dataset.folder.glob("*.tar")):
+        if path.name not in listed:
+            yield f"{path}: not in the manifest; remove it"
+
+
+def _faults_of_shard(dataset: Dataset, shard: int, decode: Decode) -> list[str]:
+    """What is wrong with one tar: at most one fault of its bytes, and one of what the index says about them."""
+    record, path = dataset.manifest.shards[shard], dataset.path_of(shard)
+    if not path.is_file():
+        return [f"missing; the manifest lists {len(dataset.manifest.shards)} shards"]
+    rows = dataset.rows_of(shard)
+    digest = sha256_of(path)
+    if digest != record.sha256:
+        owner = next((other.name for other in dataset.manifest.shards if other.sha256 == digest), None)
+        if owner is not None:
+            return [f"holds what belongs into {owner}; put them back in their places"]
+        return [f"sha256 differs from the manifest's: {_first_damage(dataset, shard, rows)}"]
+    fault = _index_fault(path, rows) or _content_fault(dataset, path, rows, decode)
+    return [] if fault is None else [fault]
+
+
+def _first_damage(dataset: Dataset, shard: int, rows: npt.NDArray[np.void]) -> str:
+    """Where the bytes of a tar stop being what they were, as far as it can be told."""
+    path, expected = dataset.path_of(shard), dataset.manifest.shards[shard].bytes
+    if path.stat().st_size != expected:
+        return f"{path.stat().st_size} bytes instead of {expected}"
+    return _content_fault(dataset, path, rows, "none") or _index_fault(path, rows) or "in a header or padding"
+
+
+def _index_fault(path: Path, rows: npt.NDArray[np.void]) -> str | None:
+    """The first difference of the tar's headers from the index."""
+    try:
+        members = [(member.name, member.offset_data, member.size, member.type) for member in walk(path)]
+    except InputError as error:
+        return str(error).removeprefix(f"{path}: ")
+    if len(members) != len(rows):
+        return f"holds {len(members)} members, the index says {len(rows)}"
+    for (name, offset, length, kind), row in zip(members, rows):
+        key = f"{row['key']:09d}"
+        if kind != tarfile.REGTYPE or (name.split(".")[0], offset, length) != (key, row["offset"], row["length"]):
+            expected = f"{key} at {row['offset']} with {row['length']}"
+            return f"member {name} at {offset} with {length} bytes, the index says {expected}"
+    return None
+
+
+def _content_fault(dataset: Dataset, path: Path, rows: npt.NDArray[np.void], decode: Decode) -> str | None:
+    """The first member whose bytes are not what the index says, or that is no image of the manifest's kind."""
+    wanted = {"none": 0, "sample": min(len(rows), DECODED_OF_A_SHARD), "all": len(rows)}[decode]
+    decoded = set(np.linspace(0, len(rows) - 1, wanted).astype(int).tolist())
+    with opened(path) as descriptor:
+        for position, row in enumerate(rows):
+            data = os.pread(descriptor, int(row["length"]), int(row["offset"]))
+            if zlib.crc32(data) != row["crc32"]:
+                return f"member {row['key']:09d} is damaged (crc32 differs from the index)"
+            if position in decoded:
+                try:
+                    decode_member(data, dataset.manifest)
+                except FormatError as error:
+                    return f"member {row['key']:09d} {error}"
+    return None

@@ -1,0 +1,237 @@
+"""Promises under faults: one clear line, nothing half-written under a final name, nothing of others overwritten."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep.build import plan_shards
+from data_prep.disk import Room, check_room
+from data_prep.format import sha256_of
+from data_prep.output import claimed
+from data_prep.recipe import Recipe
+from data_prep.sources import open_source
+from tests.data_prep_harness import (
+    BIG_OPTIONS,
+    PHOTO_OPTIONS,
+    bytes_of,
+    children_of,
+    command,
+    data_prep,
+    error_line,
+    failing_run,
+    is_alive,
+    make_big,
+    make_photos,
+    wait_until,
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_big(tmp_path_factory.mktemp("big"))
+
+
+@pytest.fixture(scope="module")
+def dataset(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dataset")
+    assert data_prep(photos, out, *PHOTO_OPTIONS, "--workers", 1) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(big: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert data_prep(big, out, *BIG_OPTIONS) == 0
+    return out
+
+
+@pytest.fixture
+def one_error_line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    return lambda: error_line(capsys)
+
+
+def test_a_second_run_on_the_same_folder_is_refused(
+    photos: Path, tmp_path: Path, one_error_line: Callable[[], str]
+) -> None:
+    with claimed(tmp_path):
+        assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
+    assert "another run" in one_error_line()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+
+
+def test_what_a_stopped_worker_left_is_removed(tmp_path: Path) -> None:
+    with claimed(tmp_path) as staging:
+        (staging / "shard-000000.tar.tmp-1").touch()
+    assert not any(tmp_path.rglob("*.tmp-*"))
+
+
+def test_foreign_files_are_never_overwritten(photos: Path, tmp_path: Path, one_error_line: Callable[[], str]) -> None:
+    (tmp_path / "shard-000000.tar").write_text("mine")
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
+    assert "shard-000000.tar" in one_error_line()
+    assert bytes_of(tmp_path).keys() == {"shard-000000.tar"}
+    (tmp_path / "shard-000000.tar").rename(tmp_path / "thesis.txt")
+    (tmp_path / ".staging").mkdir()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
+    assert "thesis.txt" in one_error_line()
+
+
+def test_too_many_rejects_end_without_a_manifest(
+    photos: Path, tmp_path: Path, one_error_line: Callable[[], str]
+) -> None:
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS[:-1], 0.1, "--workers", 1) == 1
+    line = one_error_line()
+    assert "2 of 12 images rejected" in line
+    assert "--max-reject-fraction 0.1" in line
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_nothing_written_is_an_error_whatever_the_fraction(tmp_path: Path, one_error_line: Callable[[], str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"junk")
+    assert data_prep(tmp_path / "in", tmp_path / "out", "--max-reject-fraction", 1, "--workers", 1) == 1
+    assert "1 of 1 images rejected" in one_error_line()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--size", "0"], "--size 0"),
+        (["--size", "big"], "--size"),
+        (["--shard-samples", "0"], "--shard-samples 0"),
+        (["--workers", "0"], "--workers 0"),
+        (["--max-reject-fraction", "1.5"], "--max-reject-fraction 1.5"),
+        (["--format", "tiff"], "--format"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_options_are_named(
+    photos: Path, tmp_path: Path, one_error_line: Callable[[], str], arguments: list[str], named: str
+) -> None:
+    assert data_prep(photos, tmp_path / "out", *arguments) == 2
+    assert named in one_error_line()
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_inside_the_source_is_refused(photos: Path, one_error_line: Callable[[], str]) -> None:
+    assert data_prep(photos, photos / "out", *PHOTO_OPTIONS) == 2
+    assert "source folder" in one_error_line()
+
+
+def test_a_file_that_cannot_be_completed_never_gets_its_name(photos: Path, dataset: Path, tmp_path: Path) -> None:
+    limit = 15_000  # bytes: enough for a shard of one image, not for one of five
+    line = failing_run(
+        *(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert re.search(r"shard-00000[01].tar: cannot be written \(File too large\)", line)  # the first two both fail
+    assert [path.name for path in tmp_path.iterdir()] == [".staging"]
+    assert not any(tmp_path.rglob("*.tmp-*"))
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 0
+    assert bytes_of(tmp_path) == bytes_of(dataset)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small memory file system with the given options; skips where that is not permitted."""
+    place = tmp_path / "mount"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("mounting is not permitted here")
+        return place
+
+    yield mount
+    subprocess.run(["umount", place], capture_output=True, check=False)
+
+
+def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(
+    photos: Path,
+    dataset: Path,
+    mounted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    one_error_line: Callable[[], str],
+) -> None:
+    place = mounted("size=36k")
+    monkeypatch.setattr("data_prep.build.check_room", lambda *_: Room(needed=0, free=0))  # the disk fills up later
+    assert data_prep(photos, place / "out", *PHOTO_OPTIONS, "--workers", 1) == 1
+    line = one_error_line()
+    assert "No space left on device" in line
+    assert "make room and run again" in line
+    for path in (place / "out").glob("shard-*"):
+        assert sha256_of(path) == sha256_of(dataset / path.name)
+    assert not (place / "out" / "manifest.json").exists()
+    assert not any(place.rglob("*.tmp-*"))
+    subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
+    assert data_prep(photos, place / "out", *PHOTO_OPTIONS, "--workers", 1) == 0
+    assert bytes_of(place / "out") == bytes_of(dataset)
+
+
+def test_too_little_room_is_told_before_anything_is_written(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error_line: Callable[[], str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("data_prep.disk.shutil.disk_usage", lambda _: usage._replace(free=25_000))
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 2
+    assert " kB, 25.0 kB are free; make room or give a folder on another disk" in one_error_line()
+    assert not any(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--size", 31, "--workers", 1) == 0  # so it holds nothing to that
+
+
+def test_the_estimate_is_what_will_be_written(big: Path, uninterrupted: Path) -> None:
+    source = open_source(str(big))
+    plans = plan_shards(source, 5)
+    room = check_room(plans, Recipe(image_size=64), uninterrupted)
+    written = sum(path.stat().st_size for path in uninterrupted.glob("shard-*"))
+    assert 0.7 * written < room.needed < 1.1 * written  # each tar is padded to 10 KiB, which it does not count
+    part = check_room(plans[3:9], Recipe(image_size=64), uninterrupted)
+    assert part.needed == pytest.approx(room.needed * 6 / 24, rel=0.05)
+
+
+def test_read_only_output_is_one_line(photos: Path, mounted: Callable[[str], Path]) -> None:
+    assert "Read-only file system" in failing_run(photos, mounted("ro") / "out", *PHOTO_OPTIONS)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2])  # while the workers import what they need
+def test_ctrl_c_is_one_line_and_ends_the_workers(big: Path, tmp_path: Path, seconds: float) -> None:
+    run_it = command(big, tmp_path, *BIG_OPTIONS)
+    # Background jobs of a shell are started deaf to SIGINT, and so would be what these tests start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(run_it, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        signal.signal(signal.SIGINT, before)
+        wait_until(lambda: bool(children_of(run.pid)))
+        time.sleep(seconds)
+        workers = children_of(run.pid)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does it: to the workers too
+        _, stderr = run.communicate(timeout=60)
+    assert (run.returncode, stderr) == (130, "error: interrupted; run again to go on from here\n")
+    assert not any(is_alive(worker) for worker in workers)
+
+
+def test_a_dying_worker_is_one_line_and_the_run_can_go_on(big: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(command(big, tmp_path, *BIG_OPTIONS), stderr=subprocess.PIPE, text=True) as run:
+        wait_until(lambda: any(tmp_path.glob(".staging/*.tar.tmp-*")))
+        os.kill(children_of(run.pid)[0], signal.SIGKILL)
+        _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert len(stderr.splitlines()) == 1, stderr
+    assert "a worker process died" in stderr
+    assert data_prep(big, tmp_path, *BIG_OPTIONS) == 0
+    assert bytes_of(tmp_path) == bytes_of(uninterrupted)

@@ -1,0 +1,140 @@
+"""Promises of a run that is stopped, repeated or given again: the same bytes whatever happens, or a refusal."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep.format import sha256_of
+from tests.data_prep_harness import (
+    BIG_OPTIONS,
+    PHOTO_OPTIONS,
+    bytes_of,
+    children_of,
+    command,
+    data_prep,
+    error_line,
+    is_alive,
+    make_big,
+    make_photos,
+    wait_until,
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_big(tmp_path_factory.mktemp("big"))
+
+
+@pytest.fixture(scope="module")
+def dataset(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dataset")
+    assert data_prep(photos, out, *PHOTO_OPTIONS, "--workers", 1) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(big: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert data_prep(big, out, *BIG_OPTIONS) == 0
+    return out
+
+
+@pytest.fixture
+def one_error_line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    return lambda: error_line(capsys)
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(dataset: Path, photos: Path, tmp_path: Path) -> None:
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 3) == 0
+    assert bytes_of(tmp_path) == bytes_of(dataset)
+
+
+@pytest.mark.parametrize("results", [0, 8])
+def test_kill_9_then_rerun_gives_the_bytes_of_an_uninterrupted_run(
+    big: Path, uninterrupted: Path, tmp_path: Path, results: int
+) -> None:
+    staging = tmp_path / ".staging"
+    with subprocess.Popen(command(big, tmp_path, *BIG_OPTIONS)) as run:
+        wait_until(lambda: len(list(staging.glob("shard-*.json"))) >= results and any(staging.glob("*.tar.tmp-*")))
+        workers = children_of(run.pid)
+        run.kill()
+    assert not (tmp_path / "manifest.json").exists()
+    wait_until(lambda: not any(is_alive(worker) for worker in workers))
+    done = [path.name for path in staging.glob("shard-*.json")]
+    before = {name: (tmp_path / name).with_suffix(".tar").stat().st_mtime_ns for name in done}
+    assert results <= len(done) < 24
+    for path in tmp_path.glob("*.tar"):
+        assert sha256_of(path) == sha256_of(uninterrupted / path.name)  # whole, or not there
+
+    assert data_prep(big, tmp_path, *BIG_OPTIONS) == 0
+    assert bytes_of(tmp_path) == bytes_of(uninterrupted)
+    assert before == {name: (tmp_path / name).with_suffix(".tar").stat().st_mtime_ns for name in done}  # not again
+
+
+def test_a_lost_tar_is_written_again_on_resume(photos: Path, dataset: Path, tmp_path: Path) -> None:
+    strict = [*PHOTO_OPTIONS[:-1], "0"]
+    assert data_prep(photos, tmp_path, *strict, "--workers", 1) == 1  # complete but for the manifest
+    (tmp_path / "shard-000000.tar").unlink()
+    os.truncate(tmp_path / "shard-000001.tar", 512)
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+    assert bytes_of(tmp_path) == bytes_of(dataset)
+
+
+def test_rerun_of_a_finished_dataset_does_nothing_and_says_so(
+    photos: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {path: path.stat().st_mtime_ns for path in dataset.iterdir()}
+    (dataset / ".staging").mkdir()  # as a run leaves it that is killed right after the manifest
+    assert data_prep(photos, dataset, *PHOTO_OPTIONS) == 0
+    out = capsys.readouterr().out
+    assert "already finished" in out
+    assert "rejected  2" in out
+    assert {path: path.stat().st_mtime_ns for path in dataset.iterdir()} == times
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--size", "31"], "--size 32"),
+        (["--transform", "area"], "--transform 'ddpm'"),
+        (["--format", "png"], "--format 'webp'"),
+        (["--mode", "L"], "--mode 'RGB'"),
+        (["--shard-samples", "6"], "--shard-samples 5"),
+        (["--upscale"], "--upscale False"),
+    ],
+)
+def test_other_parameters_are_refused_by_name(
+    photos: Path, dataset: Path, one_error_line: Callable[[], str], changed: list[str], named: str
+) -> None:
+    before = bytes_of(dataset)
+    assert data_prep(photos, dataset, *PHOTO_OPTIONS, *changed) == 2
+    assert named in one_error_line()
+    assert bytes_of(dataset) == before
+
+
+def test_other_parameters_and_sources_are_refused_in_an_unfinished_folder(
+    photos: Path, big: Path, tmp_path: Path, one_error_line: Callable[[], str]
+) -> None:
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS[:-1], 0, "--workers", 1) == 1
+    one_error_line()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--size", 31) == 2
+    assert "--size 32" in one_error_line()
+    assert data_prep(big, tmp_path, *PHOTO_OPTIONS) == 2
+    assert "source" in one_error_line()
+
+
+def test_a_damaged_finished_dataset_is_not_called_finished(
+    photos: Path, tmp_path: Path, one_error_line: Callable[[], str]
+) -> None:
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+    (tmp_path / "shard-000001.tar").unlink()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
+    assert "shard-000001.tar: missing" in one_error_line()

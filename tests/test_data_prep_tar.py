@@ -1,0 +1,262 @@
+"""Promises of tar archives and of `.npy` files as sources: no image is merged, lost or taken from elsewhere."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from data_prep.convert import convert
+from data_prep.dataset import Dataset
+from data_prep.errors import InputError, Reject
+from data_prep.format import UNLABELLED, load_manifest
+from data_prep.recipe import Recipe
+from data_prep.sources import open_source
+from data_prep.tars import walk
+from tests.data_prep_harness import data_prep, file_of, noise, pixels_of_noise
+
+
+def png(seed: int = 0, side: int = 8) -> bytes:
+    return file_of(noise(side, side, seed=seed), "PNG")
+
+
+def tarred(path: Path, files: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_dotted_odd_and_repeated_names_are_all_read(tmp_path: Path) -> None:
+    names = [
+        "a.1.jpg",
+        "a.2.jpg",
+        "ünï-日本.png",
+        "what?#1.png",
+        "d/" + "l" * 150 + ".png",
+        "no_suffix",
+        "x.png",
+        "x.png",
+    ]
+    files = [(name, png(i)) for i, name in enumerate(names)]
+    source = open_source(str(tarred(tmp_path / "in.tar", files, tarfile.PAX_FORMAT)))
+    assert [(name, source.read(i)) for i, name in enumerate(source.names)] == files
+    assert "2 webdataset keys hold several images ('a' holds 2)" in source.notice
+
+
+def test_webdatasets_own_writer_is_read_with_its_labels(tmp_path: Path) -> None:
+    for shard in range(2):
+        with wds.TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
+            for i in range(3):
+                key, image = f"{i:04d}", np.asarray(noise(8, 8, seed=10 * shard + i))
+                writer.write({"__key__": key, "png": image, "cls": 2 - i, "txt": "a bed", "json": {"label": 7}})
+    source = open_source(str(tmp_path))
+    assert list(source.names) == [f"{shard}.tar/{i:04d}.png" for shard in range(2) for i in range(3)]
+    assert source.classes == ["0", "1", "2"]
+    assert source.notice is None
+    for i, seed in enumerate([0, 1, 2, 10, 11, 12]):
+        assert source.label(i) == 2 - i % 3
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(source.read(i)))), np.asarray(noise(8, 8, seed)))
+    part = pickle.loads(pickle.dumps(source.part(2, 5)))  # noqa: S301 - our own, on its way to a worker
+    assert [(part.read(i), part.label(i)) for i in range(3)] == [(source.read(i), source.label(i)) for i in range(2, 5)]
+
+
+def test_the_label_of_the_whole_name_goes_before_that_of_the_key(tmp_path: Path) -> None:
+    files = [("a.1.png", png()), ("a.2.png", png()), ("a.2.cls", b"5"), ("a.cls", b" 3\n"), ("b.png", png())]
+    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    assert list(source.names) == ["a.1.png", "a.2.png", "b.png"]
+    assert [source.label(i) for i in range(3)] == [3, 5, UNLABELLED]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"),
+    [
+        (['{"label": 1}', '{"label": 0}', '{"caption": "x"}'], ["0", "1"], [1, 0, UNLABELLED]),
+        (['{"label": "owl"}', '{"label": "cat"}', "[]"], ["cat", "owl"], [1, 0, UNLABELLED]),
+    ],
+)
+def test_labels_come_from_json(tmp_path: Path, labels: list[str], classes: list[str], expected: list[int]) -> None:
+    files = [
+        (f"{i}{end}", data)
+        for i, text in enumerate(labels)
+        for end, data in ((".png", png()), (".json", text.encode()))
+    ]
+    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    assert (source.classes, [source.label(i) for i in range(3)]) == (classes, expected)
+
+
+def test_an_image_without_extension_beside_one_of_its_name_is_an_image(tmp_path: Path) -> None:
+    files = [("a", png(1)), ("a.png", png(2)), ("a.txt", b"caption")]
+    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    assert [source.read(i) for i in range(len(source.names))] == [png(1), png(2)]
+
+
+def test_without_label_files_folders_are_classes(tmp_path: Path) -> None:
+    source = open_source(str(tarred(tmp_path / "in.tar", [("dog/1.png", png()), ("cat/1.png", png())])))
+    assert (source.classes, [source.label(i) for i in range(2)]) == (["cat", "dog"], [1, 0])
+
+
+def test_what_is_no_image_is_a_reject_unless_it_goes_with_one(tmp_path: Path) -> None:
+    files = [("a.png", png()), ("a.txt", b"caption"), ("b.cls", b"1"), ("README.md", b"#"), (".DS_Store", b"x")]
+    path = tarred(tmp_path / "in.tar", files)
+    assert list(open_source(str(path)).names) == ["a.png", "b.cls", "README.md"]
+    assert data_prep(path, tmp_path / "out", "--size", 8, "--max-reject-fraction", 0.7, "--workers", 1) == 0
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["name"], reject["reason"]) for reject in rejects] == [
+        ("b.cls", "not an image"),
+        ("README.md", "not an image"),
+    ]
+
+
+def test_names_that_climb_and_links_are_rejected(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(9))
+    path = tarred(tmp_path / "in.tar", [("../up.png", png()), ("/root.png", png()), ("ok.png", png())])
+    with tarfile.open(path, "a") as tar:
+        for kind, target in ((tarfile.SYMTYPE, str(secret)), (tarfile.LNKTYPE, "ok.png")):
+            link = tarfile.TarInfo(f"link{kind.decode()}.png")
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    source = open_source(str(path))
+    got = []
+    for i in range(len(source.names)):
+        try:
+            got.append(source.read(i))
+        except Reject as reject:
+            got.append(reject.reason)
+    assert got == ["unsafe name", "unsafe name", png(), "link", "link"]
+    assert data_prep(path, tmp_path / "deep" / "out", "--size", 8, "--max-reject-fraction", 1, "--workers", 1) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"secret.png", "in.tar", "deep"}
+    assert load_manifest(tmp_path / "deep" / "out").samples == 1
+
+
+def header_of(member: int) -> int:
+    """Where the header of a member of 8x8 PNGs begins."""
+    return member * (512 + -(-len(png()) // 512) * 512)
+
+
+DAMAGE = {
+    "cut at a header": (lambda data: data[: header_of(5)], "without the mark of a tar's end"),
+    "cut in a header": (lambda data: data[: header_of(5) + 100], "without the mark|is damaged"),
+    "cut in a member": (lambda data: data[: header_of(5) + 600], "not a whole tar"),
+    "damaged header": (
+        lambda data: data[: header_of(5)] + b"\xff" + data[header_of(5) + 1 :],
+        "the header at byte .* is damaged",
+    ),
+    "hole": (
+        lambda data: data[: header_of(5)] + bytes(1024) + data[header_of(5) + 1024 :],
+        "the header at byte .* is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_archive_is_an_error_not_a_shorter_one(tmp_path: Path, damage: str) -> None:
+    path = tarred(tmp_path / "in.tar", [(f"{i}.png", png()) for i in range(10)])
+    assert len(list(walk(path))) == 10
+    change, message = DAMAGE[damage]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match=message):
+        open_source(str(path))
+
+
+def test_images_beside_archives_are_refused_not_left_out(tmp_path: Path) -> None:
+    tarred(tmp_path / "a.tar", [("a.png", png())])
+    (tmp_path / "b.png").write_bytes(png())
+    with pytest.raises(InputError, match=r"holds a\.tar and b\.png; give a folder of one kind"):
+        open_source(str(tmp_path))
+
+
+def test_gnu_tar_and_empty_archives(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "gnu.tar", [("l" * 200 + ".png", png())], tarfile.GNU_FORMAT)
+    assert list(open_source(str(path)).names) == ["l" * 200 + ".png"]
+    with pytest.raises(InputError, match="holds no files"):
+        open_source(str(tarred(tmp_path / "empty" / "a.tar", [("notes/.keep", b"")])))
+
+
+def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "in.tar", [("a.png", png()), ("a.cls", b"20261122")])
+    with pytest.raises(InputError, match="label 20261122: not a class number"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.cls", "a.json"])
+def test_a_label_file_without_a_label_is_named(tmp_path: Path, name: str) -> None:
+    path = tarred(tmp_path / "in.tar", [("a.png", png()), (name, b"cat")])
+    with pytest.raises(InputError, match=f"in.tar: {name} holds no label"):
+        open_source(str(path))
+
+
+# .npy
+
+
+def npy(array: np.ndarray, **options: object) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+RGB = pixels_of_noise(8, 12, seed=0)
+
+
+def stored(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(convert(data, Recipe(image_size=8, encoding="png")).data)))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [RGB, RGB.transpose(2, 0, 1), RGB.transpose(2, 0, 1)[None], RGB[None], np.asfortranarray(RGB)],
+    ids=["HWC", "CHW", "1CHW", "1HWC", "column-major"],
+)
+def test_npy_of_any_layout_is_read(array: np.ndarray) -> None:
+    np.testing.assert_array_equal(stored(npy(array)), RGB[:, 2:10])
+
+
+@pytest.mark.parametrize("array", [RGB[..., 0], RGB[None, ..., 0], RGB[..., :1]], ids=["HW", "1HW", "HW1"])
+def test_grey_npy_is_read(array: np.ndarray) -> None:
+    np.testing.assert_array_equal(stored(npy(array)), np.repeat(RGB[:, 2:10, :1], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (npy(RGB.astype(np.float32)), "unsupported pixels"),
+        (npy(np.array([{"a": 1}], object), allow_pickle=True), "unsupported pixels"),
+        (npy(RGB[None].repeat(2, axis=0)), "unsupported pixels"),
+        (npy(np.zeros((3, 8, 3), np.uint8)), "unsupported pixels"),
+        (npy(np.zeros((8, 8, 2), np.uint8)), "unsupported pixels"),
+        (npy(np.zeros(8, np.uint8)), "unsupported pixels"),
+        (npy(np.zeros((0, 8, 3), np.uint8)), "unsupported pixels"),
+        (npy(RGB)[:-1], "truncated or corrupt"),
+        (npy(RGB)[:40], "truncated or corrupt"),
+        (npy(RGB).replace(b"(8, 12, 3)", b"(8, 12,99)"), "truncated or corrupt"),
+        (npy(RGB[:7]), "smaller than --size 8"),
+    ],
+)
+def test_other_npy_is_rejected_and_never_unpickled(data: bytes, reason: str) -> None:
+    with pytest.raises(Reject, match=reason):
+        stored(data)
+
+
+def test_npy_with_fewer_bytes_than_its_shape_says_so() -> None:
+    with pytest.raises(Reject) as caught:
+        stored(npy(RGB)[:-1])
+    assert caught.value.detail == ".npy of shape (8, 12, 3) in 287 bytes"
+
+
+def test_a_folder_of_npy_is_a_dataset_with_classes(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        np.save(tmp_path / "in" / name / "1.npy", pixels_of_noise(8, 8, seed=len(name)).transpose(2, 0, 1)[None])
+    assert data_prep(tmp_path / "in", tmp_path / "out", "--size", 8, "--workers", 1) == 0
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.manifest.classes == ["cat", "dog"]
+    np.testing.assert_array_equal(np.asarray(dataset.read(1)), pixels_of_noise(8, 8, seed=3))
