@@ -109,7 +109,7 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
         raise InputError(f"{error}; remove {out} and run again") from error
     finished = {
         "--size": manifest.image_size,
-        "--resample": manifest.resample,
+        "--resample": manifest.transform,
         "--format": manifest.encoding,
         "--mode": manifest.mode,
         "--shard-samples": manifest.options.get("shard_samples"),
@@ -191,7 +191,7 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Mani
         image_size=recipe.image_size,
         mode=recipe.mode,
         encoding=recipe.encoding,
-        resample=recipe.resample,
+        transform=recipe.resample,
         samples=merged.samples,
         rejected=merged.reasons.total(),
         classes=list(source.classes),

@@ -2,11 +2,16 @@
 
 A dataset folder holds::
 
-    shard-000000.tar ...   USTAR, one image a member, named <key>.<extension>, mtime 0
+    shard-000000.tar ...   USTAR, one image a member, named <key>.<extension>, the key in nine digits, mtime 0
     index.npy              INDEX_DTYPE, one row a sample, in shard order; made to be memory-mapped
     names.jsonl            one JSON string a line: where the sample of that row came from
     rejects.jsonl          one object a line: {"name": ..., "reason": ..., "detail": ...}
     manifest.json          everything below in `Manifest`; written last, so a folder without it is unfinished
+
+Where `Manifest.encoding` is "webp", "png" or "jpeg", it is every member's extension, and every image is
+`image_size` x `image_size` pixels. Where it is "source", a member is a JPEG, PNG or WebP as it was found (or a lossless
+one made by data_prep), with the extension jpg, png or webp of its own format; its shorter side is `image_size`, and the
+reader crops it by `center_crop_box`. Either way a reader finds members by the index and needs no names.
 """
 
 import hashlib
@@ -17,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.jsonl"
 REJECTS_NAME = "rejects.jsonl"
 UNLABELLED = -1
+SOURCE_ENCODING = "source"
 
 INDEX_DTYPE = np.dtype(
     [
@@ -54,15 +60,16 @@ class ShardRecord:
 class Manifest:
     """Everything about a dataset that is not a pixel.
 
-    `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is the members' extension;
-    `source` says what was read (kind, count of files, fingerprint) and `resample` how it was brought to size.
-    `options` are data_prep's further options that decided the bytes; a reader has no use for them.
+    `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is "webp", "png",
+    "jpeg" or "source" (see the module); `source` says what was read (kind, count of files, fingerprint) and `transform`
+    how it was brought to size. `options` are data_prep's further options that decided the bytes; a reader has no use
+    for them.
     """
 
     image_size: int
     mode: str
     encoding: str
-    resample: str
+    transform: str
     samples: int
     rejected: int
     classes: list[str]
@@ -127,6 +134,18 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise FormatError(f"{folder / name}: missing")
         if sha256_of(folder / name) != expected:
             raise FormatError(f"{folder / name}: sha256 differs from the manifest's; the file was changed or is stale")
+
+
+def center_crop_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """The middle square of `size` pixels, as (left, top, right, bottom) for `Image.crop`; halves are rounded down.
+
+    It is where DDPM's, ADM's and EDM's transforms crop an image whose shorter side is `size`, and where a reader
+    crops a source-encoded member. Raises FormatError where the shorter side is something else.
+    """
+    if min(width, height) != size:
+        raise FormatError(f"is {width}x{height}; its shorter side must be {size}")
+    left, top = (width - size) // 2, (height - size) // 2
+    return left, top, left + size, top + size
 
 
 def sha256_of(path: Path) -> str:

@@ -145,7 +145,7 @@ def test_manifest_and_rejects_account_for_every_source(dataset: Path) -> None:
     check_files(dataset, manifest)
     assert set(bytes_of(dataset)) == FINAL | {shard.name for shard in manifest.shards}
     assert (manifest.samples, manifest.rejected, manifest.classes) == (10, 2, ["bird", "cat"])
-    assert (manifest.image_size, manifest.mode, manifest.encoding, manifest.resample) == (32, "RGB", "webp", "lanczos")
+    assert (manifest.image_size, manifest.mode, manifest.encoding, manifest.transform) == (32, "RGB", "webp", "lanczos")
     assert [shard.samples for shard in manifest.shards] == [4, 5, 1]
     assert all(sha256_of(dataset / shard.name) == shard.sha256 for shard in manifest.shards)
     rejects = [json.loads(line) for line in (dataset / "rejects.jsonl").read_text().splitlines()]
