@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.harness import REPOSITORY, environment, make_dataset
-from trainer.data.order import sample_ids
+from trainer.data.order import GlobalOrder, sample_ids
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ def stream_of(
     ranks = []
     for rank in range(world_size):
         plan = MicroBatchPlan(
-            layout, samples=len(dataset), seed=SEED, rank=rank, first_step=first_step, last_step=STEPS
+            layout, order=GlobalOrder(len(dataset), SEED), rank=rank, first_step=first_step, last_step=STEPS
         )
         batches = list(micro_batches(dataset, plan, workers=workers, prefetch=2, pin_memory=False))
         assert len(batches) == layout.accumulation * (STEPS - first_step)
@@ -42,7 +42,7 @@ def stream_of(
 def open_stream(folder: Path) -> Generator[dict[str, torch.Tensor], None, None]:
     """One rank's stream from one loader process."""
     layout = BatchLayout.plan(BATCH, 1, None)
-    plan = MicroBatchPlan(layout, samples=21, seed=SEED, rank=0, first_step=0, last_step=STEPS)
+    plan = MicroBatchPlan(layout, order=GlobalOrder(21, SEED), rank=0, first_step=0, last_step=STEPS)
     return micro_batches(ShardedDataset(folder), plan, workers=1, prefetch=1, pin_memory=False)
 
 

@@ -6,10 +6,10 @@ import tomllib
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from trainer.errors import ConfigError
@@ -74,17 +74,79 @@ class _Section(BaseModel):
     )
 
 
-class DataConfig(_Section):
-    """What is trained on."""
+_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"\s*([\d_]+(?:\.\d+)?)\s*([kMGT]?B)\s*")
+
+
+def parse_size(text: Any) -> int:
+    """Read "200 GB" or a number of bytes; raises ValueError for anything else."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('a size is written like "200 GB", in B, kB, MB, GB or TB')
+    return int(Decimal(match[1].replace("_", "")) * _BYTES[match[2]])
+
+
+SizeField = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class MixtureEntry(_Section):
+    """One dataset of a mixture."""
 
     path: str
-    """Folder that data_prep wrote: tar shards, index and manifest."""
+    """Like data.path."""
+    weight: float = Field(gt=0)
+    """Its share of the images is weight / (sum of weights), rounded to thousandths."""
+
+
+class DataConfig(_Section):
+    """What is trained on: `path`, or several as `[[data.mixture]]`."""
+
+    path: str | None = None
+    """Folder that data_prep wrote, folder of webdataset tars, or tars as a pattern ("/data/{000..099}.tar"); a path, or
+    a URL of http, https, s3, gs or hf."""
+    mixture: list[MixtureEntry] = []
+    """Datasets that are mixed, each with its own epochs."""
     flip: bool
     """Mirror each image left to right with probability 1/2."""
+    order: Literal["global", "windowed", "lanes"] = "global"
+    """"global" shuffles all samples; "windowed" shuffles shards, then the samples of `window` shards at a time; "lanes"
+    does so in each of `lanes` parts of the dataset, so that a node reads only its parts (docs/stream.md)."""
+    window: int = Field(default=16, gt=0)
+    """Shards whose samples are shuffled together in the orders "windowed" and "lanes"."""
+    lanes: int = Field(default=8, gt=0)
+    """Parts of the dataset in the order "lanes"; must divide train.global_batch, and should be a multiple of the number
+    of nodes."""
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the images that is never trained on."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """What a damaged image does: "raise" ends the run, "skip" trains on the next whole one instead."""
+    max_bad_samples: int = Field(default=100, ge=0)
+    """Damaged images that a process may meet under "skip"; one more ends the run."""
+    cache_dir: str | None = None
+    """Folder on a disk of each node, where shards are copied to before they are read; needed for URLs."""
+    cache_size: SizeField = 200 * 10**9
+    """Most that the copies in cache_dir may take: "200 GB"."""
     workers: int = Field(default=4, ge=0)
     """Loader processes for each rank; 0 reads and decodes in the training process."""
+    start_method: Literal["fork", "spawn"] = "fork"
+    """How loader processes start: "spawn" takes seconds longer and shares nothing with the training process."""
     prefetch: int = Field(default=4, ge=1)
     """Micro-batches that each loader process keeps ready."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError("should have either path or [[data.mixture]]")
+        if self.mixture and self.order == "lanes":
+            raise ValueError('order = "lanes" is for one dataset; a mixture may have "global" or "windowed"')
+        return self
+
+    @property
+    def where(self) -> str:
+        """The dataset or datasets, for messages."""
+        return self.path or " + ".join(entry.path for entry in self.mixture)
 
 
 class ModelConfig(_Section):
@@ -242,12 +304,14 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{field}: missing"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    if isinstance(details["input"], dict):  # fields that do not go together
+        return f"{field}: {message}"
     return f"{field} = {details['input']!r}: {message}"
 
 
 def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:
     for name in sections:
         annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        (section,) = get_args(annotation) or (annotation,)  # one, or a list of them
+        model = section
     return model

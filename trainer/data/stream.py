@@ -1,24 +1,34 @@
 """The stream of micro-batches: every rank's share of every global batch, in order, resumed from one integer."""
 
+import functools
+import itertools
 import os
+import re
 import signal
 import threading
 import traceback
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing import resource_tracker
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from trainer.data.decode import decode
-from trainer.data.order import sample_ids
-from trainer.data.shards import ShardedDataset
-from trainer.errors import ConfigError, DataError
+from trainer.data.bad_samples import BadSamples
+from trainer.data.order import Order
+from trainer.data.prefetch import Prefetcher
+from trainer.data.shards import Dataset
+from trainer.errors import ConfigError, DataError, SampleError
 from trainer.signals import STOP_SIGNALS
+
+StartMethod = Literal["fork", "spawn"]
+
+_MOST_REPLACEMENTS = 64
+_ERROR_NAME = re.compile(r"^trainer\.errors\.\w+: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +84,9 @@ class MicroBatchPlan:
     puts them back in order.
     """
 
-    def __init__(
-        self, layout: BatchLayout, *, samples: int, seed: int, rank: int, first_step: int, last_step: int
-    ) -> None:
+    def __init__(self, layout: BatchLayout, *, order: Order, rank: int, first_step: int, last_step: int) -> None:
         self.layout = layout
-        self.samples = samples
-        self.seed = seed
+        self.order = order
         self.rank = rank
         self.micro_steps = range(first_step * layout.accumulation, last_step * layout.accumulation)
 
@@ -89,73 +96,112 @@ class MicroBatchPlan:
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for micro_step in self.micro_steps[first::stride]:
             positions = self.layout.positions(self.rank, micro_step)
-            ids = sample_ids(positions, self.samples, self.seed)
+            ids = self.order.ids(positions)
             for position, sample in zip(positions.tolist(), ids.tolist(), strict=True):
                 yield {"position": position, "id": sample}
 
+    def shards(self, dataset: Dataset, micro_step: int) -> list[int]:
+        """The shards that a micro-step reads, in the order of need."""
+        found = dataset.shards_of(self.order.ids(self.layout.positions(self.rank, micro_step)))
+        return list(dict.fromkeys(found.tolist()))
+
 
 class ReadAndDecode:
-    """The pipeline's map: adds "image", (C, H, W) uint8, and "label" to a sample."""
+    """The pipeline's map: adds "image", (C, H, W) uint8, "label" and "faults" to a sample.
 
-    def __init__(self, dataset: ShardedDataset) -> None:
+    Where it is damaged, SampleError that names shard and member is raised; or, with `replace_by`, the next whole sample
+    of that order takes its place: the same one on any number of ranks and after any restart. "faults" is a list of
+    messages, one for each sample passed over.
+    """
+
+    def __init__(self, dataset: Dataset, *, replace_by: Order | None = None) -> None:
         self.dataset = dataset
+        self.replace_by = replace_by
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Read, check and decode; raises DataError that names shard and member."""
-        manifest = self.dataset.manifest
-        encoded = self.dataset.read(sample["id"])
-        try:
-            image = decode(encoded, manifest.image_size, manifest.mode)
-        except DataError as error:
-            raise DataError(f"{self.dataset.describe(sample['id'])}: {error}") from error
-        return {**sample, "image": image, "label": self.dataset.label(sample["id"])}
+        """Read, check and decode."""
+        number, faults = sample["id"], []
+        for later in range(1, _MOST_REPLACEMENTS + 1):
+            try:
+                image = self.dataset.image(number)
+            except SampleError as error:
+                if self.replace_by is None:
+                    raise
+                faults.append(str(error))
+                number = int(self.replace_by.ids([sample["position"] + later])[0])
+            else:
+                return {**sample, "id": number, "image": image, "label": self.dataset.label(number), "faults": faults}
+        raise DataError(f"{faults[0]}; nor is one of the {_MOST_REPLACEMENTS - 1} whole that follow in the order")
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack samples: image (B, C, H, W) uint8; position, id, label (B,) int64."""
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples: image (B, C, H, W) uint8, in memory (B, H, W, C); position, id, label (B,) int64; faults."""
     batch = {name: torch.tensor([sample[name] for sample in samples]) for name in ("position", "id", "label")}
-    return {**batch, "image": torch.from_numpy(np.stack([sample["image"] for sample in samples]))}
+    images = np.stack([sample["image"].transpose(1, 2, 0) for sample in samples])  # as decoders write them
+    faults = [fault for sample in samples for fault in sample["faults"]]
+    return {**batch, "image": torch.from_numpy(images).permute(0, 3, 1, 2), "faults": faults}
 
 
 def micro_batches(
-    dataset: ShardedDataset, plan: MicroBatchPlan, *, workers: int, prefetch: int, pin_memory: bool
+    dataset: Dataset,
+    plan: MicroBatchPlan,
+    *,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    start_method: StartMethod = "fork",
+    bad_samples: BadSamples | None = None,
+    prefetcher: Prefetcher | None = None,
 ) -> Generator[dict[str, torch.Tensor], None, None]:
-    """Stream the plan's micro-batches, as `collate` makes them, in order.
+    """Stream the plan's micro-batches, as `collate` makes them but for their faults, in order.
 
-    Raises DataError, in one line, where a sample is damaged.
+    Raises DataError, in one line, where a sample is damaged; with `bad_samples` it is replaced and counted there.
     """
     if len(plan.micro_steps) == 0:
         return
     pipeline = wds.DataPipeline(
         plan,
-        wds.map(ReadAndDecode(dataset)),
+        wds.map(ReadAndDecode(dataset, replace_by=plan.order if bad_samples is not None else None)),
         wds.batched(plan.layout.micro_batch, collation_fn=collate, partial=False),
     )
-    loader: Iterable[dict[str, torch.Tensor]] = wds.WebLoader(
+    loader: Iterable[dict[str, Any]] = wds.WebLoader(
         pipeline,
         batch_size=None,
         num_workers=min(workers, len(plan.micro_steps)),
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
+        multiprocessing_context=start_method if workers else None,
     )
-    batches = iter(loader)
+    batches = enumerate(iter(loader), start=plan.micro_steps.start)
     try:
         with _stop_signals_blocked():
             first = next(batches)  # starts the loader processes, which inherit the mask
-        yield first
-        yield from batches
+        if prefetcher is not None:
+            prefetcher.start()
+        for micro_step, batch in itertools.chain([first], batches):
+            faults = batch.pop("faults")
+            if bad_samples is not None:
+                bad_samples.note(faults)
+            if prefetcher is not None:
+                prefetcher.advance(micro_step)
+            yield batch
     except DataError as error:
         # The error and the frames of its traceback hold each other, and among them the loader: without this its
         # processes would live until a garbage collection, which takes them apart in no order.
         traceback.clear_frames(error.__traceback__)
         # A loader process wraps the message in its traceback; the last line is the one that was raised.
-        raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainer.errors.DataError: ")) from error
+        raise DataError(_ERROR_NAME.sub("", str(error).strip().splitlines()[-1])) from error
+    finally:
+        if prefetcher is not None:
+            prefetcher.close()
 
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
     """Launchers and schedulers signal whole process groups: to stop is the trainer's to decide, not its loaders'."""
+    # The tracker that spawned processes share lifts this very mask where it has to start; so it starts before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -163,9 +209,9 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(_: int) -> None:
+def _prepare_worker(trainer: int, _: int) -> None:
     torch.set_num_threads(1)  # one process a worker is the parallelism that was asked for
-    threading.Thread(target=_end_when_the_trainer_says, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_when_the_trainer_says, args=(trainer,), daemon=True).start()
 
 
 def _end_when_the_trainer_says(trainer: int) -> None:

@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from trainer.config import Config, Span
-from trainer.data.order import sample_ids
-from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout
+from trainer.data.training_data import TrainingData
 from trainer.diffusion.noise import keyed_timesteps
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import gather, together
@@ -42,7 +41,7 @@ class TrainingLoop:
         config: Config,
         layout: BatchLayout,
         accelerator: Accelerator,
-        dataset: ShardedDataset,
+        data: TrainingData,
         state: TrainState,
         train_step: TrainStep,
         checkpoints: Checkpoints,
@@ -51,12 +50,12 @@ class TrainingLoop:
         self.config = config
         self.layout = layout
         self.accelerator = accelerator
-        self.dataset = dataset
+        self.data = data
         self.state = state
         self.train_step = train_step
         self.checkpoints = checkpoints
         self.folder = folder
-        self.identity = identity(config, dataset)
+        self.identity = identity(config, data)
         self.last_step = config.train.duration.steps(layout.global_batch)
         self.metrics = Metrics(folder.logs, self.step) if accelerator.is_main_process else None
         self.progress = Progress(
@@ -132,7 +131,7 @@ class TrainingLoop:
         values = {
             "train/learning_rate": self.state.optimizer.param_groups[0]["lr"],
             "train/images_per_second": self.stopwatch.lap(),
-            "train/epoch": self.state.position / len(self.dataset),
+            "train/epoch": self.state.position / self.data.order.samples,
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
         }
         if self.state.unlogged_steps:
@@ -151,7 +150,7 @@ class TrainingLoop:
         self.state.nonfinite_steps += 1
         first = self.state.position - self.layout.global_batch
         positions = np.arange(first, self.state.position)
-        ids = sample_ids(positions, len(self.dataset), self.config.seed)
+        ids = self.data.order.ids(positions)
         t = keyed_timesteps(self.config.seed, torch.from_numpy(positions), self.config.diffusion.timesteps)
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
         with self._best_effort():
@@ -161,7 +160,7 @@ class TrainingLoop:
                 "grad_norm": repr(verdict.grad_norm),
                 "seed": self.config.seed,
                 "samples": [
-                    {"position": int(p), "id": int(i), "t": int(k), "image": self.dataset.describe(int(i))}
+                    {"position": int(p), "id": int(i), "t": int(k), "image": self.data.dataset.describe(int(i))}
                     for p, i, k in zip(positions, ids, t)
                 ],
             }

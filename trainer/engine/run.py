@@ -5,7 +5,8 @@ RUN/checkpoints/     see trainer/engine/checkpoints.py
 RUN/logs/            TensorBoard files and metrics.jsonl
 RUN/samples/         grids drawn while training
 RUN/nonfinite/       batches whose loss or gradient was not finite
-RUN/events.jsonl     starts, resumes, checkpoints, faults, stops
+RUN/events.jsonl     starts, resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks
+RUN/indexes/         of tars that came without one
 RUN/DONE             written when the whole duration has been trained
 """
 
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config import Config
-from trainer.data.shards import ShardedDataset
-from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.data.training_data import TrainingData
+from trainer.errors import CheckpointError, TrainerError
 
 _PATIENCE_SECONDS = 20
 
@@ -70,16 +71,23 @@ class RunFolder:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to the journal; a journal that cannot be written is no reason to stop."""
         if self._writes:
-            with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a") as journal:
-                journal.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
+            self._append("events.jsonl", name, details)
+
+    def event_here(self, rank: int, name: str, **details: Any) -> None:
+        """Like `event`, of what this rank alone has seen; other ranks than 0 have journals of their own."""
+        self._append("events.jsonl" if self._writes else f"events-rank-{rank:05d}.jsonl", name, details)
+
+    def _append(self, journal: str, name: str, details: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError), (self.path / journal).open("a") as stream:
+            stream.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
 
 
-def identity(config: Config, dataset: ShardedDataset) -> dict[str, Any]:
+def identity(config: Config, data: TrainingData) -> dict[str, Any]:
     """What must not change within a run, or it would be another one: network, process, seed, batch and images."""
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
     fields |= {f"diffusion.{name}": getattr(config.diffusion, name) for name in ("timesteps", "schedule")}
     fields |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
-    return {**fields, "data (manifest)": dataset.manifest.fingerprint}
+    return {**fields, **data.identity}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
@@ -93,14 +101,3 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
         raise CheckpointError(
             f"{checkpoint}: belongs to another run: {'; '.join(differences)}; restore these, or choose another run_dir"
         )
-
-
-def check_dataset(config: Config, dataset: ShardedDataset) -> None:
-    """Raise ConfigError where the network's images are not the dataset's."""
-    manifest = dataset.manifest
-    for field, wanted, found in (
-        ("image_size", config.model.image_size, manifest.image_size),
-        ("channels", config.model.channels, manifest.channels),
-    ):
-        if wanted != found:
-            raise ConfigError(f"model.{field} = {wanted}: the images in {dataset.folder} have {found}")
