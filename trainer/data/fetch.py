@@ -1,6 +1,5 @@
 """Bringing one file here from wherever fsspec can read: http(s), s3, gs, hf, or another folder."""
 
-import asyncio
 import errno
 import hashlib
 import time
@@ -48,14 +47,12 @@ def fetch(url: str, out: BinaryIO, *, size: int | None, digest: str | None, pati
                 reason = f"sha256 is {found}, {digest} was promised"
             else:
                 return
-        except _HOPELESS as error:
-            raise DataError(f"{url}: {_words(error)}") from error
         except Exception as error:  # each protocol's library raises its own
             if isinstance(error, OSError) and error.errno in _OURS:
                 raise
-            if _is_refusal(error):
-                raise DataError(f"{url}: {_words(error)}") from error
-            reason = _words(error)
+            if _is_final(cause := _cause(error)):
+                raise DataError(f"{url}: {_words(cause)}") from error
+            reason = _words(cause)
         if attempt < patience.attempts:
             time.sleep(patience.first_delay * 2 ** (attempt - 1))
     raise DataError(f"{url}: cannot be fetched, {patience.attempts} attempts: {reason}")
@@ -67,7 +64,7 @@ def remote_size(url: str, patience: Patience) -> tuple[int, str]:
         filesystem, path = _filesystem(url, patience)
         info = filesystem.info(path)
     except Exception as error:
-        raise DataError(f"{url}: {_words(error)}") from error
+        raise DataError(f"{url}: {_words(_cause(error))}") from error
     if info.get("size") is None:
         raise DataError(f"{url}: the server does not say how long it is")
     stamps = ("ETag", "etag", "LastModified", "last_modified", "mtime", "generation", "blob_id")
@@ -80,7 +77,7 @@ def list_tars(url: str, patience: Patience) -> list[str]:
         filesystem, path = _filesystem(url, patience)
         found = filesystem.glob(f"{path.rstrip('/')}/*.tar")
     except Exception as error:
-        raise DataError(f"{url}: {_words(error)}") from error
+        raise DataError(f"{url}: {_words(_cause(error))}") from error
     return sorted(filesystem.unstrip_protocol(name) for name in found)
 
 
@@ -90,7 +87,7 @@ def exists(url: str, patience: Patience) -> bool:
         filesystem, path = _filesystem(url, patience)
         return bool(filesystem.exists(path))
     except Exception as error:
-        raise DataError(f"{url}: {_words(error)}") from error
+        raise DataError(f"{url}: {_words(_cause(error))}") from error
 
 
 def _copy(url: str, out: BinaryIO, size: int | None, patience: Patience) -> str:
@@ -129,15 +126,23 @@ def _is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
-def _is_refusal(error: Exception) -> bool:
-    """An answer of the server's that will not change: 4xx, but for "too slow" and "too many"."""
+def _cause(error: BaseException) -> BaseException:
+    """fsspec calls whatever goes wrong at the opening of a URL a missing file; this is what it was."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether trying again is of no use; of a server's 4xx only "too slow" and "too many" may change."""
     status = getattr(error, "status", None)
-    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    return refused or isinstance(error, _HOPELESS)
 
 
-def _words(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file (404)" if "://" in str(error) else "no such file"
-    if isinstance(error, asyncio.TimeoutError) and not str(error):
+def _words(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
+        return "no such file"
+    if isinstance(error, TimeoutError) and not str(error):
         return "timed out"
     return " ".join(f"{type(error).__name__}: {error}".split())

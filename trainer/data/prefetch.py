@@ -13,7 +13,8 @@ _FARTHEST = 4096  # micro-steps ahead of training
 class Prefetcher:
     """A thread that walks a plan ahead of training and pins what it will need in the node's cache.
 
-    needs: the shards of a micro-step, in the order of need; micro_steps: the plan's; budget: bytes that may be pinned
+    needs: the shards of a micro-step, in the order of need; micro_steps: the plan's; in_hand: micro-steps ahead of
+    training that loader processes have already been given, and fetch for themselves; budget: bytes that may be pinned
     at a time. What does not fit is fetched by the reader when it is needed, and what cannot be fetched is the reader's
     to report.
     """
@@ -25,12 +26,14 @@ class Prefetcher:
         *,
         needs: Callable[[int], Sequence[int]],
         micro_steps: range,
+        in_hand: int,
         budget: int,
     ) -> None:
         self.cache = cache
         self.shards = shards
         self.needs = needs
         self.micro_steps = micro_steps
+        self.in_hand = in_hand
         self.budget = budget
         self._training = micro_steps.start  # the micro-step that training is at
         self._last_need: dict[int, int] = {}  # of each pinned shard, as far as the plan was walked
@@ -84,14 +87,11 @@ class Prefetcher:
 
     def _make_room(self, needed: int, micro_step: int) -> bool:
         """Wait until shards that training has left behind make room; False where there is none when it is needed."""
-        while not self._closed:
+        while not self._closed and (now := self._training) + self.in_hand <= micro_step:
             self._let_go()
             if sum(self.shards[shard].bytes for shard in self._pins) + needed <= self.budget:
                 return True
             with self._moved:
-                if micro_step <= self._training:
-                    return False
-                now = self._training
                 while not self._closed and self._training == now:
                     self._moved.wait()
         return False

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from trainer.config import Config
+from trainer.config import Config, DataConfig
 from trainer.data.bad_samples import BadSamples
 from trainer.data.prefetch import Prefetcher
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
@@ -102,7 +102,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
         pin_memory=accelerator.device.type == "cuda",
         start_method=config.data.start_method,
         bad_samples=BadSamples(config.data.max_bad_samples, report) if config.data.on_bad_sample == "skip" else None,
-        prefetcher=_prefetcher(loop.data, plan),
+        prefetcher=_prefetcher(config.data, loop.data, plan),
     )
     try:
         finished = loop.run(stream)
@@ -112,7 +112,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
     return finished
 
 
-def _prefetcher(data: TrainingData, plan: MicroBatchPlan) -> Prefetcher | None:
+def _prefetcher(config: DataConfig, data: TrainingData, plan: MicroBatchPlan) -> Prefetcher | None:
     if data.cache is None:
         return None
     # Half of the cache for what comes, the other half for what is being read; the ranks of a node share it.
@@ -122,6 +122,7 @@ def _prefetcher(data: TrainingData, plan: MicroBatchPlan) -> Prefetcher | None:
         data.dataset.shards,
         needs=lambda micro_step: plan.shards(data.dataset, micro_step),
         micro_steps=plan.micro_steps,
+        in_hand=config.workers * config.prefetch,
         budget=budget,
     )
 
