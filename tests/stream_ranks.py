@@ -1,11 +1,10 @@
 """One rank under torchrun: streams its share in several ways, and rank 0 compares the union with the order.
 
-    torchrun --nproc_per_node N tests/stream_ranks.py CONFIG START_METHOD:WORKERS ...
+    torchrun --nproc_per_node N tests/stream_ranks.py CONFIG ORDER:START_METHOD:WORKERS ...
 
 The ranks meet over gloo, so that they really are one job.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from trainer.config import Config
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
 
-ORDERS = ("global", "windowed", "lanes")
 STEPS = 7
 
 
@@ -24,8 +22,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     path, *ways = sys.argv[1:]
-    for order, way in itertools.product(ORDERS, ways):
-        start_method, workers = way.split(":")
+    for way in ways:
+        order, start_method, workers = way.split(":")
         config = Config.load(Path(path), [f"data.order={order}", "data.lanes=4", "data.window=2"])
         data = open_training_data(config, index_folder=None)
         layout = BatchLayout.plan(config.train.global_batch, world_size, None)
@@ -53,7 +51,7 @@ def main() -> None:
             assert [position for position, _, _ in samples] == positions.tolist()
             assert [sample for _, sample, _ in samples] == ids.tolist()
             assert all(image == data.dataset.image(sample).tolist() for _, sample, image in samples)
-            print(f"same {order} {way} {hash(tuple(ids.tolist()))}", flush=True)
+            print(f"same {way}", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,7 +1,6 @@
 """The same stream of samples for any number of ranks and loader workers, from any position."""
 
 import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
@@ -178,7 +177,7 @@ def test_spawned_loaders_are_deaf_from_their_first_moment(opened: ShardedDataset
         while not (loaders := multiprocessing.active_children()) and time.monotonic() < deadline:
             time.sleep(0.001)
         for number in STOP_SIGNALS:
-            os.kill(int(loaders[0].pid or 0), number)
+            subprocess.run(["kill", f"-{number:d}", str(loaders[0].pid)], check=True)
         assert first.result(120)["position"].tolist() == list(range(BATCH))
     stream.close()
 
