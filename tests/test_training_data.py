@@ -251,11 +251,12 @@ def pillow_only(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_the_fast_decoder_makes_pillows_pixels(mode: str, subsampling: str, progressive: bool) -> None:
     """What the signature is for, should another version differ."""
-    for quality in (30, 75, 95):
-        encoded = jpeg(mode, quality=quality, subsampling=subsampling, progressive=progressive)
-        fast = decode_module._decode_fast(encoded, 24, mode, crop=True)
-        assert fast is not None
-        assert (fast == decode_module._decode_by_pillow(encoded, 24, mode, crop=True)).all()
+    for quality, size in ((30, (40, 24)), (75, (24, 24)), (95, (24, 33))):
+        encoded = jpeg(mode, size, quality=quality, subsampling=subsampling, progressive=progressive)
+        fast, slow = (np.empty((24, 24, 3 if mode == "RGB" else 1), dtype=np.uint8) for _ in range(2))
+        assert decode_module._decode_fast(fast, encoded, mode, crop=True)
+        decode_module._decode_by_pillow(slow, encoded, mode, crop=True)
+        assert (fast == slow).all()
 
 
 def test_without_the_fast_decoder_nothing_changes(pillow_only: pytest.MonkeyPatch) -> None:
@@ -270,7 +271,7 @@ def test_without_the_fast_decoder_nothing_changes(pillow_only: pytest.MonkeyPatc
 def test_a_decoder_of_other_pixels_is_another_run(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_training_data(load_config(config_path), index_folder=None).identity
     original = decode_module.decode
-    monkeypatch.setattr(decode_module, "decode", lambda *args, **options: original(*args, **options) ^ 1)
+    monkeypatch.setattr(decode_module, "decode", lambda *args: original(*args) ^ 1)
     after = open_training_data(load_config(config_path), index_folder=None).identity
     assert {name for name in before if before[name] != after[name]} == {"data (pixels of JPEGs)"}
 

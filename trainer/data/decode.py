@@ -11,7 +11,6 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-from einops import rearrange
 from PIL import Image
 
 from data_prep.format import FormatError, center_crop_box
@@ -39,16 +38,22 @@ cjHbOsn9RIHYlifgMCbXsE9BnO4Gjy4gOgSM4VrcR4drYKf03MOcIi2fEm15YgdsmE3gxpzEeR7nNXzy
 
 
 def decode(encoded: bytes, size: int, mode: str, *, crop: bool = False) -> npt.NDArray[np.uint8]:
-    """Decode one image to (C, size, size) uint8; mode is "RGB" or "L".
+    """Decode one image to (C, size, size) uint8; see `decode_into`."""
+    pixels = np.empty((size, size, {"RGB": 3, "L": 1}[mode]), dtype=np.uint8)
+    decode_into(pixels, encoded, mode, crop=crop)
+    return pixels.transpose(2, 0, 1)
+
+
+def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool = False) -> None:
+    """Decode one image to `out`, (size, size, C) uint8, contiguous; mode is "RGB" or "L".
 
     `crop`: the image was taken as found, with a shorter side of `size`; its middle square is cut out, and a grey image
     becomes a colour one. Otherwise it must be of that size and mode: nothing is resized or converted here, for that was
-    data_prep's work. Raises SampleError where it is something else, or cannot be decoded to its end.
+    data_prep's work. Raises SampleError where it is something else, or cannot be decoded to its end; then `out` holds
+    anything.
     """
-    pixels = _decode_fast(encoded, size, mode, crop=crop)
-    if pixels is None:
-        pixels = _decode_by_pillow(encoded, size, mode, crop=crop)
-    return rearrange(pixels, "h w c -> c h w")
+    if not _decode_fast(out, encoded, mode, crop=crop):
+        _decode_by_pillow(out, encoded, mode, crop=crop)
 
 
 def jpeg_signature() -> str:
@@ -56,33 +61,37 @@ def jpeg_signature() -> str:
     return hashlib.sha256(decode(_PROBE, 20, "RGB").tobytes()).hexdigest()[:16]
 
 
-def _decode_fast(encoded: bytes, size: int, mode: str, *, crop: bool) -> npt.NDArray[np.uint8] | None:
-    """(size, size, C), or None where it is a case for Pillow."""
+def _decode_fast(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
+    """Like `decode_into`; False where it is a case for Pillow."""
     if simplejpeg is None or not encoded.startswith(_JPEG_MAGIC):
-        return None
+        return False
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
         if colours not in _FAST_COLOURS[mode]:
-            return None
-        left, top, right, bottom = _box(width, height, size, mode, crop=crop)
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB" if mode == "RGB" else "GRAY")
+            return False
+        left, top, right, bottom = _box(width, height, len(out), mode, crop=crop)
+        wanted = "RGB" if mode == "RGB" else "GRAY"
+        if width == height:
+            simplejpeg.decode_jpeg(encoded, wanted, buffer=out)  # no copy
+        else:
+            out[:] = simplejpeg.decode_jpeg(encoded, wanted)[top:bottom, left:right]
     except ValueError as error:  # simplejpeg's only one
         raise SampleError(f"cannot be decoded ({error})") from error
-    return pixels[top:bottom, left:right]
+    return True
 
 
-def _decode_by_pillow(encoded: bytes, size: int, mode: str, *, crop: bool) -> npt.NDArray[np.uint8]:
+def _decode_by_pillow(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> None:
     accepted = {mode, "RGB", *(["L"] if crop else [])}
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            box = _box(image.width, image.height, size, image.mode, crop=crop)
+            box = _box(image.width, image.height, len(out), image.mode, crop=crop)
             if image.mode not in accepted:
                 raise SampleError(f"is a {image.mode} image, not {mode}; data_prep converts such")
             image.load()
-            found = image.crop(box).convert(mode)
+            found = image if image.mode == mode else image.convert(mode)
+            out[:] = np.asarray(found if image.width == image.height else found.crop(box)).reshape(out.shape)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SampleError(f"cannot be decoded ({error})") from error
-    return np.asarray(found).reshape(size, size, -1)
 
 
 def _box(width: int, height: int, size: int, mode: str, *, crop: bool) -> tuple[int, int, int, int]:

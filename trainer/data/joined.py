@@ -40,6 +40,11 @@ class JoinedDatasets:
         dataset, own = self._find(sample)
         return dataset.image(own)
 
+    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
+        """See `Dataset`."""
+        dataset, own = self._find(sample)
+        dataset.decode_into(out, own)
+
     def label(self, sample: int) -> int:
         """See `Dataset`."""
         dataset, own = self._find(sample)

@@ -48,7 +48,11 @@ def mix(values: UInt64Array) -> UInt64Array:
 
 
 def _mix_int(value: int) -> int:
-    return int(mix(np.array([value & _MASK64], dtype=np.uint64))[0])
+    """`mix` of one integer; an array of one would take ten times as long."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
 
 
 def _feistel(values: UInt64Array, half_bits: int, round_keys: list[np.uint64]) -> UInt64Array:

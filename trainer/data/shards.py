@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.format import INDEX_DTYPE, INDEX_NAME, SOURCE_ENCODING, FormatError, load_manifest, sha256_of
-from trainer.data.decode import decode
+from trainer.data.decode import decode_into
 from trainer.errors import DataError, SampleError
 
 _OPEN_SHARDS = 256
@@ -58,8 +58,11 @@ class Dataset(Protocol):
     def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The shards, by position in `shards`, that hold these samples."""
 
-    def image(self, sample: int) -> npt.NDArray[np.uint8]:
-        """The decoded image, (C, image_size, image_size); raises SampleError, or DataError without the shard."""
+    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
+        """Decode an image to `out`, (image_size, image_size, C) uint8, contiguous.
+
+        Raises SampleError that names shard and member, or DataError where the shard cannot be had at all.
+        """
 
     def label(self, sample: int) -> int:
         """The sample's class, or -1."""
@@ -145,10 +148,16 @@ class IndexedDataset:
         return np.searchsorted(self.bounds, samples, side="right") - 1
 
     def image(self, sample: int) -> npt.NDArray[np.uint8]:
-        """The decoded image, (C, image_size, image_size) uint8; raises SampleError that names shard and member."""
+        """The decoded image, (C, image_size, image_size) uint8; see `decode_into`."""
+        pixels = np.empty((self.image_size, self.image_size, self.channels), dtype=np.uint8)
+        self.decode_into(pixels, sample)
+        return pixels.transpose(2, 0, 1)
+
+    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
+        """See `Dataset`."""
         encoded = self.read(sample)
         try:
-            return decode(encoded, self.image_size, self.mode, crop=self.crop)
+            decode_into(out, encoded, self.mode, crop=self.crop)
         except SampleError as error:
             raise SampleError(f"{self.describe(sample)}: {error}") from error
 
@@ -161,7 +170,9 @@ class IndexedDataset:
         row = self.index[sample]
         shard = int(self.shards_of(sample))
         encoded = self._read(shard, row)
-        if not self.is_intact(row, encoded) and self.files.renew(self.shards[shard]):
+        if self.is_intact(row, encoded):
+            return encoded
+        if self.files.renew(self.shards[shard]):
             os.close(self._descriptors.pop(shard))
             encoded = self._read(shard, row)
         if not self.is_intact(row, encoded):

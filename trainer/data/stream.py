@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import re
 import signal
@@ -14,12 +15,13 @@ from multiprocessing import resource_tracker
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from trainer.data.bad_samples import BadSamples
-from trainer.data.order import Order
+from trainer.data.order import Int64Array, Order
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import Dataset
 from trainer.errors import ConfigError, DataError, SampleError
@@ -27,6 +29,7 @@ from trainer.signals import STOP_SIGNALS
 
 StartMethod = Literal["fork", "spawn"]
 
+_PLANNED_AT_ONCE = 32  # micro-batches: an order takes hardly longer for many positions than for few
 _MOST_REPLACEMENTS = 64
 _ERROR_NAME = re.compile(r"^trainer\.errors\.\w+: ")
 
@@ -78,7 +81,7 @@ class BatchLayout:
 
 
 class MicroBatchPlan:
-    """The pipeline's source: this loader worker's (position, id) pairs, whole micro-batches at a time.
+    """The pipeline's source: this loader worker's positions and ids, a micro-batch at a time.
 
     Worker w of W takes micro-batches first + w, first + w + W, ...: the DataLoader asks its workers in turn, which
     puts them back in order.
@@ -90,15 +93,15 @@ class MicroBatchPlan:
         self.rank = rank
         self.micro_steps = range(first_step * layout.accumulation, last_step * layout.accumulation)
 
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        """Yield {"position": int, "id": int} for each sample."""
+    def __call__(self) -> Iterator[tuple[Int64Array, Int64Array]]:
+        """Yield positions and ids, each (micro_batch,) int64, of each micro-batch."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for micro_step in self.micro_steps[first::stride]:
-            positions = self.layout.positions(self.rank, micro_step)
-            ids = self.order.ids(positions)
-            for position, sample in zip(positions.tolist(), ids.tolist(), strict=True):
-                yield {"position": position, "id": sample}
+        mine = self.micro_steps[first::stride]
+        for begin in range(0, len(mine), _PLANNED_AT_ONCE):
+            steps = mine[begin : begin + _PLANNED_AT_ONCE]
+            positions = np.stack([self.layout.positions(self.rank, micro_step) for micro_step in steps])
+            yield from zip(positions, self.order.ids(positions.ravel()).reshape(positions.shape))
 
     def shards(self, dataset: Dataset, micro_step: int) -> list[int]:
         """The shards that a micro-step reads, in the order of need."""
@@ -107,39 +110,55 @@ class MicroBatchPlan:
 
 
 class ReadAndDecode:
-    """The pipeline's map: adds "image", (C, H, W) uint8, "label" and "faults" to a sample.
+    """The pipeline's map: positions and ids to a micro-batch.
 
-    Where it is damaged, SampleError that names shard and member is raised; or, with `replace_by`, the next whole sample
-    of that order takes its place: the same one on any number of ranks and after any restart. "faults" is a list of
-    messages, one for each sample passed over.
+    Where a sample is damaged, SampleError that names shard and member is raised; or, with `replace_by`, the next whole
+    sample of that order takes its place: the same one on any number of ranks and after any restart.
     """
 
     def __init__(self, dataset: Dataset, *, replace_by: Order | None = None) -> None:
         self.dataset = dataset
         self.replace_by = replace_by
 
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Read, check and decode."""
-        number, faults = sample["id"], []
+    def __call__(self, planned: tuple[npt.ArrayLike, npt.ArrayLike]) -> dict[str, Any]:
+        """positions, ids: (B,) integers. Returns position, id, label: (B,) int64; image: (B, C, H, W) uint8, in memory
+        (B, H, W, C), as decoders write it; faults: messages, one for each damaged sample that was passed over.
+        """
+        positions, ids = (np.array(values, dtype=np.int64) for values in planned)
+        dataset, faults = self.dataset, list[str]()
+        image = _empty_batch((len(ids), dataset.image_size, dataset.image_size, dataset.channels))
+        pixels = image.numpy()
+        for slot, position in enumerate(positions.tolist()):
+            ids[slot] = self._decode(pixels[slot], position, int(ids[slot]), faults)
+        return {
+            "position": torch.from_numpy(positions),
+            "id": torch.from_numpy(ids),
+            "label": torch.tensor([dataset.label(sample) for sample in ids.tolist()]),
+            "image": image.permute(0, 3, 1, 2),
+            "faults": faults,
+        }
+
+    def _decode(self, out: npt.NDArray[np.uint8], position: int, sample: int, faults: list[str]) -> int:
+        """Returns the sample that is in `out` in the end."""
         for later in range(1, _MOST_REPLACEMENTS + 1):
             try:
-                image = self.dataset.image(number)
+                self.dataset.decode_into(out, sample)
             except SampleError as error:
                 if self.replace_by is None:
                     raise
                 faults.append(str(error))
-                number = int(self.replace_by.ids([sample["position"] + later])[0])
+                sample = int(self.replace_by.ids([position + later])[0])
             else:
-                return {**sample, "id": number, "image": image, "label": self.dataset.label(number), "faults": faults}
+                return sample
         raise DataError(f"{faults[0]}; nor is one of the {_MOST_REPLACEMENTS - 1} whole that follow in the order")
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack samples: image (B, C, H, W) uint8, in memory (B, H, W, C); position, id, label (B,) int64; faults."""
-    batch = {name: torch.tensor([sample[name] for sample in samples]) for name in ("position", "id", "label")}
-    images = np.stack([sample["image"].transpose(1, 2, 0) for sample in samples])  # as decoders write them
-    faults = [fault for sample in samples for fault in sample["faults"]]
-    return {**batch, "image": torch.from_numpy(images).permute(0, 3, 1, 2), "faults": faults}
+def _empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
+    """In a loader process in shared memory, from where it need not be copied on its way to the trainer."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's own collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
 
 
 def micro_batches(
@@ -153,7 +172,7 @@ def micro_batches(
     bad_samples: BadSamples | None = None,
     prefetcher: Prefetcher | None = None,
 ) -> Generator[dict[str, torch.Tensor], None, None]:
-    """Stream the plan's micro-batches, as `collate` makes them but for their faults, in order.
+    """Stream the plan's micro-batches, as `ReadAndDecode` makes them but for their faults, in order.
 
     Raises DataError, in one line, where a sample is damaged; with `bad_samples` it is replaced and counted there.
     """
@@ -162,7 +181,6 @@ def micro_batches(
     pipeline = wds.DataPipeline(
         plan,
         wds.map(ReadAndDecode(dataset, replace_by=plan.order if bad_samples is not None else None)),
-        wds.batched(plan.layout.micro_batch, collation_fn=collate, partial=False),
     )
     loader: Iterable[dict[str, Any]] = wds.WebLoader(
         pipeline,
