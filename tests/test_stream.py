@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -169,17 +168,30 @@ def test_loaders_heed_their_trainer_and_nobody_else(opened: ShardedDataset, star
 
 
 def test_spawned_loaders_are_deaf_from_their_first_moment(opened: ShardedDataset) -> None:
-    """They import for seconds, in which a launcher's signal to the process group must not kill them either."""
-    stream = open_stream(opened.folder, "spawn")
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(next, stream)
-        deadline = time.monotonic() + 60
-        while not (loaders := multiprocessing.active_children()) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        for number in STOP_SIGNALS:
-            subprocess.run(["kill", f"-{number:d}", str(loaders[0].pid)], check=True)
-        assert first.result(120)["position"].tolist() == list(range(BATCH))
-    stream.close()
+    """They import for seconds before any of our code runs, so the mask must come from the trainer.
+
+    In a process of its own: the tracker that would lift the mask starts once.
+    """
+    program = f"""
+import multiprocessing
+from pathlib import Path
+from tests.test_stream import open_stream
+stream = open_stream(Path({str(opened.folder)!r}), "spawn")
+next(stream)
+(loader,) = multiprocessing.active_children()
+print(Path(f"/proc/{{loader.pid}}/status").read_text())
+stream.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=120,
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+    )
+    (blocked,) = [int(line.split()[1], 16) for line in done.stdout.decode().splitlines() if line.startswith("SigBlk")]
+    assert all(blocked & 1 << number - 1 for number in STOP_SIGNALS)
 
 
 def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) -> None:
