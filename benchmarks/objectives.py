@@ -22,9 +22,9 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from trainer.config import ModelConfig
+from trainer.config import Config
 from trainer.evaluation.arguments import at_least_one
-from trainer.evaluation.images import ShardImages
+from trainer.evaluation.images import open_images
 
 Images = npt.NDArray[np.uint8]
 
@@ -91,10 +91,8 @@ def _samples(run: Path, count: int) -> Images:
 
 
 def _real(count: int) -> Images:
-    grey16 = ModelConfig(
-        image_size=16, channels=1, base_channels=8, channel_multipliers=[1], attention_resolutions=[], dropout=0.0
-    )
-    images = ShardImages(DATA, grey16, count).load(range(count))
+    config = Config.load(Path("configs/demo.toml"))
+    images = open_images(config, DATA, held_out=False, count=count).load(range(count))
     return ((images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
 
 

@@ -8,10 +8,11 @@ from torch import nn
 
 from tests.harness import CONFIG
 from trainer.config import Config
+from trainer.data.training_data import DATA_FINGERPRINT
 from trainer.engine.build import build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import make_accelerator
-from trainer.engine.run import DATA_FINGERPRINT, RunFolder, identity
+from trainer.engine.run import RunFolder, identity
 from trainer.models.unet import UNetConfig
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.harness import REPOSITORY, environment, launch, load_config, overrides
-from trainer.config import Config, Span
+from trainer.config import Config
 from trainer.engine.build import build_network
 from trainer.errors import ConfigError
+from trainer.units import Span
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.stem)
@@ -25,7 +26,7 @@ def test_shipped_configurations_are_valid_and_survive_being_written(path: Path, 
     [
         ("train.global_btach=3", "train.global_btach: unknown key; did you mean global_batch?"),
         ("tarin.precision=fp32", "tarin: unknown key; did you mean train?"),
-        ("data.zzz=1", "data.zzz: unknown key; known here: path, flip, workers, prefetch"),
+        ("data.zzz=1", "data.zzz: unknown key; known here: path, mixture, flip, order, window"),
         ("train.global_batch=0", "train.global_batch = 0: should be greater than 0"),
         ("train.global_batch=eight", "train.global_batch = 'eight': should be a valid integer"),
         ("train.global_batch=8.0", "train.global_batch = 8.0: should be a valid integer"),

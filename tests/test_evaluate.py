@@ -13,7 +13,7 @@ from PIL import Image
 from tests.faults import Fault
 from tests.harness import launch, overrides, write_config
 from trainer.diffusion.likelihood import bits_per_dim
-from trainer.evaluation.images import ShardImages
+from trainer.evaluation.images import open_images
 from trainer.evaluation.trained import TrainedRequest, open_trained
 
 T = 20
@@ -63,7 +63,7 @@ def test_the_bound_is_the_sum_of_its_terms(whole: Path) -> None:
 def test_it_is_the_mathematics_of_the_averaged_weights(run: Path, whole: Path) -> None:
     request = TrainedRequest(run=run, checkpoint=None, weights="ema", respacing="all", variance=None)
     trained = open_trained(request)
-    images = ShardImages(Path(trained.config.data.path), trained.config.model, None)
+    images = open_images(trained.config, None, held_out=False, count=None)
     numbers = range(21)
     assert sorted(images.ids(numbers)) == list(numbers)
     direct = bits_per_dim(trained.reverse, images.load(numbers), torch.tensor(images.ids(numbers)), 0)
@@ -177,7 +177,8 @@ def test_bad_requests_are_one_line(run: Path, tmp_path: Path, dataset: Path) -> 
     shutil.copytree(dataset, other)
     (other / "index.npy").unlink()
     for command, arguments, message in (
-        ("bpd", ["--images", "22"], "--images 22:"),
+        ("bpd", ["--images", "22"], "--images 22: there are 21 in"),
+        ("bpd", ["--held-out"], "--held-out: the run has data.holdout = 0"),
         ("bpd", ["--data", str(other)], "index.npy: missing"),
         ("bpd", ["--respacing", "21"], "--respacing:"),
         ("bpd", ["--seed", "-1"], "--seed -1: should be at least 0"),

@@ -9,7 +9,7 @@ import torch
 from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, tensors_of, write_config
 from trainer.data.shards import ShardedDataset
-from trainer.data.stream import ReadAndDecode, collate
+from trainer.data.stream import ReadAndDecode
 from trainer.engine.build import build_timesteps
 from trainer.engine.checkpoints import read_verified
 from trainer.engine.step import noised_inputs
@@ -51,8 +51,7 @@ def test_the_dump_makes_the_batch_again(run: Path, dataset: Path) -> None:
     samples = dump["samples"]
     assert [sample["position"] for sample in samples] == list(range(24, 32))
     opened = ShardedDataset(dataset)
-    read = ReadAndDecode(opened)
-    batch = collate([read({"position": sample["position"], "id": sample["id"]}) for sample in samples])
+    batch = ReadAndDecode(opened)(([sample["position"] for sample in samples], [sample["id"] for sample in samples]))
     config = load_config(run / "config.toml")
     _, position, _ = noised_inputs(batch, config, torch.device("cpu"))
     t, _ = build_timesteps(config, torch.device("cpu")).draw(position)

@@ -9,13 +9,14 @@ from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from tests.harness import REPOSITORY, environment, make_dataset
-from trainer.data.order import sample_ids
+from trainer.data.order import GlobalOrder, sample_ids
 from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.data.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
 from trainer.errors import ConfigError, DataError
 from trainer.signals import STOP_SIGNALS
 
@@ -30,7 +31,7 @@ def stream_of(
     ranks = []
     for rank in range(world_size):
         plan = MicroBatchPlan(
-            layout, samples=len(dataset), seed=SEED, rank=rank, first_step=first_step, last_step=STEPS
+            layout, order=GlobalOrder(len(dataset), SEED), rank=rank, first_step=first_step, last_step=STEPS
         )
         batches = list(micro_batches(dataset, plan, workers=workers, prefetch=2, pin_memory=False))
         assert len(batches) == layout.accumulation * (STEPS - first_step)
@@ -39,11 +40,13 @@ def stream_of(
     return {name: torch.cat([rank[name] for rank in ranks], dim=1).flatten(0, 1) for name in ranks[0]}
 
 
-def open_stream(folder: Path) -> Generator[dict[str, torch.Tensor], None, None]:
+def open_stream(folder: Path, start_method: StartMethod = "fork") -> Generator[dict[str, torch.Tensor], None, None]:
     """One rank's stream from one loader process."""
     layout = BatchLayout.plan(BATCH, 1, None)
-    plan = MicroBatchPlan(layout, samples=21, seed=SEED, rank=0, first_step=0, last_step=STEPS)
-    return micro_batches(ShardedDataset(folder), plan, workers=1, prefetch=1, pin_memory=False)
+    plan = MicroBatchPlan(layout, order=GlobalOrder(21, SEED), rank=0, first_step=0, last_step=STEPS)
+    return micro_batches(
+        ShardedDataset(folder), plan, workers=1, prefetch=1, pin_memory=False, start_method=start_method
+    )
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +152,9 @@ else:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=REPOSITORY, env=environment())
 
 
-def test_loaders_heed_their_trainer_and_nobody_else(opened: ShardedDataset) -> None:
-    stream = open_stream(opened.folder)
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_loaders_heed_their_trainer_and_nobody_else(opened: ShardedDataset, start_method: StartMethod) -> None:
+    stream = open_stream(opened.folder, start_method)
     next(stream)
     (loader,) = multiprocessing.active_children()
     for number in STOP_SIGNALS:
@@ -161,6 +165,33 @@ def test_loaders_heed_their_trainer_and_nobody_else(opened: ShardedDataset) -> N
     loader.join(20)
     assert not loader.is_alive()
     stream.close()
+
+
+def test_spawned_loaders_are_deaf_from_their_first_moment(opened: ShardedDataset) -> None:
+    """They import for seconds before any of our code runs, so the mask must come from the trainer.
+
+    In a process of its own: the tracker that would lift the mask starts once.
+    """
+    program = f"""
+import multiprocessing
+from pathlib import Path
+from tests.test_stream import open_stream
+stream = open_stream(Path({str(opened.folder)!r}), "spawn")
+next(stream)
+(loader,) = multiprocessing.active_children()
+print(Path(f"/proc/{{loader.pid}}/status").read_text())
+stream.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=120,
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+    )
+    (blocked,) = [int(line.split()[1], 16) for line in done.stdout.decode().splitlines() if line.startswith("SigBlk")]
+    assert all(blocked & 1 << number - 1 for number in STOP_SIGNALS)
 
 
 def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) -> None:
@@ -174,6 +205,10 @@ def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) 
     with pytest.raises(DataError, match=r"shard-000001\.tar: missing"):
         ShardedDataset(copy)
     shard.write_bytes(content)
+    (copy / "shard-000003.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-000003\.tar: not in the manifest"):
+        ShardedDataset(copy)
+    (copy / "shard-000003.tar").unlink()
     index = np.load(copy / "index.npy")
     index["offset"][0] += 512
     np.save(copy / "index.npy", index)
@@ -190,6 +225,37 @@ def test_open_files_stay_bounded(dataset: Path, monkeypatch: pytest.MonkeyPatch)
             assert len(opened._descriptors) <= 2
     opened.close()
     assert not opened._descriptors
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_swapped_shards_are_noticed(dataset: Path, tmp_path: Path, workers: int) -> None:
+    """Two shards of the same size under each other's names: every sample of them is another than the index says."""
+    copy, _ = damaged_copy(dataset, tmp_path)
+    one, other = copy / "shard-000000.tar", copy / "shard-000001.tar"
+    assert one.stat().st_size == other.stat().st_size
+    one.rename(copy / "aside")
+    other.rename(one)
+    (copy / "aside").rename(other)
+    with pytest.raises(DataError, match=r"shard-00000[01]\.tar: .*crc32 differs"):
+        stream_of(ShardedDataset(copy), world_size=1, workers=workers)
+
+
+def test_descriptors_and_memory_stay_flat_over_50_epochs(opened: ShardedDataset) -> None:
+    """In the trainer and in its loader: after five epochs nothing grows any more."""
+    layout = BatchLayout.plan(21, 1, None)
+    plan = MicroBatchPlan(layout, order=GlobalOrder(21, SEED), rank=0, first_step=0, last_step=50)
+    stream = micro_batches(opened, plan, workers=1, prefetch=1, pin_memory=False)
+    seen = []
+    for _ in stream:
+        (loader,) = multiprocessing.active_children()
+        processes = [psutil.Process(), psutil.Process(loader.pid)] if loader.is_alive() else []
+        seen.append([(process.num_fds(), process.memory_info().rss) for process in processes])
+        if len(seen) == 48:  # the loader ends with its last batch
+            break
+    stream.close()
+    for early, late in zip(seen[5], seen[-1]):
+        assert late[0] <= early[0] + 1  # a batch on its way has a descriptor
+        assert late[1] < early[1] + (8 << 20)
 
 
 def test_batches_that_do_not_divide_name_what_would() -> None:

@@ -1,71 +1,17 @@
 """Typed configuration: one TOML file, every field documented, validated once, saved with the run as resolved."""
 
 import difflib
-import re
 import tomllib
 from collections.abc import Sequence
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from trainer.errors import ConfigError
-
-_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6}
-_SPAN = re.compile(r"\s*([\d_]+(?:\.\d+)?)\s*([kM]?)\s*(steps?|images?)\s*")
-
-
-class Span:
-    """A stretch of training, counted in optimizer steps or in images: "800k steps", "51.2M images"."""
-
-    def __init__(self, count: int, unit: Literal["steps", "images"]) -> None:
-        self.count = count
-        self.unit = unit
-
-    @classmethod
-    def parse(cls, text: Any) -> "Span":
-        """Read "5000 steps", "2.4M steps" or "51_200 images"; raises ValueError for anything else."""
-        if isinstance(text, Span):
-            return text
-        match = _SPAN.fullmatch(text) if isinstance(text, str) else None
-        if match is None:
-            raise ValueError('a span of training is written like "5000 steps", "2.4M steps" or "51.2M images"')
-        number, suffix, unit = match.groups()
-        count = Decimal(number.replace("_", "")) * _SUFFIXES[suffix]
-        if count != int(count):
-            raise ValueError(f"{count} {unit} is no whole number of {unit}")
-        return cls(int(count), "steps" if unit.startswith("step") else "images")
-
-    def images(self, global_batch: int) -> int:
-        """The span in images, whatever it was written in."""
-        return self.count * global_batch if self.unit == "steps" else self.count
-
-    def steps(self, global_batch: int) -> int:
-        """The span in whole optimizer steps, rounded up."""
-        return -(-self.images(global_batch) // global_batch)
-
-    def is_due(self, position: int, global_batch: int) -> bool:
-        """Whether the step that ended at `position` (images consumed) completed one more of this span; 0 is never."""
-        images = self.images(global_batch)
-        return images > 0 and position // images > (position - global_batch) // images
-
-    def __str__(self) -> str:
-        return f"{self.count} {self.unit}"
-
-    def __repr__(self) -> str:
-        return f"Span({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Span) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-
-SpanField = Annotated[Span, BeforeValidator(Span.parse), PlainSerializer(str)]
+from trainer.units import SizeField, Span, SpanField
 
 
 class _Section(BaseModel):
@@ -74,17 +20,62 @@ class _Section(BaseModel):
     )
 
 
-class DataConfig(_Section):
-    """What is trained on."""
+class MixtureEntry(_Section):
+    """One dataset of a mixture."""
 
     path: str
-    """Folder that data_prep wrote: tar shards, index and manifest."""
+    """Like data.path."""
+    weight: float = Field(gt=0)
+    """Its share of the images is weight / (sum of weights), rounded to thousandths."""
+
+
+class DataConfig(_Section):
+    """What is trained on: `path`, or several as `[[data.mixture]]`."""
+
+    path: str | None = None
+    """Folder that data_prep wrote, folder of webdataset tars, or tars as a pattern ("/data/{000..099}.tar"); a path, or
+    a URL of http, https, s3, gs or hf."""
+    mixture: list[MixtureEntry] = []
+    """Datasets that are mixed, each with its own epochs."""
     flip: bool
     """Mirror each image left to right with probability 1/2."""
+    order: Literal["global", "windowed", "lanes"] = "global"
+    """"global" shuffles all samples; "windowed" shuffles shards, then the samples of `window` shards at a time; "lanes"
+    does so in each of `lanes` parts of the dataset, so that a node reads only its parts (docs/stream.md)."""
+    window: int = Field(default=16, gt=0)
+    """Shards whose samples are shuffled together in the orders "windowed" and "lanes"."""
+    lanes: int = Field(default=8, gt=0)
+    """Parts of the dataset in the order "lanes"; must divide train.global_batch, and should be a multiple of the number
+    of nodes."""
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the images that is never trained on."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """What a damaged image does: "raise" ends the run, "skip" trains on the next whole one instead."""
+    max_bad_samples: int = Field(default=100, ge=0)
+    """Damaged images that a process may meet under "skip"; one more ends the run."""
+    cache_dir: str | None = None
+    """Folder on a disk of each node, where shards are copied to before they are read; needed for URLs."""
+    cache_size: SizeField = 200 * 10**9
+    """Most that the copies in cache_dir may take: "200 GB"."""
     workers: int = Field(default=4, ge=0)
     """Loader processes for each rank; 0 reads and decodes in the training process."""
+    start_method: Literal["fork", "spawn"] = "fork"
+    """How loader processes start: "spawn" takes seconds longer and shares nothing with the training process."""
     prefetch: int = Field(default=4, ge=1)
     """Micro-batches that each loader process keeps ready."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError("should have either path or [[data.mixture]]")
+        if self.mixture and self.order == "lanes":
+            raise ValueError('order = "lanes" is for one dataset; a mixture may have "global" or "windowed"')
+        return self
+
+    @property
+    def where(self) -> str:
+        """The dataset or datasets, for messages."""
+        return self.path or " + ".join(entry.path for entry in self.mixture)
 
 
 class ModelConfig(_Section):
@@ -271,12 +262,14 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{field}: missing"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{field}: {message}" if isinstance(details["input"], dict) else f"{field} = {details['input']!r}: {message}"
+    if isinstance(details["input"], dict):  # fields that do not go together
+        return f"{field}: {message}"
+    return f"{field} = {details['input']!r}: {message}"
 
 
 def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:
     for name in sections:
         annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        (section,) = get_args(annotation) or (annotation,)  # one, or a list of them
+        model = section
     return model

@@ -33,6 +33,10 @@ class DataError(TrainerError):
     """A dataset or a sample that is not what its manifest promises; the message names the file and the sample."""
 
 
+class SampleError(DataError):
+    """One sample that is damaged, while its dataset is there: what `data.on_bad_sample` is about."""
+
+
 class CheckpointError(TrainerError):
     """A checkpoint that cannot be written, verified or resumed from; the message names it and the reason."""
 

@@ -30,7 +30,7 @@ from trainer.evaluation.figures import (
     reconstructions,
     shared_latents,
 )
-from trainer.evaluation.images import ShardImages, load_files
+from trainer.evaluation.images import load_files, open_images
 from trainer.evaluation.trained import Trained, open_trained
 
 
@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
     bound = add("bpd", bpd)
     bound.add_argument("--data", type=Path, metavar="DIR", help="default: the shards that the run was trained on")
+    bound.add_argument("--held-out", action="store_true", help="only images that data.holdout kept out of training")
     bound.add_argument("--images", type=at_least_one, metavar="N", help="so many, drawn at random (default: all)")
     bound.add_argument(
         "--decoder",
@@ -81,6 +82,7 @@ def bpd(arguments: argparse.Namespace) -> None:
     request = BoundRequest(
         trained=trained_request(arguments),
         data=arguments.data,
+        held_out=arguments.held_out,
         images=arguments.images,
         decoder=arguments.decoder,
         seed=arguments.seed,
@@ -139,8 +141,8 @@ def _images(arguments: argparse.Namespace, trained: Trained) -> torch.Tensor:
     model = trained.config.model
     if arguments.files is not None:
         return load_files(arguments.files, model)
-    folder = arguments.data or Path(trained.config.data.path)
-    return ShardImages(folder, model, arguments.images).load(range(arguments.images))
+    images = open_images(trained.config, arguments.data, held_out=False, count=arguments.images)
+    return images.load(range(arguments.images))
 
 
 @exit_clearly

@@ -1,27 +1,105 @@
-"""Encoded bytes to pixels."""
+"""Encoded bytes to pixels.
 
+JPEGs are decoded by simplejpeg where it is installed (the extra `fast`), by Pillow otherwise, and everything else by
+Pillow. Both wrap libjpeg-turbo and agree to the last bit; that other versions do is no law, so `jpeg_signature` goes
+into what a run is: a resume whose pixels would differ is refused.
+"""
+
+import base64
+import hashlib
 import io
 
 import numpy as np
 import numpy.typing as npt
-from einops import rearrange
 from PIL import Image
 
-from trainer.errors import DataError
+from data_prep.format import FormatError, center_crop_box
+from trainer.errors import SampleError
 
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
-def decode(encoded: bytes, size: int, mode: str) -> npt.NDArray[np.uint8]:
-    """Decode one image to (C, size, size) uint8; mode is Pillow's "RGB" or "L".
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_FAST_COLOURS = {"RGB": {"YCbCr", "RGB"}, "L": {"Gray"}}  # whatever needs a conversion is Pillow's
 
-    Raises DataError where it cannot be decoded or has another size or mode. Nothing is resized or converted here:
-    that was data_prep's work, and a difference means that the shards are not what the manifest says.
+# 20 x 20 pixels of smooth noise, quality 75, 4:2:0: its pixels depend on the DCT, the upsampling and the conversion.
+_PROBE = base64.b64decode(
     """
+/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQNDAsLDBkSEw8UHRofHh0aHBwgJC4nICIsIxwcKDcpLDAxNDQ0Hyc5PTgy
+PC4zNDL/2wBDAQkJCQwLDBgNDRgyIRwhMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjL/wAARCAAUABQD
+ASIAAhEBAxEB/8QAGQABAQADAQAAAAAAAAAAAAAAAAYCBAcF/8QAJBAAAQMDBAIDAQAAAAAAAAAAAQACAwQFEQYSEyEUIiQxQVH/xAAZAQACAwEA
+AAAAAAAAAAAAAAAEBQEDBgf/xAAkEQACAQMCBgMAAAAAAAAAAAABAgADBBEFIQYSIjFRsRMUgv/aAAwDAQACEQMRAD8AtdRXl9BGKfhJ5PXdj6yp
+E2SCjqBOahuZTnGVnctdxXmB3xgHAdeva8rT1sqNRTSVFRO6FkJyA7rICr0+xq2Vqgfo5c/vPrEmnVtK1b7Cph17nzLWG2F0TS1wII/iLRF/goxw
+cjHbOsn9RIHYlifgMCbXsE9BnO4Gjy4gOgSM4VrcR4drYKf03MOcIi2fEm15YgdsmE3gxpzEeR7nNXzyuleXSOJ3H9REXS1pJgbCPEReUbT/2Q==
+"""
+)
+
+
+def decode(encoded: bytes, size: int, mode: str, *, crop: bool = False) -> npt.NDArray[np.uint8]:
+    """Decode one image to (C, size, size) uint8; see `decode_into`."""
+    pixels = np.empty((size, size, {"RGB": 3, "L": 1}[mode]), dtype=np.uint8)
+    decode_into(pixels, encoded, mode, crop=crop)
+    return pixels.transpose(2, 0, 1)
+
+
+def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool = False) -> None:
+    """Decode one image to `out`, (size, size, C) uint8, contiguous; mode is "RGB" or "L".
+
+    `crop`: the image was taken as found, with a shorter side of `size`; its middle square is cut out, and a grey image
+    becomes a colour one. Otherwise it must be of that size and mode: nothing is resized or converted here, for that was
+    data_prep's work. Raises SampleError where it is something else, or cannot be decoded to its end; then `out` holds
+    anything.
+    """
+    if not _decode_fast(out, encoded, mode, crop=crop):
+        _decode_by_pillow(out, encoded, mode, crop=crop)
+
+
+def jpeg_signature() -> str:
+    """Identifies the pixels that JPEGs are decoded to here: the same for two decoders that agree."""
+    return hashlib.sha256(decode(_PROBE, 20, "RGB").tobytes()).hexdigest()[:16]
+
+
+def _decode_fast(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
+    """Like `decode_into`; False where it is a case for Pillow."""
+    if simplejpeg is None or not encoded.startswith(_JPEG_MAGIC):
+        return False
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colours not in _FAST_COLOURS[mode]:
+            return False
+        left, top, right, bottom = _box(width, height, len(out), mode, crop=crop)
+        wanted = "RGB" if mode == "RGB" else "GRAY"
+        if width == height:
+            simplejpeg.decode_jpeg(encoded, wanted, buffer=out)  # no copy
+        else:
+            out[:] = simplejpeg.decode_jpeg(encoded, wanted)[top:bottom, left:right]
+    except ValueError as error:  # simplejpeg's only one
+        raise SampleError(f"cannot be decoded ({error})") from error
+    return True
+
+
+def _decode_by_pillow(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> None:
+    accepted = {mode, "RGB", *(["L"] if crop else [])}
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            box = _box(image.width, image.height, len(out), image.mode, crop=crop)
+            if image.mode not in accepted:
+                raise SampleError(f"is a {image.mode} image, not {mode}; data_prep converts such")
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot be decoded ({error})") from error
-    if image.size != (size, size) or image.mode not in (mode, "RGB" if mode == "L" else mode):
-        raise DataError(f"is {image.mode} {image.width}x{image.height}, the manifest says {mode} {size}x{size}")
-    pixels = np.asarray(image.convert(mode) if image.mode != mode else image)
-    return rearrange(pixels, "h w c -> c h w" if mode == "RGB" else "h w -> 1 h w")
+            found = image if image.mode == mode else image.convert(mode)
+            out[:] = np.asarray(found if image.width == image.height else found.crop(box)).reshape(out.shape)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SampleError(f"cannot be decoded ({error})") from error
+
+
+def _box(width: int, height: int, size: int, mode: str, *, crop: bool) -> tuple[int, int, int, int]:
+    if crop:
+        try:
+            return center_crop_box(width, height, size)
+        except FormatError as error:
+            raise SampleError(f"{error}; data_prep resizes such") from error
+    if (width, height) != (size, size):
+        raise SampleError(f"is {mode} {width}x{height}, the manifest says {size}x{size}")
+    return 0, 0, size, size

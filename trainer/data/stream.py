@@ -1,24 +1,37 @@
 """The stream of micro-batches: every rank's share of every global batch, in order, resumed from one integer."""
 
+import functools
+import itertools
+import math
 import os
+import re
 import signal
 import threading
 import traceback
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing import resource_tracker
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from trainer.data.decode import decode
-from trainer.data.order import sample_ids
-from trainer.data.shards import ShardedDataset
-from trainer.errors import ConfigError, DataError
+from trainer.data.bad_samples import BadSamples
+from trainer.data.order import Int64Array, Order
+from trainer.data.prefetch import Prefetcher
+from trainer.data.shards import Dataset
+from trainer.errors import ConfigError, DataError, SampleError
 from trainer.signals import STOP_SIGNALS
+
+StartMethod = Literal["fork", "spawn"]
+
+_PLANNED_AT_ONCE = 32  # micro-batches: an order takes hardly longer for many positions than for few
+_MOST_REPLACEMENTS = 64
+_ERROR_NAME = re.compile(r"^trainer\.errors\.\w+: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,94 +81,145 @@ class BatchLayout:
 
 
 class MicroBatchPlan:
-    """The pipeline's source: this loader worker's (position, id) pairs, whole micro-batches at a time.
+    """The pipeline's source: this loader worker's positions and ids, a micro-batch at a time.
 
     Worker w of W takes micro-batches first + w, first + w + W, ...: the DataLoader asks its workers in turn, which
     puts them back in order.
     """
 
-    def __init__(
-        self, layout: BatchLayout, *, samples: int, seed: int, rank: int, first_step: int, last_step: int
-    ) -> None:
+    def __init__(self, layout: BatchLayout, *, order: Order, rank: int, first_step: int, last_step: int) -> None:
         self.layout = layout
-        self.samples = samples
-        self.seed = seed
+        self.order = order
         self.rank = rank
         self.micro_steps = range(first_step * layout.accumulation, last_step * layout.accumulation)
 
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        """Yield {"position": int, "id": int} for each sample."""
+    def __call__(self) -> Iterator[tuple[Int64Array, Int64Array]]:
+        """Yield positions and ids, each (micro_batch,) int64, of each micro-batch."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for micro_step in self.micro_steps[first::stride]:
-            positions = self.layout.positions(self.rank, micro_step)
-            ids = sample_ids(positions, self.samples, self.seed)
-            for position, sample in zip(positions.tolist(), ids.tolist(), strict=True):
-                yield {"position": position, "id": sample}
+        mine = self.micro_steps[first::stride]
+        for begin in range(0, len(mine), _PLANNED_AT_ONCE):
+            steps = mine[begin : begin + _PLANNED_AT_ONCE]
+            positions = np.stack([self.layout.positions(self.rank, micro_step) for micro_step in steps])
+            yield from zip(positions, self.order.ids(positions.ravel()).reshape(positions.shape))
+
+    def shards(self, dataset: Dataset, micro_step: int) -> list[int]:
+        """The shards that a micro-step reads, in the order of need."""
+        found = dataset.shards_of(self.order.ids(self.layout.positions(self.rank, micro_step)))
+        return list(dict.fromkeys(found.tolist()))
 
 
 class ReadAndDecode:
-    """The pipeline's map: adds "image", (C, H, W) uint8, and "label" to a sample."""
+    """The pipeline's map: positions and ids to a micro-batch.
 
-    def __init__(self, dataset: ShardedDataset) -> None:
+    Where a sample is damaged, SampleError that names shard and member is raised; or, with `replace_by`, the next whole
+    sample of that order takes its place: the same one on any number of ranks and after any restart.
+    """
+
+    def __init__(self, dataset: Dataset, *, replace_by: Order | None = None) -> None:
         self.dataset = dataset
+        self.replace_by = replace_by
 
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Read, check and decode; raises DataError that names shard and member."""
-        manifest = self.dataset.manifest
-        encoded = self.dataset.read(sample["id"])
-        try:
-            image = decode(encoded, manifest.image_size, manifest.mode)
-        except DataError as error:
-            raise DataError(f"{self.dataset.describe(sample['id'])}: {error}") from error
-        return {**sample, "image": image, "label": self.dataset.label(sample["id"])}
+    def __call__(self, planned: tuple[npt.ArrayLike, npt.ArrayLike]) -> dict[str, Any]:
+        """positions, ids: (B,) integers. Returns position, id, label: (B,) int64; image: (B, C, H, W) uint8, in memory
+        (B, H, W, C), as decoders write it; faults: messages, one for each damaged sample that was passed over.
+        """
+        positions, ids = (np.array(values, dtype=np.int64) for values in planned)
+        dataset, faults = self.dataset, list[str]()
+        image = _empty_batch((len(ids), dataset.image_size, dataset.image_size, dataset.channels))
+        pixels = image.numpy()
+        for slot, position in enumerate(positions.tolist()):
+            ids[slot] = self._decode(pixels[slot], position, int(ids[slot]), faults)
+        return {
+            "position": torch.from_numpy(positions),
+            "id": torch.from_numpy(ids),
+            "label": torch.tensor([dataset.label(sample) for sample in ids.tolist()]),
+            "image": image.permute(0, 3, 1, 2),
+            "faults": faults,
+        }
+
+    def _decode(self, out: npt.NDArray[np.uint8], position: int, sample: int, faults: list[str]) -> int:
+        """Returns the sample that is in `out` in the end."""
+        for later in range(1, _MOST_REPLACEMENTS + 1):
+            try:
+                self.dataset.decode_into(out, sample)
+            except SampleError as error:
+                if self.replace_by is None:
+                    raise
+                faults.append(str(error))
+                sample = int(self.replace_by.ids([position + later])[0])
+            else:
+                return sample
+        raise DataError(f"{faults[0]}; nor is one of the {_MOST_REPLACEMENTS - 1} whole that follow in the order")
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack samples: image (B, C, H, W) uint8; position, id, label (B,) int64."""
-    batch = {name: torch.tensor([sample[name] for sample in samples]) for name in ("position", "id", "label")}
-    return {**batch, "image": torch.from_numpy(np.stack([sample["image"] for sample in samples]))}
+def _empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
+    """In a loader process in shared memory, from where it need not be copied on its way to the trainer."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's own collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
 
 
 def micro_batches(
-    dataset: ShardedDataset, plan: MicroBatchPlan, *, workers: int, prefetch: int, pin_memory: bool
+    dataset: Dataset,
+    plan: MicroBatchPlan,
+    *,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    start_method: StartMethod = "fork",
+    bad_samples: BadSamples | None = None,
+    prefetcher: Prefetcher | None = None,
 ) -> Generator[dict[str, torch.Tensor], None, None]:
-    """Stream the plan's micro-batches, as `collate` makes them, in order.
+    """Stream the plan's micro-batches, as `ReadAndDecode` makes them but for their faults, in order.
 
-    Raises DataError, in one line, where a sample is damaged.
+    Raises DataError, in one line, where a sample is damaged; with `bad_samples` it is replaced and counted there.
     """
     if len(plan.micro_steps) == 0:
         return
     pipeline = wds.DataPipeline(
         plan,
-        wds.map(ReadAndDecode(dataset)),
-        wds.batched(plan.layout.micro_batch, collation_fn=collate, partial=False),
+        wds.map(ReadAndDecode(dataset, replace_by=plan.order if bad_samples is not None else None)),
     )
-    loader: Iterable[dict[str, torch.Tensor]] = wds.WebLoader(
+    loader: Iterable[dict[str, Any]] = wds.WebLoader(
         pipeline,
         batch_size=None,
         num_workers=min(workers, len(plan.micro_steps)),
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
+        multiprocessing_context=start_method if workers else None,
     )
-    batches = iter(loader)
+    batches = enumerate(iter(loader), start=plan.micro_steps.start)
     try:
         with _stop_signals_blocked():
             first = next(batches)  # starts the loader processes, which inherit the mask
-        yield first
-        yield from batches
+        if prefetcher is not None:
+            prefetcher.start()
+        for micro_step, batch in itertools.chain([first], batches):
+            faults = batch.pop("faults")
+            if bad_samples is not None:
+                bad_samples.note(faults)
+            if prefetcher is not None:
+                prefetcher.advance(micro_step)
+            yield batch
     except DataError as error:
         # The error and the frames of its traceback hold each other, and among them the loader: without this its
         # processes would live until a garbage collection, which takes them apart in no order.
         traceback.clear_frames(error.__traceback__)
         # A loader process wraps the message in its traceback; the last line is the one that was raised.
-        raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainer.errors.DataError: ")) from error
+        raise DataError(_ERROR_NAME.sub("", str(error).strip().splitlines()[-1])) from error
+    finally:
+        if prefetcher is not None:
+            prefetcher.close()
 
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
     """Launchers and schedulers signal whole process groups: to stop is the trainer's to decide, not its loaders'."""
+    # The tracker that spawned processes share lifts this very mask where it has to start; so it starts before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -163,9 +227,9 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(_: int) -> None:
+def _prepare_worker(trainer: int, _: int) -> None:
     torch.set_num_threads(1)  # one process a worker is the parallelism that was asked for
-    threading.Thread(target=_end_when_the_trainer_says, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_when_the_trainer_says, args=(trainer,), daemon=True).start()
 
 
 def _end_when_the_trainer_says(trainer: int) -> None:

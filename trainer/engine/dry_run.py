@@ -2,15 +2,13 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
-from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout
+from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_network
 from trainer.engine.cost import Cost, measure
-from trainer.engine.run import check_dataset
 from trainer.errors import TrainerError
 from trainer.models.unet import UNet
 
@@ -26,7 +24,7 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
-    dataset, fault = _open_dataset(config)
+    data, fault = _open_data(config)
     cost = _measure(config, layout.micro_batch)
     steps = config.train.duration.steps(layout.global_batch)
     images = steps * layout.global_batch
@@ -42,15 +40,15 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
         "micro_batch": layout.micro_batch,
         "steps": steps,
         "images": images,
-        "epochs": images / len(dataset) if dataset is not None else None,
+        "epochs": images / data.order.samples if data is not None else None,
         "memory_per_device_bytes": cost.peak_bytes + _COPIES_BESIDE_WEIGHTS * 4 * cost.parameters,
         "checkpoint_bytes": checkpoint_bytes,
         "checkpoints_on_disk": _checkpoints_on_disk(config),
         "disk_bytes": checkpoint_bytes * _checkpoints_on_disk(config),
         "dataset": {
-            "path": config.data.path,
-            "samples": len(dataset) if dataset is not None else None,
-            "shards": len(dataset.manifest.shards) if dataset is not None else None,
+            "path": config.data.where,
+            "samples": data.order.samples if data is not None else None,
+            "shards": len(data.dataset.shards) if data is not None else None,
             "fault": str(fault) if fault is not None else None,
         },
     }, fault
@@ -84,13 +82,11 @@ def as_json(plan: dict[str, Any]) -> str:
     return json.dumps(plan, indent=1)
 
 
-def _open_dataset(config: Config) -> tuple[ShardedDataset | None, TrainerError | None]:
+def _open_data(config: Config) -> tuple[TrainingData | None, TrainerError | None]:
     try:
-        dataset = ShardedDataset(Path(config.data.path))
-        check_dataset(config, dataset)
+        return open_training_data(config, index_folder=None), None
     except TrainerError as fault:
         return None, fault
-    return dataset, None
 
 
 def _measure(config: Config, micro_batch: int) -> Cost:

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from trainer.config import Config, Span
-from trainer.data.order import sample_ids
-from trainer.data.shards import ShardedDataset
+from trainer.config import Config
 from trainer.data.stream import BatchLayout
+from trainer.data.training_data import TrainingData
 from trainer.diffusion.samplers import ancestral
 from trainer.engine.build import build_reverse
 from trainer.engine.checkpoints import Checkpoints
@@ -25,6 +24,7 @@ from trainer.errors import NonFiniteError
 from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.progress import Progress, Stopwatch
+from trainer.units import Span
 
 _LARGEST_SAMPLING_BATCH = 64
 _MOST_OVERFLOWS = 64
@@ -43,7 +43,7 @@ class TrainingLoop:
         config: Config,
         layout: BatchLayout,
         accelerator: Accelerator,
-        dataset: ShardedDataset,
+        data: TrainingData,
         state: TrainState,
         train_step: TrainStep,
         checkpoints: Checkpoints,
@@ -52,12 +52,12 @@ class TrainingLoop:
         self.config = config
         self.layout = layout
         self.accelerator = accelerator
-        self.dataset = dataset
+        self.data = data
         self.state = state
         self.train_step = train_step
         self.checkpoints = checkpoints
         self.folder = folder
-        self.identity = identity(config, dataset)
+        self.identity = identity(config, data)
         self.last_step = config.train.duration.steps(layout.global_batch)
         self.metrics = Metrics(folder.logs, self.step) if accelerator.is_main_process else None
         self.progress = Progress(
@@ -133,7 +133,7 @@ class TrainingLoop:
         values = {
             "train/learning_rate": self.state.optimizer.param_groups[0]["lr"],
             "train/images_per_second": self.stopwatch.lap(),
-            "train/epoch": self.state.position / len(self.dataset),
+            "train/epoch": self.state.position / self.data.order.samples,
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
         }
         if self.state.unlogged_steps:
@@ -152,7 +152,7 @@ class TrainingLoop:
         self.state.nonfinite_steps += 1
         first = self.state.position - self.layout.global_batch
         positions = np.arange(first, self.state.position)
-        ids = sample_ids(positions, len(self.dataset), self.config.seed)
+        ids = self.data.order.ids(positions)
         # Nothing has been learned from since, so the same timesteps are drawn again.
         t, _ = self.state.timesteps.draw(torch.from_numpy(positions).to(self.accelerator.device))
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
@@ -163,7 +163,7 @@ class TrainingLoop:
                 "grad_norm": repr(verdict.grad_norm),
                 "seed": self.config.seed,
                 "samples": [
-                    {"position": int(p), "id": int(i), "t": int(k), "image": self.dataset.describe(int(i))}
+                    {"position": int(p), "id": int(i), "t": int(k), "image": self.data.dataset.describe(int(i))}
                     for p, i, k in zip(positions, ids, t.tolist())
                 ],
             }

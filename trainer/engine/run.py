@@ -5,7 +5,8 @@ RUN/checkpoints/     see trainer/engine/checkpoints.py
 RUN/logs/            TensorBoard files and metrics.jsonl
 RUN/samples/         grids drawn while training
 RUN/nonfinite/       batches whose loss or gradient was not finite
-RUN/events.jsonl     starts, resumes, checkpoints, faults, stops
+RUN/events.jsonl     starts, resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks
+RUN/indexes/         of tars that came without one
 RUN/DONE             written when the whole duration has been trained
 """
 
@@ -19,11 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config import Config
-from trainer.data.shards import ShardedDataset
+from trainer.data.training_data import DATA_FINGERPRINT, TrainingData
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 
 _PATIENCE_SECONDS = 20
-DATA_FINGERPRINT = "data (manifest)"
 UNDECIDED = "undecided"  # in the identity of imported weights: the first training run decides
 
 
@@ -78,14 +78,21 @@ class RunFolder:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to the journal; a journal that cannot be written is no reason to stop."""
         if self._writes:
-            with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a") as journal:
-                journal.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
+            self._append("events.jsonl", name, details)
+
+    def event_here(self, rank: int, name: str, **details: Any) -> None:
+        """Like `event`, of what this rank alone has seen; other ranks than 0 have journals of their own."""
+        self._append("events.jsonl" if self._writes else f"events-rank-{rank:05d}.jsonl", name, details)
+
+    def _append(self, journal: str, name: str, details: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError), (self.path / journal).open("a") as stream:
+            stream.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
 
 
-def identity(config: Config, dataset: ShardedDataset | None) -> dict[str, Any]:
+def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
     """What must not change within a run, or it would be another one: network, process, seed, batch and images.
 
-    Without a dataset it is that of weights that a run may start from: what belongs to the training is UNDECIDED.
+    Without data it is that of weights that a run may start from: what belongs to the training is UNDECIDED.
     """
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
     process = {f"diffusion.{name}": value for name, value in config.diffusion.model_dump().items()}
@@ -93,31 +100,21 @@ def identity(config: Config, dataset: ShardedDataset | None) -> dict[str, Any]:
     if config.diffusion.loss == "mse":
         del training["diffusion.variance"]  # is a fixed one then, of which only sampling knows
     training |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
-    if dataset is None:
-        undecided = ["diffusion.variance", *training, DATA_FINGERPRINT]
-        return {**fields, **process, **dict.fromkeys(undecided, UNDECIDED)}
-    return {**fields, **process, **training, DATA_FINGERPRINT: dataset.manifest.fingerprint}
+    if data is None:
+        undecided = ["diffusion.variance", *training]
+        return {**fields, **process, **dict.fromkeys([*undecided, DATA_FINGERPRINT], UNDECIDED)}
+    return {**fields, **process, **training, **data.identity}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
     """Raise CheckpointError with the differences where a checkpoint belongs to another run."""
+    on_any_data = saved.get(DATA_FINGERPRINT) == UNDECIDED
     differences = [
         f"{name}: {saved.get(name)} in the checkpoint, {current.get(name)} now"
         for name in current | saved
-        if saved.get(name) not in (current.get(name), UNDECIDED)
+        if saved.get(name) not in (current.get(name), UNDECIDED) and not (on_any_data and name.startswith("data"))
     ]
     if differences:
         raise CheckpointError(
             f"{checkpoint}: belongs to another run: {'; '.join(differences)}; restore these, or choose another run_dir"
         )
-
-
-def check_dataset(config: Config, dataset: ShardedDataset) -> None:
-    """Raise ConfigError where the network's images are not the dataset's."""
-    manifest = dataset.manifest
-    for field, wanted, found in (
-        ("image_size", config.model.image_size, manifest.image_size),
-        ("channels", config.model.channels, manifest.channels),
-    ):
-        if wanted != found:
-            raise ConfigError(f"model.{field} = {wanted}: the images in {dataset.folder} have {found}")

@@ -5,15 +5,17 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from trainer.config import Config
-from trainer.data.shards import ShardedDataset
+from trainer.config import Config, DataConfig
+from trainer.data.bad_samples import BadSamples
+from trainer.data.prefetch import Prefetcher
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.loop import TrainingLoop
 from trainer.engine.processes import check_alike, die_with_launcher, make_accelerator, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
-from trainer.engine.run import RunFolder, check_dataset, identity
+from trainer.engine.run import RunFolder, identity
 from trainer.engine.step import TrainStep
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
@@ -31,9 +33,9 @@ def train(config: Config, *, resume: str) -> bool:
         config.train.global_batch, int(os.environ.get("WORLD_SIZE", "1")), config.train.micro_batch
     )
     accelerator = make_accelerator(config.train.precision)
-    dataset = _open_dataset(config)
+    data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
-    check_alike({**identity(config, dataset), "the configuration": config.to_toml()}, kind=ConfigError)
+    check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
 
     state = build_state(config, accelerator)
     train_step = TrainStep(
@@ -55,7 +57,7 @@ def train(config: Config, *, resume: str) -> bool:
     checkpoints.discard_unfinished()
     source = find_checkpoint(checkpoints, folder, resume, say=accelerator.print)
     if source is not None:
-        step = load_checkpoint(source, state, identity(config, dataset))
+        step = load_checkpoint(source, state, identity(config, data))
         checkpoints.supersede(source, step)
     together(what, lambda: folder.begin(config), only_rank=0)
 
@@ -63,7 +65,7 @@ def train(config: Config, *, resume: str) -> bool:
         config=config,
         layout=layout,
         accelerator=accelerator,
-        dataset=dataset,
+        data=data,
         state=state,
         train_step=train_step,
         checkpoints=checkpoints,
@@ -74,32 +76,33 @@ def train(config: Config, *, resume: str) -> bool:
     return _run(loop, accelerator)
 
 
-def _open_dataset(config: Config) -> ShardedDataset:
-    opened: list[ShardedDataset] = []
-
-    def open_and_check() -> None:
-        opened.append(ShardedDataset(Path(config.data.path)))
-        check_dataset(config, opened[0])
-
-    together(f"data.path = {config.data.path}: cannot be read", open_and_check, kind=DataError)
+def _open_data(config: Config) -> TrainingData:
+    opened: list[TrainingData] = []
+    together(
+        f"data.path = {config.data.where}: cannot be read",
+        lambda: opened.append(open_training_data(config, index_folder=Path(config.run_dir) / "indexes")),
+        kind=DataError,
+    )
     return opened[0]
 
 
 def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
-    plan = MicroBatchPlan(
-        loop.layout,
-        samples=len(loop.dataset),
-        seed=loop.config.seed,
-        rank=accelerator.process_index,
-        first_step=loop.step,
-        last_step=loop.last_step,
-    )
+    config, rank = loop.config, accelerator.process_index
+    plan = MicroBatchPlan(loop.layout, order=loop.data.order, rank=rank, first_step=loop.step, last_step=loop.last_step)
+
+    def report(fault: str) -> None:
+        loop.folder.event_here(rank, "bad_sample", sample=fault)
+        loop.progress.say(f"skipped: {fault}")
+
     stream = micro_batches(
-        loop.dataset,
+        loop.data.dataset,
         plan,
-        workers=loop.config.data.workers,
-        prefetch=loop.config.data.prefetch,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
         pin_memory=accelerator.device.type == "cuda",
+        start_method=config.data.start_method,
+        bad_samples=BadSamples(config.data.max_bad_samples, report) if config.data.on_bad_sample == "skip" else None,
+        prefetcher=_prefetcher(config.data, loop.data, plan),
     )
     try:
         finished = loop.run(stream)
@@ -109,12 +112,28 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
     return finished
 
 
+def _prefetcher(config: DataConfig, data: TrainingData, plan: MicroBatchPlan) -> Prefetcher | None:
+    if data.cache is None:
+        return None
+    # Half of the cache for what comes, the other half for what is being read; the ranks of a node share it.
+    budget = data.cache.limit // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Prefetcher(
+        data.cache,
+        data.dataset.shards,
+        needs=lambda micro_step: plan.shards(data.dataset, micro_step),
+        micro_steps=plan.micro_steps,
+        in_hand=config.workers * config.prefetch,
+        budget=budget,
+    )
+
+
 def _summary(loop: TrainingLoop, source: Path | None) -> str:
     layout = loop.layout
     parameters = sum(parameter.numel() for parameter in loop.state.model.parameters())
     origin = f"resuming from {source}" if source is not None else "starting"
+    images = loop.data.order.samples
     return (
-        f"{origin}: step {loop.step} of {loop.last_step}, {parameters:,} parameters, {len(loop.dataset):,} images, "
+        f"{origin}: step {loop.step} of {loop.last_step}, {parameters:,} parameters, {images:,} images, "
         f"batch {layout.global_batch} = {layout.world_size} processes x {layout.accumulation} accumulated x "
         f"{layout.micro_batch}, {loop.accelerator.device.type} {loop.config.train.precision}"
     )

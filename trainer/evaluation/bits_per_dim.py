@@ -19,7 +19,7 @@ from trainer.diffusion.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_dis
 from trainer.engine.processes import together
 from trainer.engine.sampling import batches_of
 from trainer.errors import DataError
-from trainer.evaluation.images import ShardImages
+from trainer.evaluation.images import RealImages, open_images
 from trainer.evaluation.plots import save_curves
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
 from trainer.evaluation.work import Work
@@ -29,10 +29,14 @@ _QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
 
 @dataclass(frozen=True, kw_only=True)
 class BoundRequest:
-    """Whose bound, on which images: `images` of `data` (None: the run's own), drawn at random, or all (None)."""
+    """Whose bound, on which images: so many of `data` (None: the run's own), drawn at random, or all (None).
+
+    `held_out`: of the run's images those that it does not train on.
+    """
 
     trained: TrainedRequest
     data: Path | None
+    held_out: bool
     images: int | None
     decoder: Cdf
     seed: int
@@ -82,11 +86,12 @@ def evaluate_bound(request: BoundRequest) -> Path:
     Raises TrainerError where the run, the checkpoint or the data cannot be used.
     """
     trained = open_trained(request.trained)
-    data = request.data or Path(trained.config.data.path)
-    opened: list[ShardImages] = []
+    opened: list[RealImages] = []
     together(
-        f"{data}: cannot be read",
-        lambda: opened.append(ShardImages(data, trained.config.model, request.images)),
+        f"{request.data or trained.config.data.where}: cannot be read",
+        lambda: opened.append(
+            open_images(trained.config, request.data, held_out=request.held_out, count=request.images)
+        ),
         kind=DataError,
     )
     images = opened[0]
@@ -99,7 +104,7 @@ def evaluate_bound(request: BoundRequest) -> Path:
     return out
 
 
-def _measure(trained: Trained, request: BoundRequest, images: ShardImages, work: Work, batches: list[range]) -> None:
+def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> None:
     share = work.missing(batches)
     with tqdm(
         total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
@@ -134,7 +139,7 @@ def _read(work: Work, batches: list[range]) -> BitsPerDim:
     )
 
 
-def _report(trained: Trained, images: ShardImages, work: Work, batches: list[range]) -> None:
+def _report(trained: Trained, images: RealImages, work: Work, batches: list[range]) -> None:
     bound = _read(work, batches)
     means, by_timestep = summary(bound), rows(bound, trained.reverse.diffusion.original_timesteps.tolist())
     about = {"checkpoint": str(trained.checkpoint), "step": trained.step, "weights": trained.weights}
@@ -164,8 +169,8 @@ def _to_tensorboard(folder: Path, step: int, means: dict[str, float], by_timeste
                 writer.add_scalar(f"by_timestep/{name}", row[name], int(row["t"]))
 
 
-def _name(trained: Trained, request: BoundRequest, images: ShardImages) -> str:
-    parts = ["bpd", f"step-{trained.step:08d}", trained.weights, images.dataset.folder.name, f"n-{images.count}"]
+def _name(trained: Trained, request: BoundRequest, images: RealImages) -> str:
+    parts = ["bpd", f"step-{trained.step:08d}", trained.weights, _data_name(trained, request), f"n-{images.count}"]
     if request.trained.respacing != "all":
         parts.append(request.trained.respacing.replace(",", "-"))
     if request.trained.variance is not None:
@@ -175,11 +180,17 @@ def _name(trained: Trained, request: BoundRequest, images: ShardImages) -> str:
     return "-".join([*parts, f"seed-{request.seed}"])
 
 
-def _identity(trained: Trained, request: BoundRequest, images: ShardImages) -> dict[str, Any]:
+def _data_name(trained: Trained, request: BoundRequest) -> str:
+    name = request.data.name if request.data is not None else Path(trained.config.data.path or "mixture").name
+    return f"{name}-held-out" if request.held_out else name
+
+
+def _identity(trained: Trained, request: BoundRequest, images: RealImages) -> dict[str, Any]:
     return {
         "checkpoint": trained.fingerprint,
         "weights": trained.weights,
-        "data": images.dataset.manifest.fingerprint,
+        "data": images.dataset.fingerprint,
+        "held_out": request.held_out,
         "images": images.count,
         "respacing": request.trained.respacing,
         "variance": trained.config.diffusion.variance,

@@ -3,41 +3,55 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 
-from trainer.config import ModelConfig
-from trainer.data.decode import decode
+from trainer.config import Config, ModelConfig
 from trainer.data.order import sample_ids
-from trainer.data.shards import ShardedDataset
+from trainer.data.shards import Dataset
+from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError
 
 
-class ShardImages:
-    """`count` images of a dataset, or all of it: a subset is drawn at random but always the same, none twice."""
+class RealImages:
+    """`count` of a dataset's images, or all: a subset is drawn at random but always the same, none twice."""
 
-    def __init__(self, folder: Path, model: ModelConfig, count: int | None) -> None:
-        self.dataset = ShardedDataset(folder)
-        manifest = self.dataset.manifest
-        if (manifest.image_size, manifest.channels) != (model.image_size, model.channels):
-            raise DataError(
-                f"{folder}: images of {manifest.image_size} pixels and {manifest.channels} channels, the network has "
-                f"{model.image_size} and {model.channels}"
-            )
-        if count is not None and count > len(self.dataset):
-            raise ConfigError(f"--images {count}: {folder} holds {len(self.dataset)}")
-        self.count = count or len(self.dataset)
+    def __init__(self, dataset: Dataset, ids: npt.NDArray[np.int64], count: int | None) -> None:
+        if count is not None and count > len(ids):
+            raise ConfigError(f"--images {count}: there are {len(ids)} in {dataset.where}")
+        self.dataset = dataset
+        self.count = count or len(ids)
+        self._ids = ids
 
     def ids(self, numbers: range) -> list[int]:
         """Sample ids of the images with these numbers, 0..count-1."""
-        positions = np.arange(numbers.start, numbers.stop)
-        return [int(sample) for sample in sample_ids(positions, len(self.dataset), seed=0)]
+        places = sample_ids(np.arange(numbers.start, numbers.stop), len(self._ids), seed=0)
+        return [int(sample) for sample in self._ids[places]]
 
     def load(self, numbers: range) -> torch.Tensor:
         """(B, C, H, W) float32 in [-1, 1]. Raises DataError that names a damaged one."""
-        manifest = self.dataset.manifest
-        images = [decode(self.dataset.read(i), manifest.image_size, manifest.mode) for i in self.ids(numbers)]
-        return torch.from_numpy(np.stack(images)).float() / 127.5 - 1
+        images = np.empty((len(numbers), *2 * (self.dataset.image_size,), self.dataset.channels), dtype=np.uint8)
+        for out, sample in zip(images, self.ids(numbers), strict=True):
+            self.dataset.decode_into(out, sample)
+        return rearrange(torch.from_numpy(images), "n h w c -> n c h w").float() / 127.5 - 1
+
+
+def open_images(config: Config, folder: Path | None, *, held_out: bool, count: int | None) -> RealImages:
+    """Images from `folder`, or (None) of the dataset that the run was trained on.
+
+    held_out: those that the run's data.holdout keeps out of training. Raises ConfigError or DataError.
+    """
+    if folder is not None:
+        data = config.data.model_copy(update={"path": str(folder), "mixture": [], "holdout": 0.0, "order": "global"})
+        config = config.model_copy(update={"data": data})
+    opened = open_training_data(config, index_folder=None)
+    if not held_out:
+        return RealImages(opened.dataset, np.setdiff1d(np.arange(len(opened.dataset)), opened.held_out), count)
+    if not len(opened.held_out):
+        raise ConfigError("--held-out: the run has data.holdout = 0, so it was trained on all images")
+    return RealImages(opened.dataset, opened.held_out, count)
 
 
 def load_files(paths: list[Path], model: ModelConfig) -> torch.Tensor:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from trainer import __version__
 from trainer.config import Config
-from trainer.engine.run import DATA_FINGERPRINT, UNDECIDED
+from trainer.data.training_data import DATA_FINGERPRINT
+from trainer.engine.run import UNDECIDED
 
 _KINDS = {"ema": "exponential moving average of the weights", "model": "raw weights, not averaged"}
 # Sections that decided what the weights are; the rest says where files lay and what was logged.

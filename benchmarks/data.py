@@ -1,0 +1,284 @@
+"""The stream beside bare decoding, webdataset's own pipeline and a torch image folder; and a large index.
+
+    python benchmarks/data.py [--images 2000] [--size 256] [--rounds 3] [--workers 0]
+
+The same images, made on the spot, as JPEG (quality 75, 4:2:0: like LSUN), as JPEG 95 4:4:4 and as lossless WebP, each
+in turns within one run. A rate is images per second of CPU time of this process (`--workers 0`), or of wall time with
+loader processes. Then an index of 3,033,042 samples (LSUN bedroom): time and memory to open it, and time to the first
+batch's ids at any position.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm import tqdm
+
+from data_prep.format import INDEX_DTYPE, Manifest, ShardRecord, sha256_of
+from trainer.data import decode as decode_module
+from trainer.data.decode import decode
+from trainer.data.lanes import LanesOrder
+from trainer.data.order import GlobalOrder, Order
+from trainer.data.shards import ShardedDataset
+from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.data.windowed import WindowedOrder
+
+BATCH = 64
+SHARD = 500
+LSUN_BEDROOM = 3_033_042
+KINDS: dict[str, dict[str, Any]] = {
+    "jpeg 75 4:2:0": {"format": "JPEG", "quality": 75},
+    "jpeg 95 4:4:4": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
+    "webp lossless": {"format": "WEBP", "lossless": True, "method": 0, "quality": 0},
+}
+EXTENSIONS = {"JPEG": "jpg", "WEBP": "webp"}
+
+
+def pictures(count: int, size: int) -> Iterable[Image.Image]:
+    """Smooth colours with edges and a little noise: about as hard to decode as photos."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.int16)
+        yield Image.fromarray((smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write_dataset(folder: Path, images: list[bytes], size: int, extension: str) -> None:
+    """A dataset in data_prep's format, written by webdataset, so that both read the same files."""
+    folder.mkdir()
+    index = np.zeros(len(images), INDEX_DTYPE)
+    records = []
+    for first in range(0, len(images), SHARD):
+        path = folder / f"shard-{first // SHARD:06d}.tar"
+        part = images[first : first + SHARD]
+        with wds.TarWriter(str(path), mtime=0) as writer:
+            for key, encoded in enumerate(part, start=first):
+                writer.write({"__key__": f"{key:09d}", extension: encoded})
+        records.append(
+            ShardRecord(name=path.name, samples=len(part), bytes=path.stat().st_size, sha256=sha256_of(path))
+        )
+        offset = 0
+        for key, encoded in enumerate(part, start=first):
+            index[key] = (first // SHARD, offset + 512, len(encoded), zlib.crc32(encoded), -1, key)
+            offset += 512 + -(-len(encoded) // 512) * 512
+    write_manifest(folder, index, records, size)
+
+
+def write_manifest(folder: Path, index: np.ndarray, records: list[ShardRecord], size: int) -> None:
+    """What a reader needs besides the shards."""
+    np.save(folder / "index.npy", index)
+    manifest = Manifest(
+        image_size=size,
+        mode="RGB",
+        encoding="source",
+        transform="source",
+        samples=len(index),
+        rejected=0,
+        classes=[],
+        source={},
+        shards=records,
+        index_sha256=sha256_of(folder / "index.npy"),
+        names_sha256="0" * 64,
+    )
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
+
+
+class ImageFolder(TorchDataset[torch.Tensor]):
+    """The loader that most people start with: one file an image, Pillow."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        with Image.open(self.paths[number]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def contenders(
+    folder: Path, images: list[bytes], size: int, extension: str, workers: int
+) -> dict[str, Callable[[], int]]:
+    """Each goes once through all images and returns how many it saw."""
+    dataset = ShardedDataset(folder / "shards")
+    layout = BatchLayout.plan(BATCH, 1, None)
+    steps = len(images) // BATCH
+
+    def bare(by_pillow: bool) -> int:
+        for encoded in images:
+            if by_pillow:
+                np.asarray(Image.open(io.BytesIO(encoded)))
+            else:
+                decode(encoded, size, "RGB", crop=True)
+        return len(images)
+
+    def count(batches: Iterable[Any]) -> int:
+        return sum(len(batch) for batch in batches)
+
+    def ours() -> int:
+        plan = MicroBatchPlan(layout, order=GlobalOrder(len(images), 0), rank=0, first_step=0, last_step=steps)
+        stream = micro_batches(dataset, plan, workers=workers, prefetch=4, pin_memory=False)
+        return count(batch["image"] for batch in stream)
+
+    def webdataset() -> int:
+        urls = [shard.url for shard in dataset.shards]
+        pipeline = (
+            wds.WebDataset(urls, shardshuffle=False, empty_check=False)
+            .decode("pil")
+            .to_tuple(extension)
+            .map(lambda fields: np.asarray(fields[0].convert("RGB")))
+            .batched(BATCH, collation_fn=lambda arrays: torch.from_numpy(np.stack(arrays)))
+        )
+        return count(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
+
+    def image_folder() -> int:
+        files = sorted((folder / "files").iterdir())
+        return count(DataLoader(ImageFolder(files), batch_size=BATCH, shuffle=True, num_workers=workers))
+
+    return {
+        "bare decode": lambda: bare(False),
+        "bare Pillow": lambda: bare(True),
+        "ours": ours,
+        "webdataset": webdataset,
+        "image folder": image_folder,
+    }
+
+
+def measure_kind(kind: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Rates of all contenders for one encoding."""
+    options = KINDS[kind]
+    images = []
+    for picture in tqdm(pictures(arguments.images, arguments.size), kind, arguments.images, disable=None, leave=False):
+        stream = io.BytesIO()
+        picture.save(stream, **options)
+        images.append(stream.getvalue())
+    extension = EXTENSIONS[options["format"]]
+    write_dataset(folder / "shards", images, arguments.size, extension)
+    (folder / "files").mkdir()
+    for number, encoded in enumerate(images):
+        (folder / "files" / f"{number:06d}.{extension}").write_bytes(encoded)
+    clock = time.perf_counter if arguments.workers else time.process_time
+    running = contenders(folder, images, arguments.size, extension, arguments.workers)
+    rates: dict[str, list[float]] = {name: [] for name in running}
+    for round_ in range(arguments.rounds + 1):
+        for name, run in running.items():
+            started = clock()
+            seen = run()
+            if round_ > 0:  # the first warms the caches
+                rates[name].append(seen / (clock() - started))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    kib = sum(map(len, images)) / len(images) / 1024
+    return [
+        {"kind": kind, "KiB": kib, "name": name, "images_per_second": rate, "ratio": rate / medians["bare decode"]}
+        for name, rate in medians.items()
+    ]
+
+
+def open_large_index(folder: str) -> None:
+    """In a process of its own: open the index, go to any position, and print what that cost."""
+    private = private_bytes()
+    started = time.perf_counter()
+    dataset = ShardedDataset(Path(folder), origin="file://nowhere")
+    opened = time.perf_counter() - started
+    sizes = [shard.samples for shard in dataset.shards]
+    makers: dict[str, Callable[[], Order]] = {
+        "global": lambda: GlobalOrder(len(dataset), 1),
+        "windowed": lambda: WindowedOrder(sizes, window=16, seed=1),
+        "lanes": lambda: LanesOrder(sizes, lanes=64, global_batch=512, window=16, seed=1),
+    }
+    resumed = {}
+    for name, make in makers.items():
+        started = time.perf_counter()
+        make().ids(np.arange(10**10, 10**10 + 512))
+        resumed[name] = time.perf_counter() - started
+    [dataset.index[sample] for sample in range(0, len(dataset), 500)]
+    report = {"seconds_to_open": opened, "seconds_to_resume": resumed, "private_bytes": private_bytes() - private}
+    print(json.dumps(report))
+
+
+def private_bytes() -> int:
+    """Memory of this process alone: not the index's pages, which all processes of a node share."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    fields = {line.split(":")[0]: line.split()[1] for line in lines[1:]}
+    return 1024 * int(fields["Anonymous"])
+
+
+def measure_index(folder: Path, samples: int) -> dict[str, Any]:
+    """A synthetic index of LSUN bedroom's size; the shards themselves are not there."""
+    folder.mkdir()
+    index = np.zeros(samples, INDEX_DTYPE)
+    index["shard"] = np.arange(samples) // 4096
+    index["key"] = np.arange(samples)
+    counts = np.bincount(index["shard"]).tolist()
+    digests = [f"{number:064x}" for number in range(len(counts))]
+    records = [
+        ShardRecord(name=f"shard-{n:06d}.tar", samples=count, bytes=1, sha256=digest)
+        for n, (count, digest) in enumerate(zip(counts, digests))
+    ]
+    write_manifest(folder, index, records, 256)
+    command = [sys.executable, __file__, "--open-index", str(folder)]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def main() -> None:
+    """Measure in turns, so that a machine that slows down slows all; print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/out/data.json"))
+    parser.add_argument("--open-index", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.open_index:
+        open_large_index(arguments.open_index)
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = []
+        for number, kind in enumerate(KINDS):
+            folder = Path(temporary) / str(number)
+            folder.mkdir()
+            rows += measure_kind(kind, arguments, folder)
+        large = measure_index(Path(temporary) / "large", LSUN_BEDROOM)
+    fast = "simplejpeg" if decode_module.simplejpeg is not None else "Pillow (simplejpeg is not installed)"
+    per = "second of wall time" if arguments.workers else "second of CPU time"
+    about = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, JPEGs by {fast}, images per {per}"
+    print(f"{arguments.images} images of {arguments.size}², {arguments.workers} workers; {about}")
+    print(f"{'':<16}{'':<14}{'KiB':>6}{'images/s':>10}{'of bare':>9}")
+    for row in rows:
+        rate = f"{row['images_per_second']:>10,.0f}{row['ratio']:>9.2f}"
+        print(f"{row['kind']:<16}{row['name']:<14}{row['KiB']:>6.0f}{rate}")
+    resumed = ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in large["seconds_to_resume"].items())
+    memory = f"{large['private_bytes'] / 1e6:.0f} MB a process"
+    print(f"index of {LSUN_BEDROOM:,}: opened in {large['seconds_to_open']:.2f} s, {memory}; resumed after: {resumed}")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    content = {"about": about, "arguments": vars(arguments), "rows": rows, "index": large}
+    arguments.json.write_text(json.dumps(content, default=str))
+
+
+if __name__ == "__main__":
+    main()

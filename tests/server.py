@@ -1,0 +1,100 @@
+"""A local http server of a folder, with the faults that networks have."""
+
+import http.server
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class FaultyServer(http.server.ThreadingHTTPServer):
+    """`faults[name]` are taken one for each GET of a file, until none is left: "cut", "stall", "trickle", "wrong",
+    or a status such as 503; `always[name]` stays. `gets` counts.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.faults: dict[str, list[str | int]] = {}
+        self.always: dict[str, str | int] = {}
+        self.gets: Counter[str] = Counter()
+        self.open_gets = 0
+        self.most_open_gets = 0
+        self.counting = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: FaultyServer
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        server = self.server
+        with server.counting:
+            server.gets[self.path[1:]] += 1
+            server.open_gets += 1
+            server.most_open_gets = max(server.most_open_gets, server.open_gets)
+        try:
+            self._answer(with_body=True)
+        finally:
+            with server.counting:
+                server.open_gets -= 1
+
+    def _answer(self, *, with_body: bool) -> None:
+        name = self.path[1:]
+        path = self.server.folder / name
+        queue = self.server.faults.get(name, []) if with_body else []
+        fault = queue.pop(0) if queue else self.server.always.get(name)
+        if isinstance(fault, int) or not path.is_file():
+            self.send_error(fault if isinstance(fault, int) else 404)
+            return
+        content = path.read_bytes()
+        if fault == "wrong":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if not with_body:
+            return
+        if fault == "cut":
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+        elif fault == "stall":
+            self.wfile.write(content[:100])
+            self.wfile.flush()
+            time.sleep(3)
+            self.close_connection = True
+        elif fault == "trickle":
+            for byte in content[:40]:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.1)
+            self.close_connection = True
+        else:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[FaultyServer]:
+    server = FaultyServer(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

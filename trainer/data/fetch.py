@@ -1,0 +1,148 @@
+"""Bringing one file here from wherever fsspec can read: http(s), s3, gs, hf, or another folder."""
+
+import errno
+import hashlib
+import time
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import fsspec
+
+from trainer.errors import DataError
+
+_CHUNK = 4 << 20
+_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
+_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the file that is written, so no fault of the connection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """When to try again and when to give up.
+
+    attempts: in all; first_delay: seconds before the second, doubled each time; stall: seconds in which at least
+    `least_bytes` must arrive.
+    """
+
+    attempts: int = 6
+    first_delay: float = 1.0
+    stall: float = 60.0
+    least_bytes: int = 1 << 20
+
+
+def fetch(url: str, out: BinaryIO, *, size: int | None, digest: str | None, patience: Patience) -> None:
+    """Copy a file to the beginning of `out`; `size` in bytes and `digest` (sha256) are what was promised, if it was.
+
+    A connection that fails or stalls, a body cut off and a wrong content are tried again, with growing pauses. Raises
+    DataError with the URL and the last reason; at once where there is no such file or no right to read it. Raises
+    OSError where `out` cannot be written.
+    """
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            out.seek(0)
+            found = _copy(url, out, size, patience)
+            out.truncate()
+            if size is not None and out.tell() != size:
+                reason = f"cut off after {out.tell()} of {size} bytes"
+            elif digest is not None and found != digest:
+                reason = f"sha256 is {found}, {digest} was promised"
+            else:
+                return
+        except Exception as error:  # each protocol's library raises its own
+            if isinstance(error, OSError) and error.errno in _OURS:
+                raise
+            if _is_final(cause := _cause(error)):
+                raise DataError(f"{url}: {_words(cause)}") from error
+            reason = _words(cause)
+        if attempt < patience.attempts:
+            time.sleep(patience.first_delay * 2 ** (attempt - 1))
+    raise DataError(f"{url}: cannot be fetched, {patience.attempts} attempts: {reason}")
+
+
+def remote_size(url: str, patience: Patience) -> tuple[int, str]:
+    """Length in bytes, and whatever changes when the content does (an ETag, a time). Raises DataError."""
+    try:
+        filesystem, path = _filesystem(url, patience)
+        info = filesystem.info(path)
+    except Exception as error:
+        raise DataError(f"{url}: {_words(_cause(error))}") from error
+    if info.get("size") is None:
+        raise DataError(f"{url}: the server does not say how long it is")
+    stamps = ("ETag", "etag", "LastModified", "last_modified", "mtime", "generation", "blob_id")
+    return int(info["size"]), str([str(info[stamp]) for stamp in stamps if stamp in info])
+
+
+def list_tars(url: str, patience: Patience) -> list[str]:
+    """The URLs of the .tar files in a folder, sorted. Raises DataError."""
+    try:
+        filesystem, path = _filesystem(url, patience)
+        found = filesystem.glob(f"{path.rstrip('/')}/*.tar")
+    except Exception as error:
+        raise DataError(f"{url}: {_words(_cause(error))}") from error
+    return sorted(filesystem.unstrip_protocol(name) for name in found)
+
+
+def exists(url: str, patience: Patience) -> bool:
+    """Whether there is such a file. Raises DataError where nobody can tell."""
+    try:
+        filesystem, path = _filesystem(url, patience)
+        return bool(filesystem.exists(path))
+    except Exception as error:
+        raise DataError(f"{url}: {_words(_cause(error))}") from error
+
+
+def _copy(url: str, out: BinaryIO, size: int | None, patience: Patience) -> str:
+    """Returns the content's sha256; does not read on behind `size`."""
+    sha256 = hashlib.sha256()
+    filesystem, path = _filesystem(url, patience)
+    # Of http one plain request; of object stores ranges, each behind the other.
+    options: dict[str, Any] = {"block_size": 0} if _is_http(url) else {"block_size": _CHUNK}
+    with filesystem.open(path, "rb", **options) as source:
+        since, arrived = time.monotonic(), 0
+        while chunk := source.read(_CHUNK):
+            out.write(chunk)
+            sha256.update(chunk)
+            arrived += len(chunk)
+            if size is not None and out.tell() > size:
+                raise OSError(f"longer than the {size} bytes that were promised")
+            if time.monotonic() - since > patience.stall:
+                if arrived < patience.least_bytes:
+                    raise TimeoutError(f"{arrived} bytes in {patience.stall:g} seconds")
+                since, arrived = time.monotonic(), 0
+    return sha256.hexdigest()
+
+
+def _filesystem(url: str, patience: Patience) -> tuple[Any, str]:
+    if not _is_http(url):
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return filesystem, path
+    import aiohttp  # an extra, as are the libraries of the other protocols
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience.stall, sock_read=patience.stall)
+    filesystem, path = fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
+    return filesystem, path
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """fsspec calls whatever goes wrong at the opening of a URL a missing file; this is what it was."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether trying again is of no use; of a server's 4xx only "too slow" and "too many" may change."""
+    status = getattr(error, "status", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    return refused or isinstance(error, _HOPELESS)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
+        return "no such file"
+    if isinstance(error, TimeoutError) and not str(error):
+        return "timed out"
+    return " ".join(f"{type(error).__name__}: {error}".split())

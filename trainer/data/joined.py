@@ -1,0 +1,65 @@
+"""Several datasets under one numbering of samples and shards."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.shards import IndexedDataset
+
+
+class JoinedDatasets:
+    """See the module; a `Dataset`. Samples of dataset k begin at `id_starts[k]`; labels are each dataset's own."""
+
+    def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
+        self.datasets = list(datasets)
+        self.where = " + ".join(dataset.where for dataset in datasets)
+        self.shards = [shard for dataset in datasets for shard in dataset.shards]
+        self.id_starts = np.cumsum([0, *(len(dataset) for dataset in datasets)])
+        self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self.image_size = datasets[0].image_size
+        fingerprints = [dataset.fingerprint for dataset in datasets]
+        self.fingerprint = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self.id_starts[-1])
+
+    @property
+    def channels(self) -> int:
+        """See `Dataset`."""
+        return self.datasets[0].channels
+
+    def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """See `Dataset`."""
+        return np.searchsorted(self.bounds, samples, side="right") - 1
+
+    def image(self, sample: int) -> npt.NDArray[np.uint8]:
+        """See `Dataset`."""
+        dataset, own = self._find(sample)
+        return dataset.image(own)
+
+    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
+        """See `Dataset`."""
+        dataset, own = self._find(sample)
+        dataset.decode_into(out, own)
+
+    def label(self, sample: int) -> int:
+        """See `Dataset`."""
+        dataset, own = self._find(sample)
+        return dataset.label(own)
+
+    def describe(self, sample: int) -> str:
+        """See `Dataset`."""
+        dataset, own = self._find(sample)
+        return dataset.describe(own)
+
+    def close(self) -> None:
+        """See `Dataset`."""
+        for dataset in self.datasets:
+            dataset.close()
+
+    def _find(self, sample: int) -> tuple[IndexedDataset, int]:
+        number = int(np.searchsorted(self.id_starts, sample, side="right")) - 1
+        return self.datasets[number], sample - int(self.id_starts[number])

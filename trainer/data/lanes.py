@@ -1,0 +1,75 @@
+"""The order of lanes: the dataset is cut into C lanes, and a node reads only those of its part of the global batch.
+
+Slot j of a global batch of B belongs to lane j C / B, so of n nodes (C divisible by n) each reads C / n lanes, the same
+ones in every epoch: its share of the shards fits on its own disk. The order depends on C and on B, which are fixed for
+a run, never on the number of nodes; another number of nodes only reads other shards.
+
+Epoch e is positions e N to (e + 1) N. In it lane c has S_c(e) slots, which need not be equal: so the dataset (its
+shards in an order keyed by the seed) is cut after S_0, S_0 + S_1, ... samples, and each lane shuffles its stretch
+like the windowed order. Thus each epoch holds each sample exactly once whatever N, B and the sizes of shards are. The
+cuts move by fewer than B samples from epoch to epoch, so only a shard on a cut is read by two lanes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.order import Int64Array
+from trainer.data.permutation import derive_key, permute
+from trainer.data.windowed import Windows
+
+_LANES = 0x6C616E6573  # "lanes": apart from the keys of the other orders
+
+
+class LanesOrder:
+    """See the module. Shards may hold any number of samples; ids are numbered through the shards in turn."""
+
+    def __init__(self, shard_sizes: Sequence[int], *, lanes: int, global_batch: int, window: int, seed: int) -> None:
+        if global_batch % lanes:
+            raise ValueError(f"lanes = {lanes}: should divide global_batch = {global_batch}")
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        shards = permute(np.arange(len(sizes)), len(sizes), derive_key(seed, _LANES))
+        self.samples = int(sizes.sum())
+        self.starts = (np.cumsum(sizes) - sizes)[shards]
+        self.bounds = np.concatenate([[0], np.cumsum(sizes[shards])])
+        self.lanes = lanes
+        self.global_batch = global_batch
+        self.window = window
+        self.seed = seed
+        self._stretches: dict[tuple[int, int], Windows] = {}
+
+    def ids(self, positions: npt.ArrayLike) -> Int64Array:
+        """See `Order`; ids are 0..N-1."""
+        asked = np.asarray(positions, dtype=np.int64)
+        epochs, lanes = asked // self.samples, asked % self.global_batch * self.lanes // self.global_batch
+        ids = np.empty(asked.shape, dtype=np.int64)
+        for epoch, lane in np.unique(np.stack([epochs, lanes], axis=1), axis=0).tolist():
+            chosen = (epochs == epoch) & (lanes == lane)
+            places = self._slots_before(asked[chosen], lane) - self._slots_before(epoch * self.samples, lane)
+            ids[chosen] = self._windows(epoch, lane).ids(np.asarray(places))
+        return ids
+
+    def _slots_before(self, position: npt.ArrayLike, lane: npt.ArrayLike) -> Int64Array:
+        """How many of the positions before this one belong to the lane."""
+        width = self.global_batch // self.lanes
+        batches, slot = np.divmod(np.asarray(position, dtype=np.int64), self.global_batch)
+        return np.asarray(batches * width + np.clip(slot - np.asarray(lane) * width, 0, width))
+
+    def _windows(self, epoch: int, lane: int) -> Windows:
+        if (epoch, lane) not in self._stretches:
+            while len(self._stretches) >= 2 * self.lanes:  # a stream looks at this epoch and the next
+                del self._stretches[next(iter(self._stretches))]
+            self._stretches[epoch, lane] = self._cut(epoch, lane)
+        return self._stretches[epoch, lane]
+
+    def _cut(self, epoch: int, lane: int) -> Windows:
+        every_lane = np.arange(self.lanes)
+        begin, end = (self._slots_before((epoch + n) * self.samples, every_lane) for n in (0, 1))
+        cuts = np.concatenate([[0], np.cumsum(end - begin)])
+        first = np.clip(self.bounds[:-1], cuts[lane], cuts[lane + 1])
+        sizes = np.clip(self.bounds[1:], cuts[lane], cuts[lane + 1]) - first
+        inside = sizes > 0
+        starts = self.starts + first - self.bounds[:-1]
+        key = derive_key(self.seed, _LANES, epoch, lane)
+        return Windows(starts[inside], sizes[inside], window=self.window, key=key)

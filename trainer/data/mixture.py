@@ -1,0 +1,68 @@
+"""Several datasets in one stream, each with its share of the positions and with epochs of its own.
+
+Positions come in blocks of 1000. In each block every dataset has the same number of slots, its weight in thousandths,
+dealt by a permutation keyed by (seed, block). How many of a dataset's slots lie before a position is then whole blocks
+plus a count inside one, and that number is the dataset's own position in its own order.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.order import Int64Array, Order
+from trainer.data.permutation import derive_key, permute
+
+BLOCK = 1000
+_MIXTURE = 0x6D697874757265  # "mixture": apart from the keys of the other orders
+
+
+class MixtureOrder:
+    """See the module. Ids are numbered through the datasets: those of dataset k begin at `id_starts[k]`.
+
+    Not an `Order` in the strict sense, for it has no epoch; `samples` is the datasets' total.
+    """
+
+    def __init__(
+        self, orders: Sequence[Order], *, weights: Sequence[float], id_starts: Sequence[int], seed: int
+    ) -> None:
+        self.orders = list(orders)
+        self.id_starts = list(id_starts)
+        self.samples = sum(order.samples for order in orders)
+        self.quotas = quotas(weights)
+        self.seed = seed
+        self._dealt = np.repeat(np.arange(len(orders)), self.quotas)  # (BLOCK,) the dataset of each slot, unshuffled
+
+    def ids(self, positions: npt.ArrayLike) -> Int64Array:
+        """positions: (B,) integers >= 0. Returns (B,) int64."""
+        blocks, slots = np.divmod(np.asarray(positions, dtype=np.int64), BLOCK)
+        ids = np.empty(blocks.shape, dtype=np.int64)
+        for block in np.unique(blocks).tolist():
+            in_block = blocks == block
+            owners = self._dealt[permute(np.arange(BLOCK), BLOCK, derive_key(self.seed, _MIXTURE, block))]
+            for dataset in np.unique(owners[slots[in_block]]).tolist():
+                mine = owners == dataset
+                chosen = in_block & mine[slots]
+                own_positions = block * self.quotas[dataset] + np.cumsum(mine)[slots[chosen]] - 1
+                ids[chosen] = self.id_starts[dataset] + self.orders[dataset].ids(own_positions)
+        return ids
+
+
+def quotas(weights: Sequence[float]) -> list[int]:
+    """Slots of each dataset in a block, proportional to the weights, by the largest remainders; they sum to BLOCK.
+
+    Raises ValueError where a dataset's share would be 0.
+    """
+    shares = np.asarray(weights, dtype=np.float64) * BLOCK / sum(weights)
+    slots = np.floor(shares).astype(int)
+    remainders = shares - slots
+    for dataset in np.argsort(-remainders, kind="stable")[: BLOCK - slots.sum()]:
+        slots[dataset] += 1
+    if (slots == 0).any():
+        raise ValueError(f"a weight is less than a {BLOCK}th of the sum of the weights, so its images would never come")
+    return [int(count) for count in slots]
+
+
+def member_seed(seed: int, dataset: int) -> int:
+    """The seed of one dataset's own order: the same images in two datasets do not come in the same order."""
+    return derive_key(seed, _MIXTURE, ~dataset)

@@ -1,0 +1,101 @@
+"""Fetching shards before they are needed: a rank's plan tells which come next."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from trainer.data.cache import NodeCache
+from trainer.data.shards import Shard
+from trainer.errors import DataError
+
+_FARTHEST = 4096  # micro-steps ahead of training
+
+
+class Prefetcher:
+    """A thread that walks a plan ahead of training and pins what it will need in the node's cache.
+
+    needs: the shards of a micro-step, in the order of need; micro_steps: the plan's; in_hand: micro-steps ahead of
+    training that loader processes have already been given, and fetch for themselves; budget: bytes that may be pinned
+    at a time. What does not fit is fetched by the reader when it is needed, and what cannot be fetched is the reader's
+    to report.
+    """
+
+    def __init__(
+        self,
+        cache: NodeCache,
+        shards: Sequence[Shard],
+        *,
+        needs: Callable[[int], Sequence[int]],
+        micro_steps: range,
+        in_hand: int,
+        budget: int,
+    ) -> None:
+        self.cache = cache
+        self.shards = shards
+        self.needs = needs
+        self.micro_steps = micro_steps
+        self.in_hand = in_hand
+        self.budget = budget
+        self._training = micro_steps.start  # the micro-step that training is at
+        self._last_need: dict[int, int] = {}  # of each pinned shard, as far as the plan was walked
+        self._pins: dict[int, int] = {}  # descriptors
+        self._closed = False
+        self._moved = threading.Condition()
+        self._thread = threading.Thread(target=self._walk, name="prefetch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; loader processes should have been started before, for they inherit what is open."""
+        self._thread.start()
+
+    def advance(self, micro_step: int) -> None:
+        """Tell which micro-step training is at."""
+        with self._moved:
+            self._training = micro_step
+            self._moved.notify()
+
+    def close(self) -> None:
+        """Let go of everything, as soon as the fetch under way has ended; nobody need wait for that."""
+        with self._moved:
+            self._closed = True
+            self._moved.notify()
+
+    @property
+    def pinned(self) -> set[int]:
+        """The shards that are held now."""
+        return set(self._pins)
+
+    def _walk(self) -> None:
+        try:
+            for micro_step in self.micro_steps:
+                for shard in self.needs(micro_step):
+                    self._last_need[shard] = micro_step
+                    if shard not in self._pins and self._make_room(self.shards[shard].bytes, micro_step):
+                        self._pins[shard] = self.cache.pin(self.shards[shard])
+                with self._moved:
+                    while not self._closed and micro_step >= self._training + _FARTHEST:
+                        self._moved.wait()
+                if self._closed:
+                    return
+            with self._moved:
+                while not self._closed:
+                    self._moved.wait()
+        except DataError:
+            pass  # the reader will meet the same where it matters
+        finally:
+            for descriptor in self._pins.values():
+                self.cache.unpin(descriptor)
+            self._pins.clear()
+
+    def _make_room(self, needed: int, micro_step: int) -> bool:
+        """Wait until shards that training has left behind make room; False where there is none when it is needed."""
+        while not self._closed and (now := self._training) + self.in_hand <= micro_step:
+            self._let_go()
+            if sum(self.shards[shard].bytes for shard in self._pins) + needed <= self.budget:
+                return True
+            with self._moved:
+                while not self._closed and self._training == now:
+                    self._moved.wait()
+        return False
+
+    def _let_go(self) -> None:
+        for shard in [shard for shard in self._pins if self._last_need[shard] < self._training]:
+            self.cache.unpin(self._pins.pop(shard))

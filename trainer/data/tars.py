@@ -1,0 +1,172 @@
+"""Plain webdataset tars, of anyone's making: no manifest, so their headers are walked once and the index is kept.
+
+A tar holds no checksum of its members, so what can be found is a damaged header, a hole over one, a cut file, and an
+image that cannot be decoded; a flipped bit inside an image cannot. data_prep's shards have a crc32 for each image.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from data_prep.format import UNLABELLED
+from trainer.data.shards import IndexedDataset, Shard, ShardFiles
+from trainer.data.tar_headers import Member, TarError, walk
+from trainer.errors import DataError
+
+TAR_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the image's first byte
+        ("length", "<u4"),
+        ("label", "<i4"),  # the number in the sample's .cls, or UNLABELLED
+        ("name", "<u8"),  # first 8 bytes of the sha256 of the member's name
+    ]
+)
+_IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
+_IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+
+
+class TarDataset(IndexedDataset):
+    """The images of tars that data_prep did not write, cropped to the middle square when loaded.
+
+    shards: with `samples` = 0, for nobody knows it yet; image_size and mode: what every image must have (the shorter
+    side) or become (grey becomes RGB); index_folder: where the index is kept for the next start, None for nowhere.
+    Raises DataError that names shard and offset where a tar is damaged.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        shards: Sequence[Shard],
+        *,
+        image_size: int,
+        mode: str,
+        files: ShardFiles,
+        index_folder: Path | None,
+    ) -> None:
+        if index_folder is None:
+            counts, index = _index(shards, files)
+            source: Path | npt.NDArray[np.void] = index
+        else:
+            counts, source = _kept_index(shards, files, index_folder)
+            index = np.load(source, mmap_mode="r", allow_pickle=False)
+        if not sum(counts):
+            raise DataError(f"{where}: no image in {len(shards)} tars")
+        names = [PurePosixPath(shard.url).name for shard in shards]
+        content = [image_size, mode, names, counts, hashlib.sha256(index.tobytes()).hexdigest()]
+        super().__init__(
+            where=where,
+            shards=[
+                Shard(url=shard.url, samples=n, bytes=shard.bytes, digest=shard.digest, verifiable=shard.verifiable)
+                for shard, n in zip(shards, counts)
+            ],
+            index=source,
+            image_size=image_size,
+            mode=mode,
+            crop=True,
+            fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+            files=files,
+        )
+
+    def describe(self, sample: int) -> str:
+        """See `IndexedDataset`; the name is looked up in the tar, for no index of millions of names is kept."""
+        shard = int(self.shards_of(sample))
+        offset = int(self.index[sample]["offset"])
+        try:
+            names = {member.offset: member.name for member in walk(self._descriptor(shard))}
+        except TarError:
+            names = {}
+        return f"{self.shards[shard].url}: member {names.get(offset, f'at offset {offset}')} (sample {sample})"
+
+    def split_keys(self) -> npt.NDArray[np.uint64]:
+        """See `IndexedDataset`: by name."""
+        return self.index["name"].astype(np.uint64)
+
+
+def _kept_index(shards: Sequence[Shard], files: ShardFiles, folder: Path) -> tuple[list[int], Path]:
+    """The index of earlier, or a new one: of the processes that ask at once, one walks and the others wait for it.
+
+    It is keyed by what the shards are called, their sizes and times, so that a changed shard makes a new index.
+    """
+    key = hashlib.sha256(json.dumps([[s.url, s.bytes, s.digest] for s in shards]).encode()).hexdigest()[:32]
+    path, counts_path = folder / f"{key}.npy", folder / f"{key}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not counts_path.exists():  # written last
+            counts, index = _index(shards, files)
+            unfinished = folder / f"{key}.tmp"
+            with unfinished.open("wb") as stream:
+                np.save(stream, index)
+            unfinished.rename(path)
+            unfinished.write_text(json.dumps(counts))
+            unfinished.rename(counts_path)
+    return json.loads(counts_path.read_text()), path
+
+
+def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.NDArray[np.void]]:
+    """Walk all shards. Returns the number of samples of each, and the index, (N,) TAR_DTYPE."""
+    parts = []
+    for shard in tqdm(shards, desc="indexing tars", unit="tar", disable=None, leave=False):
+        descriptor = files.open(shard)
+        try:
+            parts.append(_samples(descriptor, walk(descriptor)))
+        except TarError as error:
+            raise DataError(f"{shard.url}: {error}; restore it or leave it out") from error
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{shard.url}: {error}") from error
+        finally:
+            os.close(descriptor)
+    return [len(part) for part in parts], np.concatenate([np.empty(0, TAR_DTYPE), *parts])
+
+
+def _samples(descriptor: int, members: Sequence[Member]) -> npt.NDArray[np.void]:
+    """Webdataset's rule: a sample is what shares a name up to its first dot, and its image is the one called .jpg etc.
+
+    Beyond that rule, images that would have been lost are samples of their own: `a.1.jpg` and `a.2.jpg` where there
+    is no `a.jpg`, and images without an extension.
+    """
+    samples: dict[str, dict[str, Member]] = {}
+    for member in members:
+        folder, _, base = member.name.rpartition("/")
+        key, _, extension = base.partition(".")
+        if base.startswith("."):  # macOS's ._ files and the like
+            continue
+        fields = samples.setdefault(f"{folder}/{key}", {})
+        if extension.lower() in fields:
+            raise ValueError(f"{member.name} is there twice")
+        fields[extension.lower()] = member
+    rows = []
+    for fields in samples.values():
+        label = _label(descriptor, fields["cls"]) if "cls" in fields else UNLABELLED
+        for image in _images(descriptor, fields):
+            name = int.from_bytes(hashlib.sha256(image.name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+            rows.append((image.offset, image.length, label, name))
+    return np.array(rows, dtype=TAR_DTYPE)
+
+
+def _images(descriptor: int, fields: dict[str, Member]) -> list[Member]:
+    exact = [member for extension, member in fields.items() if extension in _IMAGE_EXTENSIONS]
+    if len(exact) > 1:
+        raise ValueError(f"{exact[0].name} and {exact[1].name} are images of one sample")
+    if exact:
+        return exact
+    dotted = [member for extension, member in fields.items() if extension.rpartition(".")[2] in _IMAGE_EXTENSIONS]
+    if dotted or "" not in fields:
+        return dotted
+    bare = fields[""]
+    return [bare] if os.pread(descriptor, 8, bare.offset).startswith(_IMAGE_MAGIC) else []
+
+
+def _label(descriptor: int, member: Member) -> int:
+    text = os.pread(descriptor, min(member.length, 32), member.offset)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"{member.name} holds {text!r}, not the number of a class") from error

@@ -1,0 +1,212 @@
+"""From the configuration's [data] to the images that are trained on and their order."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from braceexpand import braceexpand
+
+from data_prep.format import INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
+from trainer.config import Config, DataConfig
+from trainer.data.cache import NodeCache
+from trainer.data.decode import jpeg_signature
+from trainer.data.fetch import Patience, exists, list_tars, remote_size
+from trainer.data.joined import JoinedDatasets
+from trainer.data.lanes import LanesOrder
+from trainer.data.mixture import MixtureOrder, member_seed
+from trainer.data.order import GlobalOrder, Order, Selected
+from trainer.data.shards import Dataset, IndexedDataset, InPlace, Shard, ShardedDataset
+from trainer.data.split import is_held_out
+from trainer.data.tars import TarDataset
+from trainer.data.windowed import WindowedOrder
+from trainer.errors import ConfigError, DataError
+
+DATA_FINGERPRINT = "data (manifest)"  # its name in a run's identity
+_UNFINISHED = ".staging"  # data_prep's, in a folder that has no manifest yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """A dataset, the order in which it is trained on, and what of both must not change within a run.
+
+    cache: None where the shards are read where they lie; held_out: (H,) int64, the ids that the order leaves out.
+    """
+
+    dataset: Dataset
+    order: Order
+    held_out: npt.NDArray[np.int64]
+    cache: NodeCache | None
+    identity: dict[str, Any]
+
+
+def open_training_data(config: Config, *, index_folder: Path | None) -> TrainingData:
+    """Open what `config.data` names.
+
+    index_folder: where the indexes of tars without one are kept if there is no data.cache_dir; None for nowhere. Raises
+    ConfigError or DataError.
+    """
+    data = config.data
+    cache = NodeCache(Path(data.cache_dir), data.cache_size) if data.cache_dir is not None else None
+    opener = _Opener(config, cache, cache.files if cache is not None else index_folder)
+    if data.path is not None:
+        dataset: Dataset = (single := opener.open(data.path))
+        held_out, order = _split_and_order(config, single, config.seed)
+    else:
+        datasets = [opener.open(entry.path) for entry in data.mixture]
+        dataset = joined = JoinedDatasets(datasets)
+        parts = [_split_and_order(config, one, member_seed(config.seed, k)) for k, one in enumerate(datasets)]
+        held_out = np.concatenate([first + ids for first, (ids, _) in zip(joined.id_starts, parts)])
+        order = _mixture(config, [order for _, order in parts], joined)
+    if cache is not None:
+        _check_cache_size(data, dataset)
+    return TrainingData(
+        dataset=dataset, order=order, held_out=held_out, cache=cache, identity=_identity(data, dataset.fingerprint)
+    )
+
+
+def _identity(data: DataConfig, fingerprint: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {"data.order": data.order, "data.holdout": data.holdout}
+    if data.order != "global":
+        fields["data.window"] = data.window
+    if data.order == "lanes":
+        fields["data.lanes"] = data.lanes
+    if data.mixture:
+        fields["data.mixture weights"] = [entry.weight for entry in data.mixture]
+    return {**fields, DATA_FINGERPRINT: fingerprint, "data (pixels of JPEGs)": jpeg_signature()}
+
+
+def _split_and_order(config: Config, dataset: IndexedDataset, seed: int) -> tuple[npt.NDArray[np.int64], Order]:
+    """The held-out ids and the order of the others."""
+    data = config.data
+    bounds = dataset.bounds
+    if data.holdout:
+        out = is_held_out(dataset.split_keys(), data.holdout)
+        held_out, selected = np.flatnonzero(out), np.flatnonzero(~out).astype(np.uint32)
+        if not len(held_out) or not len(selected):
+            raise ConfigError(f"data.holdout = {data.holdout}: holds out {len(held_out)} of {len(dataset)} images")
+        bounds = np.searchsorted(selected, bounds)
+        return held_out, Selected(_order(config, np.diff(bounds), seed), selected)
+    return np.empty(0, dtype=np.int64), _order(config, np.diff(bounds), seed)
+
+
+def _order(config: Config, shard_sizes: npt.NDArray[np.int64], seed: int) -> Order:
+    data, global_batch = config.data, config.train.global_batch
+    if data.order == "windowed":
+        return WindowedOrder(shard_sizes.tolist(), window=data.window, seed=seed)
+    if data.order == "lanes":
+        if global_batch % data.lanes:
+            valid = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+            raise ConfigError(f"data.lanes = {data.lanes}: must divide train.global_batch; valid: {valid}")
+        return LanesOrder(
+            shard_sizes.tolist(), lanes=data.lanes, global_batch=global_batch, window=data.window, seed=seed
+        )
+    return GlobalOrder(int(shard_sizes.sum()), seed)
+
+
+def _mixture(config: Config, orders: Sequence[Order], joined: JoinedDatasets) -> MixtureOrder:
+    weights = [entry.weight for entry in config.data.mixture]
+    try:
+        return MixtureOrder(orders, weights=weights, id_starts=joined.id_starts.tolist(), seed=config.seed)
+    except ValueError as error:
+        raise ConfigError(f"data.mixture.weight: {error}") from error
+
+
+def _check_cache_size(data: DataConfig, dataset: Dataset) -> None:
+    """Refuse what would fetch every shard again and again."""
+    sizes = sorted((shard.bytes for shard in dataset.shards), reverse=True)
+    # A window that is read and the next one that is fetched; of lanes at least one a node is read.
+    needed = sum(sizes) if data.order == "global" else sum(sizes[: 2 * data.window * max(1, len(data.mixture))])
+    if needed > data.cache_size:
+        raise ConfigError(
+            f"data.cache_size = {data.cache_size}: the order {data.order!r} keeps coming back to {needed} bytes of "
+            'shards; give it more, or take "windowed" or "lanes" with a smaller data.window'
+        )
+
+
+class _Opener:
+    """Opens one path or URL after the other."""
+
+    def __init__(self, config: Config, cache: NodeCache | None, index_folder: Path | None) -> None:
+        self.model = config.model
+        self.cache = cache
+        self.index_folder = index_folder
+        self.patience = cache.patience if cache is not None else Patience()
+
+    def open(self, path: str) -> IndexedDataset:
+        """Data that data_prep wrote, or tars of others. Raises DataError or ConfigError."""
+        dataset = self._open_remote(path) if "://" in path else self._open_local(path)
+        for field, wanted, found in (
+            ("image_size", self.model.image_size, dataset.image_size),
+            ("channels", self.model.channels, dataset.channels),
+        ):
+            if wanted != found:
+                raise ConfigError(f"model.{field} = {wanted}: the images in {path} have {found}")
+        return dataset
+
+    def _open_local(self, path: str) -> IndexedDataset:
+        folder = Path(path)
+        if _names_tars(path):
+            return self._tars(path, [_local_shard(Path(name)) for name in braceexpand(path)])
+        ours = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME, _UNFINISHED))
+        tars = sorted(folder.glob("*.tar"))
+        if tars and not ours:
+            return self._tars(path, [_local_shard(tar) for tar in tars])
+        return ShardedDataset(folder, files=self.cache)
+
+    def _open_remote(self, url: str) -> IndexedDataset:
+        if self.cache is None:
+            raise ConfigError(f"data.path = {url}: needs data.cache_dir, a folder on a disk of each node")
+        if _names_tars(url):
+            return self._tars(url, [self._remote_shard(name) for name in braceexpand(url)])
+        url = url.rstrip("/")
+        if exists(f"{url}/{MANIFEST_NAME}", self.patience):
+            return self._remote_manifest(url, self.cache)
+        tars = list_tars(url, self.patience)
+        if not tars:
+            raise DataError(f"{url}: holds neither {MANIFEST_NAME} nor tars")
+        return self._tars(url, [self._remote_shard(name) for name in tars])
+
+    def _remote_manifest(self, url: str, cache: NodeCache) -> ShardedDataset:
+        place = hashlib.sha256(url.encode()).hexdigest()[:32]
+        manifest = cache.keep(f"{url}/{MANIFEST_NAME}", f"{place}/{MANIFEST_NAME}", None)
+        try:
+            promised = load_manifest(manifest.parent).index_sha256
+        except FormatError as error:
+            raise DataError(f"{url}: {error}") from error
+        cache.keep(f"{url}/{INDEX_NAME}", f"{place}/{INDEX_NAME}", promised)
+        return ShardedDataset(manifest.parent, origin=url, files=cache)
+
+    def _remote_shard(self, url: str) -> Shard:
+        size, stamp = remote_size(url, self.patience)
+        return _shard(url, size, stamp)
+
+    def _tars(self, where: str, shards: Sequence[Shard]) -> TarDataset:
+        return TarDataset(
+            where,
+            shards,
+            image_size=self.model.image_size,
+            mode={1: "L", 3: "RGB"}[self.model.channels],
+            files=self.cache or InPlace(),
+            index_folder=self.index_folder,
+        )
+
+
+def _names_tars(path: str) -> bool:
+    return path.endswith(".tar")
+
+
+def _local_shard(path: Path) -> Shard:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    return _shard(str(path), found.st_size, str(found.st_mtime_ns))
+
+
+def _shard(url: str, size: int, stamp: str) -> Shard:
+    digest = hashlib.sha256(f"{url}\n{size}\n{stamp}".encode()).hexdigest()
+    return Shard(url=url, samples=0, bytes=size, digest=digest, verifiable=False)

@@ -1,0 +1,77 @@
+"""Quantities as people write them in a configuration: "800k steps", "51.2M images", "200 GB"."""
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6}
+_SPAN = re.compile(r"\s*([\d_]+(?:\.\d+)?)\s*([kM]?)\s*(steps?|images?)\s*")
+
+
+class Span:
+    """A stretch of training, counted in optimizer steps or in images: "800k steps", "51.2M images"."""
+
+    def __init__(self, count: int, unit: Literal["steps", "images"]) -> None:
+        self.count = count
+        self.unit = unit
+
+    @classmethod
+    def parse(cls, text: Any) -> "Span":
+        """Read "5000 steps", "2.4M steps" or "51_200 images"; raises ValueError for anything else."""
+        if isinstance(text, Span):
+            return text
+        match = _SPAN.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError('a span of training is written like "5000 steps", "2.4M steps" or "51.2M images"')
+        number, suffix, unit = match.groups()
+        count = Decimal(number.replace("_", "")) * _SUFFIXES[suffix]
+        if count != int(count):
+            raise ValueError(f"{count} {unit} is no whole number of {unit}")
+        return cls(int(count), "steps" if unit.startswith("step") else "images")
+
+    def images(self, global_batch: int) -> int:
+        """The span in images, whatever it was written in."""
+        return self.count * global_batch if self.unit == "steps" else self.count
+
+    def steps(self, global_batch: int) -> int:
+        """The span in whole optimizer steps, rounded up."""
+        return -(-self.images(global_batch) // global_batch)
+
+    def is_due(self, position: int, global_batch: int) -> bool:
+        """Whether the step that ended at `position` (images consumed) completed one more of this span; 0 is never."""
+        images = self.images(global_batch)
+        return images > 0 and position // images > (position - global_batch) // images
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.unit}"
+
+    def __repr__(self) -> str:
+        return f"Span({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Span) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+SpanField = Annotated[Span, BeforeValidator(Span.parse), PlainSerializer(str)]
+
+
+_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"\s*([\d_]+(?:\.\d+)?)\s*([kMGT]?B)\s*")
+
+
+def parse_size(text: Any) -> int:
+    """Read "200 GB" or a number of bytes; raises ValueError for anything else."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('a size is written like "200 GB", in B, kB, MB, GB or TB')
+    return int(Decimal(match[1].replace("_", "")) * _BYTES[match[2]])
+
+
+SizeField = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
