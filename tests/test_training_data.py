@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
-from trainer.config import parse_size
+from trainer.units import parse_size
 from trainer.data import decode as decode_module
 from trainer.data.bad_samples import BadSamples
 from trainer.data.decode import decode, jpeg_signature
