@@ -254,7 +254,7 @@ def test_descriptors_and_memory_stay_flat_over_50_epochs(opened: ShardedDataset)
             break
     stream.close()
     for early, late in zip(seen[5], seen[-1]):
-        assert late[0] <= early[0] + 1  # a batch on its way has a descriptor
+        assert late[0] <= early[0] + 8  # batches on their way have some; one kept an epoch would make 42
         assert late[1] < early[1] + (8 << 20)
 
 
