@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
-from trainer.units import parse_size
 from trainer.data import decode as decode_module
 from trainer.data.bad_samples import BadSamples
 from trainer.data.decode import decode, jpeg_signature
@@ -21,6 +20,7 @@ from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError, SampleError
+from trainer.units import parse_size
 
 
 @pytest.fixture(scope="module")
