@@ -55,8 +55,10 @@ def main() -> int:
     for title, choice in OBJECTIVES.items():
         run = arguments.out / "-".join(choice)
         _train(run, choice, arguments.steps)
-        bound = _bound(run, arguments.images)
-        rows.append({"objective": title, **bound, **_distances(_samples(run, arguments.samples), one_half)})
+        bound = _bound(run, arguments.steps, arguments.images)
+        rows.append(
+            {"objective": title, **bound, **_distances(_samples(run, arguments.steps, arguments.samples), one_half)}
+        )
         (arguments.out / "objectives.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(_table(rows))
     return 0
@@ -76,15 +78,15 @@ def _train(run: Path, choice: tuple[str, str, str], steps: int) -> None:
     _run("trainer/train.py", "--config", "configs/demo.toml", *overrides)
 
 
-def _bound(run: Path, images: int) -> dict[str, float]:
-    out = run / "evaluation" / "bound"
+def _bound(run: Path, steps: int, images: int) -> dict[str, float]:
+    out = run / "evaluation" / f"bound-{steps}-{images}"
     _run("trainer/evaluate.py", "bpd", "--run", str(run), "--images", str(images), "--out", str(out))
     report = json.loads((out / "bpd.json").read_text())
     return {"bits_per_dim": report["bits_per_dim"], "standard_error": report["standard_error"]}
 
 
-def _samples(run: Path, count: int) -> Images:
-    out = run / "samples" / "judged"
+def _samples(run: Path, steps: int, count: int) -> Images:
+    out = run / "samples" / f"judged-{steps}-{count}"
     how = ("--n", str(count), "--respacing", "100", "--batch", "64", "--out", str(out))
     _run("trainer/sample.py", "--run", str(run), *how)
     return np.stack([np.asarray(Image.open(out / f"{number:06d}.png")) for number in range(count)])

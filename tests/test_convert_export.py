@@ -188,6 +188,7 @@ def test_the_model_card_says_what_was_trained_on_what_and_how_far(
         f"python trainer/convert.py export --run {run} --out {out} --license cc-by-4.0",
     ):
         assert line in card.text.splitlines()
+    assert "DDIMPipeline" in card.text
     out.rename(tmp_path / "licensed")
     card = ModelCard.load(export(monkeypatch, run) / "README.md")
     assert card.data.license is None
@@ -232,3 +233,10 @@ def test_an_export_that_fails_leaves_nothing_under_its_name(tmp_path: Path, monk
     monkeypatch.setattr(export_module, "model_card", full)
     assert run_convert(monkeypatch, "export", "--run", run, "--out", tmp_path / "exported") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.toml"]
+
+
+def test_the_card_of_a_learned_variance_offers_only_what_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = make_run(tmp_path, "diffusion.variance=learned-range", "diffusion.loss=hybrid")
+    card = (export(monkeypatch, run) / "README.md").read_text()
+    assert "DDPMPipeline" in card
+    assert "DDIMPipeline" not in card

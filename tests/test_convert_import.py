@@ -20,7 +20,7 @@ from trainer.config import Config
 from trainer.diffusion.schedules import make_betas
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import make_accelerator
-from trainer.engine.run import check_identity
+from trainer.engine.run import check_identity, identity
 from trainer.errors import CheckpointError
 from trainer.models.unet import UNetConfig
 
@@ -498,3 +498,14 @@ def test_an_existing_folder_is_never_written_into(
     assert run_convert(monkeypatch, "import", run, "--out", run) == 2
     assert f"error: --out {run}: exists already" in capsys.readouterr().err
     assert sorted(run.rglob("*")) == before
+
+
+def test_what_half_of_the_output_means_is_not_changed_by_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = make_run(tmp_path, "diffusion.variance=learned-range", "diffusion.loss=hybrid")
+    learned = ("--set", "diffusion.variance=learned", "--set", "diffusion.loss=bound")
+    line = refusal(monkeypatch, capsys, run, *learned)
+    assert "diffusion.variance = 'learned': the weights in" in line
+    assert "have 'learned-range'" in line
+    assert identity(config, None)["diffusion.variance"] == "learned-range"

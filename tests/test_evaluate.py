@@ -171,6 +171,8 @@ def test_reconstruction_comes_back_to_the_image(tmp_path: Path, dataset: Path) -
 
 
 def test_bad_requests_are_one_line(run: Path, tmp_path: Path, dataset: Path) -> None:
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(deep)
     text = tmp_path / "text.png"
     text.write_text("no image")
     other = tmp_path / "shards"
@@ -179,6 +181,9 @@ def test_bad_requests_are_one_line(run: Path, tmp_path: Path, dataset: Path) -> 
     for command, arguments, message in (
         ("bpd", ["--images", "22"], "--images 22: there are 21 in"),
         ("bpd", ["--held-out"], "--held-out: the run has data.holdout = 0"),
+        ("bpd", ["--held-out", "--data", str(dataset)], "--held-out: goes with the run's own images, not with --data"),
+        ("reconstruct", ["--files", str(deep)], "deep.png: has more than 8 bits a channel (I;16)"),
+        ("progressive", ["--out", str(tmp_path / "figure.json")], "figure.json: should end in .png"),
         ("bpd", ["--data", str(other)], "index.npy: missing"),
         ("bpd", ["--respacing", "21"], "--respacing:"),
         ("bpd", ["--seed", "-1"], "--seed -1: should be at least 0"),

@@ -188,6 +188,7 @@ def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
         (["--run", str(run), "--eta", "0.5"], "--eta 0.5: goes with --sampler ddim"),
         (["--run", str(run), "--checkpoint", str(tmp_path)], "damaged: manifest.json is missing"),
         (["--run", str(run), "--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["--run", str(run), "--out", str(run)], "holds other files; choose a new or empty folder"),
     ):
         output = launch(1, *arguments, "--n", "1", script="sample", expect=2)
         (line,) = [line for line in output.splitlines() if line.startswith("error:")]

@@ -135,6 +135,7 @@ def test_the_large_networks_are_too_at_full_width(config: UNetConfig, side: int)
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_the_comparison_sees_one_wrong_setting(wrong: dict[str, object]) -> None:
-    largest, _ = difference(CIFAR10, torch.float32, **wrong)
+@pytest.mark.parametrize(("config", "side"), [(CIFAR10, 32), (CELEBA64, 32), (LSUN_LAYOUT, None)])
+def test_the_comparison_sees_one_wrong_setting(config: UNetConfig, side: int | None, wrong: dict[str, object]) -> None:
+    largest, _ = difference(config, torch.float32, side=side, **wrong)
     assert largest > TOLERANCE[torch.float32]

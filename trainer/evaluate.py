@@ -1,6 +1,6 @@
 """Judge a trained run: `python trainer/evaluate.py bpd --run runs/demo`.
 
-bpd               variational bound in bits/dim, every term of it, rate and distortion (tables 1, 2, 4, figure 5)
+bpd               variational bound in bits/dim, every term of it, rate and distortion (tables 1 and 4, figure 5)
 progressive       estimates of x_0 along the reverse process (figure 6)
 shared-latents    samples that share x_t (figure 7)
 interpolate       mixtures of two images in latent space (figures 8 and 9)
@@ -20,8 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.errors import ConfigError, exit_clearly
-from trainer.evaluation.arguments import add_trained, at_least_one, trained_request
+from trainer.engine.processes import together
+from trainer.errors import ConfigError, DataError, exit_clearly
+from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, trained_request
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
 from trainer.evaluation.figures import (
     FigureRequest,
@@ -44,13 +45,15 @@ def parse_arguments() -> argparse.Namespace:
         added.set_defaults(command=command)
         add_trained(added)
         added.add_argument("--seed", type=int, default=0, help="keys all noise (default 0)")
-        added.add_argument("--out", type=Path, help="default: in RUN/evaluation, named by what it is")
+        added.add_argument(
+            "--out", type=Path, help="folder (bpd) or .png; default: in RUN/evaluation, named by what it is"
+        )
         return added
 
     bound = add("bpd", bpd)
     bound.add_argument("--data", type=Path, metavar="DIR", help="default: the shards that the run was trained on")
     bound.add_argument("--held-out", action="store_true", help="only images that data.holdout kept out of training")
-    bound.add_argument("--images", type=at_least_one, metavar="N", help="so many, drawn at random (default: all)")
+    bound.add_argument("--images", type=at_least_two, metavar="N", help="so many, drawn at random (default: all)")
     bound.add_argument(
         "--decoder",
         choices=["exact", "tanh"],
@@ -138,11 +141,16 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def _images(arguments: argparse.Namespace, trained: Trained) -> torch.Tensor:
-    model = trained.config.model
     if arguments.files is not None:
-        return load_files(arguments.files, model)
-    images = open_images(trained.config, arguments.data, held_out=False, count=arguments.images)
-    return images.load(range(arguments.images))
+        return load_files(arguments.files, trained.config.model)
+    loaded: list[torch.Tensor] = []
+
+    def load() -> None:
+        images = open_images(trained.config, arguments.data, held_out=False, count=arguments.images)
+        loaded.append(images.load(range(arguments.images)))
+
+    together("the images: cannot be read", load, kind=DataError)
+    return loaded[0]
 
 
 @exit_clearly

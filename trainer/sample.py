@@ -25,8 +25,8 @@ def parse_arguments() -> DrawRequest:
         "--sampler",
         choices=get_args(SamplerName),
         default="ddpm",
-        help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for noise "
-        "larger than DDIM's at eta 1; dpm-solver++: second order, needs diffusers",
+        help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for "
+        "ancestral sampling with the large variance; dpm-solver++: second order, needs diffusers",
     )
     parser.add_argument("--eta", type=float, default=0.0, help="with ddim: 0 (default) draws no noise, 1 is ancestral")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images, on any number of processes")

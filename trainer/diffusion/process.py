@@ -138,11 +138,6 @@ class GaussianDiffusion:
         """log sigma_t^2, finite everywhere: at t = 0 it is log beta~_1 for both choices. Returns (B,)."""
         return {"small": self.log_beta_tilde, "large": self.log_beta_clipped}[variance][t]
 
-    @staticmethod
-    def l_simple(eps_hat: Tensor, eps: Tensor) -> Tensor:
-        """Equation 14 for each sample: the mean over C, H, W of (eps - eps_hat)^2. Returns (B,)."""
-        return (eps.float() - eps_hat.float()).square().mean(dim=(1, 2, 3))
-
 
 def _at(table: Tensor, t: Tensor) -> Tensor:
     """The table's entry for each sample, made to broadcast over images: (T,), (B,) -> (B, 1, 1, 1)."""

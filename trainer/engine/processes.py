@@ -4,12 +4,13 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 from safetensors import SafetensorError
 
 from trainer.errors import ConfigError, TrainerError
@@ -20,8 +21,11 @@ _PARENT = os.getppid()  # when this module was imported: the launcher, whatever 
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
 
 
-def make_accelerator(precision: MixedPrecision = "fp32") -> Accelerator:
+def make_accelerator(precision: MixedPrecision = "fp32", *, patience: timedelta | None = None) -> Accelerator:
     """Join the process group that the launcher prepared: CUDA devices where there are any, else CPUs with gloo.
+
+    `patience`: how long a rank waits for the others before it gives them up; by default torch's, which suits ranks that
+    work in step.
 
     Raises ConfigError where the device cannot do the precision, TrainerError where the processes would not train
     together.
@@ -37,7 +41,10 @@ def make_accelerator(precision: MixedPrecision = "fp32") -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu,  # without it Accelerate leaves processes on CPUs unconnected
         mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            *([InitProcessGroupKwargs(timeout=patience)] if patience is not None else []),
+        ],
     )
     if accelerator.num_processes != world_size:
         raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")

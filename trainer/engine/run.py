@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT, TrainingData
+from trainer.diffusion.reverse import is_learned
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 
 _PATIENCE_SECONDS = 20
@@ -97,12 +98,14 @@ def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
     process = {f"diffusion.{name}": value for name, value in config.diffusion.model_dump().items()}
     training = {name: process.pop(name) for name in ("diffusion.variance", "diffusion.loss")}
-    if config.diffusion.loss == "mse":
-        del training["diffusion.variance"]  # is a fixed one then, of which only sampling knows
+    if is_learned(config.diffusion.variance):
+        process["diffusion.variance"] = training.pop("diffusion.variance")  # what half of the network's output means
+    elif config.diffusion.loss == "mse":
+        del training["diffusion.variance"]  # only sampling knows of it
     training |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
     if data is None:
-        undecided = ["diffusion.variance", *training]
-        return {**fields, **process, **dict.fromkeys([*undecided, DATA_FINGERPRINT], UNDECIDED)}
+        undecided = ["diffusion.variance", *training, DATA_FINGERPRINT]
+        return {**fields, **dict.fromkeys(undecided, UNDECIDED), **process}
     return {**fields, **process, **training, **data.identity}
 
 

@@ -14,6 +14,14 @@ def at_least_one(text: str) -> int:
     return value
 
 
+def at_least_two(text: str) -> int:
+    """As many as a standard error needs."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{value}: should be at least 2, for a standard error")
+    return value
+
+
 def add_trained(parser: argparse.ArgumentParser) -> None:
     """Which weights of which run."""
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
@@ -23,7 +31,7 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
         "--respacing",
         default="all",
         metavar="SPEC",
-        help="which timesteps: all (default), 50 (evenly), 10,15,25 (so many of each third), ddim50, quadratic50",
+        help="timesteps: all (default), 50 (evenly), 10,15,25 (of each third), ddim50, quadratic50, trailing50",
     )
     parser.add_argument(
         "--variance", choices=["small", "large"], help="of the reverse process, where the run's network gives none"

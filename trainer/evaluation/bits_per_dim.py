@@ -45,7 +45,7 @@ class BoundRequest:
 
 
 def summary(bound: BitsPerDim) -> dict[str, float]:
-    """Means over the images, the standard error of the total, and rate and distortion as in the paper's table 2."""
+    """Means over the images, the standard error of the total, and the rate and distortion of section 4.3."""
     rate = bound.prior + bound.bits[:, 1:].sum(dim=1)
     return {
         "bits_per_dim": bound.total.mean().item(),
@@ -76,8 +76,8 @@ def rows(bound: BitsPerDim, timesteps: list[int]) -> list[dict[str, float]]:
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of independent values, (N,); NaN for one alone."""
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Of the mean of independent values, (N,) with N >= 2."""
+    return values.std().item() / math.sqrt(len(values))
 
 
 def evaluate_bound(request: BoundRequest) -> Path:
@@ -149,7 +149,7 @@ def _report(trained: Trained, images: RealImages, work: Work, batches: list[rang
         writer = csv.DictWriter(stream, by_timestep[0])
         writer.writeheader()
         writer.writerows(by_timestep)
-    save_curves(work.folder / "curves.png", by_timestep)
+    save_curves(work.folder / "curves.png", by_timestep, trained.config.diffusion.timesteps)
     _to_tensorboard(work.folder, trained.step, means, by_timestep)
     print(
         f"{means['bits_per_dim']:.4f} +- {means['standard_error']:.4f} bits/dim over {images.count} images = "

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, initial_noise, interpolate
-from trainer.engine.processes import gather, together
+from trainer.engine.processes import together
 from trainer.errors import ConfigError
 from trainer.evaluation.trained import Trained
 from trainer.telemetry.pictures import Pixels, save_png, tile, to_uint8
@@ -66,6 +66,7 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
         x = initial_noise(index, request.seed, trained.image_shape)
         shared = {diffusion.timesteps: x}
         for state in ancestral(trained.reverse, x, index=index, seed=request.seed):
+            on_step()
             if state.t in splits:
                 shared[state.t] = state.x
             if state.t <= min(splits):
@@ -81,7 +82,8 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
             images.append(x)
         return torch.cat(images), {"latent": number, "splits": sorted(splits, reverse=True), "variants": variants}
 
-    return _draw(trained, request, "shared-latents", row, steps=sum(splits))
+    steps = diffusion.timesteps - min(splits) + sum(splits)
+    return _draw(trained, request, "shared-latents", row, steps=steps)
 
 
 def interpolations(
@@ -125,7 +127,13 @@ def interpolations(
         return torch.cat((one, mixtures[:, 0], other)), notes
 
     rows = FigureRequest(rows=len(pairs) * len(timesteps), seed=request.seed, out=request.out)
-    return _draw(trained, rows, "interpolation", row, steps=sum(timesteps) // max(1, len(timesteps)))
+    return _draw(
+        trained,
+        rows,
+        f"interpolation-t-{'-'.join(map(str, timesteps))}",
+        row,
+        steps=sum(timesteps) // max(1, len(timesteps)),
+    )
 
 
 def reconstructions(trained: Trained, request: FigureRequest, *, images: torch.Tensor) -> Path:
@@ -162,8 +170,10 @@ def _draw(
 ) -> Path:
     """Make all rows, every rank its share, and let rank 0 write the picture and the numbers. Returns the picture."""
     accelerator = trained.accelerator
-    default = trained.folder.path / "evaluation" / f"{name}-step-{trained.step:08d}-{trained.weights}.png"
-    path = request.out or default
+    default = f"{name}-step-{trained.step:08d}-{trained.weights}-seed-{request.seed}.png"
+    path = request.out or trained.folder.path / "evaluation" / default
+    if path.suffix != ".png":
+        raise ConfigError(f"--out {path}: should end in .png; the numbers go into a .json beside it")
     share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=steps * len(share), desc=name, disable=None if accelerator.is_main_process else True)
 
@@ -174,7 +184,8 @@ def _draw(
             yield number, to_uint8(images).cpu().numpy(), notes
 
     with bar:
-        made = sorted((part for parts in gather(list(make())) for part in parts), key=lambda part: part[0])
+        parts = together(f"{path}: cannot be drawn", lambda: list(make()))
+        made = sorted((row for part in parts for row in part), key=lambda row: row[0])
 
     def write() -> None:
         columns = made[0][1].shape[0]

@@ -43,6 +43,8 @@ def open_images(config: Config, folder: Path | None, *, held_out: bool, count: i
 
     held_out: those that the run's data.holdout keeps out of training. Raises ConfigError or DataError.
     """
+    if folder is not None and held_out:
+        raise ConfigError("--held-out: goes with the run's own images, not with --data")
     if folder is not None:
         data = config.data.model_copy(update={"path": str(folder), "mixture": [], "holdout": 0.0, "order": "global"})
         config = config.model_copy(update={"data": data})
@@ -64,6 +66,8 @@ def load_files(paths: list[Path], model: ModelConfig) -> torch.Tensor:
     for path in paths:
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise DataError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to 8 bits")
                 upright = ImageOps.exif_transpose(image).convert(mode)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: not an image that can be read ({error})") from error

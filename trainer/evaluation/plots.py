@@ -9,15 +9,15 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def save_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
+def save_curves(path: Path, rows: Sequence[dict[str, float]], timesteps: int) -> None:
     """The bound's terms over t, and figure 5 of Ho et al. 2020: distortion over t, rate over t, distortion over rate.
 
-    rows: as `Bound.rows` gives them.
+    rows: as `bits_per_dim.rows` gives them; timesteps: T of the process that the network was trained on.
     """
     t = [row["t"] for row in rows]
     rate = [row["rate_bits_per_dim"] for row in rows]
     distortion = [row["distortion_rmse_255"] for row in rows]
-    reverse_steps = [max(t) - value for value in t]
+    reverse_steps = [timesteps - value for value in t]
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
     axes[0].plot(t, [row["bits_per_dim"] for row in rows])
     axes[0].set(xlabel="t", ylabel="L_t (bits/dim)", yscale="log", title="terms of the bound")

@@ -1,5 +1,6 @@
 """Samplers by name, as the command line has them."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,8 @@ def make_sampler(choice: SamplerChoice) -> Sampler:
         case "ddpm-sigma-hat":
             return partial(ddim, eta=1.0, sigma_hat=True)
         case "dpm-solver++":
+            if importlib.util.find_spec("diffusers") is None:
+                raise ConfigError("--sampler dpm-solver++: needs diffusers; pip install 'ddpm-trainer[solvers]'")
             return _dpm_solver
 
 
@@ -49,10 +52,8 @@ def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, index: torch.Tensor
     It takes the timesteps of the (respaced) process, from the last one down to clean data.
     """
     del index, seed  # draws no noise
-    try:
-        from diffusers import DPMSolverMultistepScheduler
-    except ImportError as error:
-        raise ConfigError("--sampler dpm-solver++: needs diffusers; pip install 'ddpm-trainer[solvers]'") from error
+    from diffusers import DPMSolverMultistepScheduler
+
     diffusion = reverse.diffusion
     solver = DPMSolverMultistepScheduler(
         num_train_timesteps=diffusion.timesteps,

@@ -1,6 +1,7 @@
 """A trained network, opened to draw from or to be judged: configuration, verified weights, reverse process."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.models.unet import UNet
 
 Weights = Literal["ema", "model"]
+_PATIENCE = timedelta(days=7)  # a rank that is done waits while others draw or judge their share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def open_trained(request: TrainedRequest) -> Trained:
     config = folder.load_config()
     if request.variance is not None:
         config = _with_variance(config, request.variance)
-    accelerator = make_accelerator(config.train.precision)
+    accelerator = make_accelerator(config.train.precision, patience=_PATIENCE)
     diffusion = build_diffusion(config, accelerator.device)
     if request.respacing != "all":
         try:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from trainer.engine.processes import broadcast, check_alike, together
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -21,7 +22,7 @@ class Work:
     """A folder of results, made for one request; batches that are there already are not done again.
 
     FOLDER/request.json                 what was asked for: another request in this folder is refused
-    FOLDER/parts/000000000-000000064.npz   the result of a batch, until everything is put together
+    FOLDER/parts/000000000-000000064.npz   the result of a batch; images only until all are put together
 
     The number of processes may change between two goes.
     """
@@ -46,12 +47,17 @@ class Work:
         fresh = self._parts / f".{numbers.start}.{os.getpid()}.tmp"
         with fresh.open("wb") as stream:
             np.savez(stream, **dict[str, Any](arrays))
+            stream.flush()
+            os.fsync(stream.fileno())
         fresh.replace(self.part(numbers))
 
     def load(self, numbers: range) -> dict[str, npt.NDArray[Any]]:
         """A batch's result."""
-        with np.load(self.part(numbers), allow_pickle=False) as stored:
-            return dict(stored)
+        try:
+            with np.load(self.part(numbers), allow_pickle=False) as stored:
+                return dict(stored)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.part(numbers)}: damaged ({error}); delete it and run this again") from error
 
     def part(self, numbers: range) -> Path:
         """The file of a batch's result."""
@@ -81,5 +87,9 @@ class Work:
                 )
         else:
             fresh = path.with_suffix(".tmp")
+            if set(self.folder.iterdir()) - {fresh}:
+                raise ConfigError(
+                    f"--out {self.folder}: holds other files; choose a new or an empty folder", agreed=True
+                )
             fresh.write_text(json.dumps(self._request, indent=1) + "\n")
             fresh.replace(path)

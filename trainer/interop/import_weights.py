@@ -24,6 +24,7 @@ _FINE_TUNING: dict[str, dict[str, Any]] = {
 }
 # What weights do not bind: they fit whatever is chosen here.
 _FREE = {"model.dropout", "diffusion.variance", "diffusion.loss", "diffusion.timestep_sampling"}
+_LEARNED = {"learned", "learned-range"}  # but these are what half of the output means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ def _configure(request: ImportRequest, source: Source) -> Config:
     for section, said in (("model", source.model), ("diffusion", source.diffusion)):
         for field, value in said.items():
             chosen = getattr(getattr(config, section), field)
-            if chosen != value and f"{section}.{field}" not in _FREE:
+            free = f"{section}.{field}" in _FREE and not (field == "variance" and {chosen, value} & _LEARNED)
+            if chosen != value and not free:
                 raise ConfigError(f"{section}.{field} = {chosen!r}: the weights in {source.path} have {value!r}")
     return config.model_copy(update={"run_dir": str(request.out)})

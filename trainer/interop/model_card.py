@@ -7,6 +7,7 @@ from typing import Any, Literal
 from trainer import __version__
 from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT
+from trainer.diffusion.reverse import is_learned
 from trainer.engine.run import UNDECIDED
 
 _KINDS = {"ema": "exponential moving average of the weights", "model": "raw weights, not averaged"}
@@ -49,11 +50,7 @@ def model_card(
             "## Use",
             "",
             "```python",
-            "from diffusers import DDIMPipeline, DDPMPipeline",
-            "",
-            f'images = DDPMPipeline.from_pretrained("FOLDER")(num_inference_steps={timesteps}).images',
-            'pipeline = DDIMPipeline.from_pretrained("FOLDER")  # fewer steps',
-            f"images = pipeline(num_inference_steps={min(50, timesteps)}, use_clipped_model_output=True).images",
+            *_usage(timesteps, learned=is_learned(config.diffusion.variance)),
             "```",
             "",
             "## Configuration",
@@ -94,3 +91,16 @@ def _fields(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{section}.{name}", json.dumps(value)
     yield "data.flip", json.dumps(values["data"]["flip"])
     yield "seed", json.dumps(values["seed"])
+
+
+def _usage(timesteps: int, *, learned: bool) -> list[str]:
+    ddpm = f'images = DDPMPipeline.from_pretrained("FOLDER")(num_inference_steps={timesteps}).images'
+    if learned:  # DDIMPipeline takes the variance for a part of the prediction
+        return ["from diffusers import DDPMPipeline", "", ddpm]
+    return [
+        "from diffusers import DDIMPipeline, DDPMPipeline",
+        "",
+        ddpm,
+        'pipeline = DDIMPipeline.from_pretrained("FOLDER")  # fewer steps',
+        f"images = pipeline(num_inference_steps={min(50, timesteps)}, use_clipped_model_output=True).images",
+    ]
