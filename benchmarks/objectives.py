@@ -29,6 +29,7 @@ from trainer.evaluation.images import open_images
 Images = npt.NDArray[np.uint8]
 
 DATA = Path("data/mnist16")
+RAW = ("--weights", "model")  # an average over so few steps would still remember how they began
 OBJECTIVES = {
     "mu, L, learned diagonal variance": ("mu", "bound", "learned"),
     "mu, L, fixed variance": ("mu", "bound", "large"),
@@ -80,7 +81,7 @@ def _train(run: Path, choice: tuple[str, str, str], steps: int) -> None:
 
 def _bound(run: Path, steps: int, images: int) -> dict[str, float]:
     out = run / "evaluation" / f"bound-{steps}-{images}"
-    _run("trainer/evaluate.py", "bpd", "--run", str(run), "--images", str(images), "--out", str(out))
+    _run("trainer/evaluate.py", "bpd", "--run", str(run), *RAW, "--images", str(images), "--out", str(out))
     report = json.loads((out / "bpd.json").read_text())
     return {"bits_per_dim": report["bits_per_dim"], "standard_error": report["standard_error"]}
 
@@ -88,7 +89,7 @@ def _bound(run: Path, steps: int, images: int) -> dict[str, float]:
 def _samples(run: Path, steps: int, count: int) -> Images:
     out = run / "samples" / f"judged-{steps}-{count}"
     how = ("--n", str(count), "--respacing", "100", "--batch", "64", "--out", str(out))
-    _run("trainer/sample.py", "--run", str(run), *how)
+    _run("trainer/sample.py", "--run", str(run), *RAW, *how)
     return np.stack([np.asarray(Image.open(out / f"{number:06d}.png")) for number in range(count)])
 
 
