@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.faults import Fault
-from tests.harness import launch, overrides, write_config
+from tests.harness import launch, load_config, overrides, write_config
 from trainer.diffusion.likelihood import bits_per_dim
 from trainer.evaluation.images import open_images
 from trainer.evaluation.trained import TrainedRequest, open_trained
@@ -107,6 +107,19 @@ def test_options_change_what_they_say(run: Path, whole: Path, tmp_path: Path) ->
     assert tanh["rate_bits_per_dim"] == full["rate_bits_per_dim"]
     output = evaluate(run, "bpd", "--out", str(tmp_path / "few"), "--batch", "4", "--images", "6", expect=2)
     assert "holds what another request made (images: 5 there, 6 now); choose another folder" in output
+
+
+def test_held_out_images_are_judged_apart(tmp_path: Path, dataset: Path) -> None:
+    split = overrides(data__holdout=0.4, train__duration="1 steps")
+    launch(1, "--config", str(write_config(tmp_path, dataset)), *split)
+    config = load_config(tmp_path / "run" / "config.toml")
+    held_out = open_images(config, None, held_out=True, count=None)
+    others = open_images(config, None, held_out=False, count=None)
+    ids = [set(images.ids(range(images.count))) for images in (held_out, others)]
+    assert ids[0] | ids[1] == set(range(21))
+    assert not ids[0] & ids[1]
+    report = bound(tmp_path / "run", tmp_path / "bound", "--held-out")
+    assert report["images"] == held_out.count > 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
