@@ -15,7 +15,7 @@ import pytest
 from data_prep.build import plan_shards
 from data_prep.disk import Room, check_room
 from data_prep.format import sha256_of
-from data_prep.output import claimed
+from data_prep.output import claimed, whole_file
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
 from tests.data_prep_harness import (
@@ -76,6 +76,19 @@ def test_what_a_stopped_worker_left_is_removed(tmp_path: Path) -> None:
     with claimed(tmp_path) as staging:
         (staging / "shard-000000.tar.tmp-1").touch()
     assert not any(tmp_path.rglob("*.tmp-*"))
+
+
+def test_small_images_do_not_each_take_a_call_to_the_kernel(tmp_path: Path) -> None:
+    def calls() -> int:
+        return int(re.search(r"syscw: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    with claimed(tmp_path) as staging:
+        before = calls()
+        with whole_file(tmp_path / "shard-000000.tar", staging) as stream:
+            for _ in range(100):
+                stream.write(bytes(10_000))
+        assert calls() - before < 10
+    assert (tmp_path / "shard-000000.tar").stat().st_size == 1_000_000
 
 
 def test_foreign_files_are_never_overwritten(photos: Path, tmp_path: Path, one_error_line: Callable[[], str]) -> None:
