@@ -147,6 +147,69 @@ def test_a_stale_index_is_found_and_what_it_contradicts(
         assert any(message in line for line in lines), (message, lines)
 
 
+def far_away(index: np.ndarray) -> np.ndarray:
+    index["offset"][5] = 2**64 - 1
+    return index
+
+
+def in_no_shard(index: np.ndarray) -> np.ndarray:
+    index["shard"][-1] = 3
+    return index
+
+
+def exchanged(index: np.ndarray) -> np.ndarray:
+    index["label"][[4, 5]] = index["label"][[5, 4]]
+    return index
+
+
+STALE = [shifted, relabelled, with_other_crc, far_away, in_no_shard, exchanged, lambda index: index[:-1]]
+
+
+@pytest.mark.parametrize("command", ["inspect", "stats"])
+@pytest.mark.parametrize("change", STALE)
+def test_nothing_is_told_of_a_stale_index(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable, command: str
+) -> None:
+    stale_index(copy, change)
+    assert data_prep(command, copy) == 2
+    assert "index.npy: sha256 differs from the manifest's" in error_line(capsys)
+    assert not (copy / "stats.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_no_shard, "index.npy: is not of the manifest's 11 samples in 3 shards"),
+        (lambda index: index[:-1], "index.npy: is not of the manifest's 11 samples in 3 shards"),
+        (shifted, f"{SHARDS[1]}: member 000000005 is damaged"),
+        (far_away, f"{SHARDS[1]}: member 000000005 is damaged"),
+        (with_other_crc, f"{SHARDS[1]}: member 000000005 is damaged"),
+    ],
+)
+def test_a_wrong_index_that_the_manifest_agrees_with_is_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable, message: str
+) -> None:
+    stale_index(copy, change)
+    resign(copy)
+    assert data_prep("stats", copy) == 2
+    assert message in error_line(capsys)
+    faults(copy, capsys)
+
+
+def test_a_damaged_member_is_not_counted_in_stats(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = member_at(copy, 6) + 30
+    edit(copy / SHARDS[1], lambda data: put(data, at, bytes([data[at] ^ 1])))
+    assert data_prep("stats", copy) == 2
+    assert f"{SHARDS[1]}: member 000000006 is damaged (crc32 differs from the index)" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "stats"])
+def test_an_index_of_objects_is_one_line(copy: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    np.save(copy / "index.npy", np.array([{}], object), allow_pickle=True)
+    assert data_prep(command, copy) == 2
+    assert "index.npy: cannot be read as an index" in error_line(capsys)
+
+
 def resign(folder: Path) -> None:
     """Make the manifest agree with the files, so that only their content can be at fault."""
     manifest = load_manifest(folder)

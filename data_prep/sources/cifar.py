@@ -163,7 +163,12 @@ def _unpickled(place: str, data: bytes) -> Any:
 
 
 NDARRAY = object()  # what the name means: something to recognise, that cannot be called
-DTYPES = {"u1": np.dtype("u1"), "|u1": np.dtype("u1"), "i8": np.dtype("<i8"), "<i8": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "u1": np.dtype("u1"),
+    "|u1": np.dtype("u1"),
+    "i8": np.dtype("<i8"),
+    "<i8": np.dtype("<i8"),
+}
 
 
 class HarmlessUnpickler(pickle.Unpickler):
