@@ -129,9 +129,16 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
     }
     check_same_run(out, finished, parameters)
     discard_staging(out)  # left by a run that was killed after its last word
-    with (out / REJECTS_NAME).open() as lines:
-        reasons = Counter(json.loads(line)["reason"] for line in lines)
-    return Outcome(manifest=manifest, reasons=reasons, already_finished=True)
+    return Outcome(manifest=manifest, reasons=_reasons(out / REJECTS_NAME), already_finished=True)
+
+
+def _reasons(path: Path) -> Counter[str]:
+    """How often each reason was given, from a finished dataset's list. Raises InputError where it cannot be read."""
+    try:
+        with path.open() as lines:
+            return Counter(str(json.loads(line)["reason"]) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove {path.parent} and run again") from error
 
 
 def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:

@@ -89,8 +89,8 @@ def load_index(folder: Path) -> npt.NDArray[np.void]:
     """(samples,) INDEX_DTYPE, memory-mapped. Raises InputError where it is missing or something else."""
     path = folder / INDEX_NAME
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        index: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # never a pickle or an .npz
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as an index ({error})") from error
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise InputError(f"{path}: not an index ({index.ndim} axes of {index.dtype})")

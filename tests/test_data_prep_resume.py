@@ -1,6 +1,7 @@
 """Promises of a run that is stopped, repeated or given again: the same bytes whatever happens, or a refusal."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +139,15 @@ def test_a_damaged_finished_dataset_is_not_called_finished(
     (tmp_path / "shard-000001.tar").unlink()
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
     assert "shard-000001.tar: missing" in one_error_line()
+
+
+@pytest.mark.parametrize("content", [None, b"<html>\n", b"[1]\n", b"\xff\n"])
+def test_a_finished_dataset_whose_rejects_cannot_be_read_is_one_line(
+    photos: Path, dataset: Path, tmp_path: Path, one_error_line: Callable[[], str], content: bytes | None
+) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    (copy / "rejects.jsonl").unlink()
+    if content is not None:
+        (copy / "rejects.jsonl").write_bytes(content)
+    assert data_prep(photos, copy, *PHOTO_OPTIONS) == 2
+    assert "rejects.jsonl: cannot be read" in one_error_line()
