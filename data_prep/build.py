@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.contact_sheet import contact_sheet
+from data_prep.convert import codec_versions
 from data_prep.dataset import Dataset, load_index
 from data_prep.disk import check_room, readable
 from data_prep.errors import DataPrepError, InputError
@@ -69,7 +70,8 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
     with claimed(out) as staging:
         if (out / MANIFEST_NAME).exists():  # the run that held the folder a moment ago has finished it
             return _check_finished(out, parameters)
-        begin_or_resume(out, staging, parameters)
+        # Not asked of a finished dataset; but what two versions of Pillow write halves of is no function of its source.
+        begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
         plans = plan_shards(source, recipe.shard_samples)
         missing = [plan for plan in plans if load_result(plan, out, staging) is None]
         if missing:

@@ -123,8 +123,9 @@ def load_manifest(folder: Path) -> Manifest:
         if version != FORMAT_VERSION:
             raise FormatError(f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}")
         manifest = Manifest(**{**raw, "shards": [ShardRecord(**shard) for shard in raw["shards"]]})
-        for part in (manifest, *manifest.shards):
-            _check_types(part)
+        _check_types(manifest)
+        for shard in manifest.shards:
+            _check_types(shard)
     except FormatError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
