@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.contact_sheet import contact_sheet
+from data_prep.convert import codec_versions
 from data_prep.dataset import Dataset, load_index
 from data_prep.disk import check_room, readable
 from data_prep.errors import DataPrepError, InputError
@@ -69,7 +70,8 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
     with claimed(out) as staging:
         if (out / MANIFEST_NAME).exists():  # the run that held the folder a moment ago has finished it
             return _check_finished(out, parameters)
-        begin_or_resume(out, staging, parameters)
+        # Not asked of a finished dataset; but what two versions of Pillow write halves of is no function of its source.
+        begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
         plans = plan_shards(source, recipe.shard_samples)
         missing = [plan for plan in plans if load_result(plan, out, staging) is None]
         if missing:
@@ -129,9 +131,16 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
     }
     check_same_run(out, finished, parameters)
     discard_staging(out)  # left by a run that was killed after its last word
-    with (out / REJECTS_NAME).open() as lines:
-        reasons = Counter(json.loads(line)["reason"] for line in lines)
-    return Outcome(manifest=manifest, reasons=reasons, already_finished=True)
+    return Outcome(manifest=manifest, reasons=_reasons(out / REJECTS_NAME), already_finished=True)
+
+
+def _reasons(path: Path) -> Counter[str]:
+    """How often each reason was given, from a finished dataset's list. Raises InputError where it cannot be read."""
+    try:
+        with path.open() as lines:
+            return Counter(str(json.loads(line)["reason"]) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove {path.parent} and run again") from error
 
 
 def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:

@@ -4,7 +4,8 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+import PIL
+from PIL import Image, features
 
 from data_prep.images import check_size, faults_are_rejects, open_image, to_mode, turn_upright
 from data_prep.recipe import Encoding, Recipe
@@ -77,3 +78,19 @@ def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | No
     if deep or turned or image.has_transparency_data or getattr(image, "n_frames", 1) > 1:
         return None
     return KEPT_EXTENSIONS.get(str(image.format))
+
+
+def codec_versions() -> str:
+    """Pillow and the libraries that decode and encode in it: with others the same images become other bytes."""
+    libraries = {
+        "libjpeg-turbo": "libjpeg_turbo",
+        "libjpeg": "jpg",
+        "libwebp": "webp",
+        "zlib": "zlib",
+        "zlib-ng": "zlib_ng",
+        "OpenJPEG": "jpg_2000",
+        "libavif": "avif",
+        "libtiff": "libtiff",
+    }
+    found = {name: features.version(feature) for name, feature in libraries.items()}
+    return ", ".join([f"Pillow {PIL.__version__}", *(f"{name} {found[name]}" for name in found if found[name])])

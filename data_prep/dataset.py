@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from data_prep.format import (
     Manifest,
     center_crop_box,
     load_manifest,
+    sha256_of,
 )
+
+MAX_OFFSET = 2**62  # beyond what the kernel's type of offsets or any file holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,19 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
-        """Raises InputError where the folder is no finished dataset or the index cannot be read."""
+        """Raises InputError where the folder is no finished dataset or the index is not the manifest's."""
+        dataset = cls.open_unchecked(folder)
+        manifest, index, path = dataset.manifest, dataset.index, folder / INDEX_NAME
+        if sha256_of(path) != manifest.index_sha256:
+            raise InputError(f"{path}: sha256 differs from the manifest's; the file was changed or is stale")
+        if len(index) != manifest.samples or (index["shard"] >= len(manifest.shards)).any():
+            expected = f"{manifest.samples} samples in {len(manifest.shards)} shards"
+            raise InputError(f"{path}: is not of the manifest's {expected}")
+        return dataset
+
+    @classmethod
+    def open_unchecked(cls, folder: Path) -> "Dataset":
+        """As `open`, whatever the index says, for a caller who tells all that is wrong with it."""
         try:
             manifest = load_manifest(folder)
         except FormatError as error:
@@ -56,11 +72,13 @@ class Dataset:
         return [json.loads(line) for line in (self.folder / NAMES_NAME).read_text().splitlines()]
 
     def read(self, sample: int) -> Image.Image:
-        """The sample as the trainer sees it. Raises InputError where it cannot be read or decoded."""
+        """The sample as the trainer sees it. Raises InputError where its bytes are not the index's or do not decode."""
         row = self.index[sample]
         path = self.path_of(int(row["shard"]))
         with opened(path) as descriptor:
-            data = os.pread(descriptor, int(row["length"]), int(row["offset"]))
+            data = member_bytes(descriptor, row)
+        if zlib.crc32(data) != row["crc32"]:
+            raise InputError(f"{path}: member {row['key']:09d} is damaged (crc32 differs from the index)")
         try:
             return decode_member(data, self.manifest)
         except FormatError as error:
@@ -71,8 +89,8 @@ def load_index(folder: Path) -> npt.NDArray[np.void]:
     """(samples,) INDEX_DTYPE, memory-mapped. Raises InputError where it is missing or something else."""
     path = folder / INDEX_NAME
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        index: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # never a pickle or an .npz
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as an index ({error})") from error
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise InputError(f"{path}: not an index ({index.ndim} axes of {index.dtype})")
@@ -90,6 +108,11 @@ def opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def member_bytes(descriptor: int, row: np.void) -> bytes:
+    """What lies where an index's row says; fewer bytes, or none, where that is behind the end of the file."""
+    return os.pread(descriptor, int(row["length"]), min(int(row["offset"]), MAX_OFFSET))
 
 
 def decode_member(data: bytes, manifest: Manifest) -> Image.Image:

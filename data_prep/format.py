@@ -18,9 +18,9 @@ reader crops it by `center_crop_box`. Either way a reader finds members by the i
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import numpy as np
 
@@ -119,14 +119,32 @@ def load_manifest(folder: Path) -> Manifest:
         raise FormatError(f"{path}: missing, so the dataset is unfinished; run data_prep again to complete it")
     try:
         raw = json.loads(path.read_text())
-        if raw["format_version"] != FORMAT_VERSION:
-            raise FormatError(f"{path}: format_version is {raw['format_version']}, this program reads {FORMAT_VERSION}")
-        shards = [ShardRecord(**shard) for shard in raw.pop("shards")]
-        manifest = Manifest(**raw, shards=shards)
-        manifest.channels  # noqa: B018 - an unknown mode is a bad manifest
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        version = raw["format_version"]
+        if version != FORMAT_VERSION:
+            raise FormatError(f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}")
+        manifest = Manifest(**{**raw, "shards": [ShardRecord(**shard) for shard in raw["shards"]]})
+        _check_types(manifest)
+        for shard in manifest.shards:
+            _check_types(shard)
+    except FormatError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: not a manifest ({type(error).__name__}: {error})") from error
     return manifest
+
+
+def _check_types(part: Manifest | ShardRecord) -> None:
+    """Raise TypeError or ValueError naming the first field that holds something else than its annotation says."""
+    for each in fields(part):
+        value, kind = getattr(part, each.name), get_origin(each.type) or each.type
+        if type(value) is not kind:
+            raise TypeError(f"{each.name} is {value!r}, which should be {getattr(kind, '__name__', kind)}")
+        if kind is int and value < 0:
+            raise ValueError(f"{each.name} is {value}, which cannot be negative")
+    if isinstance(part, Manifest) and not all(isinstance(name, str) for name in part.classes):
+        raise TypeError(f"classes is {part.classes!r}, which should be a list of str")
+    if isinstance(part, Manifest) and part.mode not in ("RGB", "L"):
+        raise ValueError(f"mode is {part.mode!r}, which should be RGB or L")
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

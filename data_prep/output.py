@@ -18,6 +18,7 @@ STAGING_NAME = ".staging"
 LOCK_NAME = "lock"
 BEGUN_NAME = "begun.json"
 
+WRITE_BUFFER = 1 << 20  # bytes; images have about 10 KiB, and each would be a call to the kernel of its own
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 OUR_FILES = (INDEX_NAME, NAMES_NAME, REJECTS_NAME, CONTACT_SHEET_NAME, STATS_NAME, MANIFEST_NAME)
@@ -33,7 +34,7 @@ def whole_file(path: Path, staging: Path) -> Iterator[BinaryIO]:
     """
     temporary = staging / f"{path.name}.tmp-{os.getpid()}"  # the worker of a killed run may still be writing its own
     try:
-        with temporary.open("wb") as stream:
+        with temporary.open("wb", buffering=WRITE_BUFFER) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -3,7 +3,9 @@
 import io
 import os
 import pickle
+import re
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from data_prep.dataset import Dataset
 from data_prep.errors import InputError
 from data_prep.format import load_manifest
 from data_prep.sources import open_source
-from tests.data_prep_harness import data_prep, error_line
+from tests.data_prep_harness import command, data_prep, error_line
 
 ROWS = 6  # of 10,000 to a batch
 WORDS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -147,6 +149,57 @@ def test_a_malicious_pickle_runs_nothing(
         assert not mark.exists()
 
 
+OBJECTS = (1,), "O", b"A" * 8  # an array of one object, whose address is in the bytes
+
+
+@pytest.mark.parametrize("place", ["data_batch_3", "batches.meta"])
+@pytest.mark.parametrize("bomb", [Bomb(np.ndarray, *OBJECTS), Bomb(np.dtype, "O")], ids=["ndarray", "dtype"])
+def test_numpy_is_not_called_on_a_pickles_word(tmp_path: Path, place: str, bomb: Bomb) -> None:
+    """In a process of its own: looking at such an array ends it by a signal."""
+    folder = write_python(tmp_path / "cifar-10-batches-py")
+    (folder / place).write_bytes(pickle.dumps({b"data": bomb, b"labels": [0], b"label_names": bomb}, 2))
+    done = subprocess.run(command(folder, tmp_path / "out"), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(rf"error: .*{place}: cannot be read as CIFAR-10's pickle .*\n", done.stderr)
+
+
+class Array(np.ndarray):
+    """Pickled with whatever state it is told."""
+
+    state: tuple = ()
+
+    def __reduce__(self) -> tuple:
+        return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (1, (2, 3072), np.dtype("u1"), False, bytes(3072)),
+        (1, (2, -3072), np.dtype("u1"), False, bytes(6144)),
+        (1, (2, 3072), "O", False, bytes(6144)),
+        (1, (1, 1), np.dtype("u1"), False, [1]),
+        (1, (True, 2), np.dtype("u1"), False, bytes(2)),
+        None,
+    ],
+)
+def test_an_array_whose_parts_contradict_each_other_is_refused(tmp_path: Path, state: tuple | None) -> None:
+    folder = write_python(tmp_path / "cifar-10-batches-py")
+    array = np.zeros(0).view(Array)
+    array.state = (state,) if state is None else state
+    (folder / "data_batch_2").write_bytes(pickle.dumps({b"data": array, b"labels": [0, 1]}, 2))
+    with pytest.raises(InputError, match=r"data_batch_2: .*do not belong together"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("names", [7, b"airplane", [b"airplane", 1], {b"airplane": 0}])
+def test_class_names_that_are_no_words_are_refused(tmp_path: Path, names: object) -> None:
+    folder = write_python(tmp_path / "cifar-10-batches-py")
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, 2))
+    with pytest.raises(InputError, match=r"batches\.meta .*should be a list of words"):
+        open_source(str(folder))
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -168,7 +221,8 @@ def test_numpys_own_constructor_is_admitted_only_as_numpy_uses_it(tmp_path: Path
     ("content", "message"),
     [
         (pickle.dumps([1], 2), "not a batch"),
-        (pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, 2), "not a batch"),
+        (pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, 2), "an array of 'f8'"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.int64), b"labels": [0, 1]}, 2), "not a batch"),
         (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, 2), "should be 2 integers"),
         (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}, 2), "labels outside 0..9"),
         (b"\x80\x02}(", "cannot be read as CIFAR-10's pickle"),

@@ -1,5 +1,6 @@
 """Promises under faults: one clear line, nothing half-written under a final name, nothing of others overwritten."""
 
+import errno
 import os
 import re
 import resource
@@ -14,10 +15,12 @@ import pytest
 
 from data_prep.build import plan_shards
 from data_prep.disk import Room, check_room
+from data_prep.errors import DataPrepError
 from data_prep.format import sha256_of
-from data_prep.output import claimed
+from data_prep.output import claimed, whole_file
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
+from data_prep.writer import load_result, write_shard
 from tests.data_prep_harness import (
     BIG_OPTIONS,
     PHOTO_OPTIONS,
@@ -76,6 +79,19 @@ def test_what_a_stopped_worker_left_is_removed(tmp_path: Path) -> None:
     with claimed(tmp_path) as staging:
         (staging / "shard-000000.tar.tmp-1").touch()
     assert not any(tmp_path.rglob("*.tmp-*"))
+
+
+def test_small_images_do_not_each_take_a_call_to_the_kernel(tmp_path: Path) -> None:
+    def calls() -> int:
+        return int(re.search(r"syscw: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    with claimed(tmp_path) as staging:
+        before = calls()
+        with whole_file(tmp_path / "shard-000000.tar", staging) as stream:
+            for _ in range(100):
+                stream.write(bytes(10_000))
+        assert calls() - before < 10
+    assert (tmp_path / "shard-000000.tar").stat().st_size == 1_000_000
 
 
 def test_foreign_files_are_never_overwritten(photos: Path, tmp_path: Path, one_error_line: Callable[[], str]) -> None:
@@ -181,6 +197,71 @@ def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(
     subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
     assert data_prep(photos, place / "out", *PHOTO_OPTIONS, "--workers", 1) == 0
     assert bytes_of(place / "out") == bytes_of(dataset)
+
+
+def failing_fsync(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """What the kernel says when the last bytes of the file `name` are to go to the disk."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith(f"{name}.tmp-"):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr("data_prep.output.os.fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("name", ["begun.json", "names.jsonl", "index.npy", "contact_sheet.png", "manifest.json"])
+def test_a_disk_that_fails_at_any_file_is_one_line_and_the_run_can_go_on(
+    photos: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_error_line: Callable[[], str],
+    name: str,
+    number: int,
+) -> None:
+    if name != "begun.json":  # for the sake of time, all shards are there already
+        assert data_prep(photos, tmp_path, *PHOTO_OPTIONS[:-1], 0, "--workers", 1) == 1
+        one_error_line()
+        for path in [tmp_path / other for other in ("names.jsonl", "rejects.jsonl", "index.npy")]:
+            path.unlink()
+    with monkeypatch.context() as patch:
+        failing_fsync(patch, name, number)
+        assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 1
+    line = one_error_line()
+    assert f"{name}: cannot be written ({os.strerror(number)})" in line
+    assert line.endswith("make room and run again to go on from here") == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert not any(tmp_path.rglob(f"{name}*"))
+    assert not (tmp_path / "manifest.json").exists()
+    if number == errno.ENOSPC:
+        assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+        assert bytes_of(tmp_path) == bytes_of(dataset)
+
+
+@pytest.mark.parametrize("name", ["shard-000000.tar", "shard-000000.json"])
+def test_a_disk_that_is_full_at_a_shard_leaves_no_part_of_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (plan, *_) = plan_shards(open_source(str(photos)), 5)
+    with claimed(tmp_path) as staging:
+        failing_fsync(monkeypatch, name, errno.ENOSPC)
+        with pytest.raises(DataPrepError, match=rf"{name}: cannot be written \(No space left on device\); make room"):
+            write_shard(plan, Recipe(image_size=32), tmp_path, staging)
+        assert not any(tmp_path.rglob(f"{name}*"))
+        assert load_result(plan, tmp_path, staging) is None
+
+
+def test_an_output_on_a_read_only_disk_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error_line: Callable[[], str]
+) -> None:
+    def mkdir(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert data_prep(photos, tmp_path / "out", *PHOTO_OPTIONS) == 1
+    assert one_error_line() == f"error: {tmp_path / 'out'}: cannot be written (Read-only file system)"
 
 
 def test_too_little_room_is_told_before_anything_is_written(

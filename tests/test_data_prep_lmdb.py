@@ -127,3 +127,34 @@ def test_a_missing_library_is_one_line_with_the_command(
     file = {"lmdb": "data.mdb", "pyarrow.parquet": "a.parquet", "google_crc32c": "a.tfrecords"}[module]
     with pytest.raises(InputError, match=rf"this source needs {module}: pip install 'ddpm-trainer\[sources\]'"):
         open_source(str(tmp_path / file))
+
+
+def test_all_values_are_read_in_one_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = lsun(tmp_path / "classroom", [b"x" * i for i in range(1, 9)])
+    begun = []
+    real = lmdb.open
+
+    class Counted:
+        def __init__(self, *arguments: object, **options: object) -> None:
+            self.environment = real(*arguments, **options)
+
+        def __getattr__(self, name: str) -> object:
+            if name == "begin":
+                begun.append(name)
+            return getattr(self.environment, name)
+
+    monkeypatch.setattr("lmdb.open", Counted)
+    source = open_source(str(root))
+    assert {len(source.read(i)) for i in range(8)} == set(range(1, 9))
+    assert len(begun) == 1
+
+
+def test_a_fault_while_reading_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def get(self, _key: bytes) -> bytes:
+            raise lmdb.CorruptedError("page 3")
+
+    source = open_source(str(lsun(tmp_path / "tower", [b"x"])))
+    monkeypatch.setattr("data_prep.sources.lmdb._transaction", lambda _root: Failing())
+    with pytest.raises(InputError, match=r"data\.mdb: cannot be read \(page 3"):
+        source.read(0)

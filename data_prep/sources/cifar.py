@@ -2,12 +2,13 @@
 
 Python: `data_batch_1` ... `data_batch_5` and `test_batch`, each a pickled dict of `data` ((10000, 3072) uint8: red,
 green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`. Pickles can run any program, so
-they are read by an unpickler that admits five harmless names.
+they are read by an unpickler that admits five names, gives each of them a harmless meaning, and never calls numpy.
 Binary: the same with `.bin`, each image one byte of label and 3072 of pixels, and `batches.meta.txt`.
 """
 
 import hashlib
 import io
+import math
 import pickle
 import tarfile
 from collections.abc import Iterator
@@ -132,7 +133,8 @@ def _batch(path: Path, files: dict[str, bytes], name: str) -> tuple[npt.NDArray[
 def _unpickled_batch(place: str, data: bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     batch = _unpickled(place, data)
     pixels, labels = (batch.get(b"data"), batch.get(b"labels")) if isinstance(batch, dict) else (None, None)
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
+    pixels = pixels.array if isinstance(pixels, PickledArray) else None
+    if pixels is None or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
         raise InputError(f"{place}: not a batch of CIFAR-10; `data` should be (N, {PIXELS}) of uint8")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(label) is int for label in labels):
         raise InputError(f"{place}: not a batch of CIFAR-10; `labels` should be {len(pixels)} integers")
@@ -140,12 +142,14 @@ def _unpickled_batch(place: str, data: bytes) -> tuple[npt.NDArray[np.uint8], np
 
 
 def _class_names(path: Path, files: dict[str, bytes]) -> list[str]:
-    """From the meta file, or else the numbers."""
-    names: list[Any] = []
+    """From the meta file, or else the numbers. Raises InputError where the meta file has something else for them."""
+    names: list[str] = []
     if META in files:
         meta = _unpickled(f"{path}: {META}", files[META])
         found = meta.get(b"label_names") if isinstance(meta, dict) else None
-        names = [name.decode(errors="replace") for name in found or [] if isinstance(name, bytes)]
+        if found is not None and not (isinstance(found, list) and all(isinstance(name, bytes | str) for name in found)):
+            raise InputError(f"{path}: {META} is not CIFAR-10's; `label_names` should be a list of words")
+        names = [name if isinstance(name, str) else name.decode(errors="replace") for name in found or []]
     elif META_TEXT in files:
         names = files[META_TEXT].decode(errors="replace").split()
     return names if len(names) == CLASSES else [str(label) for label in range(CLASSES)]
@@ -158,10 +162,21 @@ def _unpickled(place: str, data: bytes) -> Any:
         raise InputError(f"{place}: cannot be read as CIFAR-10's pickle ({error})") from error
 
 
-class HarmlessUnpickler(pickle.Unpickler):
-    """Makes containers, numbers, bytes and numpy arrays, and calls nothing else.
+NDARRAY = object()  # what the name means: something to recognise, that cannot be called
+DTYPES: dict[str, np.dtype[Any]] = {
+    "u1": np.dtype("u1"),
+    "|u1": np.dtype("u1"),
+    "i8": np.dtype("<i8"),
+    "<i8": np.dtype("<i8"),
+}
 
-    Raises UnpicklingError for a pickle that names anything beyond the five names that arrays of bytes need.
+
+class HarmlessUnpickler(pickle.Unpickler):
+    """Makes containers, numbers, bytes and PickledArrays, and calls nothing else.
+
+    Nothing of numpy is called on a pickle's word: its constructor takes any bytes for addresses of objects, and its
+    types can be given flags that say so. Raises UnpicklingError for a pickle that names anything beyond the five
+    names that arrays of bytes need.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -169,8 +184,8 @@ class HarmlessUnpickler(pickle.Unpickler):
         admitted = {
             ("numpy.core.multiarray", "_reconstruct"): _empty_array,
             ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
+            ("numpy", "ndarray"): NDARRAY,
+            ("numpy", "dtype"): _dtype,
             ("_codecs", "encode"): _latin_1,
         }
         if (module, name) not in admitted:
@@ -178,11 +193,44 @@ class HarmlessUnpickler(pickle.Unpickler):
         return admitted[module, name]
 
 
-def _empty_array(kind: object, shape: object, _code: object) -> npt.NDArray[Any]:
-    """What numpy's `_reconstruct` gives for every array; its state is set afterwards."""
-    if kind is not np.ndarray or shape != (0,):
+class PickledArray:
+    """An array as numpy pickles it: first empty, then given its state."""
+
+    array: npt.NDArray[Any] | None = None
+
+    def __setstate__(self, state: object) -> None:
+        """Take (version, shape, dtype, whether in Fortran's order, bytes); UnpicklingError for anything else."""
+        match state:
+            case (int(), tuple(shape), PickledDtype() as kind, bool() | int() as fortran, bytes(data)):
+                values = np.frombuffer(data, kind.dtype)
+                if all(type(side) is int and side >= 0 for side in shape) and math.prod(shape) == len(values):
+                    self.array = values.reshape(shape, order="F" if fortran else "C")
+                    return
+        raise pickle.UnpicklingError("an array whose shape, type and bytes do not belong together")
+
+
+class PickledDtype:
+    """One of `DTYPES`. The state that a pickle gives it says nothing that its name has not said."""
+
+    def __init__(self, name: str) -> None:
+        self.dtype = DTYPES[name]
+
+    def __setstate__(self, _state: object) -> None:
+        """Leave it as it is."""
+
+
+def _empty_array(kind: object, shape: object, _code: object) -> PickledArray:
+    """What numpy's `_reconstruct` stands for: it gives the same for every array, whose state is set afterwards."""
+    if kind is not NDARRAY or shape != (0,):
         raise pickle.UnpicklingError("an array that numpy did not write")
-    return np.ndarray((0,), dtype="b")
+    return PickledArray()
+
+
+def _dtype(name: object, _align: object = 0, _copy: object = 0) -> PickledDtype:
+    text = name.decode("latin1") if isinstance(name, bytes) else name
+    if not isinstance(text, str) or text not in DTYPES:
+        raise pickle.UnpicklingError(f"an array of {text!r}, where CIFAR-10 has uint8")
+    return PickledDtype(text)
 
 
 def _latin_1(text: object, codec: object = "latin1") -> bytes:

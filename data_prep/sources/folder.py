@@ -32,7 +32,7 @@ class FolderSource:
     def open(cls, root: Path) -> Self:
         """List `root`. Raises InputError where it or a folder in it cannot be listed."""
         root = root.resolve()
-        names = sorted(_walk(root))
+        names = sorted(file_names(root))
         classes, labels = labels_from_folders(names)
         fingerprint = fingerprint_of([name, _size(root / name)] for name in names)
         return cls(root, names, labels, classes, fingerprint)
@@ -66,8 +66,11 @@ class FolderSource:
         return target
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Regular files and links to files, hidden ones left out. Linked folders are not entered: they may form a ring."""
+def file_names(root: Path) -> Iterator[str]:
+    """Regular files and links to files below `root`, from the top down, hidden ones left out.
+
+    Linked folders are not entered: they may form a ring. Raises InputError where a folder cannot be listed.
+    """
     for folder, subfolders, files in os.walk(root, onerror=_cannot_list):
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         for name in files:

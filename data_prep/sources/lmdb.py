@@ -59,18 +59,22 @@ class LmdbSource:
 
 @contextmanager
 def _reading(root: Path) -> Iterator[Any]:
-    """A read transaction, whose values are views of the file and end with it."""
-    lmdb, environment = needed_module("lmdb"), _environment(root)
+    """A read transaction, whose values are views of the file. Raises InputError where reading in it fails."""
+    lmdb = needed_module("lmdb")
     try:
-        with environment.begin(buffers=True) as transaction:
-            yield transaction
+        yield _transaction(root)
     except lmdb.Error as error:
         raise InputError(f"{root / DATA_NAME}: cannot be read ({error})") from error
 
 
 @lru_cache(maxsize=1)
+def _transaction(root: Path) -> Any:
+    """Begun once a process: it costs as much as reading a value, and nobody writes that it could keep from its room."""
+    return _environment(root).begin(buffers=True)
+
+
 def _environment(root: Path) -> Any:
-    """Open once a process, without touching lock.mdb: the folder may be read-only."""
+    """The database, opened without touching lock.mdb: the folder may be read-only."""
     lmdb, path = needed_module("lmdb"), root / DATA_NAME
     try:
         environment = lmdb.open(str(root), readonly=True, lock=False, readahead=False)

@@ -50,6 +50,11 @@ class ParquetSource:
         chosen, notice = _of_split([path.resolve() for path in files], split)
         tables = [_open(path) for path in chosen]
         column, label_column = _columns(chosen[0], tables[0].schema_arrow)
+        for path, table in zip(chosen, tables):
+            if _columns(path, table.schema_arrow) != (column, label_column):
+                raise InputError(
+                    f"{path}: has other columns of images or labels than {chosen[0].name}; give one data set"
+                )
         places: list[Place] = []
         names: list[str] = []
         values: list[int | str | None] = []

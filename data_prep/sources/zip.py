@@ -1,5 +1,6 @@
 """A .zip archive of image files, read in place: nothing is ever unpacked to disk."""
 
+import lzma
 import stat
 import zlib
 from dataclasses import dataclass, replace
@@ -63,9 +64,9 @@ class ZipSource:
             raise Reject("file too large", f"{entry.file_size} bytes")
         try:
             return archive.read(entry)
-        except (BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-            raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
-        except OSError as error:
+        except (BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OSError) as error:
+            if not isinstance(error, OSError) or error.errno is None:  # bz2 has no error of its own
+                raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
             raise InputError(f"{self.path}: {error.strerror}; the source must stay as it is during a run") from error
 
     def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
