@@ -72,7 +72,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "stall":
             self.wfile.write(content[:100])
             self.wfile.flush()
-            time.sleep(3)
+            time.sleep(6)
             self.close_connection = True
         elif fault == "trickle":
             for byte in content[:40]:
