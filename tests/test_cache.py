@@ -282,6 +282,25 @@ def test_a_part_without_a_lock_is_deleted_before_its_room_is_taken(
     assert cached_bytes(tmp_path) <= 2 * size
 
 
+def test_files_that_vanish_while_they_are_counted_do_not_matter(
+    server: FaultyServer, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = cached(server, many_shards, tmp_path)
+    dataset.read(0)
+
+    def scan_and_delete(folder: Path) -> list[os.DirEntry[str]]:
+        with os.scandir(folder) as found:
+            entries = list(found)
+        for entry in entries:
+            Path(entry.path).unlink()
+        return entries
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.data.cache._scan", scan_and_delete)
+        assert dataset.read(5) == ShardedDataset(many_shards).read(5)
+    assert server.gets["shard-000001.tar"] == 1
+
+
 def fetch_in_another_process(shards: list[Shard], cache: Path, errors: Any) -> None:
     try:
         for shard in shards:

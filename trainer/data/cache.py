@@ -156,7 +156,7 @@ class NodeCache:
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
         """Of each file: when it was last opened, its bytes, its path; not of those that others delete meanwhile."""
-        for entry in os.scandir(self.shards):
+        for entry in _scan(self.shards):
             with contextlib.suppress(FileNotFoundError):
                 found = entry.stat()
                 yield found.st_mtime_ns, found.st_size, Path(entry.path)
@@ -201,6 +201,11 @@ class NodeCache:
             yield
         except OSError as error:
             raise DataError(f"data.cache_dir = {self.folder}: cannot be written ({error.strerror})") from error
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as found:
+        return list(found)
 
 
 def _is_pinned(path: Path) -> bool:

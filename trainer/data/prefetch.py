@@ -16,8 +16,8 @@ class Prefetcher:
 
     needs: the shards of a micro-step, in the order of need; micro_steps: the plan's; in_hand: micro-steps ahead of
     training that loader processes have already been given, and fetch for themselves; budget: bytes that may be pinned
-    at a time, by this process; the cache bounds what all of them pin. What does not fit is fetched by the reader when it
-    is needed, and what cannot be fetched is passed over, for it is the reader's to report.
+    at a time, by this process; the cache bounds what all of them pin. What does not fit is fetched by the reader when
+    it is needed, and what cannot be fetched is passed over, for it is the reader's to report.
     """
 
     def __init__(
