@@ -19,7 +19,7 @@ import pytest
 from tests.harness import REPOSITORY, environment, events, launch, load_config, logged, make_dataset, overrides
 from tests.server import FaultyServer, serving
 from trainer.data.cache import NodeCache
-from trainer.data.fetch import Patience
+from trainer.data.fetch import Patience, remote_size
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import Shard, ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
@@ -435,6 +435,49 @@ def test_tars_on_a_server_train_too(tmp_path: Path, config_path: Path) -> None:
         launch(1, "--config", str(config_path), *settings, *overrides(train__duration="8 steps"))
         assert dict(server.gets) == {f"{n}.tar": 1 for n in range(3)}
     assert [event["event"] for event in events(tmp_path / "run")].count("finished") == 2
+
+
+def test_a_file_replaced_by_one_of_its_length_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"one")
+    with serving(tmp_path) as other:
+        before = remote_size(f"{other.url}/a.tar", IMPATIENT)
+        assert remote_size(f"{other.url}/a.tar", IMPATIENT) == before
+        path.write_bytes(b"two")
+        os.utime(path, (10**9, 10**9))
+        after = remote_size(f"{other.url}/a.tar", IMPATIENT)
+    assert before[0] == after[0] == 3
+    assert before[1] != after[1]
+
+
+def test_a_dataset_that_is_replaced_behind_its_url_leaves_running_jobs_alone(
+    many_shards: Path, tmp_path: Path, config_path: Path
+) -> None:
+    served = tmp_path / "served"
+    shutil.copytree(many_shards, served)
+    with serving(served) as server:
+        config = load_config(config_path, f"data.path={server.url}", f"data.cache_dir={tmp_path / 'cache'}")
+        first = open_training_data(config, index_folder=None).dataset
+        expected = [ShardedDataset(many_shards).label(n) for n in range(48)]
+        shutil.rmtree(served)
+        make_dataset(tmp_path / "new", images=20, shard_samples=4).rename(served)
+        second = open_training_data(config, index_folder=None).dataset
+    assert (len(first), len(second)) == (48, 20)
+    assert isinstance(first, ShardedDataset)
+    assert [ShardedDataset(first.folder, origin=first.where, files=first.files).label(n) for n in range(48)] == expected
+
+
+def test_a_node_needs_room_for_all_of_its_lanes(
+    server: FaultyServer, many_shards: Path, tmp_path: Path, config_path: Path
+) -> None:
+    """Of 12 shards two for each lane."""
+    size = max(shard.bytes for shard in ShardedDataset(many_shards).shards)
+    settings = [f"data.path={server.url}", f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_size={3 * size}"]
+    config = load_config(config_path, *settings, "data.order=lanes", "data.lanes=4", "data.window=1")
+    open_training_data(config, index_folder=None, nodes=4)
+    for nodes in (1, 2, 3):
+        with pytest.raises(ConfigError, match=r"data\.cache_size = \d+: the order 'lanes' keeps coming back"):
+            open_training_data(config, index_folder=None, nodes=nodes)
 
 
 def test_settings_that_cannot_work_are_refused(server: FaultyServer, tmp_path: Path, config_path: Path) -> None:

@@ -3,7 +3,7 @@
     CACHE/shards/<digest>       a whole shard, verified when it was fetched; its time is when it was last opened
     CACHE/shards/<digest>.part  one being fetched, at its full length from the beginning
     CACHE/locks/<digest>        held by the process that fetches
-    CACHE/files/<name>          small files that are kept: indexes
+    CACHE/files/<name>          small files that are kept: manifests, indexes
 
 Names come from contents, so that datasets may share a cache, and so may jobs. Locks are the kernel's (flock): those of
 a process that died are free. The folder must be on a disk of this node.
@@ -11,6 +11,7 @@ a process that died are free. The folder must be on a disk of this node.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -92,19 +93,32 @@ class NodeCache:
             self._delete(shard, lambda: sha256_of(path) != shard.digest)
         return shard.verifiable  # even where it is whole by now: another process may have fetched it anew
 
-    def keep(self, url: str, name: str, digest: str | None) -> Path:
-        """A small file, fetched and kept under `name`; anew each time where no `digest` vouches for the one here."""
+    def keep(self, url: str, name: str, digest: str) -> Path:
+        """A small file of this sha256, fetched where the one here is not it; `name` should identify the content."""
         path = self.files / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked(name.replace("/", "-")):
-            if digest is None or not path.exists() or sha256_of(path) != digest:
-                part = path.with_name(f"{path.name}.part")
-                with self._writing():
-                    with part.open("w+b") as out:
-                        fetch(url, out, size=None, digest=digest, patience=self.patience)
-                        _to_disk(out)
-                    part.rename(path)
+        with self._locked(name.replace("/", "-")), self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or sha256_of(path) != digest:
+                self._download(url, path.with_name(f"{path.name}.part"), digest).rename(path)
         return path
+
+    def keep_anew(self, url: str, name: str) -> Path:
+        """A small file of which nobody knows the content, fetched each time and kept as <its sha256>/`name`.
+
+        So one that another job uses stays as it is, when the file behind the URL is replaced.
+        """
+        place = hashlib.sha256(url.encode()).hexdigest()
+        with self._locked(place), self._writing():
+            part = self._download(url, self.files / f"{place}.part", None)
+            path = self.files / sha256_of(part) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return part.rename(path)
+
+    def _download(self, url: str, part: Path, digest: str | None) -> Path:
+        with part.open("w+b") as out:
+            fetch(url, out, size=None, digest=digest, patience=self.patience)
+            _to_disk(out)
+        return part
 
     def _bring(self, shard: Shard) -> None:
         path, part = self.shards / shard.digest, self.shards / f"{shard.digest}.part"
