@@ -1,6 +1,8 @@
 """The order of samples is a pure function of (seed, position), each epoch exactly once, and never changes."""
 
 import hashlib
+import sys
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -169,3 +171,31 @@ def test_the_order_is_pinned_for_ever(order: Order, first: int, pinned: str) -> 
     """A changed order would break the resuming of every run: never update these hashes."""
     ids = order.ids(np.arange(first, first + 4096))
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == pinned
+
+
+@pytest.mark.parametrize("make", [windowed, in_lanes])
+def test_threads_may_ask_at_once(make: MakeOrder) -> None:
+    """Training and the prefetcher, at different epochs, more of them than the order keeps."""
+    order, expected = make([2, 1, 3], 7), make([2, 1, 3], 7).ids(np.arange(60))
+    wrong = []
+
+    def ask(first: int) -> None:
+        try:
+            for step in range(400):
+                position = (first + 7 * step) % 60
+                if order.ids([position])[0] != expected[position]:
+                    wrong.append(f"another sample at {position}")
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=ask, args=(13 * n,)) for n in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
