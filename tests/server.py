@@ -1,5 +1,6 @@
 """A local http server of a folder, with the faults that networks have."""
 
+import email.utils
 import http.server
 import threading
 import time
@@ -63,6 +64,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = content[:-1] + bytes([content[-1] ^ 1])
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
+        self.send_header("Last-Modified", email.utils.formatdate(path.stat().st_mtime, usegmt=True))
         self.end_headers()
         if not with_body:
             return
@@ -72,7 +74,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "stall":
             self.wfile.write(content[:100])
             self.wfile.flush()
-            time.sleep(3)
+            time.sleep(6)
             self.close_connection = True
         elif fault == "trickle":
             for byte in content[:40]:

@@ -1,5 +1,7 @@
 """Shards from a server through a node's cache: fetched once, verified, bounded, and honest about faults."""
 
+import fcntl
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -9,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +19,15 @@ import pytest
 from tests.harness import REPOSITORY, environment, events, launch, load_config, logged, make_dataset, overrides
 from tests.server import FaultyServer, serving
 from trainer.data.cache import NodeCache
-from trainer.data.fetch import Patience
+from trainer.data.fetch import Patience, remote_size
 from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import ShardedDataset
+from trainer.data.shards import Shard, ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
 from trainer.data.windowed import WindowedOrder
 from trainer.errors import ConfigError, DataError
 
-IMPATIENT = Patience(attempts=3, first_delay=0.01, stall=0.5, least_bytes=1000)
+IMPATIENT = Patience(attempts=3, first_delay=0.01, stall=3.0, least_bytes=1000)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_what_passes_is_tried_again(server: FaultyServer, many_shards: Path, tmp
         (403, "403.*Forbidden", 1),
         ("cut", "cannot be fetched, 3 attempts: .*not completed|cut off", 3),
         ("stall", "cannot be fetched, 3 attempts: timed out", 3),
-        ("trickle", "cannot be fetched, 3 attempts: TimeoutError: .* bytes in 0.5 seconds", 3),
+        ("trickle", "cannot be fetched, 3 attempts: TimeoutError: .* bytes in 3 seconds", 3),
         ("wrong", "cannot be fetched, 3 attempts: sha256 is [0-9a-f]{64}, [0-9a-f]{64} was promised", 3),
         (500, "cannot be fetched, 3 attempts: .*500", 3),
     ],
@@ -195,16 +198,151 @@ def test_a_cache_that_is_too_small_says_so(server: FaultyServer, many_shards: Pa
 
 
 def test_pinned_shards_are_not_dropped(server: FaultyServer, many_shards: Path, tmp_path: Path) -> None:
-    shards = ShardedDataset(many_shards).shards
-    dataset = cached(server, many_shards, tmp_path, limit=2 * max(shard.bytes for shard in shards))
+    """Nor may more than half of the cache be pinned, so that there is always room to read."""
+    size = max(shard.bytes for shard in ShardedDataset(many_shards).shards)
+    dataset = cached(server, many_shards, tmp_path, limit=4 * size)
     cache = dataset.files
     assert isinstance(cache, NodeCache)
     pins = [cache.pin(dataset.shards[n]) for n in (0, 1)]
+    assert cache.pin(dataset.shards[2]) is None
+    assert server.gets["shard-000002.tar"] == 0
+    for sample in range(8, 48):
+        dataset.read(sample)
+    kept = {path.name for path in cache.shards.iterdir()}
+    assert {dataset.shards[0].digest, dataset.shards[1].digest} < kept
+    again = cache.pin(dataset.shards[1])  # twice takes no more room
+    assert pins[0] is not None
+    assert again is not None
+    cache.unpin(pins[0])
+    third = cache.pin(dataset.shards[2])
+    assert third is not None
+    for sample in range(12, 48):
+        dataset.read(sample)
+    kept = {path.name for path in cache.shards.iterdir()}
+    assert {dataset.shards[1].digest, dataset.shards[2].digest} < kept
+    assert dataset.shards[0].digest not in kept
+
+
+def test_two_jobs_that_prefetch_leave_room_for_a_third_to_read(
+    server: FaultyServer, many_shards: Path, tmp_path: Path
+) -> None:
+    size = max(shard.bytes for shard in ShardedDataset(many_shards).shards)
+    jobs = []
+    for first in (0, 4):
+        dataset = cached(server, many_shards, tmp_path, limit=4 * size)
+        assert isinstance(dataset.files, NodeCache)
+        jobs.append(
+            Prefetcher(
+                dataset.files,
+                dataset.shards[first : first + 4],
+                needs=lambda step: [step],
+                micro_steps=range(4),
+                in_hand=0,
+                budget=dataset.files.limit // 2,
+            )
+        )
+    for job in jobs:
+        job.start()
+    wait_until(lambda: len(jobs[0].pinned) + len(jobs[1].pinned) == 2)
+    third = cached(server, many_shards, tmp_path, limit=4 * size)
+    for sample in range(32, 48):
+        third.read(sample)
+    greedy, other = sorted(jobs, key=lambda job: len(job.pinned), reverse=True)
+    greedy.close()  # and the other one goes on
+    wait_until(lambda: len(other.pinned) == 2)
+    other.close()
+
+
+def test_a_reader_waits_while_others_fill_the_cache(server: FaultyServer, many_shards: Path, tmp_path: Path) -> None:
+    """Shards that are still being fetched, say; here held by hand."""
+    size = max(shard.bytes for shard in ShardedDataset(many_shards).shards)
+    dataset = cached(server, many_shards, tmp_path, limit=2 * size)
+    assert isinstance(dataset.files, NodeCache)
+    held = [dataset.files.open(dataset.shards[n]) for n in (0, 1)]
+    for descriptor in held:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
     with pytest.raises(DataError, match="too small"):
         dataset.read(8)
-    cache.unpin(pins[0])
-    dataset.read(8)
-    assert {path.name for path in cache.shards.iterdir()} == {shards[1].digest, shards[2].digest}
+    reader = threading.Thread(target=dataset.read, args=(8,))
+    reader.start()
+    time.sleep(0.3)
+    assert reader.is_alive()
+    dataset.files.unpin(held[0])
+    reader.join(30)
+    assert {path.name for path in dataset.files.shards.iterdir()} == {dataset.shards[n].digest for n in (1, 2)}
+
+
+def test_a_part_without_a_lock_is_deleted_before_its_room_is_taken(
+    server: FaultyServer, many_shards: Path, tmp_path: Path
+) -> None:
+    size = max(shard.bytes for shard in ShardedDataset(many_shards).shards)
+    dataset = cached(server, many_shards, tmp_path, limit=2 * size)
+    (tmp_path / "cache" / "shards" / "left.part").write_bytes(bytes(2 * size))
+    dataset.read(0)
+    assert cached_bytes(tmp_path) <= 2 * size
+
+
+def test_files_that_vanish_while_they_are_counted_do_not_matter(
+    server: FaultyServer, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = cached(server, many_shards, tmp_path)
+    dataset.read(0)
+
+    def scan_and_delete(folder: Path) -> list[os.DirEntry[str]]:
+        with os.scandir(folder) as found:
+            entries = list(found)
+        for entry in entries:
+            Path(entry.path).unlink()
+        return entries
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.data.cache._scan", scan_and_delete)
+        assert dataset.read(5) == ShardedDataset(many_shards).read(5)
+    assert server.gets["shard-000001.tar"] == 1
+
+
+def fetch_in_another_process(shards: list[Shard], cache: Path, errors: Any) -> None:
+    try:
+        for shard in shards:
+            os.close(NodeCache(cache, 10**9, IMPATIENT).open(shard))
+        errors.put("")
+    except Exception as error:
+        errors.put(repr(error))
+
+
+def test_processes_that_fetch_different_shards_do_not_disturb_one_another(tmp_path: Path) -> None:
+    """While one counts what is there, the others rename theirs."""
+    shards = []
+    for n in range(300):
+        path, content = tmp_path / f"{n}.tar", b"%08d" % n
+        path.write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        shards.append(Shard(url=str(path), samples=1, bytes=8, digest=digest, verifiable=True))
+    context = multiprocessing.get_context("fork")
+    errors = context.Queue()
+    processes = [
+        context.Process(target=fetch_in_another_process, args=(shards[k::4], tmp_path / "cache", errors))
+        for k in range(4)
+    ]
+    for process in processes:
+        process.start()
+    assert [errors.get(timeout=120) for _ in processes] == [""] * 4
+    for process in processes:
+        process.join(60)
+
+
+def test_what_cannot_be_fetched_ahead_does_not_end_the_prefetching(
+    server: FaultyServer, many_shards: Path, tmp_path: Path
+) -> None:
+    server.always["shard-000001.tar"] = 404
+    dataset = cached(server, many_shards, tmp_path)
+    assert isinstance(dataset.files, NodeCache)
+    prefetcher = Prefetcher(
+        dataset.files, dataset.shards, needs=lambda step: [step], micro_steps=range(4), in_hand=0, budget=10**9
+    )
+    prefetcher.start()
+    wait_until(lambda: prefetcher.pinned == {0, 2, 3})
+    prefetcher.close()
 
 
 def wait_until(condition: object, patience: float = 30.0) -> None:
@@ -231,10 +369,8 @@ def test_the_plan_is_fetched_ahead_within_its_budget(server: FaultyServer, many_
     prefetcher.advance(9)  # in shard 2
     wait_until(lambda: prefetcher.pinned == {2, 3, 4})
     prefetcher.close()
-    wait_until(lambda: not prefetcher.pinned)
-    assert not any(
-        thread.name == "prefetch" and thread.is_alive() and prefetcher.pinned for thread in threading.enumerate()
-    )
+    wait_until(lambda: not prefetcher._thread.is_alive())
+    assert not prefetcher.pinned
 
 
 def test_a_stream_through_a_small_cache_is_the_same_and_fetches_each_shard_once_an_epoch(
@@ -299,6 +435,49 @@ def test_tars_on_a_server_train_too(tmp_path: Path, config_path: Path) -> None:
         launch(1, "--config", str(config_path), *settings, *overrides(train__duration="8 steps"))
         assert dict(server.gets) == {f"{n}.tar": 1 for n in range(3)}
     assert [event["event"] for event in events(tmp_path / "run")].count("finished") == 2
+
+
+def test_a_file_replaced_by_one_of_its_length_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"one")
+    with serving(tmp_path) as other:
+        before = remote_size(f"{other.url}/a.tar", IMPATIENT)
+        assert remote_size(f"{other.url}/a.tar", IMPATIENT) == before
+        path.write_bytes(b"two")
+        os.utime(path, (10**9, 10**9))
+        after = remote_size(f"{other.url}/a.tar", IMPATIENT)
+    assert before[0] == after[0] == 3
+    assert before[1] != after[1]
+
+
+def test_a_dataset_that_is_replaced_behind_its_url_leaves_running_jobs_alone(
+    many_shards: Path, tmp_path: Path, config_path: Path
+) -> None:
+    served = tmp_path / "served"
+    shutil.copytree(many_shards, served)
+    with serving(served) as server:
+        config = load_config(config_path, f"data.path={server.url}", f"data.cache_dir={tmp_path / 'cache'}")
+        first = open_training_data(config, index_folder=None).dataset
+        expected = [ShardedDataset(many_shards).label(n) for n in range(48)]
+        shutil.rmtree(served)
+        make_dataset(tmp_path / "new", images=20, shard_samples=4).rename(served)
+        second = open_training_data(config, index_folder=None).dataset
+    assert (len(first), len(second)) == (48, 20)
+    assert isinstance(first, ShardedDataset)
+    assert [ShardedDataset(first.folder, origin=first.where, files=first.files).label(n) for n in range(48)] == expected
+
+
+def test_a_node_needs_room_for_all_of_its_lanes(
+    server: FaultyServer, many_shards: Path, tmp_path: Path, config_path: Path
+) -> None:
+    """Of 12 shards two for each lane."""
+    size = max(shard.bytes for shard in ShardedDataset(many_shards).shards)
+    settings = [f"data.path={server.url}", f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_size={3 * size}"]
+    config = load_config(config_path, *settings, "data.order=lanes", "data.lanes=4", "data.window=1")
+    open_training_data(config, index_folder=None, nodes=4)
+    for nodes in (1, 2, 3):
+        with pytest.raises(ConfigError, match=r"data\.cache_size = \d+: the order 'lanes' keeps coming back"):
+            open_training_data(config, index_folder=None, nodes=nodes)
 
 
 def test_settings_that_cannot_work_are_refused(server: FaultyServer, tmp_path: Path, config_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The order of samples is a pure function of (seed, position), each epoch exactly once, and never changes."""
 
 import hashlib
+import sys
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -169,3 +171,38 @@ def test_the_order_is_pinned_for_ever(order: Order, first: int, pinned: str) -> 
     """A changed order would break the resuming of every run: never update these hashes."""
     ids = order.ids(np.arange(first, first + 4096))
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == pinned
+
+
+@pytest.mark.parametrize("kind", ["windowed", "lanes"])
+def test_threads_may_ask_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and the prefetcher, at more epochs than the order keeps; what is kept is cheap here, to ask often."""
+    if kind == "windowed":
+        monkeypatch.setattr("trainer.data.windowed.Windows", lambda *_, key, window: (key, window))
+        order = windowed([2, 1, 3], 7)
+        kept = [lambda epoch=epoch: order._windows(epoch) for epoch in range(4)]
+    else:
+        monkeypatch.setattr(LanesOrder, "_cut", lambda _, epoch, lane: (epoch, lane))
+        lanes = in_lanes([2, 1, 3], 7, lanes=1)
+        kept = [lambda epoch=epoch: lanes._windows(epoch, 0) for epoch in range(4)]
+    expected = [ask() for ask in kept]
+    wrong = []
+
+    def ask_often(first: int) -> None:
+        try:
+            for n in range(20_000):
+                if kept[(first + n) % 4]() != expected[(first + n) % 4]:
+                    wrong.append("another epoch's")
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=ask_often, args=(n,)) for n in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong

@@ -16,7 +16,7 @@ import torch
 from tests.harness import REPOSITORY, environment, make_dataset
 from trainer.data.order import GlobalOrder, sample_ids
 from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
+from trainer.data.stream import BatchLayout, MicroBatchPlan, StartMethod, dead_loaders_told, micro_batches
 from trainer.errors import ConfigError, DataError
 from trainer.signals import STOP_SIGNALS
 
@@ -24,10 +24,16 @@ BATCH, SEED, STEPS = 8, 3, 7  # 56 positions: over two and a half epochs of 21 i
 
 
 def stream_of(
-    dataset: ShardedDataset, *, world_size: int, workers: int, micro_batch: int | None = None, first_step: int = 0
+    dataset: ShardedDataset,
+    *,
+    world_size: int,
+    workers: int,
+    micro_batch: int | None = None,
+    first_step: int = 0,
+    batch: int = BATCH,
 ) -> dict[str, torch.Tensor]:
     """All ranks' streams, put together as global batches: position, id and image in the order of training."""
-    layout = BatchLayout.plan(BATCH, world_size, micro_batch)
+    layout = BatchLayout.plan(batch, world_size, micro_batch)
     ranks = []
     for rank in range(world_size):
         plan = MicroBatchPlan(
@@ -94,13 +100,28 @@ def test_it_goes_on_from_any_step(opened: ShardedDataset, reference: dict[str, t
         assert torch.equal(found[name], value[first_step * BATCH :]), name
 
 
+@pytest.mark.parametrize("first_step", [2, 3, 6])
+def test_it_goes_on_from_the_end_of_an_epoch(opened: ShardedDataset, first_step: int) -> None:
+    """Steps 3 and 6 begin the second and the third epoch exactly."""
+    whole = stream_of(opened, world_size=1, workers=0, batch=7)
+    found = stream_of(opened, world_size=7, workers=0, batch=7, first_step=first_step)
+    for name, value in whole.items():
+        assert torch.equal(found[name], value[first_step * 7 :]), name
+    epochs = torch.cat([whole["id"][: first_step * 7], found["id"]])[:42].unflatten(0, (2, 21))
+    assert (epochs.sort(dim=1).values == torch.arange(21)).all()
+
+
 def test_an_epoch_smaller_than_a_batch_and_fewer_shards_than_ranks(tmp_path: Path) -> None:
     dataset = ShardedDataset(make_dataset(tmp_path, images=3, shard_samples=2))
     assert len(dataset.manifest.shards) == 2
     found = stream_of(dataset, world_size=4, workers=1)
     epochs = found["id"][:54].unflatten(0, (18, 3))
     assert (epochs.sort(dim=1).values == torch.arange(3)).all()
-    assert torch.equal(found["id"], stream_of(dataset, world_size=1, workers=0)["id"])
+    whole = stream_of(dataset, world_size=1, workers=0)["id"]
+    assert torch.equal(found["id"], whole)
+    for first_step in (3, 4):  # positions 24, where an epoch of 3 begins, and 32, inside one
+        resumed = stream_of(dataset, world_size=2, workers=1, first_step=first_step)["id"]
+        assert torch.equal(resumed, whole[first_step * BATCH :])
 
 
 def damaged_copy(dataset: Path, tmp_path: Path) -> tuple[Path, ShardedDataset]:
@@ -165,6 +186,29 @@ def test_loaders_heed_their_trainer_and_nobody_else(opened: ShardedDataset, star
     loader.join(20)
     assert not loader.is_alive()
     stream.close()
+
+
+def test_a_loader_that_was_killed_is_told_in_one_line(opened: ShardedDataset) -> None:
+    stream = open_stream(opened.folder)
+    next(stream)
+    (loader,) = multiprocessing.active_children()
+    message = r"^DataLoader worker \(pid.*/dev/shm; take fewer data\.workers or a smaller data\.prefetch$"
+
+    def go_on() -> None:
+        with dead_loaders_told():  # torch may speak up in the join, too
+            loader.kill()
+            loader.join(20)
+            list(stream)
+
+    with pytest.raises(DataError, match=message) as caught:
+        go_on()
+    assert "\n" not in str(caught.value)
+    stream.close()
+
+
+def test_other_errors_are_not_taken_for_dead_loaders() -> None:
+    with pytest.raises(RuntimeError, match=r"^Caught RuntimeError in DataLoader worker"), dead_loaders_told():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
 
 
 def test_spawned_loaders_are_deaf_from_their_first_moment(opened: ShardedDataset) -> None:
@@ -253,6 +297,8 @@ def test_descriptors_and_memory_stay_flat_over_50_epochs(opened: ShardedDataset)
         if len(seen) == 48:  # the loader ends with its last batch
             break
     stream.close()
+    assert len(seen) == 48
+    assert len(seen[5]) == len(seen[-1]) == 2
     for early, late in zip(seen[5], seen[-1]):
         assert late[0] <= early[0] + 8  # batches on their way have some; one kept an epoch would make 42
         assert late[1] < early[1] + (8 << 20)

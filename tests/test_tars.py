@@ -222,6 +222,25 @@ def test_the_index_is_kept_until_a_tar_changes(tmp_path: Path, monkeypatch: pyte
     assert changed.fingerprint != first.fingerprint
 
 
+@pytest.mark.parametrize("ending", [".npy", ".json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "gone"])
+def test_a_kept_index_that_was_damaged_is_made_anew(tmp_path: Path, ending: str, damage: str) -> None:
+    paths = [write_tar(tmp_path / f"{n}.tar", images_of(3, first=3 * n)) for n in range(2)]
+    first = open_tars(*paths, index_folder=tmp_path / "indexes")
+    (kept,) = (tmp_path / "indexes").glob(f"*{ending}")
+    content = kept.read_bytes()
+    if damage == "gone":
+        kept.unlink()
+    elif damage == "changed":
+        kept.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
+    else:
+        kept.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
+    again = open_tars(*paths, index_folder=tmp_path / "indexes")
+    assert [again.read(n) for n in range(6)] == [first.read(n) for n in range(6)]
+    assert again.fingerprint == first.fingerprint
+    assert kept.read_bytes() == content
+
+
 def test_a_folder_of_foreign_tars_trains_and_resumes(tmp_path: Path, config_path: Path) -> None:
     """Two processes; one of them walks. Stopped and resumed, and refused when a tar was swapped for another."""
     data = tmp_path / "tars"

@@ -300,6 +300,62 @@ def test_what_cannot_be_decoded_raises_and_is_never_grey(
         decode(encoded, 24, "RGB", crop=True)
 
 
+WHOLE = jpeg("RGB", (24, 24))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        WHOLE[:20] + bytes(3) + WHOLE[20:],
+        WHOLE[:-2] + b"\x12\x34" + WHOLE[-2:],
+        WHOLE + bytes(20),
+        WHOLE[:20] + bytes(3) + WHOLE[20:-2],
+        WHOLE[:20] + bytes(3) + WHOLE[20:-60],
+        WHOLE[:200] + bytes(8) + WHOLE[208:],
+    ],
+    ids=["between segments", "before the end", "behind the end", "and no end", "and cut", "zeroed tables"],
+)
+def test_which_images_are_whole_does_not_depend_on_the_decoder(
+    encoded: bytes, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    def outcome() -> bytes | None:
+        try:
+            return decode(encoded, 24, "RGB").tobytes()
+        except SampleError:
+            return None
+
+    fast = outcome()
+    monkeypatch.setattr(decode_module, "simplejpeg", None)
+    assert fast == outcome()
+    whole = decode(WHOLE, 24, "RGB").tobytes()
+    assert (fast == whole) == any(name in request.node.name for name in ("between", "before", "behind"))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "GIF"])
+def test_other_formats_are_refused_before_their_decoders_see_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS would start Ghostscript."""
+    stream = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(stream, kind)
+    Image.preinit()
+    Image.init()
+    factory = lambda *_: pytest.fail(f"{kind}'s decoder was started")  # noqa: E731
+    monkeypatch.setitem(Image.OPEN, kind, (factory, Image.OPEN[kind][1]))
+    with pytest.raises(SampleError, match="cannot be decoded"):
+        decode(stream.getvalue(), 24, "RGB")
+
+
+def test_whatever_a_decoder_raises_is_a_damaged_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(stream, "PNG")
+
+    def confused(_: Image.Image) -> None:
+        raise TypeError("two\nlines")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", confused)
+    with pytest.raises(SampleError, match=r"cannot be decoded \(two lines\)$"):
+        decode(stream.getvalue(), 24, "RGB")
+
+
 def test_images_of_another_size_than_the_manifests_are_refused() -> None:
     for encoded in (jpeg("RGB"), jpeg("L")):
         with pytest.raises(SampleError, match=r"is \w+ 40x24, the manifest says 24x24"):

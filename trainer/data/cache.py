@@ -3,7 +3,7 @@
     CACHE/shards/<digest>       a whole shard, verified when it was fetched; its time is when it was last opened
     CACHE/shards/<digest>.part  one being fetched, at its full length from the beginning
     CACHE/locks/<digest>        held by the process that fetches
-    CACHE/files/<name>          small files that are kept: indexes
+    CACHE/files/<name>          small files that are kept: manifests, indexes
 
 Names come from contents, so that datasets may share a cache, and so may jobs. Locks are the kernel's (flock): those of
 a process that died are free. The folder must be on a disk of this node.
@@ -11,15 +11,20 @@ a process that died are free. The folder must be on a disk of this node.
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.format import sha256_of
 from trainer.data.fetch import Patience, fetch
 from trainer.data.shards import Shard
 from trainer.errors import DataError
+
+_AGAIN = 0.05  # seconds until it is looked again whether others have made room
 
 
 class NodeCache:
@@ -56,13 +61,23 @@ class NodeCache:
             os.close(descriptor)
             self._delete(shard, lambda: path.stat().st_size != shard.bytes)
 
-    def pin(self, shard: Shard) -> int:
-        """Open a shard so that it is not deleted before `unpin`, or before this process ends."""
+    def pin(self, shard: Shard) -> int | None:
+        """Open a shard so that it is not deleted before `unpin`, or before this process ends.
+
+        None where more than half of the cache would be pinned, by all processes together: the rest is for reading.
+        """
+        with self._locked("room"):
+            if not self._may_pin(shard):  # to fetch it would be in vain
+                return None
         while True:
             descriptor = self.open(shard)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if os.fstat(descriptor).st_nlink:
-                return descriptor
+            with self._locked("room"):
+                if os.fstat(descriptor).st_nlink:
+                    if self._may_pin(shard):
+                        fcntl.flock(descriptor, fcntl.LOCK_SH)
+                        return descriptor
+                    os.close(descriptor)
+                    return None
             os.close(descriptor)  # deleted just before
 
     @staticmethod
@@ -78,17 +93,32 @@ class NodeCache:
             self._delete(shard, lambda: sha256_of(path) != shard.digest)
         return shard.verifiable  # even where it is whole by now: another process may have fetched it anew
 
-    def keep(self, url: str, name: str, digest: str | None) -> Path:
-        """A small file, fetched and kept under `name`; anew each time where no `digest` vouches for the one here."""
+    def keep(self, url: str, name: str, digest: str) -> Path:
+        """A small file of this sha256, fetched where the one here is not it; `name` should identify the content."""
         path = self.files / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked(name.replace("/", "-")):
-            if digest is None or not path.exists() or sha256_of(path) != digest:
-                part = path.with_name(f"{path.name}.part")
-                with self._writing(), part.open("w+b") as out:
-                    fetch(url, out, size=None, digest=digest, patience=self.patience)
-                part.rename(path)
+        with self._locked(name.replace("/", "-")), self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or sha256_of(path) != digest:
+                self._download(url, path.with_name(f"{path.name}.part"), digest).rename(path)
         return path
+
+    def keep_anew(self, url: str, name: str) -> Path:
+        """A small file of which nobody knows the content, fetched each time and kept as <its sha256>/`name`.
+
+        So one that another job uses stays as it is, when the file behind the URL is replaced.
+        """
+        place = hashlib.sha256(url.encode()).hexdigest()
+        with self._locked(place), self._writing():
+            part = self._download(url, self.files / f"{place}.part", None)
+            path = self.files / sha256_of(part) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return part.rename(path)
+
+    def _download(self, url: str, part: Path, digest: str | None) -> Path:
+        with part.open("w+b") as out:
+            fetch(url, out, size=None, digest=digest, patience=self.patience)
+            _to_disk(out)
+        return part
 
     def _bring(self, shard: Shard) -> None:
         path, part = self.shards / shard.digest, self.shards / f"{shard.digest}.part"
@@ -101,40 +131,70 @@ class NodeCache:
                     with part.open("r+b") as out:
                         digest = shard.digest if shard.verifiable else None
                         fetch(shard.url, out, size=shard.bytes, digest=digest, patience=self.patience)
-                    part.rename(path)
+                        _to_disk(out)
+                    with self._locked("room"):  # else who counts meanwhile might see neither name
+                        part.rename(path)
                 finally:
                     part.unlink(missing_ok=True)
 
     def _reserve(self, part: Path, shard: Shard) -> None:
-        """Make a file of the shard's length, for which the shards that were not opened for longest make room."""
-        with self._locked("room"):
-            part.unlink(missing_ok=True)  # of a process that died
-            entries = [
-                (entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(self.shards)
-            ]
-            used = sum(size for _, size, _ in entries)
-            for _, size, name in sorted(entries):
-                if used + shard.bytes <= self.limit:
-                    break
-                if self._evict(Path(name)):
-                    used -= size
-            if used + shard.bytes > self.limit:
+        """Make a file of the shard's length; where others fill the cache, wait for them as long as for a server."""
+        deadline = time.monotonic() + self.patience.stall
+        while (used := self._make_room(part, shard)) is not None:
+            if shard.bytes > self.limit or time.monotonic() > deadline:
                 raise DataError(
                     f"data.cache_size = {self.limit} bytes: too small; {used} bytes are in use in {self.folder} and "
                     f"{shard.url} needs {shard.bytes}"
                 )
+            time.sleep(_AGAIN)
+
+    def _make_room(self, part: Path, shard: Shard) -> int | None:
+        """The file of the shard's length, for which the shards that were not opened for longest make room.
+
+        Returns None, or the bytes that are in use where there is no room.
+        """
+        with self._locked("room"):
+            part.unlink(missing_ok=True)  # of a process that died
+            entries = sorted(self._entries())
+            used = sum(size for _, size, _ in entries)
+            for _, size, path in entries:
+                if used + shard.bytes <= self.limit:
+                    break
+                if self._evict(path):
+                    used -= size
+            if used + shard.bytes > self.limit:
+                return used
             with part.open("wb") as out:
                 os.posix_fallocate(out.fileno(), 0, max(shard.bytes, 1))  # a full disk is found now
+        return None
+
+    def _entries(self) -> Iterator[tuple[int, int, Path]]:
+        """Of each file: when it was last opened, its bytes, its path; not of those that others delete meanwhile."""
+        for entry in _scan(self.shards):
+            with contextlib.suppress(FileNotFoundError):
+                found = entry.stat()
+                yield found.st_mtime_ns, found.st_size, Path(entry.path)
+
+    def _may_pin(self, shard: Shard) -> bool:
+        """Whether half of the cache holds this and what is pinned already; to be asked while "room" is locked."""
+        pinned = sum(size for _, size, path in self._entries() if path.name != shard.digest and _is_pinned(path))
+        return pinned + shard.bytes <= self.limit // 2
 
     def _evict(self, path: Path) -> bool:
-        """Delete a shard that nobody has pinned, or a part that nobody is fetching; whether it was."""
-        held = self.locks / path.stem if path.suffix == ".part" else path
-        with contextlib.suppress(FileNotFoundError), held.open("rb") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        """Delete a shard that nobody has pinned, or a part that nobody is fetching; whether it is gone."""
+        try:
+            if path.suffix == ".part":
+                with (self.locks / path.stem).open("a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            elif not _is_pinned(path):
+                path.unlink()  # nor can anyone pin it now: that takes the lock on "room"
+            else:
                 return False
-            path.unlink()
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:  # another process was quicker
+            pass
         return True
 
     def _delete(self, shard: Shard, is_bad: Callable[[], bool]) -> None:
@@ -155,3 +215,23 @@ class NodeCache:
             yield
         except OSError as error:
             raise DataError(f"data.cache_dir = {self.folder}: cannot be written ({error.strerror})") from error
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as found:
+        return list(found)
+
+
+def _is_pinned(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _to_disk(out: BinaryIO) -> None:
+    """Before the renaming: after a power cut the name must not stand for a hole."""
+    out.flush()
+    os.fsync(out.fileno())

@@ -67,7 +67,7 @@ def remote_size(url: str, patience: Patience) -> tuple[int, str]:
         raise DataError(f"{url}: {_words(_cause(error))}") from error
     if info.get("size") is None:
         raise DataError(f"{url}: the server does not say how long it is")
-    stamps = ("ETag", "etag", "LastModified", "last_modified", "mtime", "generation", "blob_id")
+    stamps = ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "generation", "blob_id")
     return int(info["size"]), str([str(info[stamp]) for stamp in stamps if stamp in info])
 
 

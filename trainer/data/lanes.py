@@ -57,11 +57,12 @@ class LanesOrder:
         return np.asarray(batches * width + np.clip(slot - np.asarray(lane) * width, 0, width))
 
     def _windows(self, epoch: int, lane: int) -> Windows:
-        if (epoch, lane) not in self._stretches:
-            while len(self._stretches) >= 2 * self.lanes:  # a stream looks at this epoch and the next
-                del self._stretches[next(iter(self._stretches))]
-            self._stretches[epoch, lane] = self._cut(epoch, lane)
-        return self._stretches[epoch, lane]
+        known, asked = self._stretches, (epoch, lane)  # replaced, never changed: the prefetcher's thread asks too
+        if asked in known:
+            return known[asked]
+        made = self._cut(epoch, lane)
+        self._stretches = dict([*known.items(), (asked, made)][-2 * self.lanes :])  # this epoch's and the next one's
+        return made
 
     def _cut(self, epoch: int, lane: int) -> Windows:
         every_lane = np.arange(self.lanes)

@@ -5,6 +5,7 @@ dealt by a permutation keyed by (seed, block). How many of a dataset's slots lie
 plus a count inside one, and that number is the dataset's own position in its own order.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,7 +54,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
 
     Raises ValueError where a dataset's share would be 0.
     """
-    shares = np.asarray(weights, dtype=np.float64) * BLOCK / sum(weights)
+    shares = np.asarray(weights, dtype=np.float64) * BLOCK / math.fsum(weights)
     slots = np.floor(shares).astype(int)
     remainders = shares - slots
     for dataset in np.argsort(-remainders, kind="stable")[: BLOCK - slots.sum()]:

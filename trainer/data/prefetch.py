@@ -8,6 +8,7 @@ from trainer.data.shards import Shard
 from trainer.errors import DataError
 
 _FARTHEST = 4096  # micro-steps ahead of training
+_AGAIN = 1.0  # seconds until it is looked again whether other processes' pins make room
 
 
 class Prefetcher:
@@ -15,8 +16,8 @@ class Prefetcher:
 
     needs: the shards of a micro-step, in the order of need; micro_steps: the plan's; in_hand: micro-steps ahead of
     training that loader processes have already been given, and fetch for themselves; budget: bytes that may be pinned
-    at a time. What does not fit is fetched by the reader when it is needed, and what cannot be fetched is the reader's
-    to report.
+    at a time, by this process; the cache bounds what all of them pin. What does not fit is fetched by the reader when
+    it is needed, and what cannot be fetched is passed over, for it is the reader's to report.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class Prefetcher:
             for micro_step in self.micro_steps:
                 for shard in self.needs(micro_step):
                     self._last_need[shard] = micro_step
-                    if shard not in self._pins and self._make_room(self.shards[shard].bytes, micro_step):
-                        self._pins[shard] = self.cache.pin(self.shards[shard])
+                    if shard not in self._pins:
+                        self._pin(shard, micro_step)
                 with self._moved:
                     while not self._closed and micro_step >= self._training + _FARTHEST:
                         self._moved.wait()
@@ -78,23 +79,27 @@ class Prefetcher:
             with self._moved:
                 while not self._closed:
                     self._moved.wait()
-        except DataError:
-            pass  # the reader will meet the same where it matters
         finally:
             for descriptor in self._pins.values():
                 self.cache.unpin(descriptor)
             self._pins.clear()
 
-    def _make_room(self, needed: int, micro_step: int) -> bool:
-        """Wait until shards that training has left behind make room; False where there is none when it is needed."""
+    def _pin(self, shard: int, micro_step: int) -> None:
+        """Wait until there is room for it, and pin it; do without where there is none when it is needed."""
+        wanted = self.shards[shard]
         while not self._closed and (now := self._training) + self.in_hand <= micro_step:
             self._let_go()
-            if sum(self.shards[shard].bytes for shard in self._pins) + needed <= self.budget:
-                return True
+            if sum(self.shards[pinned].bytes for pinned in self._pins) + wanted.bytes <= self.budget:
+                try:
+                    descriptor = self.cache.pin(wanted)
+                except DataError:
+                    return  # the reader will meet the same where it matters
+                if descriptor is not None:
+                    self._pins[shard] = descriptor
+                    return
             with self._moved:
-                while not self._closed and self._training == now:
-                    self._moved.wait()
-        return False
+                if not self._closed and self._training == now:
+                    self._moved.wait(_AGAIN)
 
     def _let_go(self) -> None:
         for shard in [shard for shard in self._pins if self._last_need[shard] < self._training]:

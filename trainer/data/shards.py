@@ -1,10 +1,11 @@
 """Random access to the samples of a sharded dataset, each checked against the index."""
 
+import bisect
 import os
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -122,6 +123,7 @@ class IndexedDataset:
         self.fingerprint = fingerprint
         self.files = files
         self.bounds = np.cumsum([0, *(shard.samples for shard in shards)])
+        self._ends: list[int] = self.bounds[1:].tolist()  # plain integers: quick to search for one sample
         self._index_source = index
         self._index: npt.NDArray[np.void] | None = None
         self._descriptors: OrderedDict[int, int] = OrderedDict()
@@ -167,8 +169,8 @@ class IndexedDataset:
         Raises SampleError where the bytes are not the ones that the index was made from, DataError where the shard
         cannot be had at all.
         """
-        row = self.index[sample]
-        shard = int(self.shards_of(sample))
+        row = dict(zip(self.index.dtype.names or (), self.index[sample].item()))
+        shard = bisect.bisect_right(self._ends, sample)
         encoded = self._read(shard, row)
         if self.is_intact(row, encoded):
             return encoded
@@ -181,9 +183,9 @@ class IndexedDataset:
             )
         return encoded
 
-    def is_intact(self, row: np.void, encoded: bytes) -> bool:
-        """Whether these are the bytes that the index was made from, as far as the index tells."""
-        return len(encoded) == int(row["length"])
+    def is_intact(self, row: Mapping[str, int], encoded: bytes) -> bool:
+        """Whether these are the bytes that the index was made from, as far as the index tells; row: the sample's."""
+        return len(encoded) == row["length"]
 
     def label(self, sample: int) -> int:
         """The sample's class, or -1."""
@@ -197,9 +199,9 @@ class IndexedDataset:
         """(N,) what a sample is, wherever it lies: the held-out split is drawn by it."""
         raise NotImplementedError
 
-    def _read(self, shard: int, row: np.void) -> bytes:
+    def _read(self, shard: int, row: Mapping[str, int]) -> bytes:
         try:
-            return os.pread(self._descriptor(shard), int(row["length"]), int(row["offset"]))
+            return os.pread(self._descriptor(shard), row["length"], row["offset"])
         except OSError as error:
             raise DataError(f"{self.shards[shard].url}: cannot be read ({error.strerror})") from error
 
@@ -274,7 +276,7 @@ class ShardedDataset(IndexedDataset):
             self._check_sizes()
         self._check_index()
 
-    def is_intact(self, row: np.void, encoded: bytes) -> bool:
+    def is_intact(self, row: Mapping[str, int], encoded: bytes) -> bool:
         """See `IndexedDataset`: by crc32."""
         return super().is_intact(row, encoded) and zlib.crc32(encoded) == row["crc32"]
 

@@ -31,6 +31,7 @@ StartMethod = Literal["fork", "spawn"]
 
 _PLANNED_AT_ONCE = 32  # micro-batches: an order takes hardly longer for many positions than for few
 _MOST_REPLACEMENTS = 64
+_DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\) .*")  # torch's words
 _ERROR_NAME = re.compile(r"^trainer\.errors\.\w+: ")
 
 
@@ -174,7 +175,8 @@ def micro_batches(
 ) -> Generator[dict[str, torch.Tensor], None, None]:
     """Stream the plan's micro-batches, as `ReadAndDecode` makes them but for their faults, in order.
 
-    Raises DataError, in one line, where a sample is damaged; with `bad_samples` it is replaced and counted there.
+    Raises DataError, in one line, where a sample is damaged; with `bad_samples` it is replaced and counted there. Also
+    where a loader process was killed; see `dead_loaders_told`.
     """
     if len(plan.micro_steps) == 0:
         return
@@ -193,26 +195,50 @@ def micro_batches(
     )
     batches = enumerate(iter(loader), start=plan.micro_steps.start)
     try:
-        with _stop_signals_blocked():
-            first = next(batches)  # starts the loader processes, which inherit the mask
-        if prefetcher is not None:
-            prefetcher.start()
-        for micro_step, batch in itertools.chain([first], batches):
-            faults = batch.pop("faults")
-            if bad_samples is not None:
-                bad_samples.note(faults)
+        with dead_loaders_told():
+            with _stop_signals_blocked():
+                first = next(batches)  # starts the loader processes, which inherit the mask
             if prefetcher is not None:
-                prefetcher.advance(micro_step)
-            yield batch
+                prefetcher.start()
+            for micro_step, batch in itertools.chain([first], batches):
+                faults = batch.pop("faults")
+                if bad_samples is not None:
+                    bad_samples.note(faults)
+                if prefetcher is not None:
+                    prefetcher.advance(micro_step)
+                yield batch
     except DataError as error:
-        # The error and the frames of its traceback hold each other, and among them the loader: without this its
-        # processes would live until a garbage collection, which takes them apart in no order.
-        traceback.clear_frames(error.__traceback__)
+        _let_go_of_loaders(error)
         # A loader process wraps the message in its traceback; the last line is the one that was raised.
         raise DataError(_ERROR_NAME.sub("", str(error).strip().splitlines()[-1])) from error
     finally:
         if prefetcher is not None:
             prefetcher.close()
+
+
+@contextmanager
+def dead_loaders_told() -> Iterator[None]:
+    """Turn torch's word that a loader process was killed into DataError.
+
+    It comes with a signal, in whatever the main thread is doing: so not only the stream but its user needs this.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = _DEAD_LOADER.match(str(error))
+        if found is None:
+            raise
+        _let_go_of_loaders(error)
+        raise DataError(
+            f"{found[0].rstrip('. ')}: a loader process ended, most often for want of memory or of room in /dev/shm; "
+            "take fewer data.workers or a smaller data.prefetch"
+        ) from error
+
+
+def _let_go_of_loaders(error: BaseException) -> None:
+    # The error and the frames of its traceback hold each other, and among them the loader: without this its processes
+    # would live until a garbage collection, which takes them apart in no order.
+    traceback.clear_frames(error.__traceback__)
 
 
 @contextmanager

@@ -8,14 +8,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from data_prep.format import UNLABELLED
+from data_prep.format import UNLABELLED, sha256_of
 from trainer.data.shards import IndexedDataset, Shard, ShardFiles
 from trainer.data.tar_headers import Member, TarError, walk
 from trainer.errors import DataError
@@ -95,19 +96,40 @@ def _kept_index(shards: Sequence[Shard], files: ShardFiles, folder: Path) -> tup
     It is keyed by what the shards are called, their sizes and times, so that a changed shard makes a new index.
     """
     key = hashlib.sha256(json.dumps([[s.url, s.bytes, s.digest] for s in shards]).encode()).hexdigest()[:32]
-    path, counts_path = folder / f"{key}.npy", folder / f"{key}.json"
+    path, record = folder / f"{key}.npy", folder / f"{key}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not counts_path.exists():  # written last
+        counts = _counts_kept(path, record)
+        if counts is None:
             counts, index = _index(shards, files)
-            unfinished = folder / f"{key}.tmp"
-            with unfinished.open("wb") as stream:
-                np.save(stream, index)
-            unfinished.rename(path)
-            unfinished.write_text(json.dumps(counts))
-            unfinished.rename(counts_path)
-    return json.loads(counts_path.read_text()), path
+            _replace(path, lambda stream: np.save(stream, index))
+            content = json.dumps({"counts": counts, "sha256": _digest(path, counts)}).encode()
+            _replace(record, lambda stream: stream.write(content))
+    return counts, path
+
+
+def _counts_kept(path: Path, record: Path) -> list[int] | None:
+    """The number of samples of each shard; None where index and record are not here, or not as they were written."""
+    try:
+        kept = json.loads(record.read_text())
+        counts = [int(count) for count in kept["counts"]]
+        return counts if kept["sha256"] == _digest(path, counts) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest(path: Path, counts: Sequence[int]) -> str:
+    return hashlib.sha256(f"{sha256_of(path)} {list(counts)}".encode()).hexdigest()
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("wb") as stream:
+        write(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.rename(path)
 
 
 def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.NDArray[np.void]]:

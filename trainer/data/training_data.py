@@ -1,6 +1,7 @@
 """From the configuration's [data] to the images that are trained on and their order."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,11 @@ class TrainingData:
     identity: dict[str, Any]
 
 
-def open_training_data(config: Config, *, index_folder: Path | None) -> TrainingData:
+def open_training_data(config: Config, *, index_folder: Path | None, nodes: int | None = None) -> TrainingData:
     """Open what `config.data` names.
 
-    index_folder: where the indexes of tars without one are kept if there is no data.cache_dir; None for nowhere. Raises
-    ConfigError or DataError.
+    index_folder: where the indexes of tars without one are kept if there is no data.cache_dir; None for nowhere; nodes:
+    those that train, each on its share of the lanes; None: on one lane at least. Raises ConfigError or DataError.
     """
     data = config.data
     cache = NodeCache(Path(data.cache_dir), data.cache_size) if data.cache_dir is not None else None
@@ -62,7 +63,7 @@ def open_training_data(config: Config, *, index_folder: Path | None) -> Training
         held_out = np.concatenate([first + ids for first, (ids, _) in zip(joined.id_starts, parts)])
         order = _mixture(config, [order for _, order in parts], joined)
     if cache is not None:
-        _check_cache_size(data, dataset)
+        _check_cache_size(data, dataset, nodes)
     return TrainingData(
         dataset=dataset, order=order, held_out=held_out, cache=cache, identity=_identity(data, dataset.fingerprint)
     )
@@ -115,11 +116,14 @@ def _mixture(config: Config, orders: Sequence[Order], joined: JoinedDatasets) ->
         raise ConfigError(f"data.mixture.weight: {error}") from error
 
 
-def _check_cache_size(data: DataConfig, dataset: Dataset) -> None:
+def _check_cache_size(data: DataConfig, dataset: Dataset, nodes: int | None) -> None:
     """Refuse what would fetch every shard again and again."""
     sizes = sorted((shard.bytes for shard in dataset.shards), reverse=True)
-    # A window that is read and the next one that is fetched; of lanes at least one a node is read.
-    needed = sum(sizes) if data.order == "global" else sum(sizes[: 2 * data.window * max(1, len(data.mixture))])
+    at_once = max(1, len(data.mixture))  # orders that are gone through side by side
+    if data.order == "lanes":
+        at_once = math.ceil(data.lanes / (nodes or data.lanes))
+    # Of each a window that is read and the next one that is fetched.
+    needed = sum(sizes) if data.order == "global" else sum(sizes[: 2 * data.window * at_once])
     if needed > data.cache_size:
         raise ConfigError(
             f"data.cache_size = {data.cache_size}: the order {data.order!r} keeps coming back to {needed} bytes of "
@@ -171,13 +175,12 @@ class _Opener:
         return self._tars(url, [self._remote_shard(name) for name in tars])
 
     def _remote_manifest(self, url: str, cache: NodeCache) -> ShardedDataset:
-        place = hashlib.sha256(url.encode()).hexdigest()[:32]
-        manifest = cache.keep(f"{url}/{MANIFEST_NAME}", f"{place}/{MANIFEST_NAME}", None)
+        manifest = cache.keep_anew(f"{url}/{MANIFEST_NAME}", MANIFEST_NAME)
         try:
             promised = load_manifest(manifest.parent).index_sha256
         except FormatError as error:
             raise DataError(f"{url}: {error}") from error
-        cache.keep(f"{url}/{INDEX_NAME}", f"{place}/{INDEX_NAME}", promised)
+        cache.keep(f"{url}/{INDEX_NAME}", f"{manifest.parent.name}/{INDEX_NAME}", promised)
         return ShardedDataset(manifest.parent, origin=url, files=cache)
 
     def _remote_shard(self, url: str) -> Shard:

@@ -36,12 +36,12 @@ class WindowedOrder:
         return ids
 
     def _windows(self, epoch: int) -> "Windows":
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:  # a stream looks at this epoch and the next
-                del self._epochs[next(iter(self._epochs))]
-            key = derive_key(self.seed, _WINDOWED, epoch)
-            self._epochs[epoch] = Windows(self.starts, self.sizes, window=self.window, key=key)
-        return self._epochs[epoch]
+        known = self._epochs  # replaced, never changed: the prefetcher's thread asks too
+        if epoch in known:
+            return known[epoch]
+        made = Windows(self.starts, self.sizes, window=self.window, key=derive_key(self.seed, _WINDOWED, epoch))
+        self._epochs = dict([*known.items(), (epoch, made)][-2:])  # a stream looks at this epoch and the next
+        return made
 
 
 class Windows:

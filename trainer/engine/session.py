@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from trainer.config import Config, DataConfig
 from trainer.data.bad_samples import BadSamples
 from trainer.data.prefetch import Prefetcher
-from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.data.stream import BatchLayout, MicroBatchPlan, dead_loaders_told, micro_batches
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.checkpoints import Checkpoints
@@ -80,10 +80,19 @@ def _open_data(config: Config) -> TrainingData:
     opened: list[TrainingData] = []
     together(
         f"data.path = {config.data.where}: cannot be read",
-        lambda: opened.append(open_training_data(config, index_folder=Path(config.run_dir) / "indexes")),
+        lambda: opened.append(
+            open_training_data(config, index_folder=Path(config.run_dir) / "indexes", nodes=_nodes())
+        ),
         kind=DataError,
     )
     return opened[0]
+
+
+def _nodes() -> int | None:
+    """None where the launcher does not say how many processes a node has."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return 1 if os.environ.get("WORLD_SIZE", "1") == "1" else None
+    return max(1, int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
@@ -105,7 +114,8 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
         prefetcher=_prefetcher(config.data, loop.data, plan),
     )
     try:
-        finished = loop.run(stream)
+        with dead_loaders_told():
+            finished = loop.run(stream)
     finally:
         stream.close()
     accelerator.end_training()
