@@ -1,5 +1,7 @@
 """The same stream of samples for any number of ranks and loader workers, from any position."""
 
+import hashlib
+import json
 import multiprocessing
 import shutil
 import subprocess
@@ -257,6 +259,12 @@ def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) 
     index["offset"][0] += 512
     np.save(copy / "index.npy", index)
     with pytest.raises(DataError, match=r"index\.npy: sha256 differs"):
+        ShardedDataset(copy)
+    np.save(copy / "index.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["index_sha256"] = hashlib.sha256((copy / "index.npy").read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"index\.npy: not an index"):  # nor is a pickle loaded from it
         ShardedDataset(copy)
 
 

@@ -309,6 +309,10 @@ class ShardedDataset(IndexedDataset):
             raise DataError(f"{path}: missing")
         if sha256_of(path) != self.manifest.index_sha256:
             raise DataError(f"{path}: sha256 differs from the manifest's; the file was changed or is stale")
+        try:
+            self.index  # noqa: B018 - it is read here for the first time
+        except ValueError as error:
+            raise DataError(f"{path}: not an index ({error}); prepare the dataset again") from error
         if self.index.dtype != INDEX_DTYPE or self.index.shape != (self.manifest.samples,):
             raise DataError(f"{path}: holds {self.index.shape} rows, the manifest says {self.manifest.samples}")
         if len(self) != self.manifest.samples or not len(self):
