@@ -88,8 +88,6 @@ class Work:
         else:
             fresh = path.with_suffix(".tmp")
             if set(self.folder.iterdir()) - {fresh}:
-                raise ConfigError(
-                    f"--out {self.folder}: holds other files; choose a new or empty folder", agreed=True
-                )
+                raise ConfigError(f"--out {self.folder}: holds other files; choose a new or empty folder", agreed=True)
             fresh.write_text(json.dumps(self._request, indent=1) + "\n")
             fresh.replace(path)
