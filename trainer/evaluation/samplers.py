@@ -65,10 +65,11 @@ def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, index: torch.Tensor
         lower_order_final=True,
         final_sigmas_type="zero",
     )
+    originals = diffusion.original_timesteps.tolist()  # at once: asking in every step would wait for the device
     steps = list(reversed(range(diffusion.timesteps)))
     solver.set_timesteps(timesteps=steps, device=x.device)
     for step in steps:
         t = torch.full((len(x),), step, device=x.device)
         x0 = reverse.step(x, t, clip=True).x0
         x = solver.step(x0, step, x).prev_sample
-        yield SamplingStep(t=step, original_t=int(diffusion.original_timesteps[step]), x=x, x0=x0)
+        yield SamplingStep(t=step, original_t=originals[step], x=x, x0=x0)
