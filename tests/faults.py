@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from trainer.engine import checkpoints, sealed, step
+from trainer.engine import saving, sealed, step
 from trainer.evaluation import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
     "noised_inputs": (step, "noised_inputs"),  # once a micro-batch
-    "write_part": (checkpoints, "_write_part"),  # once a save on every rank
+    "write_part": (saving, "_write_part"),  # once a save on every rank
     "write": (sealed, "_write"),  # twice a save on rank 0: manifest, then marker
     "work_part": (work.Work, "save"),  # once a batch that a sampling or an evaluation finishes
     "save_png": (outputs, "save_png"),  # once an image that is drawn into a folder

@@ -179,7 +179,7 @@ def _draw(
 
     def make() -> Iterator[tuple[int, Pixels, dict[str, Any]]]:
         for number in share:
-            with torch.no_grad(), accelerator.autocast():
+            with torch.no_grad():
                 images, notes = row(number, lambda: bar.update())
             yield number, to_uint8(images).cpu().numpy(), notes
 

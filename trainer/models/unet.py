@@ -4,11 +4,13 @@ Its sizes in the paper: CIFAR-10 35.7 M parameters, 256 x 256 113.7 M, LSUN bedr
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.models.layers import (
     NEAR_ZERO,
@@ -82,6 +84,21 @@ class UNetConfig:
         return tuple(self.image_size // 2**level for level in range(len(self.channel_multipliers)))
 
 
+_TAKE_TIME = {
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_what_takes_time(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _TAKE_TIME else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Stage(nn.Module):
     """A residual block and, where `attention` is set, self-attention behind it: the unit of checkpointing."""
 
@@ -101,14 +118,15 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """Predicts, in the paper, the noise in x_t. Under one `torch.manual_seed` the initial weights are always the same.
 
-    `activation_checkpointing`: recompute each stage in the backward pass instead of keeping its activations;
+    `activation_checkpointing`: recompute each stage in the backward pass instead of keeping its activations: "full" all
+    of it, "selective" all but the outputs of convolutions, dense layers and attention, which take nearly all the time;
     only while training, and the gradients are the same, dropout included.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Literal["none", "selective", "full"] = "none"
         levels = list(zip(config.level_channels, config.level_resolutions, strict=True))
 
         self.temb = TimeEmbedding(config.base_channels)
@@ -160,6 +178,9 @@ class UNet(nn.Module):
     def _run(self, layer: nn.Module, h: Tensor, temb: Tensor) -> Tensor:
         if isinstance(layer, Downsample | Upsample):
             return layer(h)
-        if self.activation_checkpointing and self.training:
+        if self.activation_checkpointing == "none" or not self.training:
+            return layer(h, temb)
+        if self.activation_checkpointing == "full":
             return checkpoint(layer, h, temb, use_reentrant=False)
-        return layer(h, temb)
+        contexts = partial(create_selective_checkpoint_contexts, _keep_what_takes_time)
+        return checkpoint(layer, h, temb, use_reentrant=False, context_fn=contexts)
