@@ -102,7 +102,10 @@ def launch(
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # the server inherits it
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"]
+        [
+            *("tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"),
+            *("trainer.engine.strategies.zero", "trainer.engine.strategies.fsdp"),
+        ]
     )
     port = free_port()
     with tempfile.NamedTemporaryFile("r+") as log:

@@ -92,7 +92,7 @@ def _open_data(config: Config) -> tuple[TrainingData | None, TrainerError | None
 def _measure(config: Config, micro_batch: int) -> Cost:
     def build() -> UNet:
         network = build_network(config)
-        network.activation_checkpointing = config.train.activation_checkpointing
+        network.checkpoint_activations(config.train.activation_checkpointing)
         return network
 
     shape = (config.model.channels, config.model.image_size, config.model.image_size)

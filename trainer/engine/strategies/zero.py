@@ -55,6 +55,7 @@ class ZeroRedundancy(Strategy):
     def _settings(self, micro_batch: int, accumulation: int) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}
         if self.stage == 3:
+            zero["memory_efficient_linear"] = False  # its own backward pass, whose gradients of biases round worse
             zero["sub_group_size"] = 10**15  # one call of the optimizer a step, which clips by the norm of all of it
         if self.config.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
