@@ -126,7 +126,7 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts, in the paper, the noise in x_t. Under one `torch.manual_seed` the initial weights are always the same."""
+    """Predicts, in the paper, the noise in x_t. One `torch.manual_seed` always gives the same initial weights."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
