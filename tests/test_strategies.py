@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.faults import Fault
 from tests.harness import (
     assert_same_state,
     checkpoint,
@@ -137,3 +138,14 @@ def test_the_optimizer_may_stay_in_the_hosts_memory(
         duration = overrides(train__duration=half)
         launch(2, "--config", str(write_config(runs, dataset, run.name)), *TRAINING, *offloaded, *duration)
     assert largest_gap(one_process, run) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_makes_all_save_the_same_step(runs: Path, dataset: Path, strategy: str) -> None:
+    """The request of a step is read with the next one; where the loop hears it, all ranks do."""
+    name = f"{strategy}-stopped"
+    fault = Fault(action="stop", point="noised_inputs", call=3, rank=1)
+    launch(2, "--config", str(write_config(runs, dataset, name)), *TRAINING, *spread(strategy), fault=fault)
+    assert [event["step"] for event in events(runs / name) if event["event"] == "stopped"] == [3]
+    assert tensors_of(runs / name, 3)
+    assert not (runs / name / "DONE").exists()
