@@ -146,6 +146,6 @@ def test_a_signal_to_one_rank_makes_all_save_the_same_step(runs: Path, dataset: 
     name = f"{strategy}-stopped"
     fault = Fault(action="stop", point="noised_inputs", call=3, rank=1)
     launch(2, "--config", str(write_config(runs, dataset, name)), *TRAINING, *spread(strategy), fault=fault)
-    assert [event["step"] for event in events(runs / name) if event["event"] == "stopped"] == [3]
-    assert tensors_of(runs / name, 3)
+    assert [event["step"] for event in events(runs / name) if event["event"] == "stopped"] == [4]
+    assert tensors_of(runs / name, 4)
     assert not (runs / name / "DONE").exists()
