@@ -105,6 +105,8 @@ def launch(
         [
             *("tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"),
             *("trainer.engine.strategies.zero", "trainer.engine.strategies.fsdp"),
+            # What optimizers and DeepSpeed import when they are first used: seconds for every process.
+            *("torch._dynamo", "torch._inductor", "deepspeed.runtime.zero.muon.muon_optimizer"),
         ]
     )
     port = free_port()
