@@ -1,6 +1,5 @@
 """Processes: how many there are, that they really train together, and how they agree."""
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -10,22 +9,24 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from safetensors import SafetensorError
 
+from trainer.engine import rendezvous
 from trainer.errors import ConfigError, TrainerError
+from trainer.signals import on_parents_death
 
 T = TypeVar("T")
+_PATIENCE = timedelta(minutes=10)
 _PARENT = os.getppid()  # when this module was imported: the launcher, whatever its number
 
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
 
 
-def make_accelerator(precision: MixedPrecision = "fp32", *, patience: timedelta | None = None) -> Accelerator:
+def make_accelerator(precision: MixedPrecision = "fp32", *, patience: timedelta = _PATIENCE) -> Accelerator:
     """Join the process group that the launcher prepared: CUDA devices where there are any, else CPUs with gloo.
 
-    `patience`: how long a rank waits for the others before it gives them up; by default torch's, which suits ranks that
-    work in step.
+    `patience`: how long a rank waits for the others before it gives them up.
 
     Raises ConfigError where the device cannot do the precision, TrainerError where the processes would not train
     together.
@@ -38,13 +39,11 @@ def make_accelerator(precision: MixedPrecision = "fp32", *, patience: timedelta 
         # Launchers set OMP_NUM_THREADS=1 whatever the number of processes; more threads than cores thrash.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+    rendezvous.join("gloo" if on_cpu else "nccl", patience)  # Accelerate takes the group that it finds
     accelerator = Accelerator(
         cpu=on_cpu,  # without it Accelerate leaves processes on CPUs unconnected
         mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision],
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            *([InitProcessGroupKwargs(timeout=patience)] if patience is not None else []),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != world_size:
         raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")
@@ -60,8 +59,7 @@ def die_with_launcher() -> None:
     """
     if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark, accelerate's
         return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+    on_parents_death(signal.SIGTERM)
     if os.getppid() != _PARENT:  # it died before the call
         raise TrainerError("the launcher is gone")
 
