@@ -20,6 +20,7 @@ from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
 from trainer.engine.state import TrainState
 from trainer.engine.step import PendingVerdict, TrainStep, Verdict
+from trainer.engine.watchdog import enter
 from trainer.errors import NonFiniteError
 from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pictures import grid, save_png
@@ -78,6 +79,7 @@ class TrainingLoop:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
         saved_at = self.step
         while self.step < self.last_step and not self.stopping:
+            enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
             self._settle()
             self.pending = self.train_step.update(loss)
@@ -112,6 +114,7 @@ class TrainingLoop:
         """Finish the step whose update was queued last: all ranks read the same verdict and do the same."""
         if self.pending is None:
             return
+        enter("settle")
         verdict, self.pending = self.pending.read(), None
         if verdict.finite:
             self.state.ema.update()
@@ -181,6 +184,7 @@ class TrainingLoop:
             )
 
     def _save(self) -> None:
+        enter("save")
         resume_watch = self.stopwatch.pause()
         path = self.checkpoints.save(self.state, step=self.step, identity=self.identity)
         keep_every, global_batch = self.config.checkpoint.keep_every, self.layout.global_batch
@@ -192,6 +196,7 @@ class TrainingLoop:
 
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""
+        enter("sample")
         resume_watch = self.stopwatch.pause()
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
@@ -203,6 +208,7 @@ class TrainingLoop:
             accelerator=self.accelerator,
             batches=batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size],
             seed=self.config.seed,
+            on_step=lambda _: enter("sample"),
         )
         parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
         with self._best_effort():

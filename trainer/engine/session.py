@@ -1,6 +1,7 @@
 """From a configuration to a running loop: processes, data, network, state, resume."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from trainer.engine.processes import check_alike, die_with_launcher, make_accele
 from trainer.engine.resume import find_checkpoint, load_checkpoint
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.step import TrainStep
+from trainer.engine.watchdog import Watchdog
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
 
@@ -32,7 +34,25 @@ def train(config: Config, *, resume: str) -> bool:
     layout = BatchLayout.plan(
         config.train.global_batch, int(os.environ.get("WORLD_SIZE", "1")), config.train.micro_batch
     )
-    accelerator = make_accelerator(config.train.precision)
+    accelerator = make_accelerator(config.train.precision, patience=timedelta(seconds=config.train.timeout))
+    watchdog = Watchdog(
+        rank=accelerator.process_index,
+        world_size=layout.world_size,
+        hang_timeout=config.train.hang_timeout,
+        stop=stop,
+    )
+    with watchdog:
+        return _train(config, resume, layout, accelerator, stop, watchdog)
+
+
+def _train(
+    config: Config,
+    resume: str,
+    layout: BatchLayout,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> bool:
     data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
@@ -53,6 +73,7 @@ def train(config: Config, *, resume: str) -> bool:
     folder = RunFolder(Path(config.run_dir), writes=accelerator.is_main_process)
     what = f"run_dir = {folder.path}: cannot be written"
     together(what, folder.claim, only_rank=0)
+    watchdog.folder = folder
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     checkpoints.discard_unfinished()
     source = find_checkpoint(checkpoints, folder, resume, say=accelerator.print)

@@ -16,6 +16,7 @@ from trainer.diffusion.noise import Stream, keyed_flips, keyed_int, keyed_normal
 from trainer.diffusion.objectives import Objective
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.engine.state import TrainState
+from trainer.engine.watchdog import enter
 from trainer.signals import StopRequest
 
 
@@ -126,7 +127,9 @@ class TrainStep:
         self._drawn = []
         accumulation = self.layout.accumulation
         for micro_step in range(accumulation):
+            enter("data")
             batch = next(stream)
+            enter("forward")
             if self.config.model.dropout > 0:
                 torch.manual_seed(keyed_int(self.config.seed, Stream.DROPOUT, int(batch["position"][0])))
             x0, position, eps = noised_inputs(batch, self.config, self.accelerator.device)
@@ -136,6 +139,7 @@ class TrainStep:
             with nullcontext() if is_last else self.accelerator.no_sync(self.network):
                 unweighted = self.objective.losses(self.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
                 loss = (unweighted if weight is None else weight * unweighted).mean() / accumulation
+                enter("backward")
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
             self._drawn.append((t, unweighted.detach()))
@@ -146,6 +150,7 @@ class TrainStep:
 
         The decision is taken on the device: a fused optimizer skips its step where `found_inf` is 1.
         """
+        enter("update")
         optimizer, scaler = self.state.optimizer, self.state.scaler
         report = torch.stack([loss / self.layout.world_size, torch.full_like(loss, bool(self.stop))])
         if self.layout.world_size > 1:
