@@ -14,7 +14,7 @@ from trainer.engine.peers import Progress, Status, ranks, verdict
 from trainer.engine.watchdog import EXIT_CODE
 
 ENDLESS = overrides(train__duration="100k steps", checkpoint__every="0 steps")
-QUICK = [*ENDLESS, *overrides(train__hang_timeout="3 seconds")]
+QUICK = [*ENDLESS, *overrides(train__hang_timeout="6 seconds")]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -33,14 +33,16 @@ def test_an_error_on_one_rank_ends_the_others_with_its_reason(config_path: Path,
         assert (event["rank"], event["reason"]) == (1, "RuntimeError: injected fault")
 
 
-def test_a_rank_that_was_killed_is_named_by_those_that_lose_it(config_path: Path) -> None:
-    fault = Fault(action="kill", point="noised_inputs", call=3, rank=1)
-    codes = [EXIT_CODE, -9, EXIT_CODE]
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_was_killed_is_named_by_those_that_lose_it(config_path: Path, killed: int) -> None:
+    """With rank 0 the others lose the store, too."""
+    fault = Fault(action="kill", point="noised_inputs", call=3, rank=killed)
+    codes = [-9 if rank == killed else EXIT_CODE for rank in range(3)]
     three = overrides(train__global_batch=6)
     output = launch(3, "--config", str(config_path), *ENDLESS, *three, fault=fault, expect=codes)
-    for rank in (0, 2):
+    for rank in {0, 1, 2} - {killed}:
         (line,) = [line for line in output.splitlines() if f"this rank ({rank}) ends with it" in line]
-        assert line.startswith("rank 1 failed: it is gone (killed, or its host is lost)")
+        assert line.startswith(f"rank {killed} failed: it is gone (killed, or its host is lost)")
     assert "Traceback" not in output
 
 
@@ -74,6 +76,7 @@ def test_a_rank_that_hangs_is_named_and_all_stacks_are_written(
     assert sum(journal.read_text().count('"event": "hang"') for journal in journals if journal.exists()) == 1
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_by_the_others(config_path: Path) -> None:
     """A process that is stopped writes no stacks, neither does a host that is lost."""
     fault = Fault(action="freeze", point="noised_inputs", call=3, rank=1)
@@ -85,7 +88,8 @@ def test_a_frozen_rank_is_named_by_the_others(config_path: Path) -> None:
 @pytest.mark.slow
 def test_a_process_ends_though_its_interpreter_is_locked(config_path: Path) -> None:
     fault = Fault(action="hold", point="noised_inputs", call=3, rank=0)
-    output = launch(1, "--config", str(config_path), *QUICK, fault=fault, expect=1)
+    soon = overrides(train__hang_timeout="2 seconds")
+    output = launch(1, "--config", str(config_path), *ENDLESS, *soon, fault=fault, expect=1)
     assert "Timeout (0:00:" in output
     assert ", line " in output.partition("Timeout")[2]
 

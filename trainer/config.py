@@ -169,8 +169,8 @@ class TrainConfig(_Section):
     timeout: Annotated[SecondsField, Field(gt=0)] = 600.0
     """How long a rank waits for the others, to start and in every exchange, before it gives them up: "10 minutes"."""
     hang_timeout: SecondsField = 300.0
-    """A rank that does nothing new for so long (four times as long before its first step is done) has hung: the ranks
-    write their stacks to stderr and RUN/hangs/ and end. Should be less than timeout; "0 seconds" for never."""
+    """A rank that does nothing new for so long (four times as long in its first step) has hung: all ranks write their
+    stacks to stderr and RUN/hangs/ and end. Should be less than timeout; "0 seconds" for never."""
 
 
 class CheckpointConfig(_Section):

@@ -3,12 +3,9 @@
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
-
-_ANSWER_SECONDS = 10.0  # for a store to answer
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,6 @@ class Peers:
         self.rank = rank
         self.world_size = world_size
         self._store = store
-        self._store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
         self._mine = Status(Progress(), 0, host)
 
     def tell(self, progress: Progress) -> None:

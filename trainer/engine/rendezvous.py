@@ -8,10 +8,12 @@ the roll; each attempt has the keys of its number to itself.
 
 import contextlib
 import os
+import socket
 import time
 import uuid
 from datetime import timedelta
 
+import psutil
 import torch.distributed as dist
 
 from trainer.errors import TrainerError
@@ -39,6 +41,8 @@ def join(backend: str, timeout: timedelta) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + timeout.total_seconds()
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(world_size):
+        _choose_interface(host, port)
     try:
         store = dist.TCPStore(
             host, port, is_master=hosts_store(), timeout=timeout, wait_for_workers=False, multi_tenant=True
@@ -52,7 +56,10 @@ def join(backend: str, timeout: timedelta) -> None:
     try:
         dist.init_process_group(backend, store=_joined, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
-        raise TrainerError(f"rank {rank}: cannot connect to the others: {_first_line(error)}") from error
+        raise TrainerError(
+            f"rank {rank}: cannot connect to the others, by way of GLOO_SOCKET_IFNAME = "
+            f"{os.environ.get('GLOO_SOCKET_IFNAME', 'the address of the host name')}: {_first_line(error)}"
+        ) from error
 
 
 def hosts_store() -> bool:
@@ -106,6 +113,32 @@ def _answer(store: dist.Store, rank: int, deadline: float) -> int:
     with contextlib.suppress(dist.DistError):
         store.delete_key(f"answer/{question}")
     return attempt
+
+
+def _choose_interface(host: str, port: int) -> None:
+    """Let gloo use the network interface that leads to rank 0, unless the user has said which.
+
+    By itself it takes the address that /etc/hosts gives the host's own name, on Debian 127.0.1.1, where no other host
+    can reach it. On rank 0's own host the way to rank 0 may lead no further, either; then the only other one is taken.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or host in ("localhost", "127.0.0.1"):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))  # sends nothing
+        except OSError:
+            return
+        source = probe.getsockname()[0]
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    outward = {
+        address.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if name in up and address.family == socket.AF_INET and not address.address.startswith("127.")
+    }
+    names = {outward[source]} if source in outward else set(outward.values())
+    if len(names) == 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = names.pop()
 
 
 def _first_line(error: Exception) -> str:
