@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import REPOSITORY, environment
+from trainer.signals import on_parents_death
 
 _BOOT = """
 set -e
@@ -106,6 +107,7 @@ def _boot(hosts_file: Path, name: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: on_parents_death(signal.SIGKILL),  # no machine survives a test that is killed
     )
 
 

@@ -48,7 +48,11 @@ def test_a_rank_that_was_killed_is_named_by_those_that_lose_it(config_path: Path
 
 @pytest.mark.parametrize(
     ("point", "where"),
-    [("read", "data"), pytest.param("noised_inputs", "forward", marks=pytest.mark.slow), ("write_part", "save")],
+    [
+        ("read", "data"),
+        pytest.param("noised_inputs", "forward", marks=pytest.mark.slow),
+        pytest.param("write_part", "save", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_hangs_is_named_and_all_stacks_are_written(
     config_path: Path, tmp_path: Path, point: str, where: str
