@@ -1,19 +1,27 @@
 """Faults for the tests of whole runs: at the n-th time that a rank reaches a point, something happens to it."""
 
+import ctypes
+import functools
+import json
 import os
 import signal
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from trainer.engine import checkpoints, saving, schedule, sealed, step
+from trainer.data import stream
+from trainer.engine import checkpoints, processes, saving, schedule, sealed, step
 from trainer.evaluation import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
+    "read": (stream.ReadAndDecode, "__call__"),  # once a micro-batch, in the loader process
+    "join": (processes.rendezvous, "join"),  # once a process
     "noised_inputs": (step, "noised_inputs"),  # once a micro-batch
+    "update": (step.TrainStep, "update"),  # once a step
     "make_empty": (checkpoints, "_make_empty"),  # once a save on rank 0
     "write_part": (saving, "_write_part"),  # once a save on every rank
     "save_file": (saving, "save_file"),  # the same, when its bytes are written
@@ -25,16 +33,20 @@ POINTS: dict[str, tuple[Any, str]] = {
     "save_png": (outputs, "save_png"),  # once an image that is drawn into a folder
     "rename": (Path, "rename"),  # once a save on rank 0, while nothing is retired
 }
+FAULT = "TEST_FAULT"  # an environment variable, for tests/faulty_train.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`kill` strikes before the point, `kill-after` behind it; `nan` spoils the images of a micro-batch; `full` is a
-    disk without space; `stop` is SIGTERM; `corrupt` flips a bit of the file that was written (at save_file), `drift`
-    changes one of this rank's weights (at check_replicas). `call` counts from 1.
+    """What strikes rank `rank` when it is at `point` for the `call`-th time, counted from 1.
+
+    `kill` strikes before the point, `kill-after` behind it; `raise` is an error of the program; `hang` never returns,
+    `hold` neither, and keeps the interpreter's lock; `freeze` stops every thread of the process; `full` is a disk
+    without space; `stop` is SIGTERM; `nan` spoils the images of a micro-batch (at noised_inputs), `corrupt` a bit of
+    the file that was written (at save_file), `drift` one of this rank's weights (at check_replicas).
     """
 
-    action: Literal["kill", "kill-after", "nan", "full", "stop", "corrupt", "drift"]
+    action: Literal["kill", "kill-after", "raise", "hang", "hold", "freeze", "nan", "full", "stop", "corrupt", "drift"]
     point: str
     call: int
     rank: int
@@ -45,32 +57,51 @@ class Fault:
         original: Callable[..., Any] = getattr(owner, name)
         calls = 0
 
+        @functools.wraps(original)
         def faulty(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls != self.call:
                 return original(*args, **kwargs)
-            if self.action == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.action == "full":
-                raise OSError(28, "No space left on device")
-            if self.action == "drift":
-                _, weight = args[0].replicas()[0][0]
-                weight.view(-1)[0].mul_(1.0000001)
-            result = original(*args, **kwargs)
-            if self.action == "corrupt":
-                with Path(args[1]).open("r+b") as file:
-                    file.seek(-1, os.SEEK_END)
-                    last = file.read(1)
-                    file.seek(-1, os.SEEK_END)
-                    file.write(bytes([last[0] ^ 1]))
-                return result
-            if self.action == "stop":
-                os.kill(os.getpid(), signal.SIGTERM)
-                return result
-            if self.action == "kill-after":
-                os.kill(os.getpid(), signal.SIGKILL)
-            x0, position, eps = result
-            return torch.full_like(x0, float("nan")), position, eps
+            self._strike_before(args)
+            return self._strike_after(original(*args, **kwargs), args)
 
         setattr(owner, name, faulty)
+
+    def _strike_before(self, arguments: tuple[Any, ...]) -> None:
+        match self.action:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "raise":
+                raise RuntimeError("injected fault")
+            case "full":
+                raise OSError(28, "No space left on device")
+            case "hold":
+                ctypes.PyDLL(None).sleep(3600)
+            case "hang":
+                while True:
+                    time.sleep(60)
+            case "drift":
+                _, weight = arguments[0].replicas()[0][0]
+                weight.view(-1)[0].mul_(1.0000001)
+
+    def _strike_after(self, result: Any, arguments: tuple[Any, ...]) -> Any:
+        match self.action:
+            case "kill-after":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+            case "corrupt":
+                path = Path(arguments[1])
+                content = path.read_bytes()
+                path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            case "nan":
+                x0, position, eps = result
+                return torch.full_like(x0, float("nan")), position, eps
+        return result
+
+    def environment(self) -> dict[str, str]:
+        """Hands the fault to tests/faulty_train.py."""
+        return {FAULT: json.dumps(asdict(self))}

@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -91,13 +92,18 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def launch(
-    processes: int, *arguments: str, expect: int | None = 0, script: str = "train", fault: Fault | None = None
+    processes: int,
+    *arguments: str,
+    expect: int | list[int] | None = 0,
+    script: str = "train",
+    fault: Fault | None = None,
 ) -> str:
     """Run trainer/train.py (or sample.py, evaluate.py, convert.py) in `processes` processes, as torchrun would.
 
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
-    their own. `expect` is the exit code of every process; None where a fault kills one of them, and the others are
-    killed in their turn, as launchers do. Returns what all of them printed.
+    their own. `expect` is the exit code of every process, or of each (none waits for one that is to end by SIGKILL);
+    None where a fault kills one of them, and the others are killed in their turn, as launchers do. Returns what all of
+    them printed.
     """
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # the server inherits it
     context = multiprocessing.get_context("forkserver")
@@ -117,9 +123,11 @@ def launch(
         ]
         for process in ranks:
             process.start()
+        expected = expect if isinstance(expect, list) else [expect] * processes
+        awaited = [process for process, code in zip(ranks, expected) if code != -signal.SIGKILL]
         patience = 2.0 if expect is None else 30.0  # for the others, when one has failed
         deadline = time.monotonic() + 240
-        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        while any(process.is_alive() for process in awaited) and time.monotonic() < deadline:
             if any(process.exitcode for process in ranks):
                 deadline = min(deadline, time.monotonic() + patience)
             time.sleep(0.02)
@@ -132,7 +140,7 @@ def launch(
     if expect is None:
         assert any(codes), output
     else:
-        assert codes == [expect] * processes, f"exit codes {codes}, stuck ranks {stuck}\n{output}"
+        assert codes == expected, f"exit codes {codes}, stuck ranks {stuck}\n{output}"
     return output
 
 

@@ -28,6 +28,8 @@ def test_shipped_configurations_are_valid_and_survive_being_written(path: Path, 
         ("tarin.precision=fp32", "tarin: unknown key; did you mean train?"),
         ("data.zzz=1", "data.zzz: unknown key; known here: path, mixture, flip, order, window"),
         ("train.global_batch=0", "train.global_batch = 0: should be greater than 0"),
+        ("train.timeout=0 seconds", "train.timeout = '0 seconds': should be greater than 0"),
+        ("train.timeout=600", 'train.timeout = 600: a time is written like "10 minutes", in seconds, minutes or hours'),
         ("train.global_batch=eight", "train.global_batch = 'eight': should be a valid integer"),
         ("train.global_batch=8.0", "train.global_batch = 8.0: should be a valid integer"),
         ("data.flip=1", "data.flip = 1: should be a valid boolean"),
@@ -105,7 +107,8 @@ def test_the_exit_code_and_the_line_reach_the_shell(config_path: Path) -> None:
 
 KNOWN = (
     "known here: duration, global_batch, micro_batch, ema_decay, ema_warmup, ema_sigma_rel, ema_snapshots, strategy, "
-    "hsdp_shard_size, offload_optimizer, precision, activation_checkpointing, max_nonfinite_steps"
+    "hsdp_shard_size, offload_optimizer, precision, activation_checkpointing, max_nonfinite_steps, timeout, "
+    "hang_timeout"
 )
 
 
@@ -119,3 +122,9 @@ def test_spans_count_steps_or_images() -> None:
     assert due == [128, 256, 320, 448, 512, 640]  # the first step that completes each hundred
     assert not Span.parse("0 steps").is_due(64, 64)
     assert [p for p in range(8, 49, 8) if Span.parse("2 steps").is_due(p, 8)] == [16, 32, 48]
+
+
+def test_times_are_read_in_any_unit(config_path: Path) -> None:
+    config = load_config(config_path, "train.timeout=1.5 hours", "train.hang_timeout=0 seconds")
+    assert (config.train.timeout, config.train.hang_timeout) == (5400, 0)
+    assert 'timeout = "5400.0 seconds"' in config.to_toml()

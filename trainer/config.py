@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from trainer.errors import ConfigError
-from trainer.units import SizeField, Span, SpanField
+from trainer.units import SecondsField, SizeField, Span, SpanField
 
 
 class _Section(BaseModel):
@@ -181,6 +181,11 @@ class TrainConfig(_Section):
     "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time."""
     max_nonfinite_steps: int = Field(default=10, ge=0)
     """Steps of a run that may be skipped and dumped for a NaN or infinity in loss or gradient; one more ends it."""
+    timeout: Annotated[SecondsField, Field(gt=0)] = 600.0
+    """How long a rank waits for the others, to start and in every exchange, before it gives them up: "10 minutes"."""
+    hang_timeout: SecondsField = 300.0
+    """A rank that does nothing new for so long (four times as long in its first step) has hung: all ranks write their
+    stacks to stderr and RUN/hangs/ and end. Should be less than timeout; "0 seconds" for never."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -1,5 +1,6 @@
-"""Requests to stop: signals set a flag, the loop reads it once a step and all ranks agree."""
+"""Signals: requests to stop, which set a flag that the loop reads once a step, and the death of a parent."""
 
+import ctypes
 import signal
 from types import FrameType
 
@@ -24,3 +25,9 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+def on_parents_death(number: signal.Signals) -> None:
+    """Ask the kernel to send this process `number` when its parent dies; the caller checks that it has not yet."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, number, 0, 0, 0)

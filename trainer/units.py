@@ -1,4 +1,4 @@
-"""Quantities as people write them in a configuration: "800k steps", "51.2M images", "200 GB"."""
+"""Quantities as people write them in a configuration: "800k steps", "51.2M images", "200 GB", "10 minutes"."""
 
 import re
 from decimal import Decimal
@@ -75,3 +75,20 @@ def parse_size(text: Any) -> int:
 
 
 SizeField = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+_TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600}
+_TIME = re.compile(r"\s*([\d_]+(?:\.\d+)?)\s*(second|minute|hour)s?\s*")
+
+
+def parse_seconds(text: Any) -> float:
+    """Read "90 seconds" or "10 minutes" as seconds; raises ValueError for anything else."""
+    match = _TIME.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('a time is written like "10 minutes", in seconds, minutes or hours')
+    return float(Decimal(match[1].replace("_", "")) * _TIME_UNITS[match[2]])
+
+
+SecondsField = Annotated[
+    float, BeforeValidator(parse_seconds), PlainSerializer(lambda seconds: f"{Decimal(str(seconds)):f} seconds")
+]

@@ -25,7 +25,7 @@ from trainer.data.order import Int64Array, Order
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import Dataset
 from trainer.errors import ConfigError, DataError, SampleError
-from trainer.signals import STOP_SIGNALS
+from trainer.signals import STOP_SIGNALS, on_parents_death
 
 StartMethod = Literal["fork", "spawn"]
 
@@ -254,6 +254,10 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _prepare_worker(trainer: int, _: int) -> None:
+    # A forked loader holds the trainer's connections: as long as it lives, the other ranks do not see a dead one.
+    on_parents_death(signal.SIGKILL)
+    if os.getppid() != trainer:
+        os._exit(0)
     torch.set_num_threads(1)  # one process a worker is the parallelism that was asked for
     threading.Thread(target=_end_when_the_trainer_says, args=(trainer,), daemon=True).start()
 

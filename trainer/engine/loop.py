@@ -20,6 +20,7 @@ from trainer.engine.sampling import batches_of, sample
 from trainer.engine.schedule import SaveSchedule
 from trainer.engine.state import TrainState
 from trainer.engine.step import PendingVerdict, TrainStep, Verdict
+from trainer.engine.watchdog import enter
 from trainer.errors import NonFiniteError
 from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pictures import grid, save_png
@@ -82,6 +83,7 @@ class TrainingLoop:
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
         while self.step < self.last_step and not self.stopping:
+            enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
             self._settle()
             self.pending = self.train_step.update(loss, writing=self.saves.is_writing)
@@ -116,6 +118,7 @@ class TrainingLoop:
         """Finish the step whose update was queued last: all ranks read the same verdict and do the same."""
         if self.pending is None:
             return
+        enter("settle")
         verdict, self.pending = self.pending.read(), None
         if verdict.finite:
             self.state.updates += 1
@@ -191,6 +194,7 @@ class TrainingLoop:
 
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""
+        enter("sample")
         resume_watch = self.stopwatch.pause()
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
@@ -203,6 +207,7 @@ class TrainingLoop:
             device=self.accelerator.device,
             batches=batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size],
             seed=self.config.seed,
+            on_step=lambda _: enter("sample"),
         )
         parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
         with self._best_effort():

@@ -1,6 +1,5 @@
 """Processes: how many there are, that they really train together, and how they agree."""
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -10,29 +9,29 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from safetensors import SafetensorError
 
+from trainer.engine import rendezvous
 from trainer.errors import TrainerError
+from trainer.signals import on_parents_death
 
 T = TypeVar("T")
+_PATIENCE = timedelta(minutes=10)
 _PARENT = os.getppid()  # when this module was imported: the launcher, whatever its number
 
 
-def make_accelerator(*, patience: timedelta | None = None) -> Accelerator:
+def make_accelerator(*, patience: timedelta = _PATIENCE) -> Accelerator:
     """Join the process group that the launcher prepared: CUDA devices where there are any, else CPUs with gloo.
 
-    `patience`: how long a rank waits for the others before it gives them up; by default torch's, which suits ranks that
-    work in step.
+    `patience`: how long a rank waits for the others before it gives them up.
 
     Raises TrainerError where the processes would not train together.
     """
+    join_group(patience)
     accelerator = new_accelerator(
         cpu=not torch.cuda.is_available(),  # without it Accelerate leaves processes on CPUs unconnected
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            *([InitProcessGroupKwargs(timeout=patience)] if patience is not None else []),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_connected(accelerator)
     return accelerator
@@ -47,19 +46,19 @@ def new_accelerator(**settings: Any) -> Accelerator:
     return Accelerator(mixed_precision="no", **settings)
 
 
-def join_group() -> None:
-    """Make torch's process group, of one rank where no launcher started several: sharding libraries ask for one."""
-    if dist.is_initialized():
-        return
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
+def join_group(patience: timedelta, *, alone: bool = False) -> None:
+    """Make torch's process group, which Accelerate and DeepSpeed take as they find it.
+
+    `alone`: of one rank where no launcher started several; sharding libraries ask for one. Errors as `rendezvous.join`.
+    """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if os.environ["WORLD_SIZE"] == "1":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    rendezvous.join(backend, patience)
+    if alone and not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend)
 
 
 def check_connected(accelerator: Accelerator) -> None:
@@ -78,8 +77,7 @@ def die_with_launcher() -> None:
     """
     if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark, accelerate's
         return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+    on_parents_death(signal.SIGTERM)
     if os.getppid() != _PARENT:  # it died before the call
         raise TrainerError("the launcher is gone")
 

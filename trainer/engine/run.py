@@ -6,6 +6,7 @@ RUN/averages/        snapshots of averages of the weights, from which others can
 RUN/logs/            TensorBoard files and metrics.jsonl
 RUN/samples/         grids drawn while training
 RUN/nonfinite/       batches whose loss or gradient was not finite
+RUN/hangs/           stacks of the ranks of a run that hung
 RUN/events.jsonl     starts, resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks
 RUN/indexes/         of tars that came without one
 RUN/DONE             written when the whole duration has been trained

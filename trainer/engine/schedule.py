@@ -9,6 +9,7 @@ from trainer.engine.consistency import check_replicas
 from trainer.engine.run import RunFolder
 from trainer.engine.saving import Saving
 from trainer.engine.state import TrainState
+from trainer.engine.watchdog import enter
 from trainer.errors import CheckpointError
 
 
@@ -66,6 +67,7 @@ class SaveSchedule:
             self._finish()
 
     def _save(self, where: Checkpoints) -> None:
+        enter("save")
         self._finish()
         if where is self.checkpoints and where.exists(self.step):
             return
@@ -83,6 +85,7 @@ class SaveSchedule:
     def _finish(self) -> None:
         if self._saving is None:
             return
+        enter("save")
         (where, saving, step), self._saving = self._saving, None
         try:
             path = where.finish(saving)

@@ -17,7 +17,8 @@ from trainer.engine.processes import check_alike, die_with_launcher, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.step import TrainStep
-from trainer.engine.strategies import make_strategy
+from trainer.engine.strategies import Strategy, make_strategy
+from trainer.engine.watchdog import Watchdog
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
 
@@ -34,6 +35,19 @@ def train(config: Config, *, resume: str) -> bool:
         config.train.global_batch, int(os.environ.get("WORLD_SIZE", "1")), config.train.micro_batch
     )
     strategy = make_strategy(config.train, micro_batch=layout.micro_batch, accumulation=layout.accumulation)
+    watchdog = Watchdog(
+        rank=strategy.accelerator.process_index,
+        world_size=layout.world_size,
+        hang_timeout=config.train.hang_timeout,
+        stop=stop,
+    )
+    with watchdog:
+        return _train(config, resume, layout, strategy, stop, watchdog)
+
+
+def _train(
+    config: Config, resume: str, layout: BatchLayout, strategy: Strategy, stop: StopRequest, watchdog: Watchdog
+) -> bool:
     accelerator = strategy.accelerator
     data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
@@ -53,6 +67,7 @@ def train(config: Config, *, resume: str) -> bool:
     folder = RunFolder(Path(config.run_dir), writes=accelerator.is_main_process)
     what = f"run_dir = {folder.path}: cannot be written"
     together(what, folder.claim, only_rank=0)
+    watchdog.folder = folder
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     checkpoints.discard_unfinished()
     source = find_checkpoint(checkpoints, folder, resume, say=accelerator.print)

@@ -14,6 +14,7 @@ from trainer.diffusion.objectives import Objective
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.engine.state import TrainState
 from trainer.engine.strategies import Strategy
+from trainer.engine.watchdog import enter
 from trainer.signals import StopRequest
 
 
@@ -119,7 +120,9 @@ class TrainStep:
         self._drawn = []
         accumulation = self.layout.accumulation
         for micro_step in range(accumulation):
+            enter("data")
             batch = next(stream)
+            enter("forward")
             if self.config.model.dropout > 0:
                 torch.manual_seed(keyed_int(self.config.seed, Stream.DROPOUT, int(batch["position"][0])))
             x0, position, eps = noised_inputs(batch, self.config, self.strategy.device)
@@ -128,6 +131,7 @@ class TrainStep:
             with self.strategy.accumulate(is_last=micro_step == accumulation - 1):
                 unweighted = self.objective.losses(self.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
                 loss = (unweighted if weight is None else weight * unweighted).mean() / accumulation
+                enter("backward")
                 self.strategy.backward(loss)
             losses.append(loss.detach())
             self._drawn.append((t, unweighted.detach()))
@@ -138,6 +142,7 @@ class TrainStep:
 
         The decision is taken on the device, see `GuardedAdam`. `writing`: this rank still writes a checkpoint.
         """
+        enter("update")
         flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing)]
         report = torch.stack([loss / self.layout.world_size, *flags])
         if self.layout.world_size > 1:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,7 @@ class DataParallel(Strategy):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.accelerator = make_accelerator()
+        self.accelerator = make_accelerator(patience=timedelta(seconds=config.timeout))
         if config.precision == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type)
 

@@ -6,6 +6,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,7 @@ class FullyShardedDataParallel(Strategy):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        join_group()
+        join_group(timedelta(seconds=config.timeout), alone=True)
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class ZeroRedundancy(Strategy):
         if not torch.cuda.is_available():
             # Shared-memory collectives for CPUs, which DeepSpeed would compile first; gloo's are there.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        join_group()
+        join_group(timedelta(seconds=config.timeout), alone=True)
         on_cpu = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
         self.accelerator = new_accelerator(
             deepspeed_plugin=_Plugin(hf_ds_config=self._settings(micro_batch, accumulation)),
