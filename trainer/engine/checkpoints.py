@@ -27,7 +27,7 @@ from trainer.engine.tensor_files import TensorReader
 from trainer.errors import CheckpointError
 
 FORMAT_VERSION = 2
-_STEP = re.compile(r"step-(\d{8,})")
+STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
@@ -93,7 +93,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first; verified or not."""
-        matches = [_STEP.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        matches = [STEP_NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
         return sorted(int(match[1]) for match in matches if match)
 
     def verify(self, path: Path) -> str | None:
