@@ -3,56 +3,16 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tests.harness import checkpoint, launch, overrides, write_config
+from tests.stored import flip, write_checkpoint
 from trainer import checkpoint as program
-from trainer.engine import sealed
-from trainer.engine.tensor_files import SavedSlice
 from trainer.inspection import tensors as inspected
-
-
-def write_checkpoint(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    step: int,
-    ranks: int = 1,
-    strategy: str = "ddp",
-    identity: Mapping[str, Any] | None = None,
-) -> Path:
-    """As `ranks` ranks would have written it, each a slice of every tensor."""
-    staging = folder / f".staging-step-{step:08d}"
-    staging.mkdir(parents=True)
-    records = []
-    for rank in range(ranks):
-        part = {}
-        for name, tensor in tensors.items():
-            flat = tensor.reshape(-1)
-            start, stop = (len(flat) * r // ranks for r in (rank, rank + 1))
-            piece = SavedSlice(name, tensor.shape, start, flat[start:stop])
-            part[piece.key] = piece.values.clone().view(tensor.shape if ranks == 1 else -1)
-        path = staging / f"part-{rank:05d}-of-{ranks:05d}.safetensors"
-        save_file(part, path)
-        records.append(sealed.record_file(path))
-    content = {
-        "format_version": 2,
-        "trainer_version": "0",
-        "step": step,
-        "world_size": ranks,
-        "strategy": strategy,
-        "state": {"position": 8 * step, "updates": step},
-        "identity": dict(identity or {"seed": 3}),
-        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-    }
-    sealed.seal(staging, folder / f"step-{step:08d}", records, content)
-    return folder / f"step-{step:08d}"
 
 
 @pytest.fixture
@@ -64,12 +24,6 @@ def run(tmp_path: Path) -> Path:
     text = write_config(tmp_path, Path("nowhere")).read_text()
     (run / "config.toml").write_text(text.replace("keep = 10", 'keep = 10\nkeep_every = "4 steps"'))
     return run
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.fixture

@@ -209,6 +209,11 @@ class CheckpointConfig(_Section):
     """Newest checkpoints that are kept."""
     keep_every: SpanField = Span(0, "steps")
     """Besides the newest, one for every such span is kept for ever; "0 steps" for none."""
+    copy_to: str | None = None
+    """Where each checkpoint is copied to, in the background, once it is complete: a folder on another disk, or a URL
+    (s3, gs and whatever fsspec writes to). A run that has lost its folder goes on from there."""
+    copy_keep: int = Field(default=3, gt=0)
+    """Newest copies that are kept, besides those that are kept for ever."""
 
 
 class LogConfig(_Section):

@@ -158,10 +158,10 @@ class Checkpoints:
         if reason is not None:
             raise CheckpointError(f"{path}: damaged: {reason}", agreed=True)
 
-    def supersede(self, source: Path, step: int) -> None:
+    def supersede(self, source: Path | str, step: int) -> None:
         """Set aside what the run will write again when it goes on from `source`, a checkpoint of `step`."""
         for other in broadcast(self.steps()):
-            if other > step or (other == step and self.path(other).resolve() != source.resolve()):
+            if other > step or (other == step and self.path(other).resolve() != Path(source).resolve()):
                 self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
 
     def retire(self, keep: int, keep_forever: Callable[[int], bool]) -> None:

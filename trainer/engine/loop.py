@@ -84,7 +84,7 @@ class TrainingLoop:
         while self.step < self.last_step and not self.stopping:
             loss = self.train_step.backward(stream)
             self._settle()
-            self.pending = self.train_step.update(loss, writing=self.saves.is_writing)
+            self.pending = self.train_step.update(loss, writing=self.saves.is_writing, copying=self.saves.is_copying)
             if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
                 resume_watch = self.stopwatch.pause()
@@ -128,7 +128,7 @@ class TrainingLoop:
             self.overflows += 1  # this is how the scale is found: no fault of the batch's
         else:
             self._report_nonfinite(verdict)
-        self.saves.poll(verdict.writing)
+        self.saves.poll(verdict.writing, verdict.copying)
         self.stopping = self.stopping or verdict.stop_requests > 0
         self.stopwatch.count(self.layout.global_batch)
         self.progress.advance()

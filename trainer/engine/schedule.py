@@ -6,6 +6,9 @@ from typing import Any
 from trainer.config import Config
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.consistency import check_replicas
+from trainer.engine.copies import Copies
+from trainer.engine.copy_folder import CopyFolder
+from trainer.engine.processes import broadcast
 from trainer.engine.run import RunFolder
 from trainer.engine.saving import Saving
 from trainer.engine.state import TrainState
@@ -34,6 +37,7 @@ class SaveSchedule:
         self.say = say
         self._saving: tuple[Checkpoints, Saving, int] | None = None
         self._saved_step = self.step
+        self.copies = self._open_copies()
 
     @property
     def step(self) -> int:
@@ -45,6 +49,11 @@ class SaveSchedule:
         """Whether this rank's part is not yet on disk."""
         return self._saving is not None and not self._saving[1].is_written
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether this rank is copying a checkpoint elsewhere."""
+        return self.copies is not None and self.copies.is_copying
+
     def after_step(self) -> None:
         """Save what is due after the step that has just been settled."""
         position, global_batch = self.state.position, self.config.train.global_batch
@@ -53,8 +62,10 @@ class SaveSchedule:
         if self.config.train.ema_snapshots.is_due(position, global_batch):
             self._save(self.snapshots)
 
-    def poll(self, ranks_writing: int) -> None:
-        """Give a folder its name once no rank writes any more; `ranks_writing` is what all ranks know of it."""
+    def poll(self, ranks_writing: int, ranks_copying: int) -> None:
+        """Give a folder its name once no rank writes any more, and go on copying; all ranks know the two numbers."""
+        if self.copies is not None:  # before anything new is begun, of which the numbers say nothing
+            self.copies.poll(ranks_copying)
         if ranks_writing == 0:
             self._finish()
 
@@ -64,6 +75,8 @@ class SaveSchedule:
         if self.step > self._saved_step:
             self._save(self.checkpoints)
             self._finish()
+        if self.copies is not None:
+            self.copies.end()
 
     def _save(self, where: Checkpoints) -> None:
         self._finish()
@@ -91,9 +104,34 @@ class SaveSchedule:
             return
         if where is self.checkpoints:
             self._saved_step = step
-            keep_every, global_batch = self.config.checkpoint.keep_every, self.config.train.global_batch
-            where.retire(self.config.checkpoint.keep, lambda step: keep_every.is_due(step * global_batch, global_batch))
+            if self.copies is not None:
+                self.copies.want(path)
+            where.retire(self.config.checkpoint.keep, self._must_stay)
         self.folder.event("checkpoint" if where is self.checkpoints else "snapshot", step=step, path=str(path))
+
+    def _open_copies(self) -> Copies | None:
+        config, accelerator = self.config.checkpoint, self.state.strategy.accelerator
+        if config.copy_to is None:
+            return None
+        copies = Copies(
+            config,
+            CopyFolder(config.copy_to),
+            folder=self.folder,
+            accelerator=accelerator,
+            identity=self.identity,
+            keep_forever=self._is_kept_forever,
+            say=self.say,
+        )
+        if steps := broadcast(self.checkpoints.steps()):  # a job that was killed may not have come to it
+            copies.want(self.checkpoints.path(steps[-1]))
+        return copies
+
+    def _is_kept_forever(self, step: int) -> bool:
+        global_batch = self.config.train.global_batch
+        return self.config.checkpoint.keep_every.is_due(step * global_batch, global_batch)
+
+    def _must_stay(self, step: int) -> bool:
+        return self._is_kept_forever(step) or (self.copies is not None and self.copies.needs(step))
 
     def _failed(self, fault: CheckpointError) -> None:
         self.folder.event("checkpoint_failed", step=self.step, reason=str(fault))
