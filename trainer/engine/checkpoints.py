@@ -31,7 +31,7 @@ STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Every method is collective: all ranks call it, all return or all raise."""
+    """The checkpoints in one folder. Methods are collective, if not said else: all call, all return or all raise."""
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder = folder
@@ -101,17 +101,18 @@ class Checkpoints:
 
         Raises CheckpointError where it cannot be read, which does not say that it is damaged.
         """
-
-        def verify_own_share() -> str | None:
-            try:
-                for record in sealed.read_manifest(path)["files"][self.rank :: self.world_size]:
-                    sealed.verify_file(path, record)
-            except sealed.DamagedError as fault:
-                return str(fault)
-            return None
-
-        reasons = together(f"{path}: cannot be verified", verify_own_share, kind=CheckpointError)
+        what = f"{path}: cannot be verified"
+        reasons = together(what, lambda: self.damage_of_own_share(path), kind=CheckpointError)
         return next((reason for reason in reasons if reason is not None), None)
+
+    def damage_of_own_share(self, path: Path) -> str | None:
+        """What `verify` does on each rank; not collective. Raises OSError where the file system fails."""
+        try:
+            for record in sealed.read_manifest(path)["files"][self.rank :: self.world_size]:
+                sealed.verify_file(path, record)
+        except sealed.DamagedError as fault:
+            return str(fault)
+        return None
 
     def find_verified(self) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that is whole, or None, and the newer ones that are not, with the reason of each."""

@@ -9,6 +9,7 @@ from trainer.engine.consistency import check_replicas
 from trainer.engine.copies import Copies
 from trainer.engine.copy_folder import CopyFolder
 from trainer.engine.processes import broadcast
+from trainer.engine.retention import Retention
 from trainer.engine.run import RunFolder
 from trainer.engine.saving import Saving
 from trainer.engine.state import TrainState
@@ -37,6 +38,9 @@ class SaveSchedule:
         self.say = say
         self._saving: tuple[Checkpoints, Saving, int] | None = None
         self._saved_step = self.step
+        self.retention = Retention(
+            config, checkpoints, folder, step=self.step, is_needed=self._is_needed_for_copies, say=say
+        )
         self.copies = self._open_copies()
 
     @property
@@ -46,8 +50,8 @@ class SaveSchedule:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's part is not yet on disk."""
-        return self._saving is not None and not self._saving[1].is_written
+        """Whether this rank's part is not yet on disk, or it still reads what stays before it deletes what goes."""
+        return (self._saving is not None and not self._saving[1].is_written) or self.retention.is_checking
 
     @property
     def is_copying(self) -> bool:
@@ -67,6 +71,7 @@ class SaveSchedule:
         if self.copies is not None:  # before anything new is begun, of which the numbers say nothing
             self.copies.poll(ranks_copying)
         if ranks_writing == 0:
+            self.retention.finish()
             self._finish()
 
     def end(self) -> None:
@@ -75,6 +80,7 @@ class SaveSchedule:
         if self.step > self._saved_step:
             self._save(self.checkpoints)
             self._finish()
+        self.retention.finish()
         if self.copies is not None:
             self.copies.end()
 
@@ -92,6 +98,7 @@ class SaveSchedule:
         self._saving = where, saving, self.step
         if not self.config.checkpoint.background:
             self._finish()
+            self.retention.finish()
 
     def _finish(self) -> None:
         if self._saving is None:
@@ -106,7 +113,7 @@ class SaveSchedule:
             self._saved_step = step
             if self.copies is not None:
                 self.copies.want(path)
-            where.retire(self.config.checkpoint.keep, self._must_stay)
+            self.retention.begin()
         self.folder.event("checkpoint" if where is self.checkpoints else "snapshot", step=step, path=str(path))
 
     def _open_copies(self) -> Copies | None:
@@ -119,19 +126,15 @@ class SaveSchedule:
             folder=self.folder,
             accelerator=accelerator,
             identity=self.identity,
-            keep_forever=self._is_kept_forever,
+            keep_forever=self.retention.is_kept_forever,
             say=self.say,
         )
         if steps := broadcast(self.checkpoints.steps()):  # a job that was killed may not have come to it
             copies.want(self.checkpoints.path(steps[-1]))
         return copies
 
-    def _is_kept_forever(self, step: int) -> bool:
-        global_batch = self.config.train.global_batch
-        return self.config.checkpoint.keep_every.is_due(step * global_batch, global_batch)
-
-    def _must_stay(self, step: int) -> bool:
-        return self._is_kept_forever(step) or (self.copies is not None and self.copies.needs(step))
+    def _is_needed_for_copies(self, step: int) -> bool:
+        return self.copies is not None and self.copies.needs(step)
 
     def _failed(self, fault: CheckpointError) -> None:
         self.folder.event("checkpoint_failed", step=self.step, reason=str(fault))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.engine.run import RunFolder
+from trainer.engine.scores import best, read_scores
 from trainer.engine.sealed import COMPLETE_NAME
 from trainer.errors import CheckpointError, ConfigError
 from trainer.inspection import folders
@@ -143,9 +144,10 @@ def _marks(run: Path) -> dict[int, list[str]]:
         config = RunFolder(run, writes=False).load_config()
     except ConfigError:
         return {}
-    global_batch = config.train.global_batch
-    return {
-        step: ["kept for ever"]
-        for step in folders.steps_in(run / "checkpoints")
-        if config.checkpoint.keep_every.is_due(step * global_batch, global_batch)
-    }
+    global_batch, wanted = config.train.global_batch, config.checkpoint
+    steps, scores = folders.steps_in(run / "checkpoints"), read_scores(run / "checkpoints")
+    marks = {step: ["kept for ever"] for step in steps if wanted.keep_every.is_due(step * global_batch, global_batch)}
+    ranking = best(scores, steps, metric=wanted.best_metric, count=wanted.keep_best)
+    for rank, step in enumerate(ranking, start=1):
+        marks.setdefault(step, []).append(f"best {rank}: {wanted.best_metric} {scores[step][wanted.best_metric]:.5g}")
+    return marks
