@@ -165,6 +165,12 @@ class Checkpoints:
             if other > step or (other == step and self.path(other).resolve() != Path(source).resolve()):
                 self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
 
+    def supersede_after(self, step: int, source: Path) -> None:
+        """Like `supersede`, of snapshots, which have no state: one of `step` itself stays."""
+        for other in broadcast(self.steps()):
+            if other > step:
+                self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
+
     def retire(self, keep: int, keep_forever: Callable[[int], bool]) -> None:
         """Delete checkpoints that are neither among the `keep` newest nor to be kept for ever."""
 

@@ -55,7 +55,9 @@ def train(config: Config, *, resume: str) -> bool:
     what = f"run_dir = {folder.path}: cannot be written"
     together(what, folder.claim, only_rank=0)
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    checkpoints.discard_unfinished()
+    snapshots = Checkpoints(folder.averages, accelerator)
+    for each in (checkpoints, snapshots):
+        each.discard_unfinished()
     source = find_checkpoint(
         checkpoints,
         folder,
@@ -67,6 +69,7 @@ def train(config: Config, *, resume: str) -> bool:
     if source is not None:
         step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
         checkpoints.supersede(source, step)
+        snapshots.supersede_after(step, source)
     together(what, lambda: folder.begin(config), only_rank=0)
 
     loop = TrainingLoop(
