@@ -111,7 +111,7 @@ def test_the_timestep_embedding_is_sin_then_cos_and_float32_under_autocast() -> 
 def test_activation_checkpointing_recomputes_what_it_says(kind: Literal["selective", "full"]) -> None:
     """Convolutions of the stages run again in the backward pass under "full" only."""
     model = tiny().train()
-    model.activation_checkpointing = kind
+    model.checkpoint_activations(kind)
     with FlopCounterMode(display=False) as counter:
         loss = model(*batch()).square().mean()
     forward = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
@@ -136,7 +136,7 @@ def test_activation_checkpointing_leaves_gradients_as_they_are_with_dropout(monk
     for checkpointing in ("none", "selective", "full"):
         runs = 0
         model = tiny().train()
-        model.activation_checkpointing = checkpointing
+        model.checkpoint_activations(checkpointing)
         torch.manual_seed(7)
         model(*batch()).square().mean().backward()
         assert runs == blocks * (1 if checkpointing == "none" else 2)  # once more in the backward pass

@@ -177,8 +177,8 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: "selective" all but convolutions and attention, for little time; "full"
-    whatever lies within a residual block, for least memory and about a third more time."""
+    """What the backward pass recomputes: "selective" all but convolutions and attention, for little time (not with
+    "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time."""
     max_nonfinite_steps: int = Field(default=10, ge=0)
     """Steps of a run that may be skipped and dumped for a NaN or infinity in loss or gradient; one more ends it."""
 
@@ -190,6 +190,10 @@ class TrainConfig(_Section):
             raise ValueError(f'offload_optimizer is for strategy = "zero1", "zero2" or "zero3", not "{self.strategy}"')
         if self.precision == "fp16" and self.strategy != "ddp":
             raise ValueError(f'precision = "fp16" is for strategy = "ddp"; with "{self.strategy}" take "bf16"')
+        if self.activation_checkpointing == "selective" and self.strategy == "zero3":
+            raise ValueError(
+                'activation_checkpointing = "selective" would keep weights that "zero3" gathers; take "full"'
+            )
         if self.ema_snapshots.count and not self.ema_sigma_rel:
             raise ValueError("ema_snapshots keeps the averages of ema_sigma_rel, which is empty")
         return self

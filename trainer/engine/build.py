@@ -89,6 +89,6 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
     """The state of a run that has not begun, spread over the ranks; the same for every number of them. Collective."""
     torch.manual_seed(config.seed)
     network = build_network(config)
-    network.activation_checkpointing = config.train.activation_checkpointing
+    network.checkpoint_activations(config.train.activation_checkpointing)
     strategy.prepare(network, lambda model: build_optimizer(config, model))
     return TrainState(strategy, profiles(config.train), build_timesteps(config, strategy.device))

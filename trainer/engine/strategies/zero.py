@@ -1,5 +1,6 @@
 """ZeRO by DeepSpeed: stage 1 shards the optimizer, stage 2 the gradients too, stage 3 the weights too."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -26,8 +27,11 @@ try:
 except ImportError as error:
     raise ConfigError(
         f"train.strategy: the ZeRO strategies need DeepSpeed, which cannot be imported ({error}); "
-        "pip install 'ddpm-trainer[zero]', or take ddp, fsdp2 or hsdp"
+        "pip install deepspeed, or take ddp, fsdp2 or hsdp"
     ) from error
+
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of choices that are made here
 
 
 class _Plugin(DeepSpeedPlugin):
@@ -48,13 +52,16 @@ class ZeroRedundancy(Strategy):
         join_group()
         on_cpu = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
         self.accelerator = new_accelerator(
-            deepspeed_plugin=_Plugin(hf_ds_config=self._settings(micro_batch, accumulation)), kwargs_handlers=on_cpu
+            deepspeed_plugin=_Plugin(hf_ds_config=self._settings(micro_batch, accumulation)),
+            gradient_accumulation_steps=accumulation,
+            kwargs_handlers=on_cpu,
         )
         check_connected(self.accelerator)
 
     def _settings(self, micro_batch: int, accumulation: int) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}
         if self.stage == 3:
+            zero["memory_efficient_linear"] = False  # its own backward pass, whose gradients of biases round worse
             zero["sub_group_size"] = 10**15  # one call of the optimizer a step, which clips by the norm of all of it
         if self.config.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
