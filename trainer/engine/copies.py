@@ -57,6 +57,11 @@ class Copies:
         """Whether this rank has something under way."""
         return self._task.is_running
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether something is wanted that is not yet copied; the same on all ranks."""
+        return self._phase != "idle" or self._wanted is not None
+
     def want(self, checkpoint: Path) -> None:
         """A checkpoint is complete: copy it, instead of one that has waited until now. On all ranks alike."""
         self._wanted = checkpoint
@@ -73,7 +78,7 @@ class Copies:
 
     def end(self) -> None:
         """Wait until all that was wanted is copied, or has failed. Collective."""
-        while self._phase != "idle" or self._wanted is not None:
+        while self.is_pending:
             self._advance()
 
     def _advance(self) -> None:

@@ -81,7 +81,8 @@ class SaveSchedule:
             self._save(self.checkpoints)
             self._finish()
         self.retention.finish()
-        if self.copies is not None:
+        if self.copies is not None and self.copies.is_pending:
+            self.say(f"step {self.step}: saved; waiting for the copy to {self.copies.place.url}")
             self.copies.end()
 
     def _save(self, where: Checkpoints) -> None:
