@@ -218,6 +218,15 @@ class CheckpointConfig(_Section):
     """Newest checkpoints that are kept."""
     keep_every: SpanField = Span(0, "steps")
     """Besides the newest, one for every such span is kept for ever; "0 steps" for none."""
+    keep_best: int = Field(default=0, ge=0)
+    """Checkpoints with the lowest best_metric, which are kept besides the newest; log.validate_every scores them."""
+    best_metric: Literal["validation/ema_loss", "validation/loss"] = "validation/ema_loss"
+    """What keep_best goes by: the loss on held-out images of the averaged weights, or of the raw ones."""
+    copy_to: str | None = None
+    """Where each checkpoint is copied to, in the background, once it is complete: a folder on another disk, or a URL
+    (s3, gs and whatever fsspec writes to). A run that has lost its folder goes on from there."""
+    copy_keep: int = Field(default=3, gt=0)
+    """Newest copies that are kept, besides those that are kept for ever."""
 
 
 class LogConfig(_Section):
@@ -229,6 +238,10 @@ class LogConfig(_Section):
     """Between two sample grids; "0 steps" for none."""
     samples: int = Field(default=64, gt=0)
     """Images in a sample grid."""
+    validate_every: SpanField = Span(0, "steps")
+    """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""
+    validate_images: int = Field(default=1024, gt=0)
+    """Most held-out images that are measured, always the same."""
 
 
 class Config(_Section):
@@ -245,6 +258,22 @@ class Config(_Section):
     train: TrainConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        every, validate_every, batch = self.checkpoint.every, self.log.validate_every, self.train.global_batch
+        if validate_every.count and not self.data.holdout:
+            raise ValueError(f'log.validate_every = "{validate_every}": needs images to validate on; set data.holdout')
+        if self.checkpoint.keep_best:
+            keep = f"checkpoint.keep_best = {self.checkpoint.keep_best}"
+            if not validate_every.count:
+                raise ValueError(f"{keep}: needs a score for each checkpoint; set log.validate_every and data.holdout")
+            if every.images(batch) % validate_every.images(batch):
+                raise ValueError(
+                    f'{keep}: needs a score for each checkpoint, so checkpoint.every = "{every}" should be a multiple '
+                    f'of log.validate_every = "{validate_every}"'
+                )
+        return self
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
@@ -293,6 +322,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
+    if not details["loc"]:  # fields of several sections that do not go together; the message names them
+        return details["msg"].removeprefix("Value error, ")
     *sections, name = [str(part) for part in details["loc"] if not isinstance(part, int)]
     field = ".".join([*sections, name])
     if details["type"] == "extra_forbidden":

@@ -2,6 +2,7 @@
 
 python trainer/convert.py export --run runs/lsun256 --out exported
 python trainer/convert.py import exported --out runs/imported
+python trainer/convert.py average --run runs/lsun256 --sigma-rel 0.12 --out runs/lsun256-0.12
 """
 
 import sys
@@ -15,7 +16,8 @@ import re
 import shlex
 
 from trainer.errors import exit_clearly
-from trainer.evaluation.arguments import at_least_one
+from trainer.evaluation.arguments import WEIGHTS_HELP, at_least_one, weights_name, width
+from trainer.interop.average import AverageRequest, average
 from trainer.interop.export import ExportRequest, export
 from trainer.interop.import_weights import ImportRequest, import_weights
 
@@ -35,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     out = commands.add_parser("export", help="write a folder that diffusers' DDPMPipeline and DDIMPipeline load")
     out.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     out.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest that verifies")
-    out.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw (default ema)")
+    out.add_argument("--weights", type=weights_name, default="ema", metavar="NAME", help=WEIGHTS_HELP)
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help="must not exist yet")
     out.add_argument(
         "--license", type=license_identifier, metavar="NAME", help="of the weights, for the model card: apache-2.0, ..."
@@ -59,15 +61,21 @@ def parse_arguments() -> argparse.Namespace:
     into.add_argument(
         "--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="override one field; may be repeated"
     )
-    into.add_argument(
-        "--weights", choices=["ema", "model"], help="of a run or checkpoint: averaged or raw (default ema)"
-    )
+    into.add_argument("--weights", type=weights_name, metavar="NAME", help=f"of a run or checkpoint: {WEIGHTS_HELP}")
     into.add_argument(
         "--image-size",
         type=at_least_one,
         metavar="N",
         help="of a state dict: side of the images (default: 16 x 16 is where its one level of attention is)",
     )
+
+    mean = commands.add_parser("average", help="make a run's folder with an average of any width, to draw from")
+    mean.add_argument("--run", type=Path, required=True, metavar="RUN", help="trained with train.ema_snapshots")
+    mean.add_argument(
+        "--sigma-rel", type=width, required=True, metavar="W", help="the width, as a fraction of the run: 0.12"
+    )
+    mean.add_argument("--step", type=int, metavar="N", help="as of that snapshot (default: the newest)")
+    mean.add_argument("--out", type=Path, required=True, metavar="DIR", help="must not exist yet")
     return parser.parse_args()
 
 
@@ -79,6 +87,10 @@ def main() -> int:
         command = shlex.join(["python", "trainer/convert.py", *sys.argv[1:]])
         fields = {name: getattr(arguments, name) for name in ("run", "checkpoint", "weights", "out", "license")}
         export(ExportRequest(**fields, command=command))
+    elif arguments.command == "average":
+        average(
+            AverageRequest(run=arguments.run, sigma_rel=arguments.sigma_rel, step=arguments.step, out=arguments.out)
+        )
     else:
         import_weights(
             ImportRequest(

@@ -30,9 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         default="auto",
-        metavar="auto|PATH|none",
-        help="auto (default): go on from the run's newest verified checkpoint, or start; PATH: go on from that "
-        "checkpoint; none: start, and refuse if the run has checkpoints",
+        metavar="auto|PATH|URL|none",
+        help="auto (default): go on from the run's newest verified checkpoint, or its copy, or start; PATH, "
+        "URL: go on from that checkpoint or copy; none: start, and refuse if the run has checkpoints",
     )
     parser.add_argument("--dry-run", action="store_true", help="check the configuration, print what it means, and stop")
     parser.add_argument("--world-size", type=at_least_one, metavar="N", help="with --dry-run: processes to plan for")

@@ -51,6 +51,7 @@ class Stream(enum.IntEnum):
     ANCESTRAL = 4  # z_t of a sample, with sub = t
     DROPOUT = 5
     LIKELIHOOD = 6  # eps of an image when its bits are counted, with sub = t
+    VALIDATION = 7  # t of a held-out image, with sub = 0, and its eps, with sub = 1
 
 
 def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:

@@ -27,11 +27,11 @@ from trainer.engine.tensor_files import TensorReader
 from trainer.errors import CheckpointError
 
 FORMAT_VERSION = 2
-_STEP = re.compile(r"step-(\d{8,})")
+STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Every method is collective: all ranks call it, all return or all raise."""
+    """The checkpoints in one folder. Methods are collective, if not said else: all call, all return or all raise."""
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder = folder
@@ -93,7 +93,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first; verified or not."""
-        matches = [_STEP.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        matches = [STEP_NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
         return sorted(int(match[1]) for match in matches if match)
 
     def verify(self, path: Path) -> str | None:
@@ -101,17 +101,18 @@ class Checkpoints:
 
         Raises CheckpointError where it cannot be read, which does not say that it is damaged.
         """
-
-        def verify_own_share() -> str | None:
-            try:
-                for record in sealed.read_manifest(path)["files"][self.rank :: self.world_size]:
-                    sealed.verify_file(path, record)
-            except sealed.DamagedError as fault:
-                return str(fault)
-            return None
-
-        reasons = together(f"{path}: cannot be verified", verify_own_share, kind=CheckpointError)
+        what = f"{path}: cannot be verified"
+        reasons = together(what, lambda: self.damage_of_own_share(path), kind=CheckpointError)
         return next((reason for reason in reasons if reason is not None), None)
+
+    def damage_of_own_share(self, path: Path) -> str | None:
+        """What `verify` does on each rank; not collective. Raises OSError where the file system fails."""
+        try:
+            for record in sealed.read_manifest(path)["files"][self.rank :: self.world_size]:
+                sealed.verify_file(path, record)
+        except sealed.DamagedError as fault:
+            return str(fault)
+        return None
 
     def find_verified(self) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that is whole, or None, and the newer ones that are not, with the reason of each."""
@@ -158,10 +159,16 @@ class Checkpoints:
         if reason is not None:
             raise CheckpointError(f"{path}: damaged: {reason}", agreed=True)
 
-    def supersede(self, source: Path, step: int) -> None:
+    def supersede(self, source: Path | str, step: int) -> None:
         """Set aside what the run will write again when it goes on from `source`, a checkpoint of `step`."""
         for other in broadcast(self.steps()):
-            if other > step or (other == step and self.path(other).resolve() != source.resolve()):
+            if other > step or (other == step and self.path(other).resolve() != Path(source).resolve()):
+                self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
+
+    def supersede_after(self, step: int, source: Path) -> None:
+        """Like `supersede`, of snapshots, which have no state: one of `step` itself stays."""
+        for other in broadcast(self.steps()):
+            if other > step:
                 self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
 
     def retire(self, keep: int, keep_forever: Callable[[int], bool]) -> None:

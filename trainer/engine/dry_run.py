@@ -119,7 +119,7 @@ def _checkpoints_on_disk(config: Config) -> int:
     """The kept ones, those kept for ever, and the one being written."""
     global_batch, keep_every = config.train.global_batch, config.checkpoint.keep_every.images(config.train.global_batch)
     forever = config.train.duration.images(global_batch) // keep_every if keep_every else 0
-    return config.checkpoint.keep + forever + 1
+    return config.checkpoint.keep + config.checkpoint.keep_best + forever + 1
 
 
 def _size(count: float) -> str:

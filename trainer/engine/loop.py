@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ from trainer.engine.sampling import batches_of, sample
 from trainer.engine.schedule import SaveSchedule
 from trainer.engine.state import TrainState
 from trainer.engine.step import PendingVerdict, TrainStep, Verdict
+from trainer.engine.validation import Validation
 from trainer.engine.watchdog import enter
 from trainer.errors import NonFiniteError
 from trainer.telemetry.metrics import Metrics
@@ -69,6 +71,8 @@ class TrainingLoop:
             identity=identity(config, data),
             say=self.progress.say,
         )
+        self.validation = Validation(config, data, state, train_step.objective)
+        self.validated_step = self.step
         self.stopwatch = Stopwatch()
         self.grad_norm = math.nan  # of the last step that was applied
         self.overflows = 0  # steps in a row that loss scaling made too large
@@ -86,7 +90,10 @@ class TrainingLoop:
             enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
             self._settle()
-            self.pending = self.train_step.update(loss, writing=self.saves.is_writing)
+            self.pending = self.train_step.update(loss, writing=self.saves.is_writing, copying=self.saves.is_copying)
+            if self._is_due(self.config.log.validate_every):
+                self._settle()
+                self._validate()  # before the checkpoint, which is kept or not by what comes out
             if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
                 resume_watch = self.stopwatch.pause()
@@ -97,6 +104,8 @@ class TrainingLoop:
                 if not self.stopping:
                     self._draw_samples()
         self._settle()
+        if self.step >= self.last_step:
+            self._validate()
         self.saves.end()
         finished = self.step >= self.last_step
         self.folder.event("finished" if finished else "stopped", step=self.step)
@@ -131,7 +140,7 @@ class TrainingLoop:
             self.overflows += 1  # this is how the scale is found: no fault of the batch's
         else:
             self._report_nonfinite(verdict)
-        self.saves.poll(verdict.writing)
+        self.saves.poll(verdict.writing, verdict.copying)
         self.stopping = self.stopping or verdict.stop_requests > 0
         self.stopwatch.count(self.layout.global_batch)
         self.progress.advance()
@@ -191,6 +200,23 @@ class TrainingLoop:
                 f"train.max_nonfinite_steps = {self.config.train.max_nonfinite_steps}",
                 agreed=True,
             )
+
+    def _validate(self) -> None:
+        """Measure the loss on held-out images, if that has not been done in this step."""
+        if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
+            return
+        resume_watch, started = self.stopwatch.pause(), time.perf_counter()
+        values = self.validation.measure()
+        self.validated_step = self.step
+        self.saves.retention.score(self.step, values)
+        with self._best_effort():
+            if self.metrics is not None:
+                self.metrics.scalars(self.step, values)
+        self.progress.say(
+            f"step {self.step}: on {len(self.validation.ids)} held-out images loss {values['validation/loss']:.4f}, "
+            f"of the average {values['validation/ema_loss']:.4f}, in {time.perf_counter() - started:.1f} s"
+        )
+        resume_watch()
 
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""

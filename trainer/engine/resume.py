@@ -5,24 +5,35 @@ from pathlib import Path
 from typing import Any
 
 from trainer.engine.checkpoints import Checkpoints, open_verified
+from trainer.engine.copy_folder import CopyFolder
 from trainer.engine.processes import broadcast, together
+from trainer.engine.restoring import is_url, list_copies, restore, restore_url
 from trainer.engine.run import RunFolder, check_identity
 from trainer.engine.state import TrainState
 from trainer.errors import CheckpointError
 
 
 def find_checkpoint(
-    checkpoints: Checkpoints, folder: RunFolder, resume: str, *, say: Callable[[str], None]
+    checkpoints: Checkpoints,
+    folder: RunFolder,
+    resume: str,
+    *,
+    copies: CopyFolder | None,
+    identity: dict[str, Any],
+    say: Callable[[str], None],
 ) -> Path | None:
-    """The verified checkpoint that `resume` ("auto", "none" or a path) asks for; None to start.
+    """The verified checkpoint that `resume` ("auto", "none", a path or a URL) asks for; None to start.
 
-    Raises CheckpointError on all ranks where there is none such, or where a new run would mix with an old one.
+    Where "auto" finds none here, it is fetched from the `copies`. Raises CheckpointError on all ranks where there is
+    none such, or where a new run would mix with an old one.
     """
     if resume == "auto":
         newest, damaged = checkpoints.recover()
         for path, reason in damaged.items():
             folder.event("quarantined", checkpoint=path.name, reason=reason)
             say(f"{path}: damaged: {reason}; moved to quarantine/")
+        if newest is None and copies is not None:
+            return restore(copies, checkpoints, folder, identity, say=say)
         return newest
     if resume == "none":
         if broadcast(bool(checkpoints.steps() or any(checkpoints.folder.glob("quarantine/*")))):
@@ -31,10 +42,18 @@ def find_checkpoint(
                 "one; choose another run_dir, or move the folder away",
                 agreed=True,
             )
+        if copies is not None and list_copies(copies):
+            raise CheckpointError(
+                f"checkpoint.copy_to = {copies.url}: holds copies of an earlier run, which --resume none would mix "
+                "with a new one's; choose another place, or move them away",
+                agreed=True,
+            )
         return None
+    if is_url(resume):
+        return restore_url(resume, checkpoints, folder, identity, say=say)
     if not broadcast(Path(resume).is_dir()):
         raise CheckpointError(
-            f"--resume {resume}: no such checkpoint; give auto, none or the path of one (step-...)", agreed=True
+            f"--resume {resume}: no such checkpoint; give auto, none, or the path or URL of one (step-...)", agreed=True
         )
     checkpoints.check(Path(resume))
     return Path(resume)

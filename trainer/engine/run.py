@@ -112,7 +112,7 @@ def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
     return {**fields, **process, **training, **data.identity}
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path | str) -> None:
     """Raise CheckpointError with the differences where a checkpoint belongs to another run."""
     on_any_data = saved.get(DATA_FINGERPRINT) == UNDECIDED
     differences = [

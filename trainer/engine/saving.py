@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.engine import sealed
 from trainer.engine.tensor_files import SavedSlice, row_by_row_copy
+from trainer.engine.watchdog import wait_for
 from trainer.errors import CheckpointError
 
 
@@ -36,7 +37,7 @@ class Saving:
 
     def record(self) -> sealed.FileRecord:
         """Wait for this rank's part; its size and hash. Raises what kept it from being written."""
-        self._thread.join()
+        wait_for(self._thread, "save")
         if self._fault is not None:
             raise self._fault
         assert self._record is not None

@@ -6,6 +6,10 @@ from typing import Any
 from trainer.config import Config
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.consistency import check_replicas
+from trainer.engine.copies import Copies
+from trainer.engine.copy_folder import CopyFolder
+from trainer.engine.processes import broadcast
+from trainer.engine.retention import Retention
 from trainer.engine.run import RunFolder
 from trainer.engine.saving import Saving
 from trainer.engine.state import TrainState
@@ -35,6 +39,10 @@ class SaveSchedule:
         self.say = say
         self._saving: tuple[Checkpoints, Saving, int] | None = None
         self._saved_step = self.step
+        self.retention = Retention(
+            config, checkpoints, folder, step=self.step, is_needed=self._is_needed_for_copies, say=say
+        )
+        self.copies = self._open_copies()
 
     @property
     def step(self) -> int:
@@ -43,8 +51,13 @@ class SaveSchedule:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's part is not yet on disk."""
-        return self._saving is not None and not self._saving[1].is_written
+        """Whether this rank's part is not yet on disk, or it still reads what stays before it deletes what goes."""
+        return (self._saving is not None and not self._saving[1].is_written) or self.retention.is_checking
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether this rank is copying a checkpoint elsewhere."""
+        return self.copies is not None and self.copies.is_copying
 
     def after_step(self) -> None:
         """Save what is due after the step that has just been settled."""
@@ -54,9 +67,12 @@ class SaveSchedule:
         if self.config.train.ema_snapshots.is_due(position, global_batch):
             self._save(self.snapshots)
 
-    def poll(self, ranks_writing: int) -> None:
-        """Give a folder its name once no rank writes any more; `ranks_writing` is what all ranks know of it."""
+    def poll(self, ranks_writing: int, ranks_copying: int) -> None:
+        """Give a folder its name once no rank writes any more, and go on copying; all ranks know the two numbers."""
+        if self.copies is not None:  # before anything new is begun, of which the numbers say nothing
+            self.copies.poll(ranks_copying)
         if ranks_writing == 0:
+            self.retention.finish()
             self._finish()
 
     def end(self) -> None:
@@ -65,6 +81,10 @@ class SaveSchedule:
         if self.step > self._saved_step:
             self._save(self.checkpoints)
             self._finish()
+        self.retention.finish()
+        if self.copies is not None and self.copies.is_pending:
+            self.say(f"step {self.step}: saved; waiting for the copy to {self.copies.place.url}")
+            self.copies.end()
 
     def _save(self, where: Checkpoints) -> None:
         enter("save")
@@ -81,6 +101,7 @@ class SaveSchedule:
         self._saving = where, saving, self.step
         if not self.config.checkpoint.background:
             self._finish()
+            self.retention.finish()
 
     def _finish(self) -> None:
         if self._saving is None:
@@ -94,9 +115,30 @@ class SaveSchedule:
             return
         if where is self.checkpoints:
             self._saved_step = step
-            keep_every, global_batch = self.config.checkpoint.keep_every, self.config.train.global_batch
-            where.retire(self.config.checkpoint.keep, lambda step: keep_every.is_due(step * global_batch, global_batch))
+            if self.copies is not None:
+                self.copies.want(path)
+            self.retention.begin()
         self.folder.event("checkpoint" if where is self.checkpoints else "snapshot", step=step, path=str(path))
+
+    def _open_copies(self) -> Copies | None:
+        config, accelerator = self.config.checkpoint, self.state.strategy.accelerator
+        if config.copy_to is None:
+            return None
+        copies = Copies(
+            config,
+            CopyFolder(config.copy_to),
+            folder=self.folder,
+            accelerator=accelerator,
+            identity=self.identity,
+            keep_forever=self.retention.is_kept_forever,
+            say=self.say,
+        )
+        if steps := broadcast(self.checkpoints.steps()):  # a job that was killed may not have come to it
+            copies.want(self.checkpoints.path(steps[-1]))
+        return copies
+
+    def _is_needed_for_copies(self, step: int) -> bool:
+        return self.copies is not None and self.copies.needs(step)
 
     def _failed(self, fault: CheckpointError) -> None:
         self.folder.event("checkpoint_failed", step=self.step, reason=str(fault))

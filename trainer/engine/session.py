@@ -12,6 +12,7 @@ from trainer.data.stream import BatchLayout, MicroBatchPlan, dead_loaders_told, 
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.copy_folder import CopyFolder
 from trainer.engine.loop import TrainingLoop
 from trainer.engine.processes import check_alike, die_with_launcher, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
@@ -26,7 +27,7 @@ from trainer.signals import StopRequest
 def train(config: Config, *, resume: str) -> bool:
     """Train to the end of the run or to a request to stop; returns whether the run is complete.
 
-    `resume` is "auto", "none" or the path of a checkpoint. Raises TrainerError for whatever the user can mend.
+    `resume` is "auto", "none", or the path or URL of a checkpoint. Raises TrainerError for whatever the user can mend.
     """
     die_with_launcher()
     stop = StopRequest()
@@ -69,11 +70,21 @@ def _train(
     together(what, folder.claim, only_rank=0)
     watchdog.folder = folder
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    checkpoints.discard_unfinished()
-    source = find_checkpoint(checkpoints, folder, resume, say=accelerator.print)
+    snapshots = Checkpoints(folder.averages, accelerator)
+    for each in (checkpoints, snapshots):
+        each.discard_unfinished()
+    source = find_checkpoint(
+        checkpoints,
+        folder,
+        resume,
+        copies=CopyFolder(config.checkpoint.copy_to) if config.checkpoint.copy_to is not None else None,
+        identity=identity(config, data),
+        say=accelerator.print,
+    )
     if source is not None:
         step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
         checkpoints.supersede(source, step)
+        snapshots.supersede_after(step, source)
     together(what, lambda: folder.begin(config), only_rank=0)
 
     loop = TrainingLoop(

@@ -97,6 +97,10 @@ class TrainState:
                 for piece, tensor in zip(slices, values, strict=True):
                     fill(tensor, row_by_row(weights[piece.name])[piece.start : piece.stop])
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The raw weights as a whole state dict, float32, on every rank's device. Collective."""
+        return assemble(self.shapes, [(piece, piece.weight) for piece in self.owned], self.strategy.device)
+
     def average(self, name: str = MAIN) -> dict[str, torch.Tensor]:
         """An average as a whole state dict, float32, on every rank's device. Collective."""
         parts = zip(self.owned, self.averages.by_name[name].values, strict=True)

@@ -21,13 +21,14 @@ from trainer.signals import StopRequest
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What all ranks know about a step: mean loss of the global batch, gradient norm before clipping, how many ranks
-    are to stop, and how many still write their part of a checkpoint.
+    are to stop, how many still write their part of a checkpoint, and how many copy one elsewhere.
     """
 
     loss: float
     grad_norm: float
     stop_requests: int
     writing: int
+    copying: int
 
     @property
     def finite(self) -> bool:
@@ -48,8 +49,9 @@ class PendingVerdict:
         """Wait and read."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, grad_norm, stop_requests, writing = self._report.tolist()
-        return Verdict(loss=loss, grad_norm=grad_norm, stop_requests=round(stop_requests), writing=round(writing))
+        loss, grad_norm, *counts = self._report.tolist()
+        stop_requests, writing, copying = map(round, counts)
+        return Verdict(loss=loss, grad_norm=grad_norm, stop_requests=stop_requests, writing=writing, copying=copying)
 
 
 def noised_inputs(
@@ -137,13 +139,14 @@ class TrainStep:
             self._drawn.append((t, unweighted.detach()))
         return torch.stack(losses).sum()
 
-    def update(self, loss: torch.Tensor, *, writing: bool = False) -> PendingVerdict:
+    def update(self, loss: torch.Tensor, *, writing: bool = False, copying: bool = False) -> PendingVerdict:
         """Clip and apply the gradients on all ranks, or on none if any rank's loss or gradient is not finite.
 
-        The decision is taken on the device, see `GuardedAdam`. `writing`: this rank still writes a checkpoint.
+        The decision is taken on the device, see `GuardedAdam`. `writing`, `copying`: this rank still writes a
+        checkpoint, still copies one.
         """
         enter("update")
-        flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing)]
+        flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing, copying)]
         report = torch.stack([loss / self.layout.world_size, *flags])
         if self.layout.world_size > 1:
             dist.all_reduce(report)
@@ -154,4 +157,4 @@ class TrainStep:
         t, losses = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
         self.state.timesteps.record(t, losses, found_inf=optimizer.skipped)
         self.state.position += self.layout.global_batch
-        return PendingVerdict(torch.stack([report[0], optimizer.grad_norm, report[1], report[2]]))
+        return PendingVerdict(torch.stack([report[0], optimizer.grad_norm, *report[1:]]))

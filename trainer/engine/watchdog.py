@@ -29,7 +29,7 @@ from trainer.signals import StopRequest
 EXIT_CODE = 3  # of a process that the watchdog ended
 
 T = TypeVar("T")
-Phase = Literal["start", "data", "forward", "backward", "update", "settle", "save", "sample"]
+Phase = Literal["start", "data", "forward", "backward", "update", "settle", "save", "copy", "validate", "sample"]
 
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0  # for the store
@@ -54,6 +54,13 @@ def enter(phase: Phase, step: int | None = None) -> None:
     """
     global _progress
     _progress = _progress.enter(phase, step)
+
+
+def wait_for(thread: threading.Thread, phase: Phase) -> None:
+    """Join a thread that writes or copies: however slow the disk or the network, this is no hang."""
+    while thread.is_alive():
+        enter(phase)
+        thread.join(_LOOK_SECONDS)
 
 
 class Watchdog:

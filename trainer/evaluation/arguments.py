@@ -1,9 +1,13 @@
 """Command-line arguments that several programs share."""
 
 import argparse
+import math
 from pathlib import Path
 
+from trainer.engine.averages import power_name
 from trainer.evaluation.trained import TrainedRequest
+
+WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
 
 
 def at_least_one(text: str) -> int:
@@ -22,11 +26,34 @@ def at_least_two(text: str) -> int:
     return value
 
 
+def weights_name(text: str) -> str:
+    """ema, model, or ema-0.1 for the average of train.ema_sigma_rel = 0.1, however the number is written."""
+    if text in ("ema", "model"):
+        return text
+    try:
+        sigma_rel = float(text.removeprefix("ema-"))
+    except ValueError:
+        sigma_rel = math.nan
+    if not text.startswith("ema-") or not 0 < sigma_rel < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: should be ema, model, or an average of train.ema_sigma_rel, written ema-0.1"
+        )
+    return power_name(sigma_rel)
+
+
+def width(text: str) -> float:
+    """A sigma_rel that a power-function profile can have."""
+    value = float(text)
+    if not 0 < value < 0.28:
+        raise argparse.ArgumentTypeError(f"{text}: should be above 0 and below 0.28")
+    return value
+
+
 def add_trained(parser: argparse.ArgumentParser) -> None:
     """Which weights of which run."""
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest that verifies")
-    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw (default ema)")
+    parser.add_argument("--weights", type=weights_name, default="ema", metavar="NAME", help=WEIGHTS_HELP)
     parser.add_argument(
         "--respacing",
         default="all",

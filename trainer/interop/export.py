@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -29,7 +29,7 @@ class ExportRequest:
 
     run: Path
     checkpoint: Path | None
-    weights: Literal["ema", "model"]
+    weights: str
     out: Path
     license: str | None
     command: str

@@ -1,9 +1,13 @@
 """A run's folder from weights that were trained elsewhere: to draw from, or to train further."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from trainer.config import Config
 from trainer.engine.build import build_state
@@ -36,7 +40,7 @@ class ImportRequest:
     out: Path
     config: Path | None
     overrides: list[str]
-    weights: Literal["ema", "model"] | None
+    weights: str | None
     image_size: int | None
 
 
@@ -50,21 +54,34 @@ def import_weights(request: ImportRequest) -> None:
         request.source, weights=request.weights, image_size=request.image_size, accelerator=accelerator
     )
     config = _configure(request, source)
-    plain = config.train.model_copy(update={"strategy": "ddp", "precision": "fp32"})
-    strategy = DataParallel(plain)
-    state = build_state(config, strategy)
-    state.set_weights(source.weights)
     with new_folder(request.out) as staging:
-        folder = RunFolder(staging, writes=True)
-        folder.begin(config)
-        saved = Checkpoints(folder.checkpoints, accelerator).save(
-            state.contents(), step=0, identity=identity(config, None)
-        )
-        folder.event("imported", step=0, source=str(source.path), checkpoint=saved.name)
+        make_run(staging, config, source.weights, accelerator, event="imported", source=str(source.path))
     print(
         f"{source.path} in {request.out}: draw with `python trainer/sample.py --run {request.out}`; to train further, "
         f"set data.path and the rest in {request.out / 'config.toml'} and give it to trainer/train.py"
     )
+
+
+def make_run(
+    path: Path,
+    config: Config,
+    weights: Mapping[str, torch.Tensor],
+    accelerator: Accelerator,
+    *,
+    event: str,
+    **details: Any,
+) -> None:
+    """Fill a run's folder: one checkpoint, of step 0, with a network's state dict as raw and as averaged weights.
+
+    Its journal says by which `event` it came to be. Errors as `Checkpoints.save`.
+    """
+    plain = config.train.model_copy(update={"strategy": "ddp", "precision": "fp32"})
+    state = build_state(config, DataParallel(plain))
+    state.set_weights(weights)
+    folder = RunFolder(path, writes=True)
+    folder.begin(config)
+    saved = Checkpoints(folder.checkpoints, accelerator).save(state.contents(), step=0, identity=identity(config, None))
+    folder.event(event, step=0, checkpoint=saved.name, **details)
 
 
 def _configure(request: ImportRequest, source: Source) -> Config:

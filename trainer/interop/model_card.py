@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from trainer import __version__
 from trainer.config import Config
@@ -20,7 +20,7 @@ def model_card(
     manifest: dict[str, Any],
     *,
     checkpoint: str,
-    weights: Literal["ema", "model"],
+    weights: str,
     parameters: int,
     license_name: str | None,
     command: str,
@@ -70,12 +70,12 @@ def model_card(
 
 
 def _facts(
-    config: Config, manifest: dict[str, Any], checkpoint: str, weights: Literal["ema", "model"], parameters: int
+    config: Config, manifest: dict[str, Any], checkpoint: str, weights: str, parameters: int
 ) -> Iterator[tuple[str, str]]:
     position = manifest["state"]["position"]
     data = manifest["identity"].get(DATA_FINGERPRINT)
     trained = data is not None and data != UNDECIDED
-    yield "weights", _KINDS[weights] + (f", decay {config.train.ema_decay}" if weights == "ema" and trained else "")
+    yield "weights", _kind(weights) + (f", decay {config.train.ema_decay}" if weights == "ema" and trained else "")
     yield "parameters", f"{parameters:,}"
     yield "checkpoint", f"{checkpoint}, written by ddpm-trainer {manifest['trainer_version']}"
     yield "optimizer steps", f"{manifest['step']:,}"
@@ -104,3 +104,10 @@ def _usage(timesteps: int, *, learned: bool) -> list[str]:
         'pipeline = DDIMPipeline.from_pretrained("FOLDER")  # fewer steps',
         f"images = pipeline(num_inference_steps={min(50, timesteps)}, use_clipped_model_output=True).images",
     ]
+
+
+def _kind(weights: str) -> str:
+    """In words; "ema-0.1" is the average with a power-function profile that is 0.1 of the run wide."""
+    if weights in _KINDS:
+        return _KINDS[weights]
+    return f"power-function average of the weights, sigma_rel {weights.removeprefix('ema-')} (Karras et al. 2024)"

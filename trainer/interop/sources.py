@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,9 +42,7 @@ class Source:
     diffusion: dict[str, Any]
 
 
-def open_source(
-    path: Path, *, weights: Literal["ema", "model"] | None, image_size: int | None, accelerator: Accelerator
-) -> Source:
+def open_source(path: Path, *, weights: str | None, image_size: int | None, accelerator: Accelerator) -> Source:
     """Read a diffusers folder, a state dict in the authors' layout, a run's folder or one of its checkpoints.
 
     `weights` chooses among those of a run (default "ema"); `image_size` is for state dicts, which do not say it.
@@ -64,7 +62,7 @@ def open_source(
     raise ConversionError(f"{path}: no such file or folder")
 
 
-def _from_run(path: Path, kind: Literal["ema", "model"], accelerator: Accelerator) -> Source:
+def _from_run(path: Path, kind: str, accelerator: Accelerator) -> Source:
     """A checkpoint says what its network and process are; the sampler's variance stands in the run's config.toml."""
     single = (path / MANIFEST_NAME).is_file()
     run = RunFolder(path.resolve().parent.parent if single else path, writes=False)

@@ -1,6 +1,7 @@
 """Scalars and pictures of a run: TensorBoard, and the same scalars as one JSON object a line."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,19 @@ class Metrics:
         _drop_behind(self._path, step)
         self._lines = self._path.open("a")
         self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._last: tuple[int, int, dict[str, float]] | None = None  # step, where its line begins, values
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Record scalars of one step."""
+        """Record scalars of one step; a step that comes twice in a row has one line all the same."""
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._last is not None and self._last[0] == step:
+            _, begin, before = self._last
+            values = {**before, **values}
+            self._lines.truncate(begin)
+        else:
+            begin = self._lines.seek(0, os.SEEK_END)
+        self._last = step, begin, values
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
 

@@ -1,0 +1,101 @@
+"""The loss on images that are never trained on, with the same noise every time: what changes is the network alone."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from einops import rearrange
+
+from trainer.config import Config
+from trainer.data.order import sample_ids
+from trainer.data.training_data import TrainingData
+from trainer.diffusion.noise import Stream, keyed_bits, keyed_normal
+from trainer.diffusion.objectives import Objective
+from trainer.engine.build import build_trained
+from trainer.engine.processes import gather, together
+from trainer.engine.sampling import batches_of
+from trainer.engine.state import TrainState
+from trainer.errors import DataError, SampleError
+
+_BATCH = 16  # one for all numbers of ranks: a network's rounding may depend on it
+_QUARTILES = 4
+
+
+class Validation:
+    """Scores a state by `log.validate_images` of the held-out images, or all where there are fewer.
+
+    Image, t and eps of each are a function of the seed and the image's id: not of the step, the ranks or the batch.
+    """
+
+    def __init__(self, config: Config, data: TrainingData, state: TrainState, objective: Objective) -> None:
+        self.config = config
+        self.dataset = data.dataset
+        self.state = state
+        self.objective = objective
+        count = min(config.log.validate_images, len(data.held_out))
+        # Drawn at random, so that a part of them is a fair one; the same part for every seed.
+        self.ids = data.held_out[sample_ids(np.arange(count), len(data.held_out), seed=0)] if count else data.held_out
+
+    def measure(self) -> dict[str, float]:
+        """validation/loss of the raw weights and validation/ema_loss of the averaged ones, unweighted means over the
+        images; and of both, as .../loss_q1 to _q4, means over the images whose t is in each quarter of the timesteps.
+
+        Collective; the same on all ranks. Raises DataError on all of them where an image cannot be read.
+        """
+        batches = batches_of(len(self.ids), _BATCH)
+        accelerator = self.state.strategy.accelerator
+        share = batches[accelerator.process_index :: accelerator.num_processes]
+        values: dict[str, float] = {}
+        for name, whole in (("loss", self.state.weights), ("ema_loss", self.state.average)):
+            network = build_trained(self.config, whole(), self.state.strategy.device)
+            parts: list[tuple[int, list[int], list[float]]] = []
+
+            def score(network: torch.nn.Module = network, parts: list[Any] = parts) -> None:
+                for numbers in share:
+                    parts.append((numbers.start, *self._score(network, self.ids[numbers.start : numbers.stop])))
+
+            together("the held-out images: cannot be read", score, kind=DataError)
+            values |= self._means(name, sorted(part for of_rank in gather(parts) for part in of_rank))
+        return values
+
+    @torch.no_grad()
+    def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
+        """t and loss of each image; of those that are damaged, where data.on_bad_sample passes over them, of none."""
+        device, diffusion = self.state.strategy.device, self.objective.diffusion
+        x0, kept = self._load(ids)
+        if not kept:
+            return [], []
+        x0, index = x0.to(device), torch.tensor(kept, device=device)
+        bits = keyed_bits(self.config.seed, Stream.VALIDATION, index, 1, sub=0)[:, 0]
+        t = (bits * diffusion.timesteps) >> 32
+        eps = keyed_normal(self.config.seed, Stream.VALIDATION, index, tuple(x0.shape[1:]), sub=1)
+        x_t = diffusion.q_sample(x0, t, eps)
+        losses = self.objective.losses(network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
+        return t.tolist(), losses.tolist()
+
+    def _load(self, ids: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[int]]:
+        """(B, C, H, W) float32 in [-1, 1], and the ids of these."""
+        side = self.dataset.image_size
+        pixels, kept = np.empty((len(ids), side, side, self.dataset.channels), dtype=np.uint8), list[int]()
+        for sample in ids.tolist():
+            try:
+                self.dataset.decode_into(pixels[len(kept)], sample)
+            except SampleError:
+                if self.config.data.on_bad_sample == "raise":
+                    raise
+            else:
+                kept.append(sample)
+        return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w").float() / 127.5 - 1, kept
+
+    def _means(self, name: str, parts: list[tuple[int, list[int], list[float]]]) -> dict[str, float]:
+        """Summed in float64 and in the order of the images, whichever rank had them."""
+        t = np.array([t for _, some, _ in parts for t in some], dtype=np.int64)
+        losses = np.array([loss for _, _, some in parts for loss in some], dtype=np.float64)
+        if not len(losses):
+            raise DataError("the held-out images: all are damaged, none is left to validate on", agreed=True)
+        values = {f"validation/{name}": float(losses.mean())}
+        quartile = t * _QUARTILES // self.objective.diffusion.timesteps
+        for number in np.unique(quartile).tolist():
+            values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
+        return values

@@ -1,0 +1,111 @@
+"""Finding sealed folders, checkpoints and snapshots of averages alike, and saying what is wrong with one."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.engine import sealed
+from trainer.engine.checkpoints import STEP_NAME
+from trainer.errors import CheckpointError
+
+SNAPSHOTS = "averages"
+
+
+def require_run(run: Path) -> Path:
+    """The same; raises CheckpointError where there is no run."""
+    if not (run / "checkpoints").is_dir():
+        raise CheckpointError(f"{run}: no run's folder; it has no checkpoints/")
+    return run
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The folders named step-..., by step, oldest first; verified or not."""
+    found = {int(match[1]): path for path in folder.glob("step-*") if (match := STEP_NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def of_run(run: Path) -> list[Path]:
+    """All checkpoints of a run, then all snapshots, oldest first."""
+    require_run(run)
+    return [*steps_in(run / "checkpoints").values(), *steps_in(run / SNAPSHOTS).values()]
+
+
+def find(path: Path, step: int | None = None) -> Path:
+    """The checkpoint that a path means: itself, or of a run the one of `step`, by default the newest.
+
+    Raises CheckpointError where there is none.
+    """
+    if (path / sealed.MANIFEST_NAME).exists() or STEP_NAME.fullmatch(path.name):
+        if step is not None:
+            raise CheckpointError(f"--step {step}: goes with a run's folder, {path} is one checkpoint")
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        return path
+    steps = steps_in(require_run(path) / "checkpoints")
+    if not steps:
+        raise CheckpointError(f"{path}: holds no checkpoint")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"--step {step}: {path} has no such checkpoint, but {', '.join(map(str, steps))}")
+    return steps[step if step is not None else max(steps)]
+
+
+def damages(folder: Path) -> list[str]:
+    """What is wrong with a sealed folder, file by file; every byte is read. Empty where it is whole.
+
+    Raises CheckpointError where it cannot be read, which does not say that it is damaged.
+    """
+    return _faults(folder, sealed.verify_file)
+
+
+def visible_damages(folder: Path) -> list[str]:
+    """Like `damages`, but of the files only whether they are there and how long they are: bytes are not read."""
+    return _faults(folder, _check_size)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that has been found whole. Raises CheckpointError where it cannot be had."""
+    try:
+        return sealed.read_manifest(folder)
+    except (sealed.DamagedError, OSError) as fault:
+        raise CheckpointError(f"{folder}: {fault}") from fault
+
+
+def read_loosely(folder: Path) -> dict[str, Any]:
+    """What the manifest says, proven or not; nothing where it cannot be read."""
+    try:
+        content = json.loads((folder / sealed.MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of its files."""
+    with os.scandir(folder) as entries:
+        return sum(entry.stat().st_size for entry in entries if entry.is_file())
+
+
+def _check_size(folder: Path, record: sealed.FileRecord) -> None:
+    try:
+        size = (folder / record.name).stat().st_size
+    except FileNotFoundError as error:
+        raise sealed.DamagedError(f"{record.name} is missing") from error
+    if size != record.bytes:
+        raise sealed.DamagedError(f"{record.name} has {size} bytes, the manifest says {record.bytes}")
+
+
+def _faults(folder: Path, check: Callable[[Path, sealed.FileRecord], None]) -> list[str]:
+    faults = []
+    try:
+        for record in sealed.read_manifest(folder)["files"]:
+            try:
+                check(folder, record)
+            except sealed.DamagedError as fault:
+                faults.append(str(fault))
+    except sealed.DamagedError as fault:
+        return [str(fault)]
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be verified: {error}") from error
+    return faults
