@@ -17,6 +17,7 @@ from trainer.engine.checkpoints import STEP_NAME
 from trainer.engine.copy_folder import CopyFolder, words
 from trainer.engine.processes import gather
 from trainer.engine.run import RunFolder, check_identity
+from trainer.engine.watchdog import wait_for
 
 
 class Copies:

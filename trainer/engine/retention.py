@@ -8,6 +8,7 @@ from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import broadcast, gather
 from trainer.engine.run import RunFolder
 from trainer.engine.scores import Scores, best, read_scores, write_scores
+from trainer.engine.watchdog import wait_for
 
 
 class Retention:

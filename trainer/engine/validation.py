@@ -16,6 +16,7 @@ from trainer.engine.build import build_trained
 from trainer.engine.processes import gather, together
 from trainer.engine.sampling import batches_of
 from trainer.engine.state import TrainState
+from trainer.engine.watchdog import enter
 from trainer.errors import DataError, SampleError
 
 _BATCH = 16  # one for all numbers of ranks: a network's rounding may depend on it
@@ -53,6 +54,7 @@ class Validation:
 
             def score(network: torch.nn.Module = network, parts: list[Any] = parts) -> None:
                 for numbers in share:
+                    enter("validate")
                     parts.append((numbers.start, *self._score(network, self.ids[numbers.start : numbers.stop])))
 
             together("the held-out images: cannot be read", score, kind=DataError)
