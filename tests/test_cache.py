@@ -19,9 +19,10 @@ import pytest
 from tests.harness import REPOSITORY, environment, events, launch, load_config, logged, make_dataset, overrides
 from tests.server import FaultyServer, serving
 from trainer.data.cache import NodeCache
+from trainer.data.dataset import Shard
 from trainer.data.fetch import Patience, remote_size
 from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import Shard, ShardedDataset
+from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
 from trainer.data.windowed import WindowedOrder
@@ -458,13 +459,14 @@ def test_a_dataset_that_is_replaced_behind_its_url_leaves_running_jobs_alone(
     with serving(served) as server:
         config = load_config(config_path, f"data.path={server.url}", f"data.cache_dir={tmp_path / 'cache'}")
         first = open_training_data(config, index_folder=None).dataset
-        expected = [ShardedDataset(many_shards).label(n) for n in range(48)]
+        expected = ShardedDataset(many_shards).labels(range(48)).tolist()
         shutil.rmtree(served)
         make_dataset(tmp_path / "new", images=20, shard_samples=4).rename(served)
         second = open_training_data(config, index_folder=None).dataset
     assert (len(first), len(second)) == (48, 20)
     assert isinstance(first, ShardedDataset)
-    assert [ShardedDataset(first.folder, origin=first.where, files=first.files).label(n) for n in range(48)] == expected
+    again = ShardedDataset(first.folder, origin=first.where, files=first.files)
+    assert again.labels(range(48)).tolist() == expected
 
 
 def test_a_node_needs_room_for_all_of_its_lanes(

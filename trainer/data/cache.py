@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.format import sha256_of
+from trainer.data.dataset import Shard
 from trainer.data.fetch import Patience, fetch
-from trainer.data.shards import Shard
 from trainer.errors import DataError
 
 _AGAIN = 0.05  # seconds until it is looked again whether others have made room

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_prep.format import UNLABELLED, sha256_of
-from trainer.data.shards import IndexedDataset, Shard, ShardFiles
+from trainer.data.dataset import Shard, ShardFiles
+from trainer.data.indexed import IndexedDataset
 from trainer.data.tar_headers import Member, TarError, walk
 from trainer.errors import DataError
 
