@@ -3,7 +3,7 @@
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
-KEPT_BYTES = 1 << 30  # as much as the largest image that is read needs with its copies, and more than a worker ever frees
+KEPT_BYTES = 1 << 30  # more than the largest image that is read leaves behind, with its copies
 LARGEST_KEPT = 1 << 25  # bytes; glibc's own limit on 64-bit machines
 
 
