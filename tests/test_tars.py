@@ -7,41 +7,17 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
 
+from tests.data_harness import encoded, images_of, pixels, write_tar
 from tests.harness import events, launch, logged, overrides
 from trainer.data.dataset import InPlace, Shard
 from trainer.data.tar_headers import BLOCK, TarError, walk
 from trainer.data.tars import TarDataset
 from trainer.errors import DataError, SampleError
-
-
-def pixels(number: int, width: int = 8, height: int = 8) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(image: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes], *, form: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def images_of(count: int, first: int = 0) -> dict[str, bytes]:
-    return {f"{n:04d}.png": encoded(pixels(n)) for n in range(first, first + count)}
 
 
 def open_tars(*paths: Path, index_folder: Path | None = None) -> TarDataset:
