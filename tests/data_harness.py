@@ -65,7 +65,7 @@ def streamed(processes: int, config: Path, *ways: str, **extra: str) -> list[lis
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += [f"--master_port={free_port()}", "-m", "tests.stream_ranks", str(config), *ways]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(**extra), timeout=500, text=True, capture_output=True, check=False
+        command, cwd=REPOSITORY, env=environment(**extra), timeout=3500, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"way"')]

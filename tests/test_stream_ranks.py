@@ -70,6 +70,7 @@ def test_a_mixture_and_damaged_images_are_the_same_under_torchrun(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_the_stream_is_the_same_under_torchrun_in_every_way(config_path: Path, processes: int) -> None:
     assert_the_order(
@@ -80,6 +81,7 @@ def test_the_stream_is_the_same_under_torchrun_in_every_way(config_path: Path, p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_stream_is_the_same_with_three_processes_in_every_way(config_path: Path) -> None:
     config_path.write_text(config_path.read_text().replace("global_batch = 8", "global_batch = 24"))
     test_the_stream_is_the_same_under_torchrun_in_every_way(config_path, 3)
