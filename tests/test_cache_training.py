@@ -2,15 +2,19 @@
 
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.cache_harness import wait_until
 from tests.data_harness import images_of, write_tar
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
 from tests.server import FaultyServer, serving
 from trainer.data.shards import ShardedDataset
 from trainer.data.training_data import open_training_data
+from trainer.engine import step
 from trainer.errors import ConfigError, DataError
 
 
@@ -25,6 +29,34 @@ def test_training_from_a_url_is_training_from_the_folder(
     assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "local"))
     assert max(count for name, count in server.gets.items() if name.endswith(".tar")) == 1
     assert server.gets["index.npy"] == 1
+
+
+@dataclass(frozen=True)
+class WaitsForShards:
+    """In the place of a `Fault`: the first step waits until so many shards are in the cache."""
+
+    cache: Path
+    shards: int
+    rank: int = 0
+
+    def inject(self) -> None:
+        original = step.noised_inputs
+
+        def waiting(*arguments: Any) -> Any:
+            step.noised_inputs = original
+            wait_until(lambda: sum(not path.suffix for path in (self.cache / "shards").iterdir()) >= self.shards, 20)
+            return original(*arguments)
+
+        step.noised_inputs = waiting
+
+
+def test_a_run_fetches_ahead_what_its_plan_will_need(server: FaultyServer, tmp_path: Path, config_path: Path) -> None:
+    """Without loader processes nobody else would: a batch of 8 is in at most 4 windows of one shard each."""
+    cache = tmp_path / "cache"
+    settings = overrides(
+        data__path=server.url, data__cache_dir=cache, data__order="windowed", data__window=1, data__workers=0
+    )
+    launch(1, "--config", str(config_path), *settings, fault=WaitsForShards(cache, 9))
 
 
 def test_staging_a_folder_to_the_nodes_disk_is_the_same_cache(
