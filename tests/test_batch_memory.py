@@ -10,6 +10,7 @@ from trainer.data.batch_memory import BatchMemory, Slot
 from trainer.data.order import GlobalOrder
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
+from trainer.errors import DataError
 
 STEPS, PREFETCH = 30, 2
 LOADERS: list[tuple[int, StartMethod]] = [(0, "fork"), (1, "fork"), (2, "fork"), (1, "spawn")]
@@ -73,6 +74,16 @@ def test_a_slot_is_free_when_its_last_view_is_gone(memory: BatchMemory) -> None:
     assert memory.take() is None
     del array
     assert filled(memory, 3).tensor().tolist() == [[3, 3, 3]] * 2
+
+
+def test_a_shared_memory_that_is_full_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    message = r"^/dev/shm: no room for the 6144 bytes that 1 loader processes share .*data\.workers .*data\.prefetch$"
+    with pytest.raises(DataError, match=message):
+        next(stream(ShardedDataset(dataset), 1, "fork"))
 
 
 def test_a_pinned_batch_is_a_copy_and_its_slot_is_free(memory: BatchMemory, monkeypatch: pytest.MonkeyPatch) -> None:

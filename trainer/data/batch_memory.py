@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import get_worker_info
 
+from trainer.errors import DataError
+
 _keys = itertools.count()
 _memories: "weakref.WeakValueDictionary[int, BatchMemory]" = weakref.WeakValueDictionary()
 
@@ -41,13 +43,20 @@ class BatchMemory:
     """See the module. Made in the trainer's process, and inherited by its loaders or sent to them when they start.
 
     shape: of a batch of uint8; loaders: processes, or 0 where the trainer's process fills the slots itself; slots: for
-    each of them.
+    each of them. Raises DataError where the memory that they share cannot be had.
     """
 
     def __init__(self, shape: tuple[int, ...], *, loaders: int, slots: int) -> None:
         owners = max(1, loaders)
         self.shape = shape
-        self._pixels = _bytes((owners, slots, *shape), shared=loaders > 0)
+        try:
+            self._pixels = _bytes((owners, slots, *shape), shared=loaders > 0)
+        except RuntimeError as error:  # torch's word for a full /dev/shm
+            needed = owners * slots * math.prod(shape)
+            raise DataError(
+                f"/dev/shm: no room for the {needed} bytes that {loaders} loader processes share with the trainer; "
+                "take fewer data.workers or a smaller data.prefetch"
+            ) from error
         # Each byte is set by its loader alone and cleared by the trainer alone, so no lock is needed.
         self._taken = _bytes((owners, slots), shared=loaders > 0).zero_()
         self._key = next(_keys)
