@@ -3,7 +3,7 @@
 import bisect
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from trainer.errors import DataError, SampleError
 
 _OPEN_SHARDS = 256
 
+Row = tuple[int, ...]  # of an index, in the order of its columns
+
 
 class IndexedDataset:
     """Images by sample id, 0 <= id < len(self): ids follow the shards, and inside a shard the index.
@@ -24,8 +26,8 @@ class IndexedDataset:
     own files. A kind of dataset adds `describe`, `split_keys` and, where it knows more than the length, `is_intact`.
 
     where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
-    pages) or an array, with columns "offset", "length" and "label"; crop: see `decode`; fingerprint: identifies the
-    samples and their numbering.
+    pages) or an array, with `columns`, "offset", "length" and "label" among them; crop: see `decode`; fingerprint:
+    identifies the samples and their numbering.
     """
 
     damage = "cut off"  # what is wrong where `is_intact` says no
@@ -41,6 +43,7 @@ class IndexedDataset:
         crop: bool,
         fingerprint: str,
         files: ShardFiles,
+        columns: Sequence[str],
     ) -> None:
         self.where = where
         self.shards = list(shards)
@@ -53,6 +56,7 @@ class IndexedDataset:
         self._ends: list[int] = self.bounds[1:].tolist()  # plain integers: quick to search for one sample
         self._index_source = index
         self._index: npt.NDArray[np.void] | None = None
+        self._offset_at, self._length_at = (columns.index(name) for name in ("offset", "length"))
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -96,7 +100,7 @@ class IndexedDataset:
         Raises SampleError where the bytes are not the ones that the index was made from, DataError where the shard
         cannot be had at all.
         """
-        row = dict(zip(self.index.dtype.names or (), self.index[sample].item()))
+        row: Row = self.index[sample].item()  # plain integers, in less time than a dictionary of them takes
         shard = bisect.bisect_right(self._ends, sample)
         encoded = self._read(shard, row)
         if self.is_intact(row, encoded):
@@ -110,9 +114,9 @@ class IndexedDataset:
             )
         return encoded
 
-    def is_intact(self, row: Mapping[str, int], encoded: bytes) -> bool:
+    def is_intact(self, row: Row, encoded: bytes) -> bool:
         """Whether these are the bytes that the index was made from, as far as the index tells; row: the sample's."""
-        return len(encoded) == row["length"]
+        return len(encoded) == row[self._length_at]
 
     def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """See `Dataset`."""
@@ -126,9 +130,9 @@ class IndexedDataset:
         """(N,) what a sample is, wherever it lies: the held-out split is drawn by it."""
         raise NotImplementedError
 
-    def _read(self, shard: int, row: Mapping[str, int]) -> bytes:
+    def _read(self, shard: int, row: Row) -> bytes:
         try:
-            return os.pread(self._descriptor(shard), row["length"], row["offset"])
+            return os.pread(self._descriptor(shard), row[self._length_at], row[self._offset_at])
         except OSError as error:
             raise DataError(f"{self.shards[shard].url}: cannot be read ({error.strerror})") from error
 

@@ -2,7 +2,6 @@
 
 import re
 import zlib
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -10,9 +9,11 @@ import numpy.typing as npt
 
 from data_prep.format import INDEX_DTYPE, INDEX_NAME, SOURCE_ENCODING, FormatError, load_manifest, sha256_of
 from trainer.data.dataset import InPlace, Shard, ShardFiles
-from trainer.data.indexed import IndexedDataset
+from trainer.data.indexed import IndexedDataset, Row
 from trainer.errors import DataError
 
+_COLUMNS = tuple(INDEX_DTYPE.fields or ())
+_CRC32_AT = _COLUMNS.index("crc32")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -54,14 +55,15 @@ class ShardedDataset(IndexedDataset):
             crop=self.manifest.encoding == SOURCE_ENCODING,
             fingerprint=self.manifest.fingerprint,
             files=files or InPlace(),
+            columns=_COLUMNS,
         )
         if origin is None:
             self._check_sizes()
         self._check_index()
 
-    def is_intact(self, row: Mapping[str, int], encoded: bytes) -> bool:
+    def is_intact(self, row: Row, encoded: bytes) -> bool:
         """See `IndexedDataset`: by crc32."""
-        return super().is_intact(row, encoded) and zlib.crc32(encoded) == row["crc32"]
+        return super().is_intact(row, encoded) and zlib.crc32(encoded) == row[_CRC32_AT]
 
     def describe(self, sample: int) -> str:
         """See `IndexedDataset`."""

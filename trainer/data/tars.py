@@ -76,6 +76,7 @@ class TarDataset(IndexedDataset):
             crop=True,
             fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             files=files,
+            columns=tuple(TAR_DTYPE.fields or ()),
         )
 
     def describe(self, sample: int) -> str:
