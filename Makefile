@@ -32,9 +32,10 @@ lint: $(INSTALLED) ## style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## our training step beside diffusers', and data_prep beside Pillow's bare calls
+bench: $(INSTALLED) ## our training step beside diffusers', data_prep beside Pillow's bare calls, the stream beside others
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/data.py
 
 clean: ## remove the environment, and nothing that was trained
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

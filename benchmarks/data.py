@@ -1,11 +1,12 @@
 """The stream beside bare decoding, webdataset's own pipeline and a torch image folder; and a large index.
 
-    python benchmarks/data.py [--images 2000] [--size 256] [--rounds 3] [--workers 0]
+    python benchmarks/data.py [--images 2000] [--size 256] [--rounds 7] [--workers 1] [--kinds "jpeg 75 4:2:0" ...]
 
 The same images, made on the spot, as JPEG (quality 75, 4:2:0: like LSUN), as JPEG 95 4:4:4 and as lossless WebP, each
-in turns within one run. A rate is images per second of CPU time of this process (`--workers 0`), or of wall time with
-loader processes. Then an index of 3,033,042 samples (LSUN bedroom): time and memory to open it, and time to the first
-batch's ids at any position.
+contender in a process of its own and in turns (turns.py). What counts are images per second of CPU time, the loader
+processes' included: per core, and other programs on the machine do not matter much; by the clock stands beside it.
+Then an index of 3,033,042 samples (LSUN bedroom): time and memory to open it, and time to the first batch's ids at any
+position.
 """
 
 import sys
@@ -16,9 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import argparse
 import io
 import json
-import os
 import platform
-import statistics
 import subprocess
 import tempfile
 import time
@@ -35,6 +34,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
+from benchmarks.turns import Contender, Run, compare, load
 from data_prep.format import INDEX_DTYPE, Manifest, ShardRecord, sha256_of
 from trainer.data import decode as decode_module
 from trainer.data.decode import decode
@@ -119,52 +119,89 @@ class ImageFolder(TorchDataset[torch.Tensor]):
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
-def contenders(
-    folder: Path, images: list[bytes], size: int, extension: str, workers: int
-) -> dict[str, Callable[[], int]]:
-    """Each goes once through all images and returns how many it saw."""
+def bare_decode(folder: Path, size: int) -> Run:
+    """Bytes in memory to pixels that nobody keeps, by the decoder that the stream uses."""
+    images = encoded_images(folder)
+    return lambda: sum(decode(encoded, size, "RGB", crop=True).ndim == 3 for encoded in images)
+
+
+def bare_pillow(folder: Path, _: int) -> Run:
+    """The same by Pillow, without any check."""
+    images = encoded_images(folder)
+    return lambda: sum(np.asarray(Image.open(io.BytesIO(encoded))).ndim == 3 for encoded in images)
+
+
+def our_stream(folder: Path, _: int, workers: int) -> Run:
+    """Reading, crc32, decoding, batches, the order."""
+    torch.set_num_threads(1)
     dataset = ShardedDataset(folder / "shards")
     layout = BatchLayout.plan(BATCH, 1, None)
-    steps = len(images) // BATCH
 
-    def bare(by_pillow: bool) -> int:
-        for encoded in images:
-            if by_pillow:
-                np.asarray(Image.open(io.BytesIO(encoded)))
-            else:
-                decode(encoded, size, "RGB", crop=True)
-        return len(images)
-
-    def count(batches: Iterable[Any]) -> int:
-        return sum(len(batch) for batch in batches)
-
-    def ours() -> int:
-        plan = MicroBatchPlan(layout, order=GlobalOrder(len(images), 0), rank=0, first_step=0, last_step=steps)
+    def run() -> int:
+        plan = MicroBatchPlan(
+            layout, order=GlobalOrder(len(dataset), 0), rank=0, first_step=0, last_step=len(dataset) // BATCH
+        )
         stream = micro_batches(dataset, plan, workers=workers, prefetch=4, pin_memory=False)
-        return count(batch["image"] for batch in stream)
+        return sum(len(batch["image"]) for batch in stream)
 
-    def webdataset() -> int:
-        urls = [shard.url for shard in dataset.shards]
+    return run
+
+
+def plain_webdataset(folder: Path, _: int, workers: int) -> Run:
+    """`.decode("pil")` as its documentation has it; no shuffling."""
+    torch.set_num_threads(1)
+    urls = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
+    extension = sorted((folder / "files").iterdir())[0].suffix[1:]
+
+    def run() -> int:
         pipeline = (
             wds.WebDataset(urls, shardshuffle=False, empty_check=False)
             .decode("pil")
             .to_tuple(extension)
-            .map(lambda fields: np.asarray(fields[0].convert("RGB")))
-            .batched(BATCH, collation_fn=lambda arrays: torch.from_numpy(np.stack(arrays)))
+            .map(_pixels_of_fields)
+            .batched(BATCH, collation_fn=_stacked)
         )
-        return count(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
+        return sum(len(batch) for batch in wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
 
-    def image_folder() -> int:
-        files = sorted((folder / "files").iterdir())
-        return count(DataLoader(ImageFolder(files), batch_size=BATCH, shuffle=True, num_workers=workers))
+    return run
 
-    return {
-        "bare decode": lambda: bare(False),
-        "bare Pillow": lambda: bare(True),
-        "ours": ours,
-        "webdataset": webdataset,
+
+def _pixels_of_fields(fields: tuple[Image.Image]) -> np.ndarray:
+    return np.asarray(fields[0].convert("RGB"))
+
+
+def _stacked(arrays: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def image_folder(folder: Path, _: int, workers: int) -> Run:
+    """A file an image, shuffled."""
+    torch.set_num_threads(1)
+    dataset = ImageFolder(sorted((folder / "files").iterdir()))
+    return lambda: sum(len(batch) for batch in DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers))
+
+
+def encoded_images(folder: Path) -> list[bytes]:
+    """All files of the benchmark."""
+    return [path.read_bytes() for path in sorted((folder / "files").iterdir())]
+
+
+def contenders(folder: Path, size: int, workers: int) -> dict[str, Contender]:
+    """Each goes once through all images."""
+    found = {
+        "bare decode": Contender(make=bare_decode, arguments=(folder, size)),
+        "bare Pillow": Contender(make=bare_pillow, arguments=(folder, size)),
+    }
+    makers: dict[str, Callable[..., Run]] = {
+        "ours": our_stream,
+        "webdataset": plain_webdataset,
         "image folder": image_folder,
     }
+    for loaders in dict.fromkeys([0, workers]):
+        for name, make in makers.items():
+            label = f"{name}, {loaders} loader{'s' * (loaders > 1)}" if loaders else name
+            found[label] = Contender(make=make, arguments=(folder, size, loaders))
+    return found
 
 
 def measure_kind(kind: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -180,21 +217,11 @@ def measure_kind(kind: str, arguments: argparse.Namespace, folder: Path) -> list
     (folder / "files").mkdir()
     for number, encoded in enumerate(images):
         (folder / "files" / f"{number:06d}.{extension}").write_bytes(encoded)
-    clock = time.perf_counter if arguments.workers else time.process_time
-    running = contenders(folder, images, arguments.size, extension, arguments.workers)
-    rates: dict[str, list[float]] = {name: [] for name in running}
-    for round_ in range(arguments.rounds + 1):
-        for name, run in running.items():
-            started = clock()
-            seen = run()
-            if round_ > 0:  # the first warms the caches
-                rates[name].append(seen / (clock() - started))
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    results = compare(
+        contenders(folder, arguments.size, arguments.workers), reference="bare decode", rounds=arguments.rounds
+    )
     kib = sum(map(len, images)) / len(images) / 1024
-    return [
-        {"kind": kind, "KiB": kib, "name": name, "images_per_second": rate, "ratio": rate / medians["bare decode"]}
-        for name, rate in medians.items()
-    ]
+    return [{"kind": kind, "KiB": kib, **asdict(result)} for result in results]
 
 
 def open_large_index(folder: str) -> None:
@@ -244,40 +271,45 @@ def measure_index(folder: Path, samples: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure in turns, so that a machine that slows down slows all; print a table, write JSON."""
+    """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=1, help="loader processes of the contenders that have some")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/data.json"))
     parser.add_argument("--open-index", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.open_index:
         open_large_index(arguments.open_index)
         return
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         rows = []
-        for number, kind in enumerate(KINDS):
+        for number, kind in enumerate(arguments.kinds):
             folder = Path(temporary) / str(number)
             folder.mkdir()
             rows += measure_kind(kind, arguments, folder)
         large = measure_index(Path(temporary) / "large", LSUN_BEDROOM)
     fast = "simplejpeg" if decode_module.simplejpeg is not None else "Pillow (simplejpeg is not installed)"
-    per = "second of wall time" if arguments.workers else "second of CPU time"
-    about = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, JPEGs by {fast}, images per {per}"
-    print(f"{arguments.images} images of {arguments.size}², {arguments.workers} workers; {about}")
-    print(f"{'':<16}{'':<14}{'KiB':>6}{'images/s':>10}{'of bare':>9}")
+    about = f"{platform.processor() or platform.machine()}, {load()}, JPEGs by {fast}"
+    print_tables(rows, large, f"{arguments.images} images of {arguments.size}²; {about}")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    content = {"about": about, "arguments": vars(arguments), "rows": rows, "index": large}
+    arguments.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
+
+
+def print_tables(rows: list[dict[str, Any]], large: dict[str, Any], about: str) -> None:
+    """For a person; "of bare" is the ratio that counts, with the lowest and the highest of all rounds."""
+    print(about)
+    print(f"{'':<16}{'':<24}{'KiB':>5}{'img/CPU s':>11}{'img/s':>8}{'of bare':>9}")
     for row in rows:
-        rate = f"{row['images_per_second']:>10,.0f}{row['ratio']:>9.2f}"
-        print(f"{row['kind']:<16}{row['name']:<14}{row['KiB']:>6.0f}{rate}")
+        rates = f"{row['per_cpu_second']:>11,.0f}{row['per_second']:>8,.0f}{row['ratio']:>9.2f}"
+        spread = f"  {row['lowest_ratio']:.2f} to {row['highest_ratio']:.2f}"
+        print(f"{row['kind']:<16}{row['name']:<24}{row['KiB']:>5.0f}{rates}{spread}")
     resumed = ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in large["seconds_to_resume"].items())
     memory = f"{large['private_bytes'] / 1e6:.0f} MB a process"
     print(f"index of {LSUN_BEDROOM:,}: opened in {large['seconds_to_open']:.2f} s, {memory}; resumed after: {resumed}")
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    content = {"about": about, "arguments": vars(arguments), "rows": rows, "index": large}
-    arguments.json.write_text(json.dumps(content, default=str))
 
 
 if __name__ == "__main__":

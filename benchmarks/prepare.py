@@ -1,11 +1,11 @@
 """Preparing a dataset: data_prep beside the bare loop of decode -> transform -> encode, in turns within one run.
 
-    python benchmarks/prepare.py [--images 600] [--size 256] [--folder PHOTOS] [--rounds 5] [--json FILE]
+    python benchmarks/prepare.py [--images 600] [--size 256] [--folder PHOTOS] [--rounds 7] [--json FILE]
 
-Each case takes the same encoded images, on one core and without starting processes on any side. The bare loop is what
-anybody would write: Pillow's calls and nothing checked; "codec" throws the result away and "stored" appends it to one
-file, which somebody must. data_prep's side is `write_shard`: reading from an LMDB, every check, the transform, the tar
-with its index, hashes and fsync. Seconds are CPU time, the kernel's included; the better of all turns counts.
+Each case takes the same encoded images, each side in a process of its own and in turns (turns.py). The bare loop is
+what anybody would write: Pillow's calls and nothing checked; "codec" throws the result away and "stored" appends it to
+one file, which somebody must. data_prep's side is `write_shard`: reading from an LMDB, every check, the transform, the
+tar with its index, hashes and fsync. Seconds are CPU time, the kernel's included.
 """
 
 import sys
@@ -19,16 +19,16 @@ import io
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import lmdb
 import numpy as np
 from PIL import Image, ImageFilter
 
+from benchmarks.turns import Contender, Result, Run, compare, load
 from data_prep.convert import SAVE_OPTIONS
+from data_prep.memory import keep_freed_memory
 from data_prep.recipe import Encoding, Recipe, Transform
 from data_prep.sources import open_source
 from data_prep.writer import ShardPlan, write_shard
@@ -67,47 +67,41 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="photos to take the images from (default: coloured noise, smoothed)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side; the best are compared")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/out/prepare.json"))
     options = parser.parse_args()
-    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-    results = [measure(case, options.images, options.size, options.folder, options.rounds) for case in CASES]
-    print(f"{'images/s on one core':34}{'codec':>8}{'stored':>8}{'data_prep':>11}{'/ codec':>9}{'/ stored':>9}")
-    for result in results:
-        rates = f"{result['codec']:8.0f}{result['stored']:8.0f}{result['data_prep']:11.0f}"
-        print(f"{result['case']:34}{rates}{result['to_codec']:9.2f}{result['to_stored']:9.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    results = {case.name: measure(case, options) for case in CASES}
+    print(f"images per second of CPU time; {load()}")
+    print(f"{'':34}{'codec':>8}{'stored':>8}{'data_prep':>11}{'/ codec':>9}{'':16}{'by the clock':>13}")
+    for name, (codec, stored, ours) in results.items():
+        rates = f"{codec.per_cpu_second:8.0f}{stored.per_cpu_second:8.0f}{ours.per_cpu_second:11.0f}"
+        spread = f"  {ours.lowest_ratio:.2f} to {ours.highest_ratio:.2f}"
+        print(f"{name:34}{rates}{ours.ratio:9.2f}{spread:16}{ours.per_second:13.0f}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"case": name, **asdict(result)} for name, found in results.items() for result in found]
+    options.json.write_text(json.dumps({"about": load(), "rows": rows}, indent=1) + "\n")
 
 
-def measure(case: Case, images: int, size: int, folder: Path | None, rounds: int) -> dict[str, Any]:
-    """All sides in turns; images/s by the best turn of each, since whatever else the machine does only adds."""
-    files = encoded_images(max(1, round(images * case.share)), size * case.scale, folder)
+def measure(case: Case, options: argparse.Namespace) -> list[Result]:
+    """The two bare loops and data_prep."""
+    files = encoded_images(max(1, round(options.images * case.share)), options.size * case.scale, options.folder)
     with tempfile.TemporaryDirectory() as place:
-        sides: list[Callable[[], object]] = [
-            lambda: bare(files, case, size, Path(os.devnull)),
-            lambda: bare(files, case, size, Path(place) / "bare"),
-            shard_writer(files, case, size, Path(place)),
-        ]
-        for side in sides:
-            side()  # once for the caches
-        times = [[seconds(side) for side in sides] for _ in range(rounds)]
-    codec, stored, ours = (len(files) / min(column) for column in zip(*times))
-    return {
-        "case": case.name,
-        "codec": codec,
-        "stored": stored,
-        "data_prep": ours,
-        "to_codec": ours / codec,
-        "to_stored": ours / stored,
-    }
+        sides = {
+            "codec": Contender(make=bare_loop, arguments=(files, case, options.size, Path(os.devnull))),
+            "stored": Contender(make=bare_loop, arguments=(files, case, options.size, Path(place) / "bare")),
+            "data_prep": Contender(make=shard_writer, arguments=(files, case, options.size, Path(place))),
+        }
+        return compare(sides, reference="codec", rounds=options.rounds)
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """CPU time of this process: other programs on the machine do not count, nor does waiting for the disk."""
-    started = time.process_time()
-    action()
-    return time.process_time() - started
+def bare_loop(files: Sequence[bytes], case: Case, size: int, path: Path) -> Run:
+    """What anybody would write."""
+
+    def run() -> int:
+        bare(files, case, size, path)
+        return len(files)
+
+    return run
 
 
 def bare(files: Sequence[bytes], case: Case, size: int, path: Path) -> None:
@@ -136,8 +130,9 @@ def bare_transform(image: Image.Image, transform: Transform, size: int) -> Image
     return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def shard_writer(files: Sequence[bytes], case: Case, size: int, place: Path) -> Callable[[], int]:
-    """data_prep's writing of one shard, from an LMDB of these files."""
+def shard_writer(files: Sequence[bytes], case: Case, size: int, place: Path) -> Run:
+    """data_prep's writing of one shard, from an LMDB of these files, in a process that is set up as its workers are."""
+    keep_freed_memory()
     room = 2 * sum(map(len, files)) + 2**26
     with lmdb.open(str(place / "lmdb"), map_size=room) as database, database.begin(write=True) as transaction:
         for number, data in enumerate(files):

@@ -1,7 +1,6 @@
 """Every byte of a finished dataset against its manifest and index: what is wrong, one line a fault."""
 
 import json
-import tarfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from data_prep.dataset import Dataset, decode_member, member_bytes, opened
 from data_prep.errors import InputError
 from data_prep.format import INDEX_NAME, NAMES_NAME, REJECTS_NAME, UNLABELLED, FormatError, sha256_of
-from data_prep.tars import walk
+from data_prep.tars import entries
 
 Decode = Literal["none", "sample", "all"]
 DECODE: tuple[Decode, ...] = get_args(Decode)
@@ -102,14 +101,14 @@ def _first_damage(dataset: Dataset, shard: int, rows: npt.NDArray[np.void]) -> s
 def _index_fault(path: Path, rows: npt.NDArray[np.void]) -> str | None:
     """The first difference of the tar's headers from the index."""
     try:
-        members = [(member.name, member.offset_data, member.size, member.type) for member in walk(path)]
+        members = [(member.name, member.offset, member.length, member.kind) for member in entries(path)]
     except InputError as error:
         return str(error).removeprefix(f"{path}: ")
     if len(members) != len(rows):
         return f"holds {len(members)} members, the index says {len(rows)}"
     for (name, offset, length, kind), row in zip(members, rows):
         key = f"{row['key']:09d}"
-        if kind != tarfile.REGTYPE or (name.split(".")[0], offset, length) != (key, row["offset"], row["length"]):
+        if kind != "file" or (name.split(".")[0], offset, length) != (key, row["offset"], row["length"]):
             expected = f"{key} at {row['offset']} with {row['length']}"
             return f"member {name} at {offset} with {length} bytes, the index says {expected}"
     return None

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.errors import DataPrepError
+from data_prep.memory import keep_freed_memory
 from data_prep.recipe import Recipe
 from data_prep.writer import ShardPlan, write_shard
 
@@ -63,7 +64,8 @@ def _ctrl_c_left_to_parent() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    """See to it that the worker ends with its parent, however that ends."""
+    """See to it that the worker ends with its parent, however that ends, and that its memory suits images."""
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

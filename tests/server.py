@@ -2,6 +2,7 @@
 
 import email.utils
 import http.server
+import re
 import threading
 import time
 from collections import Counter
@@ -11,8 +12,9 @@ from pathlib import Path
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """`faults[name]` are taken one for each GET of a file, until none is left: "cut", "stall", "trickle", "wrong",
-    or a status such as 503; `always[name]` stays. `gets` counts.
+    """`faults[name]` are taken one for each GET of a file, until none is left: "cut", "late cut", "stall", "trickle",
+    "wrong", "poisoned cut", or a status such as 503; `always[name]` stays. `gets` counts, `sent` in bytes; `ranges`
+    says whether parts of files are served.
     """
 
     daemon_threads = True
@@ -23,6 +25,8 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list[str | int]] = {}
         self.always: dict[str, str | int] = {}
         self.gets: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.ranges = True
         self.open_gets = 0
         self.most_open_gets = 0
         self.counting = threading.Lock()
@@ -62,28 +66,47 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = path.read_bytes()
         if fault == "wrong":
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self.send_response(200)
+        first = self._first_byte_asked(len(content))
+        if fault == "poisoned cut":
+            content = bytes([content[0] ^ 1]) + content[1:]
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+            content = content[first:]
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Last-Modified", email.utils.formatdate(path.stat().st_mtime, usegmt=True))
         self.end_headers()
         if not with_body:
             return
         if fault == "cut":
-            self.wfile.write(content[: len(content) // 2])
+            self._send(content[: len(content) // 2])
+            self.close_connection = True
+        elif fault in ("late cut", "poisoned cut"):  # so late that the client has taken what came
+            self._send(content[: len(content) // 2])
+            time.sleep(1)
             self.close_connection = True
         elif fault == "stall":
-            self.wfile.write(content[:100])
-            self.wfile.flush()
+            self._send(content[:100])
             time.sleep(6)
             self.close_connection = True
         elif fault == "trickle":
             for byte in content[:40]:
-                self.wfile.write(bytes([byte]))
-                self.wfile.flush()
+                self._send(bytes([byte]))
                 time.sleep(0.1)
             self.close_connection = True
         else:
-            self.wfile.write(content)
+            self._send(content)
+
+    def _first_byte_asked(self, length: int) -> int:
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        first = int(asked[1]) if asked and self.server.ranges else 0
+        return first if first < length else 0
+
+    def _send(self, content: bytes) -> None:
+        with self.server.counting:
+            self.server.sent[self.path[1:]] += len(content)
+        self.wfile.write(content)
+        self.wfile.flush()
 
     def log_message(self, *_: object) -> None:
         pass

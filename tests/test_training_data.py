@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data_harness import damage, with_mixture
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
 from trainer.data import decode as decode_module
 from trainer.data.bad_samples import BadSamples
@@ -27,14 +28,6 @@ from trainer.units import parse_size
 def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 images of 8 x 8 in 15 shards, the first 21 the same as in `dataset`."""
     return make_dataset(tmp_path_factory.mktemp("other"), images=150)
-
-
-def with_mixture(config_path: Path, **weights: float) -> Path:
-    """The configuration with a mixture in the place of data.path."""
-    entries = "".join(f'[[data.mixture]]\npath = "{path}"\nweight = {weight}\n' for path, weight in weights.items())
-    lines = [line for line in config_path.read_text().splitlines() if not line.startswith("path =")]
-    config_path.write_text("\n".join([*lines, entries]))
-    return config_path
 
 
 @pytest.mark.parametrize("order", ["global", "windowed"])
@@ -133,18 +126,6 @@ def test_another_held_out_split_is_another_run(config_path: Path) -> None:
     launch(1, "--config", str(config_path), *overrides(data__holdout=0.3))
     output = launch(1, "--config", str(config_path), *overrides(train__duration="8 steps"), expect=2)
     assert "data.holdout: 0.3 in the checkpoint, 0.0 now" in output
-
-
-def damage(folder: Path, *samples: int) -> Path:
-    """Flip a bit in each of these."""
-    dataset = ShardedDataset(folder)
-    for sample in samples:
-        with Path(dataset.shards[int(dataset.shards_of(sample))].url).open("r+b") as stream:
-            stream.seek(int(dataset.index[sample]["offset"]) + 20)
-            byte = stream.read(1)[0]
-            stream.seek(-1, 1)
-            stream.write(bytes([byte ^ 4]))
-    return folder
 
 
 def skipping_stream(folder: Path, *, world_size: int, workers: int, limit: int = 100) -> tuple[list[Any], list[str]]:

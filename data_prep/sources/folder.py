@@ -1,5 +1,6 @@
 """A folder of image files, searched to its depths."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import ClassVar, Self
 from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, is_hidden, labels_from_folders
+from data_prep.sources.label_files import JSON_NAME, MAX_JSON_BYTES, is_labels_json, labels_of_json
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,15 @@ class FolderSource:
         """List `root`. Raises InputError where it or a folder in it cannot be listed."""
         root = root.resolve()
         names = sorted(file_names(root))
-        classes, labels = labels_from_folders(names)
-        fingerprint = fingerprint_of([name, _size(root / name)] for name in names)
-        return cls(root, names, labels, classes, fingerprint)
+        rows: list[list[object]] = [[name, _size(root / name)] for name in names]
+        listed = root / JSON_NAME
+        if JSON_NAME in names and _size(listed) <= MAX_JSON_BYTES and is_labels_json(data := listed.read_bytes()):
+            names.remove(JSON_NAME)
+            classes, labels = labels_of_json(data, names, str(listed))
+            rows.append([JSON_NAME, hashlib.sha256(data).hexdigest()])
+        else:
+            classes, labels = labels_from_folders(names)
+        return cls(root, names, labels, classes, fingerprint_of(rows))
 
     def label(self, i: int) -> int:  # noqa: D102 - see Source
         return self.labels[i]

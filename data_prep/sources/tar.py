@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
@@ -27,13 +27,12 @@ from data_prep.sources.base import (
     is_safe,
     labels_from_folders,
 )
-from data_prep.tars import walk
+from data_prep.tar_headers import Kind
+from data_prep.tars import entries
 
 MAX_LABEL_BYTES = 1024**2
 MAGIC_AT, MAGIC = 257, b"ustar"
 CACHED_ARCHIVES = 8
-
-Kind = Literal["file", "link", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class TarSource:
 
     @classmethod
     def open(cls, archives: Sequence[Path]) -> Self:
-        """Walk all headers (50,000 a second). Raises InputError where an archive is damaged or cut."""
+        """Walk all headers. Raises InputError where an archive is damaged or cut."""
         archives = [path.resolve() for path in archives]
         images: list[Member] = []
         values: list[int | str | None] = []
@@ -90,7 +89,7 @@ class TarSource:
         if not is_safe(member.name):
             raise Reject("unsafe name", "absolute, or with a `..`")
         if member.kind != "file":
-            raise Reject(member.kind, "links and sparse files in archives are not read")
+            raise Reject(member.kind, "links, devices and sparse files in archives are not read")
         if member.length > MAX_FILE_BYTES:
             raise Reject("file too large", f"{member.length} bytes")
         return _read(self.archives[member.archive], member)
@@ -109,11 +108,9 @@ def is_tar(path: Path) -> bool:
 
 
 def _members(path: Path, archive: int) -> Iterator[Member]:
-    for header in walk(path):
-        if is_hidden(header.name) or header.isdir():
-            continue
-        kind: Kind = "sparse" if header.issparse() else "file" if header.isfile() else "link"
-        yield Member(header.name, archive, header.offset_data, header.size, kind)
+    for entry in entries(path):
+        if not is_hidden(entry.name) and entry.kind != "folder":
+            yield Member(entry.name, archive, entry.offset, entry.length, entry.kind)
 
 
 def _sort_out(members: Iterable[Member]) -> tuple[list[Member], dict[str, Member]]:

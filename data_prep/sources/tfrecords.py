@@ -27,6 +27,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, needed_module
+from data_prep.sources.label_files import labels_of_progan
 from data_prep.sources.protobuf import WireError, bytes_and_integers
 
 LENGTH = struct.Struct("<QI")  # a record's length and its crc
@@ -46,15 +47,16 @@ class Record:
 
 @dataclass(frozen=True)
 class TfrecordsSource:
-    """The records of all files of one resolution, in their order; the fingerprint covers their places and lengths."""
+    """The records of all files of one resolution, in their order; the fingerprint covers places, lengths and labels."""
 
     files: list[Path]
     records: list[Record]
     names: list[str]
+    labels: list[int]
+    classes: list[str]
     fingerprint: str
     notice: str | None
     kind: ClassVar[str] = "tfrecords"
-    classes: ClassVar[list[str]] = []
     natural_mode: ClassVar[Mode] = "RGB"
 
     @classmethod
@@ -67,11 +69,16 @@ class TfrecordsSource:
         records = [record for number, path in enumerate(files) for record in _frames(path, number)]
         first = {record.file: position for position, record in reversed(list(enumerate(records)))}
         names = [f"{files[record.file].name}:{i - first[record.file]}" for i, record in enumerate(records)]
-        fingerprint = fingerprint_of([name, record.offset, record.length] for name, record in zip(names, records))
-        return cls(files, records, names, fingerprint, notice)
+        rows: list[list[object]] = [[name, record.offset, record.length] for name, record in zip(names, records)]
+        classes, labels = list[str](), [UNLABELLED] * len(records)
+        found = labels_of_progan(files[0], len(records)) if len(files) == 1 else None
+        if found is not None:
+            classes, labels = found
+            rows.append([classes, labels])
+        return cls(files, records, names, labels, classes, fingerprint_of(rows), notice)
 
-    def label(self, i: int) -> int:  # noqa: ARG002, D102 - see Source
-        return UNLABELLED
+    def label(self, i: int) -> int:  # noqa: D102 - see Source
+        return self.labels[i]
 
     def read(self, i: int) -> Image.Image:  # noqa: D102 - see Source
         record = self.records[i]
@@ -84,7 +91,10 @@ class TfrecordsSource:
         return image_of_example(data)
 
     def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
-        return replace(self, records=self.records[start:stop], names=self.names[start:stop], notice=None)
+        chosen = slice(start, stop)
+        return replace(
+            self, records=self.records[chosen], names=self.names[chosen], labels=self.labels[chosen], notice=None
+        )
 
 
 def is_tfrecords(path: Path) -> bool:

@@ -12,6 +12,7 @@ from zipfile import BadZipFile, ZipFile
 from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, is_hidden, is_safe, labels_from_folders
+from data_prep.sources.label_files import JSON_NAME, MAX_JSON_BYTES, is_labels_json, labels_of_json
 
 ENCRYPTED_FLAG = 0x1
 UNIX_MODE_SHIFT = 16
@@ -41,10 +42,17 @@ class ZipSource:
             for position, entry in enumerate(entries)
             if not entry.is_dir() and not is_hidden(entry.filename)
         )
+        data = _labels_json(path)
+        if data is not None:
+            listed = [(name, position) for name, position in listed if name != JSON_NAME]
         names = [name for name, _ in listed]
         positions = [position for _, position in listed]
-        classes, labels = labels_from_folders([name if is_safe(name) else "" for name in names])
-        chosen = [entries[position] for position in positions]
+        if data is not None:
+            classes, labels = labels_of_json(data, names, f"{path}: {JSON_NAME}")
+        else:
+            classes, labels = labels_from_folders([name if is_safe(name) else "" for name in names])
+        chosen = [entry for entry in entries if entry.filename == JSON_NAME] if data is not None else []
+        chosen += [entries[position] for position in positions]
         fingerprint = fingerprint_of([entry.filename, entry.file_size, entry.CRC] for entry in chosen)
         return cls(path, names, positions, labels, classes, fingerprint)
 
@@ -76,6 +84,19 @@ class ZipSource:
             positions=self.positions[start:stop],
             labels=self.labels[start:stop],
         )
+
+
+def _labels_json(path: Path) -> bytes | None:
+    """The archive's `dataset.json` where that is a list of labels."""
+    archive = _archive(path)
+    found = [entry for entry in archive.infolist() if entry.filename == JSON_NAME]
+    if len(found) != 1 or found[0].file_size > MAX_JSON_BYTES or found[0].flag_bits & ENCRYPTED_FLAG:
+        return None
+    try:
+        data = archive.read(found[0])
+    except (BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OSError) as error:
+        raise InputError(f"{path}: {JSON_NAME} cannot be read ({error}); fetch the file again") from error
+    return data if is_labels_json(data) else None
 
 
 @lru_cache(maxsize=1)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.format import sha256_of
+from trainer.data.dataset import Shard
 from trainer.data.fetch import Patience, fetch
-from trainer.data.shards import Shard
 from trainer.errors import DataError
 
 _AGAIN = 0.05  # seconds until it is looked again whether others have made room
@@ -56,7 +56,10 @@ class NodeCache:
                 self._bring(shard)
                 continue
             if os.fstat(descriptor).st_size == shard.bytes:
-                os.utime(descriptor)
+                with contextlib.suppress(
+                    OSError
+                ):  # of a disk that has become read-only: what is here serves all the same
+                    os.utime(descriptor)
                 return descriptor
             os.close(descriptor)
             self._delete(shard, lambda: path.stat().st_size != shard.bytes)
@@ -126,8 +129,8 @@ class NodeCache:
             if path.exists():  # another process was quicker
                 return
             with self._writing():
-                self._reserve(part, shard)
                 try:
+                    self._reserve(part, shard)
                     with part.open("r+b") as out:
                         digest = shard.digest if shard.verifiable else None
                         fetch(shard.url, out, size=shard.bytes, digest=digest, patience=self.patience)
@@ -199,13 +202,15 @@ class NodeCache:
 
     def _delete(self, shard: Shard, is_bad: Callable[[], bool]) -> None:
         """Delete the copy here if it is bad."""
-        with self._locked(shard.digest), contextlib.suppress(FileNotFoundError):
+        with self._locked(shard.digest), self._writing(), contextlib.suppress(FileNotFoundError):
             if is_bad():
                 (self.shards / shard.digest).unlink()
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        with (self.locks / name).open("w") as lock:
+        with self._writing():
+            lock = (self.locks / name).open("w")
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

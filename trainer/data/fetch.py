@@ -1,8 +1,9 @@
 """Bringing one file here from wherever fsspec can read: http(s), s3, gs, hf, or another folder."""
 
-import errno
+import contextlib
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -11,8 +12,8 @@ import fsspec
 from trainer.errors import DataError
 
 _CHUNK = 4 << 20
+_NO_SUCH_RANGE = 416
 _HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
-_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the file that is written, so no fault of the connection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,30 +33,114 @@ class Patience:
 def fetch(url: str, out: BinaryIO, *, size: int | None, digest: str | None, patience: Patience) -> None:
     """Copy a file to the beginning of `out`; `size` in bytes and `digest` (sha256) are what was promised, if it was.
 
-    A connection that fails or stalls, a body cut off and a wrong content are tried again, with growing pauses. Raises
-    DataError with the URL and the last reason; at once where there is no such file or no right to read it. Raises
-    OSError where `out` cannot be written.
+    A connection that fails or stalls, a body cut off and a wrong content are tried again, with growing pauses; where a
+    digest will tell whether the parts belong together, from where the last attempt ended. Raises DataError with the URL
+    and the last reason; at once where there is no such file or no right to read it. Raises OSError where `out` cannot
+    be written.
     """
+    download = _Download(url, out, size, patience)
     for attempt in range(1, patience.attempts + 1):
         try:
-            out.seek(0)
-            found = _copy(url, out, size, patience)
-            out.truncate()
+            if digest is None:
+                download.begin_anew()
+            download.go_on()
+            found = download.sha256.hexdigest()
             if size is not None and out.tell() != size:
                 reason = f"cut off after {out.tell()} of {size} bytes"
             elif digest is not None and found != digest:
                 reason = f"sha256 is {found}, {digest} was promised"
+                download.begin_anew()
             else:
                 return
+        except _CannotWriteError as error:
+            raise error.reason from error
         except Exception as error:  # each protocol's library raises its own
-            if isinstance(error, OSError) and error.errno in _OURS:
-                raise
             if _is_final(cause := _cause(error)):
                 raise DataError(f"{url}: {_words(cause)}") from error
             reason = _words(cause)
         if attempt < patience.attempts:
             time.sleep(patience.first_delay * 2 ** (attempt - 1))
     raise DataError(f"{url}: cannot be fetched, {patience.attempts} attempts: {reason}")
+
+
+class _CannotWriteError(Exception):
+    """An error of the file that is written, which is no fault of the connection."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _CannotWriteError(error) from error
+
+
+class _Download:
+    """What has arrived of a file: all of `out` up to its position, and `sha256` of it."""
+
+    def __init__(self, url: str, out: BinaryIO, size: int | None, patience: Patience) -> None:
+        self.url = url
+        self.out = out
+        self.size = size
+        self.patience = patience
+        self.sha256 = hashlib.sha256()
+
+    def begin_anew(self) -> None:
+        """Forget what has arrived."""
+        with _writing():
+            self.out.seek(0)
+        self.sha256 = hashlib.sha256()
+
+    def go_on(self) -> None:
+        """Read to the file's end, but not on behind `size`; `out` ends there, too.
+
+        Raises _CannotWriteError, and whatever the protocol's library does.
+        """
+        if self.size is not None and self.out.tell() >= self.size:
+            self.begin_anew()
+        with self._open() as source:
+            since, arrived = time.monotonic(), 0
+            while chunk := source.read(_CHUNK):
+                with _writing():
+                    self.out.write(chunk)
+                self.sha256.update(chunk)
+                arrived += len(chunk)
+                if self.size is not None and self.out.tell() > self.size:
+                    self.begin_anew()
+                    raise OSError(f"longer than the {self.size} bytes that were promised")
+                if time.monotonic() - since > self.patience.stall:
+                    if arrived < self.patience.least_bytes:
+                        raise TimeoutError(f"{arrived} bytes in {self.patience.stall:g} seconds")
+                    since, arrived = time.monotonic(), 0
+        with _writing():
+            self.out.truncate()
+
+    def _open(self) -> Any:
+        """The file, to be read from where `out` is; that is at its beginning where the server knows no ranges."""
+        filesystem, path = _filesystem(self.url, self.patience)
+        at = self.out.tell()
+        if not _is_http(self.url):  # object stores: ranges, each behind the other
+            source = filesystem.open(path, "rb", block_size=_CHUNK)
+            source.seek(at)
+            return source
+        plain = {"block_size": 0, "size": self.size}  # one request, and none before it for the size
+        if not at:
+            return filesystem.open(path, "rb", **plain)
+        try:
+            headers = {"Range": f"bytes={at}-", "Accept-Encoding": "identity"}
+            source = filesystem.open(path, "rb", **plain, headers=headers)
+        except Exception as error:
+            if getattr(error, "status", None) != _NO_SUCH_RANGE:
+                raise
+            self.begin_anew()
+            return filesystem.open(path, "rb", **plain)
+        if not source.r.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
+            self.begin_anew()
+        return source
 
 
 def remote_size(url: str, patience: Patience) -> tuple[int, str]:
@@ -88,27 +173,6 @@ def exists(url: str, patience: Patience) -> bool:
         return bool(filesystem.exists(path))
     except Exception as error:
         raise DataError(f"{url}: {_words(_cause(error))}") from error
-
-
-def _copy(url: str, out: BinaryIO, size: int | None, patience: Patience) -> str:
-    """Returns the content's sha256; does not read on behind `size`."""
-    sha256 = hashlib.sha256()
-    filesystem, path = _filesystem(url, patience)
-    # Of http one plain request; of object stores ranges, each behind the other.
-    options: dict[str, Any] = {"block_size": 0} if _is_http(url) else {"block_size": _CHUNK}
-    with filesystem.open(path, "rb", **options) as source:
-        since, arrived = time.monotonic(), 0
-        while chunk := source.read(_CHUNK):
-            out.write(chunk)
-            sha256.update(chunk)
-            arrived += len(chunk)
-            if size is not None and out.tell() > size:
-                raise OSError(f"longer than the {size} bytes that were promised")
-            if time.monotonic() - since > patience.stall:
-                if arrived < patience.least_bytes:
-                    raise TimeoutError(f"{arrived} bytes in {patience.stall:g} seconds")
-                since, arrived = time.monotonic(), 0
-    return sha256.hexdigest()
 
 
 def _filesystem(url: str, patience: Patience) -> tuple[Any, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.shards import IndexedDataset
+from trainer.data.indexed import IndexedDataset
 
 
 class JoinedDatasets:
@@ -45,10 +45,15 @@ class JoinedDatasets:
         dataset, own = self._find(sample)
         dataset.decode_into(out, own)
 
-    def label(self, sample: int) -> int:
+    def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """See `Dataset`."""
-        dataset, own = self._find(sample)
-        return dataset.label(own)
+        asked = np.asarray(samples)
+        owners = np.searchsorted(self.id_starts, asked, side="right") - 1
+        found = np.empty(asked.shape, dtype=np.int64)
+        for number in np.unique(owners).tolist():
+            chosen = owners == number
+            found[chosen] = self.datasets[number].labels(asked[chosen] - self.id_starts[number])
+        return found
 
     def describe(self, sample: int) -> str:
         """See `Dataset`."""

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from trainer.data.cache import NodeCache
-from trainer.data.shards import Shard
+from trainer.data.dataset import Shard
 from trainer.errors import DataError
 
 _FARTHEST = 4096  # micro-steps ahead of training

@@ -1,236 +1,20 @@
-"""Random access to the samples of a sharded dataset, each checked against the index."""
+"""The datasets that data_prep writes: checked against manifest and index when opened, and by crc32 when read."""
 
-import bisect
-import os
 import re
 import zlib
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from data_prep.format import INDEX_DTYPE, INDEX_NAME, SOURCE_ENCODING, FormatError, load_manifest, sha256_of
-from trainer.data.decode import decode_into
-from trainer.errors import DataError, SampleError
+from trainer.data.dataset import InPlace, Shard, ShardFiles
+from trainer.data.indexed import IndexedDataset, Row
+from trainer.errors import DataError
 
-_OPEN_SHARDS = 256
+_COLUMNS = tuple(INDEX_DTYPE.fields or ())
+_CRC32_AT = _COLUMNS.index("crc32")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar file of a dataset: where it lies (a path or a URL) and what is known of it beforehand."""
-
-    url: str
-    samples: int
-    bytes: int
-    digest: str  # of its content (sha256), or of its name, size and time where nobody has promised a content
-    verifiable: bool  # whether the digest is the content's
-
-
-class ShardFiles(Protocol):
-    """How shards are opened: where they lie, or through a cache on this node."""
-
-    def open(self, shard: Shard) -> int:
-        """A descriptor for reading. Raises DataError where there is no such file."""
-
-    def renew(self, shard: Shard) -> bool:
-        """What was read is not what was promised: whether it is worth opening and reading again."""
-
-
-class Dataset(Protocol):
-    """Images by sample id, 0 <= id < len(self), in numbered shards: what the stream needs to know of a dataset."""
-
-    where: str
-    shards: list[Shard]
-    image_size: int
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    @property
-    def channels(self) -> int:
-        """3 for RGB, 1 for grey."""
-
-    def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The shards, by position in `shards`, that hold these samples."""
-
-    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
-        """Decode an image to `out`, (image_size, image_size, C) uint8, contiguous.
-
-        Raises SampleError that names shard and member, or DataError where the shard cannot be had at all.
-        """
-
-    def label(self, sample: int) -> int:
-        """The sample's class, or -1."""
-
-    def describe(self, sample: int) -> str:
-        """Where a sample lies, for messages."""
-
-    def close(self) -> None:
-        """Close the files; they open again when needed."""
-
-
-class InPlace:
-    """Shards on a file system of this node, read where they lie."""
-
-    def open(self, shard: Shard) -> int:
-        """See `ShardFiles`."""
-        try:
-            return os.open(shard.url, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{shard.url}: cannot be opened ({error.strerror})") from error
-
-    def renew(self, shard: Shard) -> bool:  # noqa: ARG002 - there is no other copy
-        """See `ShardFiles`."""
-        return False
-
-
-class IndexedDataset:
-    """Images by sample id, 0 <= id < len(self): ids follow the shards, and inside a shard the index.
-
-    It may be forked or sent to loader processes: reads do not share a file position, and a copy that was sent opens its
-    own files. A kind of dataset adds `describe`, `split_keys` and, where it knows more than the length, `is_intact`.
-
-    where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
-    pages) or an array, with columns "offset", "length" and "label"; crop: see `decode`; fingerprint: identifies the
-    samples and their numbering.
-    """
-
-    damage = "cut off"  # what is wrong where `is_intact` says no
-
-    def __init__(
-        self,
-        *,
-        where: str,
-        shards: Sequence[Shard],
-        index: Path | npt.NDArray[np.void],
-        image_size: int,
-        mode: str,
-        crop: bool,
-        fingerprint: str,
-        files: ShardFiles,
-    ) -> None:
-        self.where = where
-        self.shards = list(shards)
-        self.image_size = image_size
-        self.mode = mode
-        self.crop = crop
-        self.fingerprint = fingerprint
-        self.files = files
-        self.bounds = np.cumsum([0, *(shard.samples for shard in shards)])
-        self._ends: list[int] = self.bounds[1:].tolist()  # plain integers: quick to search for one sample
-        self._index_source = index
-        self._index: npt.NDArray[np.void] | None = None
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def __len__(self) -> int:
-        return int(self.bounds[-1])
-
-    @property
-    def channels(self) -> int:
-        """3 for RGB, 1 for grey."""
-        return {"RGB": 3, "L": 1}[self.mode]
-
-    @property
-    def index(self) -> npt.NDArray[np.void]:
-        """(N,) structured array, one row a sample."""
-        if isinstance(self._index_source, np.ndarray):
-            return self._index_source
-        if self._index is None:
-            self._index = np.asarray(np.load(self._index_source, mmap_mode="r", allow_pickle=False))
-        return self._index
-
-    def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The shards, by position in `shards`, that hold these samples."""
-        return np.searchsorted(self.bounds, samples, side="right") - 1
-
-    def image(self, sample: int) -> npt.NDArray[np.uint8]:
-        """The decoded image, (C, image_size, image_size) uint8; see `decode_into`."""
-        pixels = np.empty((self.image_size, self.image_size, self.channels), dtype=np.uint8)
-        self.decode_into(pixels, sample)
-        return pixels.transpose(2, 0, 1)
-
-    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
-        """See `Dataset`."""
-        encoded = self.read(sample)
-        try:
-            decode_into(out, encoded, self.mode, crop=self.crop)
-        except SampleError as error:
-            raise SampleError(f"{self.describe(sample)}: {error}") from error
-
-    def read(self, sample: int) -> bytes:
-        """The encoded image.
-
-        Raises SampleError where the bytes are not the ones that the index was made from, DataError where the shard
-        cannot be had at all.
-        """
-        row = dict(zip(self.index.dtype.names or (), self.index[sample].item()))
-        shard = bisect.bisect_right(self._ends, sample)
-        encoded = self._read(shard, row)
-        if self.is_intact(row, encoded):
-            return encoded
-        if self.files.renew(self.shards[shard]):
-            os.close(self._descriptors.pop(shard))
-            encoded = self._read(shard, row)
-        if not self.is_intact(row, encoded):
-            raise SampleError(
-                f"{self.describe(sample)}: damaged ({self.damage}); restore the shard or prepare it again"
-            )
-        return encoded
-
-    def is_intact(self, row: Mapping[str, int], encoded: bytes) -> bool:
-        """Whether these are the bytes that the index was made from, as far as the index tells; row: the sample's."""
-        return len(encoded) == row["length"]
-
-    def label(self, sample: int) -> int:
-        """The sample's class, or -1."""
-        return int(self.index[sample]["label"])
-
-    def describe(self, sample: int) -> str:
-        """Where a sample lies, for messages: "shard-000003.tar: member 000006151.webp (sample 6150)"."""
-        raise NotImplementedError
-
-    def split_keys(self) -> npt.NDArray[np.uint64]:
-        """(N,) what a sample is, wherever it lies: the held-out split is drawn by it."""
-        raise NotImplementedError
-
-    def _read(self, shard: int, row: Mapping[str, int]) -> bytes:
-        try:
-            return os.pread(self._descriptor(shard), row["length"], row["offset"])
-        except OSError as error:
-            raise DataError(f"{self.shards[shard].url}: cannot be read ({error.strerror})") from error
-
-    def _descriptor(self, shard: int) -> int:
-        """An open file for the shard; the least recently used one is closed when there are too many."""
-        if shard in self._descriptors:
-            self._descriptors.move_to_end(shard)
-            return self._descriptors[shard]
-        self._close_deleted()
-        descriptor = self.files.open(self.shards[shard])
-        self._descriptors[shard] = descriptor
-        if len(self._descriptors) > _OPEN_SHARDS:
-            os.close(self._descriptors.popitem(last=False)[1])
-        return descriptor
-
-    def _close_deleted(self) -> None:
-        """A file that a cache has deleted takes its space until nobody has it open any more."""
-        for shard, descriptor in list(self._descriptors.items()):
-            if os.fstat(descriptor).st_nlink == 0:
-                os.close(self._descriptors.pop(shard))
-
-    def close(self) -> None:
-        """Close the files; they open again when needed."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A memory map would be pickled as its content and a descriptor means nothing in another process.
-        return {**self.__dict__, "_index": None, "_descriptors": OrderedDict()}
 
 
 class ShardedDataset(IndexedDataset):
@@ -271,14 +55,15 @@ class ShardedDataset(IndexedDataset):
             crop=self.manifest.encoding == SOURCE_ENCODING,
             fingerprint=self.manifest.fingerprint,
             files=files or InPlace(),
+            columns=_COLUMNS,
         )
         if origin is None:
             self._check_sizes()
         self._check_index()
 
-    def is_intact(self, row: Mapping[str, int], encoded: bytes) -> bool:
+    def is_intact(self, row: Row, encoded: bytes) -> bool:
         """See `IndexedDataset`: by crc32."""
-        return super().is_intact(row, encoded) and zlib.crc32(encoded) == row["crc32"]
+        return super().is_intact(row, encoded) and zlib.crc32(encoded) == row[_CRC32_AT]
 
     def describe(self, sample: int) -> str:
         """See `IndexedDataset`."""

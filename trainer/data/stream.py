@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import os
 import re
 import signal
@@ -15,22 +14,23 @@ from multiprocessing import resource_tracker
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from trainer.data.bad_samples import BadSamples
+from trainer.data.batch_memory import BatchMemory
+from trainer.data.batches import FillSlots, ReadAndDecode, as_tensors
+from trainer.data.dataset import Dataset
 from trainer.data.order import Int64Array, Order
 from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import Dataset
-from trainer.errors import ConfigError, DataError, SampleError
+from trainer.errors import ConfigError, DataError
 from trainer.signals import STOP_SIGNALS, on_parents_death
 
 StartMethod = Literal["fork", "spawn"]
 
 _PLANNED_AT_ONCE = 32  # micro-batches: an order takes hardly longer for many positions than for few
-_MOST_REPLACEMENTS = 64
+_IN_TRAINING = 2  # batches that the trainer has at a time: one in use and the next one
 _DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\) .*")  # torch's words
 _ERROR_NAME = re.compile(r"^trainer\.errors\.\w+: ")
 
@@ -110,58 +110,6 @@ class MicroBatchPlan:
         return list(dict.fromkeys(found.tolist()))
 
 
-class ReadAndDecode:
-    """The pipeline's map: positions and ids to a micro-batch.
-
-    Where a sample is damaged, SampleError that names shard and member is raised; or, with `replace_by`, the next whole
-    sample of that order takes its place: the same one on any number of ranks and after any restart.
-    """
-
-    def __init__(self, dataset: Dataset, *, replace_by: Order | None = None) -> None:
-        self.dataset = dataset
-        self.replace_by = replace_by
-
-    def __call__(self, planned: tuple[npt.ArrayLike, npt.ArrayLike]) -> dict[str, Any]:
-        """positions, ids: (B,) integers. Returns position, id, label: (B,) int64; image: (B, C, H, W) uint8, in memory
-        (B, H, W, C), as decoders write it; faults: messages, one for each damaged sample that was passed over.
-        """
-        positions, ids = (np.array(values, dtype=np.int64) for values in planned)
-        dataset, faults = self.dataset, list[str]()
-        image = _empty_batch((len(ids), dataset.image_size, dataset.image_size, dataset.channels))
-        pixels = image.numpy()
-        for slot, position in enumerate(positions.tolist()):
-            ids[slot] = self._decode(pixels[slot], position, int(ids[slot]), faults)
-        return {
-            "position": torch.from_numpy(positions),
-            "id": torch.from_numpy(ids),
-            "label": torch.tensor([dataset.label(sample) for sample in ids.tolist()]),
-            "image": image.permute(0, 3, 1, 2),
-            "faults": faults,
-        }
-
-    def _decode(self, out: npt.NDArray[np.uint8], position: int, sample: int, faults: list[str]) -> int:
-        """Returns the sample that is in `out` in the end."""
-        for later in range(1, _MOST_REPLACEMENTS + 1):
-            try:
-                self.dataset.decode_into(out, sample)
-            except SampleError as error:
-                if self.replace_by is None:
-                    raise
-                faults.append(str(error))
-                sample = int(self.replace_by.ids([position + later])[0])
-            else:
-                return sample
-        raise DataError(f"{faults[0]}; nor is one of the {_MOST_REPLACEMENTS - 1} whole that follow in the order")
-
-
-def _empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
-    """In a loader process in shared memory, from where it need not be copied on its way to the trainer."""
-    if get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's own collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
-
-
 def micro_batches(
     dataset: Dataset,
     plan: MicroBatchPlan,
@@ -180,14 +128,17 @@ def micro_batches(
     """
     if len(plan.micro_steps) == 0:
         return
-    pipeline = wds.DataPipeline(
-        plan,
-        wds.map(ReadAndDecode(dataset, replace_by=plan.order if bad_samples is not None else None)),
+    decode = ReadAndDecode(dataset, replace_by=plan.order if bad_samples is not None else None)
+    loaders = min(workers, len(plan.micro_steps))
+    # A loader has as many batches under way as it keeps ready, and the trainer holds one while it asks for the next.
+    memory = BatchMemory(
+        decode.shape(plan.layout.micro_batch), loaders=loaders, slots=_IN_TRAINING + (prefetch if loaders else 0)
     )
     loader: Iterable[dict[str, Any]] = wds.WebLoader(
-        pipeline,
+        wds.DataPipeline(plan, wds.map(FillSlots(decode, memory))),
         batch_size=None,
-        num_workers=min(workers, len(plan.micro_steps)),
+        collate_fn=_as_it_is,
+        num_workers=loaders,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
@@ -200,7 +151,8 @@ def micro_batches(
                 first = next(batches)  # starts the loader processes, which inherit the mask
             if prefetcher is not None:
                 prefetcher.start()
-            for micro_step, batch in itertools.chain([first], batches):
+            for micro_step, packed in itertools.chain([first], batches):
+                batch = as_tensors(packed)
                 faults = batch.pop("faults")
                 if bad_samples is not None:
                     bad_samples.note(faults)
@@ -214,6 +166,11 @@ def micro_batches(
     finally:
         if prefetcher is not None:
             prefetcher.close()
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """In the place of torch's collation, which would put each small array into a shared memory of its own."""
+    return batch
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -17,8 +18,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_prep.format import UNLABELLED, sha256_of
-from trainer.data.shards import IndexedDataset, Shard, ShardFiles
-from trainer.data.tar_headers import Member, TarError, walk
+from data_prep.tar_headers import Member, TarError, walk
+from trainer.data.dataset import Shard, ShardFiles
+from trainer.data.indexed import IndexedDataset
 from trainer.errors import DataError
 
 TAR_DTYPE = np.dtype(
@@ -30,6 +32,7 @@ TAR_DTYPE = np.dtype(
     ]
 )
 _IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
+_OTHER_IMAGES = {"jpe", "jfif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "j2k", "avif", "heic", "npy"}
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 
 
@@ -73,6 +76,7 @@ class TarDataset(IndexedDataset):
             crop=True,
             fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             files=files,
+            columns=tuple(TAR_DTYPE.fields or ()),
         )
 
     def describe(self, sample: int) -> str:
@@ -133,32 +137,49 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.NDArray[np.void]]:
-    """Walk all shards. Returns the number of samples of each, and the index, (N,) TAR_DTYPE."""
-    parts = []
+    """Walk all shards. Returns the number of samples of each, and the index, (N,) TAR_DTYPE.
+
+    Says, in one line, which images are left out: it is the only one of all processes and starts that meets them.
+    """
+    parts, left_out = [], []
     for shard in tqdm(shards, desc="indexing tars", unit="tar", disable=None, leave=False):
         descriptor = files.open(shard)
         try:
-            parts.append(_samples(descriptor, walk(descriptor)))
+            rows, others = _samples(descriptor, walk(descriptor))
+            parts.append(rows)
+            left_out += [f"{shard.url}: {name}" for name in others]
         except TarError as error:
             raise DataError(f"{shard.url}: {error}; restore it or leave it out") from error
         except (ValueError, OverflowError) as error:
             raise DataError(f"{shard.url}: {error}") from error
         finally:
             os.close(descriptor)
+    if left_out:
+        count = f"{len(left_out)} images are" if len(left_out) > 1 else "an image is"
+        tqdm.write(
+            f"{left_out[0]}: {count} left out; JPEG, PNG and WebP are read that are files of their own in the tar "
+            "(data_prep reads more)",
+            file=sys.stderr,
+        )
     return [len(part) for part in parts], np.concatenate([np.empty(0, TAR_DTYPE), *parts])
 
 
-def _samples(descriptor: int, members: Sequence[Member]) -> npt.NDArray[np.void]:
+def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np.void], list[str]]:
     """Webdataset's rule: a sample is what shares a name up to its first dot, and its image is the one called .jpg etc.
 
     Beyond that rule, images that would have been lost are samples of their own: `a.1.jpg` and `a.2.jpg` where there
-    is no `a.jpg`, and images without an extension.
+    is no `a.jpg`, and images without an extension. Returns the index's rows, and the names of the images that are left
+    out for all that: of other formats, links, sparse files.
     """
     samples: dict[str, dict[str, Member]] = {}
+    left_out: list[str] = []
     for member in members:
         folder, _, base = member.name.rpartition("/")
         key, _, extension = base.partition(".")
-        if base.startswith("."):  # macOS's ._ files and the like
+        if base.startswith(".") or member.kind == "folder":  # macOS's ._ files and the like
+            continue
+        if member.kind != "file":
+            left_out += [member.name] if _is_image(extension) else []
             continue
         fields = samples.setdefault(f"{folder}/{key}", {})
         if extension.lower() in fields:
@@ -167,10 +188,18 @@ def _samples(descriptor: int, members: Sequence[Member]) -> npt.NDArray[np.void]
     rows = []
     for fields in samples.values():
         label = _label(descriptor, fields["cls"]) if "cls" in fields else UNLABELLED
-        for image in _images(descriptor, fields):
+        images = _images(descriptor, fields)
+        if not images:
+            left_out += [member.name for extension, member in fields.items() if _is_image(extension)]
+        for image in images:
             name = int.from_bytes(hashlib.sha256(image.name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
             rows.append((image.offset, image.length, label, name))
-    return np.array(rows, dtype=TAR_DTYPE)
+    return np.array(rows, dtype=TAR_DTYPE), left_out
+
+
+def _is_image(extension: str) -> bool:
+    """By all that stands behind a name's first dot."""
+    return extension.lower().rpartition(".")[2] in _IMAGE_EXTENSIONS | _OTHER_IMAGES
 
 
 def _images(descriptor: int, fields: dict[str, Member]) -> list[Member]:

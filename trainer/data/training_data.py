@@ -14,13 +14,15 @@ from braceexpand import braceexpand
 from data_prep.format import INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
 from trainer.config import Config, DataConfig
 from trainer.data.cache import NodeCache
+from trainer.data.dataset import Dataset, InPlace, Shard
 from trainer.data.decode import jpeg_signature
 from trainer.data.fetch import Patience, exists, list_tars, remote_size
+from trainer.data.indexed import IndexedDataset
 from trainer.data.joined import JoinedDatasets
 from trainer.data.lanes import LanesOrder
 from trainer.data.mixture import MixtureOrder, member_seed
 from trainer.data.order import GlobalOrder, Order, Selected
-from trainer.data.shards import Dataset, IndexedDataset, InPlace, Shard, ShardedDataset
+from trainer.data.shards import ShardedDataset
 from trainer.data.split import is_held_out
 from trainer.data.tars import TarDataset
 from trainer.data.windowed import WindowedOrder
