@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from data_prep.format import (
     FormatError,
     Manifest,
     center_crop_box,
+    crc32,
     load_manifest,
     sha256_of,
 )
@@ -77,7 +77,7 @@ class Dataset:
         path = self.path_of(int(row["shard"]))
         with opened(path) as descriptor:
             data = member_bytes(descriptor, row)
-        if zlib.crc32(data) != row["crc32"]:
+        if crc32(data) != row["crc32"]:
             raise InputError(f"{path}: member {row['key']:09d} is damaged (crc32 differs from the index)")
         try:
             return decode_member(data, self.manifest)

@@ -24,6 +24,11 @@ from typing import Any, get_origin
 
 import numpy as np
 
+try:
+    from isal.isal_zlib import crc32 as crc32
+except ImportError:  # the same values, in a tenth of the time that decoding a WebP takes
+    from zlib import crc32 as crc32
+
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"

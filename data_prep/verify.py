@@ -1,7 +1,6 @@
 """Every byte of a finished dataset against its manifest and index: what is wrong, one line a fault."""
 
 import json
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from data_prep.dataset import Dataset, decode_member, member_bytes, opened
 from data_prep.errors import InputError
-from data_prep.format import INDEX_NAME, NAMES_NAME, REJECTS_NAME, UNLABELLED, FormatError, sha256_of
+from data_prep.format import INDEX_NAME, NAMES_NAME, REJECTS_NAME, UNLABELLED, FormatError, crc32, sha256_of
 from data_prep.tars import entries
 
 Decode = Literal["none", "sample", "all"]
@@ -121,7 +120,7 @@ def _content_fault(dataset: Dataset, path: Path, rows: npt.NDArray[np.void], dec
     with opened(path) as descriptor:
         for position, row in enumerate(rows):
             data = member_bytes(descriptor, row)
-            if zlib.crc32(data) != row["crc32"]:
+            if crc32(data) != row["crc32"]:
                 return f"member {row['key']:09d} is damaged (crc32 differs from the index)"
             if position in decoded:
                 try:

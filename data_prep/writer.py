@@ -3,7 +3,6 @@
 import hashlib
 import json
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO
 
 from data_prep.convert import Member, convert
 from data_prep.errors import Reject
-from data_prep.format import ShardRecord, member_name
+from data_prep.format import ShardRecord, crc32, member_name
 from data_prep.images import pillow_is_quiet
 from data_prep.output import whole_file
 from data_prep.recipe import Recipe
@@ -160,7 +159,7 @@ def _write_tar(tar: HashedStream, members: Iterable[tuple[int, Member]], plan: S
             key=key,
             offset=tar.size + tarfile.BLOCKSIZE,
             length=length,
-            crc32=zlib.crc32(member.data),
+            crc32=crc32(member.data),
             label=plan.source.label(i),
             name=plan.source.names[i],
             width=member.width,

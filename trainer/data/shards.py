@@ -1,13 +1,12 @@
 """The datasets that data_prep writes: checked against manifest and index when opened, and by crc32 when read."""
 
 import re
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.format import INDEX_DTYPE, INDEX_NAME, SOURCE_ENCODING, FormatError, load_manifest, sha256_of
+from data_prep.format import INDEX_DTYPE, INDEX_NAME, SOURCE_ENCODING, FormatError, crc32, load_manifest, sha256_of
 from trainer.data.dataset import InPlace, Shard, ShardFiles
 from trainer.data.indexed import IndexedDataset, Row
 from trainer.errors import DataError
@@ -63,7 +62,7 @@ class ShardedDataset(IndexedDataset):
 
     def is_intact(self, row: Row, encoded: bytes) -> bool:
         """See `IndexedDataset`: by crc32."""
-        return super().is_intact(row, encoded) and zlib.crc32(encoded) == row[_CRC32_AT]
+        return super().is_intact(row, encoded) and crc32(encoded) == row[_CRC32_AT]
 
     def describe(self, sample: int) -> str:
         """See `IndexedDataset`."""
