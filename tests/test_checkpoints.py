@@ -184,6 +184,17 @@ def test_another_run_is_refused_with_the_differences(run: Path, dataset: Path) -
     assert "ema_decay" not in output  # may change within a run
 
 
+def test_what_may_change_is_told(run: Path, dataset: Path) -> None:
+    config = str(write_config(run.parent, dataset))
+    changed = overrides(train__ema_decay=0.5, train__duration="7 steps")
+    output = launch(1, "--config", config, *changed)
+    assert "changed since the last start: train.ema_decay: 0.9 -> 0.5" in output
+    (event,) = [event for event in events(run) if event["event"] == "configuration"]
+    assert event["changes"][0].startswith("run_dir: ")  # the fixture's run was copied
+    assert event["changes"][1:] == ["train.duration: 6 steps -> 7 steps", "train.ema_decay: 0.9 -> 0.5"]
+    assert "changed since" not in launch(1, "--config", config, *changed)
+
+
 def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path, dataset: Path) -> None:
     keep = overrides(checkpoint__keep=2, checkpoint__every="1 steps", checkpoint__keep_every="24 images")
     launch(1, "--config", str(write_config(tmp_path, dataset)), *keep, *overrides(train__duration="8 steps"))

@@ -18,6 +18,7 @@ import json
 import os
 import socket
 import time
+import tomllib
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,10 +75,29 @@ class RunFolder:
             raise ConfigError(f"--run {self.path}: holds no config.toml, so it is no run's folder")
         return Config.load(self.config)
 
-    def begin(self, config: Config) -> None:
-        """Save the resolved configuration; the run is not done any more, should it have been."""
+    def begin(self, config: Config) -> list[str]:
+        """Save the resolved configuration; the run is not done any more, should it have been.
+
+        Returns what has changed since the last start, a line a field.
+        """
+        changes = self._changes(config)
         self.config.write_text(config.to_toml())
         self.done.unlink(missing_ok=True)
+        if changes:
+            self.event("configuration", changes=changes)
+        return changes
+
+    def _changes(self, config: Config) -> list[str]:
+        try:
+            before = _flat(tomllib.loads(self.config.read_text()))
+        except (OSError, tomllib.TOMLDecodeError):
+            return []
+        now = _flat(tomllib.loads(config.to_toml()))
+        return [
+            f"{name}: {before.get(name)} -> {now.get(name)}"
+            for name in before | now
+            if before.get(name) != now.get(name)
+        ]
 
     def event(self, name: str, **details: Any) -> None:
         """Append a line to the journal; a journal that cannot be written is no reason to stop."""
@@ -91,6 +111,13 @@ class RunFolder:
     def _append(self, journal: str, name: str, details: dict[str, Any]) -> None:
         with contextlib.suppress(OSError), (self.path / journal).open("a") as stream:
             stream.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _train(
         step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
         checkpoints.supersede(source, step)
         snapshots.supersede_after(step, source)
-    together(what, lambda: folder.begin(config), only_rank=0)
+    for change in together(what, lambda: folder.begin(config), only_rank=0)[0]:
+        accelerator.print(f"changed since the last start: {change}")
 
     loop = TrainingLoop(
         config=config,
