@@ -21,6 +21,7 @@ from trainer.engine.sampling import batches_of, sample
 from trainer.engine.state import TrainState
 from trainer.engine.step import PendingVerdict, TrainStep, Verdict
 from trainer.errors import NonFiniteError
+from trainer.telemetry.heartbeat import Heartbeat
 from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.progress import Progress, Stopwatch
@@ -63,7 +64,8 @@ class TrainingLoop:
         self.progress = Progress(
             total=self.last_step, done=self.step, unit="step", title="training", visible=accelerator.is_main_process
         )
-        self.stopwatch = Stopwatch()
+        self.heartbeat = Heartbeat(folder.path, writes=accelerator.is_main_process)
+        self.stopwatch = Stopwatch(self._beat)
         self.grad_norm = math.nan  # of the last step that was applied
         self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
@@ -93,17 +95,21 @@ class TrainingLoop:
         if self.step > saved_at:
             self._save()
         finished = self.step >= self.last_step
-        self.folder.event("finished" if finished else "stopped", step=self.step)
-        if finished:
-            together(
-                f"{self.folder.done}: cannot be written",
-                lambda: self.folder.done.write_text(f"step {self.step}\n"),
-                only_rank=0,
-            )
+        end = "finished" if finished else "stopped"
+        self.folder.event(end, step=self.step, seconds=self.heartbeat.seconds(self.stopwatch.spent))
+        self._beat(end)
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
+        # Last, and no rank ends before: a launcher that sees one of them end may kill the others.
+        marker = self.folder.done if finished else self.folder.stopped
+        together(f"{marker}: cannot be written", lambda: self.folder.mark(marker, self.step), only_rank=0)
         return finished
+
+    def _beat(self, activity: str) -> None:
+        self.heartbeat.beat(
+            step=self.step, last_step=self.last_step, activity=activity, spent=self.stopwatch.spent
+        )
 
     def _is_due(self, span: Span) -> bool:
         return span.is_due(self.state.position, self.layout.global_batch)
@@ -126,6 +132,7 @@ class TrainingLoop:
         self.stopping = self.stopping or verdict.stop_requests > 0
         self.stopwatch.count(self.layout.global_batch)
         self.progress.advance()
+        self._beat("training")
         if self._is_due(self.config.log.every) or self.step == self.last_step:
             self._log()
 
@@ -181,7 +188,7 @@ class TrainingLoop:
             )
 
     def _save(self) -> None:
-        resume_watch = self.stopwatch.pause()
+        resume_watch = self.stopwatch.pause("saving")
         path = self.checkpoints.save(self.state, step=self.step, identity=self.identity)
         keep_every, global_batch = self.config.checkpoint.keep_every, self.layout.global_batch
         self.checkpoints.retire(
@@ -192,7 +199,7 @@ class TrainingLoop:
 
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""
-        resume_watch = self.stopwatch.pause()
+        resume_watch = self.stopwatch.pause("sampling")
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
         model = self.config.model
