@@ -1,18 +1,23 @@
 """What the tests on a real SLURM share: the cluster's nodes, and jobs that are waited for."""
 
-import os
+import json
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.harness import REPOSITORY, environment
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from tests.harness import REPOSITORY, environment, events, write_config
 
 LAB = Path(__file__).with_name("lab.sh")
-PATIENCE = 150.0  # seconds; what is waited for takes a tenth of it on an idle machine
+ENDLESS = 1_000_000  # steps
+PATIENCE = 180.0  # seconds; what is waited for takes a tenth of it on an idle machine
 _NO_ENVIRONMENT_OF = ("SLURM_", "SBATCH_", "SLURMD_", "SRUN_")
 
 
@@ -26,7 +31,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """What a user of the cluster has in the shell."""
         clean = {k: v for k, v in environment().items() if not k.startswith(_NO_ENVIRONMENT_OF)}
-        return {**clean, "SLURM_CONF": str(self.folder / "slurm.conf"), "VENV": os.environ.get("VENV", _venv())}
+        return {**clean, "SLURM_CONF": str(self.folder / "slurm.conf"), "DDPM_VENV": sys.prefix}
 
     def lab(self, command: str, *arguments: str, check: bool = True) -> str:
         """Run lab.sh COMMAND on this lab."""
@@ -72,6 +77,21 @@ class Cluster:
         """Submit; `log` gets what the job prints."""
         printed = self.run("sbatch", "--parsable", f"--output={log}", *arguments, **extra)
         return Job(self, printed.strip().splitlines()[-1].split(";")[0], log)
+
+    def train(self, run: "Run", *options: str, nodes: int = 2, **extra: str) -> "Job":
+        """Submit launch/train.sbatch for a run."""
+        log = run.folder.with_suffix(".log")
+        job = ("launch/train.sbatch", "--config", str(run.config))
+        return self.sbatch(f"--nodes={nodes}", "--time=10", *options, *job, log=log, **extra)
+
+    def cancel_all(self) -> None:
+        """End whatever was submitted, and wait until the nodes are free."""
+        self.run("scancel", "--state=PENDING", "--user=root")
+        self.run("scancel", "--user=root")
+        deadline = time.monotonic() + PATIENCE
+        while not self.idle():
+            assert time.monotonic() < deadline, self.run("sinfo", "--Node", "--long") + self.run("squeue")
+            time.sleep(0.25)
 
     def idle(self) -> bool:
         """Whether all nodes are up and free."""
@@ -128,7 +148,47 @@ class Job:
         self.cluster.run("scancel", self.number)
 
 
-def _venv() -> str:
-    import sys
+@dataclass(frozen=True)
+class Run:
+    """A run that a job trains, and its configuration's file, which every start reads anew."""
 
-    return sys.prefix
+    folder: Path
+    config: Path
+
+    @classmethod
+    def make(cls, folder: Path, data: Path, name: str = "run") -> "Run":
+        """Of practically endless duration, with a checkpoint every 50 steps; all are alike, and so their states."""
+        run = cls(folder / name, write_config(folder, data, name))
+        run._set("every", '"2 steps"', '"50 steps"')
+        run._set("keep", "10", "1000")
+        run._set("every", '"1 steps"', '"10 steps"')
+        run.end_at(ENDLESS)
+        return run
+
+    def end_at(self, step: int) -> None:
+        """From the next start on, the run is over with that step."""
+        text = self.config.read_text()
+        self.config.write_text(re.sub(r'duration = ".*"', f'duration = "{step} steps"', text))
+
+    def _set(self, field: str, before: str, after: str) -> None:
+        text = self.config.read_text()
+        assert text.count(f"{field} = {before}\n") == 1
+        self.config.write_text(text.replace(f"{field} = {before}\n", f"{field} = {after}\n"))
+
+    @property
+    def step(self) -> int:
+        """The last that was logged."""
+        path = self.folder / "logs" / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Of that name."""
+        path = self.folder / "events.jsonl"
+        return [event for event in events(self.folder) if event["event"] == name] if path.exists() else []
+
+    def tensorboard_steps(self) -> list[int]:
+        """Of the losses, as TensorBoard shows them."""
+        accumulator = EventAccumulator(str(self.folder / "logs"), size_guidance={SCALARS: 0})
+        accumulator.Reload()
+        return [event.step for event in accumulator.Scalars("train/loss")]

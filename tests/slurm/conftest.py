@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A SLURM of three nodes, started once and stopped in the end; skipped where there can be none."""
     able = subprocess.run([str(LAB), "check"], capture_output=True, text=True)
     if able.returncode != 0:
@@ -28,3 +28,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.lab("start", str(NODES), str(os.getpid()))
     yield cluster
     cluster.lab("stop")
+
+
+@pytest.fixture(scope="module")
+def cluster(lab: Cluster) -> Iterator[Cluster]:
+    """The lab, with all nodes up and free when the module's tests begin."""
+    yield lab
+    lab.cancel_all()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(cluster: Cluster) -> Iterator[None]:
+    """What a failed test left running must not fail the next one."""
+    yield
+    cluster.cancel_all()

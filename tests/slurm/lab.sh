@@ -29,6 +29,9 @@ bridge() { echo "slurmlab$(number)"; }
 subnet() { echo "10.213.$(number)"; }
 port() { echo $((13000 + $(number) * 100 + $1)); }
 
+# One of this machine's cores for each node: processes that believe to have all of them get in each other's way.
+core_of() { echo $((${1#n} % $(nproc))); }
+
 install_packages() {
   for program in slurmctld slurmd sbatch ip; do
     command -v "$program" >/dev/null || missing=1
@@ -128,7 +131,7 @@ CONF
 
   cat >"$dir/node.sh" <<'NODE'
 #!/bin/bash
-# The first process in a node's namespaces: node.sh NAME ADDRESS DIR
+# The first process in a node's namespaces: node.sh NAME ADDRESS DIR CORE
 mount --make-rprivate /
 mount --bind "$3/hosts" /etc/hosts
 mount -t tmpfs tmpfs /dev/shm
@@ -139,8 +142,7 @@ until ip link show "v$1" >/dev/null 2>&1; do sleep 0.02; done
 ip link set "v$1" name eth0
 ip addr add "$2/24" dev eth0
 ip link set eth0 up
-# One core each: two processes that believe to have both cores for themselves get little done.
-taskset --cpu-list $((${1#n} % $(nproc))) slurmd -D -N "$1" </dev/null >>"$3/log/slurmd.$1.out" 2>&1 &
+taskset --cpu-list "$4" slurmd -D -N "$1" </dev/null >>"$3/log/slurmd.$1.out" 2>&1 &
 while :; do wait; sleep 1; done # orphans of a node's jobs are this process's children
 NODE
 }
@@ -149,7 +151,7 @@ boot() { # NODE
   local node=$1 outer='' inner=''
   ! alive "$dir/run/$node.pid" || return 0
   setsid unshare --net --uts --ipc --mount --pid --fork --kill-child=KILL --mount-proc \
-    bash "$dir/node.sh" "$node" "$(subnet).$((10 + ${node#n}))" "$dir" </dev/null >>"$dir/log/$node.out" 2>&1 &
+    bash "$dir/node.sh" "$node" "$(subnet).$((10 + ${node#n}))" "$dir" "$(core_of "$node")" </dev/null >>"$dir/log/$node.out" 2>&1 &
   outer=$!
   echo $outer >"$dir/run/$node.pid"
   for _ in $(seq 500); do # until the first process is in a network of its own
@@ -221,8 +223,10 @@ case $command in
     case $command in
       enter)
         inner=$(cat "$dir/run/$1.inner")
+        core=$(core_of "$1")
         shift
-        exec nsenter --target "$inner" --net --uts --ipc --mount --pid -- "$@"
+        exec nsenter --target "$inner" --net --uts --ipc --mount --pid -- \
+          taskset --cpu-list "$core" env --chdir="$PWD" "$@"
         ;;
       *) "$command" "$@" ;;
     esac

@@ -107,9 +107,7 @@ class TrainingLoop:
         return finished
 
     def _beat(self, activity: str) -> None:
-        self.heartbeat.beat(
-            step=self.step, last_step=self.last_step, activity=activity, spent=self.stopwatch.spent
-        )
+        self.heartbeat.beat(step=self.step, last_step=self.last_step, activity=activity, spent=self.stopwatch.spent)
 
     def _is_due(self, span: Span) -> bool:
         return span.is_due(self.state.position, self.layout.global_batch)

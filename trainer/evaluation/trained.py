@@ -13,11 +13,12 @@ from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.engine.build import build_diffusion, build_network, build_reverse
 from trainer.engine.checkpoints import Checkpoints, read_weights
-from trainer.engine.processes import make_accelerator, together
+from trainer.engine.processes import die_with_launcher, make_accelerator, together
 from trainer.engine.run import RunFolder
 from trainer.engine.sealed import COMPLETE_NAME
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.unet import UNet
+from trainer.signals import StopRequest
 
 Weights = Literal["ema", "model"]
 _PATIENCE = timedelta(days=7)  # a rank that is done waits while others draw or judge their share
@@ -40,7 +41,9 @@ class TrainedRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What `open_trained` found. `fingerprint` is the checkpoint's, which no other has."""
+    """What `open_trained` found. `fingerprint` is the checkpoint's, which no other has; `stop` is asked when a batch is
+    done.
+    """
 
     config: Config
     folder: RunFolder
@@ -50,6 +53,7 @@ class Trained:
     weights: Weights
     accelerator: Accelerator
     reverse: ReverseProcess
+    stop: StopRequest
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -64,10 +68,13 @@ class Trained:
 
 
 def open_trained(request: TrainedRequest) -> Trained:
-    """Load the weights on every rank, in eval mode.
+    """Load the weights on every rank, in eval mode. From here on signals ask to stop and no more end the process.
 
     Raises TrainerError where the run or the checkpoint cannot be used, ConfigError where the request does not fit it.
     """
+    die_with_launcher()
+    stop = StopRequest()
+    stop.install()
     folder = RunFolder(request.run, writes=False)
     config = folder.load_config()
     if request.variance is not None:
@@ -95,6 +102,7 @@ def open_trained(request: TrainedRequest) -> Trained:
         weights=request.weights,
         accelerator=accelerator,
         reverse=build_reverse(network, diffusion, config),
+        stop=stop,
     )
 
 

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.telemetry.goodput import ENDS
+
 HEARTBEAT_NAME = "heartbeat.json"
 _EVERY = 10.0  # seconds between two that say nothing new
-ENDS = ("stopped", "finished")  # activities of a run that ended as it should
 
 
 def attempt() -> str | None:

@@ -47,7 +47,7 @@ class Stopwatch:
     `on_change` is told what begins: the reason of a pause, and "training" after it.
     """
 
-    def __init__(self, on_change: Callable[[str], object] = lambda activity: None) -> None:
+    def __init__(self, on_change: Callable[[str], object] = lambda _: None) -> None:
         self.spent: dict[str, float] = {}  # seconds of pauses, by their reason
         self._on_change = on_change
         self._started = time.perf_counter()
