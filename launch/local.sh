@@ -37,6 +37,6 @@ if [ -z "${DDPM_VENV:-}" ] && [ -d "$repository/.venv" ]; then DDPM_VENV=$reposi
 export DDPM_VENV=${DDPM_VENV:-}
 
 trap '' USR1 # see node.sh; a signal in the meantime must not end this
-DDPM_RUN_DIR=$(PYTHONPATH=$repository "${DDPM_VENV:+$DDPM_VENV/bin/}python" -m launch.preflight "$@" | head -n 1)
-export DDPM_RUN_DIR
+answers=$(PYTHONPATH=$repository "${DDPM_VENV:+$DDPM_VENV/bin/}python" -m launch.preflight "$@")
+export DDPM_RUN_DIR=${answers%%$'\n'*}
 exec bash "$repository/launch/node.sh" "$@"

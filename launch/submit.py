@@ -12,6 +12,7 @@ if not __package__:  # run by path, Python looks in launch/ first
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 
@@ -53,8 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--container", metavar="IMAGE", help="a file for apptainer, or a reference for pyxis")
     parser.add_argument("--mounts", metavar="A:A,B:B", help="folders that are visible in the container")
     parser.add_argument("--dry-run", action="store_true", help="check, print what would be submitted, and stop")
-    parser.add_argument("sbatch", nargs="*", metavar="-- OPTION", help="for sbatch, as they are")
-    arguments = parser.parse_args()
+    own, options = sys.argv[1:], []
+    if "--" in own:
+        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+    arguments = parser.parse_args(own)
+    arguments.sbatch = options
     if arguments.gpus < 0:
         parser.error(f"--gpus {arguments.gpus}: should be at least 0")
     if arguments.mounts and not arguments.container:
@@ -76,6 +80,7 @@ def main() -> int:
     if is_finished(config):
         raise ConfigError(f"run_dir = {config.run_dir}: is finished; a longer train.duration would go on")
 
+    check_partition(arguments)
     settings, options = environment(arguments), sbatch_options(config, arguments)
     ask_slurm(options, settings)
     if arguments.dry_run:
@@ -119,6 +124,30 @@ def outlook_text(config: Config, arguments: argparse.Namespace, processes: int) 
         name = "--chain" if arguments.chain else "--array" if arguments.array else "--max-restarts"
         text += f"\nwarning: {name} allows {allowed}, so the run will not be complete at the end"
     return text
+
+
+def check_partition(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError where the partition would let the job wait for ever: most clusters queue what is too long."""
+    answer = _slurm(["scontrol", "show", "partition", "--oneliner"], {})
+    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in answer.stdout.splitlines()]
+    for partition in partitions:
+        name = partition.get("PartitionName")
+        if name == arguments.partition or (arguments.partition is None and partition.get("Default") == "YES"):
+            break
+    else:
+        known = ", ".join(partition.get("PartitionName", "") for partition in partitions)
+        raise ConfigError(f"--partition {arguments.partition}: no such partition; there are: {known}")
+    if partition.get("State") != "UP":
+        raise ConfigError(f"--partition {name}: is {partition.get('State')}")
+    longest = partition.get("MaxTime", "UNLIMITED")
+    if longest != "UNLIMITED" and parse_time(arguments.time) > parse_time(longest):
+        raise ConfigError(
+            f"--time {arguments.time}: partition {name} allows {longest}; a job goes on by itself after it"
+        )
+    for limit in ("MaxNodes", "TotalNodes"):
+        most = partition.get(limit, "UNLIMITED")
+        if most.isdigit() and arguments.nodes > int(most):
+            raise ConfigError(f"--nodes {arguments.nodes}: partition {name} has {limit} = {most}")
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, str]:
@@ -169,7 +198,7 @@ def job_command(options: list[str], folder: Path) -> list[str]:
 
 def ask_slurm(options: list[str], settings: dict[str, str]) -> None:
     """Raise ConfigError with SLURM's reason where it would not take the job: partition, limit, nodes, GPUs, account."""
-    answer = _sbatch(["sbatch", "--test-only", *options, str(SCRIPT)], settings)
+    answer = _slurm(["sbatch", "--test-only", *options, str(SCRIPT)], settings)
     lines = [line.removeprefix("sbatch: ") for line in answer.stderr.splitlines() if line.startswith("sbatch: ")]
     if answer.returncode != 0:
         raise ConfigError(f"sbatch would refuse this job: {'; '.join(lines) or answer.stderr.strip()}")
@@ -181,7 +210,7 @@ def submit(command: list[str], settings: dict[str, str], *, times: int) -> list[
     jobs: list[str] = []
     for _ in range(times):
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
-        answer = _sbatch([*command[:2], *after, *command[2:]], settings)
+        answer = _slurm([*command[:2], *after, *command[2:]], settings)
         if answer.returncode != 0:
             submitted = f"; already submitted: {' '.join(jobs)}" if jobs else ""
             raise TrainerError(f"{answer.stderr.strip()}{submitted}")
@@ -205,11 +234,11 @@ save, go on  scancel --batch --signal=USR1 {jobs[0]}
 save, end    scancel {" ".join(jobs)}"""
 
 
-def _sbatch(command: list[str], settings: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+def _slurm(command: list[str], settings: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise TrainerError("sbatch: not found; this is for a login node of a SLURM cluster") from error
+        raise TrainerError(f"{command[0]}: not found; this is for a login node of a SLURM cluster") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trainer.engine.step import PendingVerdict, TrainStep, Verdict
 from trainer.errors import NonFiniteError
 from trainer.telemetry.heartbeat import Heartbeat
 from trainer.telemetry.metrics import Metrics
+from trainer.telemetry.pace import Pace
 from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.progress import Progress, Stopwatch
 from trainer.units import Span
@@ -66,6 +67,8 @@ class TrainingLoop:
         )
         self.heartbeat = Heartbeat(folder.path, writes=accelerator.is_main_process)
         self.stopwatch = Stopwatch(self._beat)
+        self.pace = Pace(accelerator.device)
+        self.pace.watch(train_step.network)
         self.grad_norm = math.nan  # of the last step that was applied
         self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
@@ -78,6 +81,7 @@ class TrainingLoop:
 
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
+        stream = self.pace.timed(stream)
         saved_at = self.step
         while self.step < self.last_step and not self.stopping:
             loss = self.train_step.backward(stream)
@@ -145,6 +149,12 @@ class TrainingLoop:
             values["train/loss"] = self.state.unlogged_loss / self.state.unlogged_steps
             values["train/grad_norm"] = self.grad_norm
             self.state.unlogged_steps, self.state.unlogged_loss = 0, 0.0
+        ranks, slow = self.pace.report()
+        values |= ranks
+        if slow is not None:
+            self.folder.event("slow_rank", step=self.step, slow=slow)
+            self.progress.say(f"step {self.step}: slow: {slow}")
+        self.pace.compare()
         with self._best_effort():
             if self.metrics is not None:
                 self.metrics.scalars(self.step, values)
