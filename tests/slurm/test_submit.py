@@ -1,5 +1,6 @@
 """launch/submit.py: what cannot run is refused before it waits in a queue, what can is submitted and followed."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import REPOSITORY, checkpoint
-from tests.slurm.cluster import PATIENCE, Cluster, Job, Run
+from tests.slurm.cluster import Cluster, Job, Run
 
 SUBMIT = (sys.executable, "launch/submit.py")
 
@@ -52,13 +53,25 @@ def test_a_dry_run_shows_the_command_and_changes_nothing(cluster: Cluster, run: 
     assert not cluster.run("squeue", "--noheader")
 
 
-def test_a_chain_goes_on_job_after_job(cluster: Cluster, run: Run) -> None:
+def test_a_chain_goes_on_job_after_job(cluster: Cluster, run: Run, tmp_path: Path) -> None:
     """The first is stopped as before its limit, the second finishes, and the third finds nothing to do.
 
-    Each node asks for a GPU, and reads the shards from copies on its own disk.
+    Each node gives a GPU, and reads the shards from copies on its own disk. The container is a stand-in for apptainer,
+    which notes what it is asked and runs it as it is.
     """
     run.end_at(1_000_000)
-    said = submit(cluster, run, "--gpus", "1", "--time", "10", "--chain", "3", "--stage", TMPDIR="/mnt")
+    image, asked = tmp_path / "image.sif", tmp_path / "asked"
+    image.touch()
+    stand_in = tmp_path / "bin" / "apptainer"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/bash\necho "$*" >>{asked}\nshift 6\n[ "$1" = {image} ] && shift && exec "$@"\n')
+    stand_in.chmod(0o755)
+    said = submit(
+        *(cluster, run, "--gpus", "1", "--time", "10", "--chain", "3", "--stage"),
+        *("--container", str(image), "--mounts", f"{tmp_path}:{tmp_path}"),
+        TMPDIR="/mnt",
+        PATH=f"{stand_in.parent}:{os.environ['PATH']}",
+    )
     (kept,) = (run.folder / "submissions").iterdir()
     numbers = (kept / "jobs.txt").read_text().split()
     assert f"submitted    {' '.join(numbers)}; configuration, revision and changes are kept in {kept}" in said
@@ -78,8 +91,12 @@ def test_a_chain_goes_on_job_after_job(cluster: Cluster, run: Run) -> None:
     assert [(event["step"], event["world_size"]) for event in run.events("started")] == [(0, 2), (stopped, 2)]
     assert checkpoint(run.folder, stopped + 10).exists()
     for node in ("n1", "n2"):
-        shards = cluster.lab("enter", node, "find", "/mnt", "-name", "*.tar*").split()
-        assert len(shards) >= 3
+        shards = cluster.lab("enter", node, "find", "/mnt", "-path", "*/shards/*", "-type", "f").split()
+        assert len(shards) == 3
+    mounts = f"{REPOSITORY}:{REPOSITORY},{tmp_path}:{tmp_path}"
+    containers = asked.read_text().splitlines()
+    assert len(containers) == 3 + 2 * 2  # a preflight for each job, and the nodes of the two that trained
+    assert all(line.startswith(f"exec --nv --bind {mounts} --pwd {REPOSITORY} {image} ") for line in containers)
 
     configuration = tomllib.loads((kept / "config.toml").read_text())
     assert configuration["train"]["global_batch"] == 8
@@ -98,19 +115,20 @@ def test_a_chain_goes_on_job_after_job(cluster: Cluster, run: Run) -> None:
     assert "warning: --chain allows 2, so the run will not be complete at the end" in said
 
 
-def test_a_failure_ends_a_chain_and_an_array(cluster: Cluster, run: Run) -> None:
-    """Jobs that wait for a failed one are taken out of the queue; so is what follows a failed task of an array."""
-    broken = run.folder / "checkpoints" / "step-00000010"  # as a failing disk may leave it, and nothing else is there
-    broken.mkdir(parents=True)
-    (broken / "manifest.json").write_text("{}")
-    for kind in ("--chain", "--array"):
-        submit(cluster, run, "--gpus", "1", "--time", "10", kind, "3")
-        newest = max((run.folder / "submissions").iterdir(), key=lambda path: path.stat().st_mtime)
-        first = (newest / "jobs.txt").read_text().split()[0]
-        job = Job(cluster, first, run.folder / "slurm" / "none")
-        job.wait_until("queue empty", lambda: not cluster.run("squeue", "--noheader"), PATIENCE)
-        assert not run.events("started")
-        if kind == "--array":
-            shown = cluster.run("scontrol", "show", "job", "--oneliner", first)
-            assert shown.count("JobState=FAILED") == 1, shown
-            assert shown.count("JobState=CANCELLED") >= 1, shown
+@pytest.mark.parametrize("kind", ["--chain", "--array"])
+def test_a_failure_ends_what_would_follow(cluster: Cluster, run: Run, kind: str) -> None:
+    """Jobs that wait for a failed one are taken out of the queue, and so are an array's later tasks."""
+    held = ("--begin=now+1hour",)
+    submit(cluster, run, "--gpus", "1", "--time", "10", kind, "3", "--", *held)
+    (kept,) = (run.folder / "submissions").iterdir()
+    (kept / "config.toml").write_text("nonsense")
+    jobs = (kept / "jobs.txt").read_text().split()
+    for job in jobs:
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    first = Job(cluster, jobs[0], run.folder / "slurm" / "of no use")
+    first.wait_until("queue empty", lambda: not cluster.run("squeue", "--noheader"))
+    (log,) = (run.folder / "slurm").iterdir()  # only one of them began
+    assert "config.toml: not valid TOML" in log.read_text()
+    assert "error: the preflight above says why" in log.read_text()
+    states = [cluster.run("scontrol", "show", "job", "--oneliner", job) for job in jobs]
+    assert "".join(states).count("JobState=FAILED") == 1

@@ -98,17 +98,34 @@ def test_a_finished_run_is_not_trained_again(cluster: Cluster, chain: Run) -> No
 
 
 def test_preempted_it_makes_way_and_comes_back(cluster: Cluster, runs: Path, dataset: Path, uninterrupted: Run) -> None:
+    """First with USR1 to the script, as SLURM can be set to; then as it comes, with TERM to the trainers alone."""
     run = Run.make(runs, dataset, "preempted")
     job = cluster.train(run)
-    job.wait_until("training", lambda: run.step >= 20)
-    everything = ("--partition=urgent", "--nodes=3", "--exclusive", "--time=1")
-    urgent = cluster.sbatch(*everything, "--wrap=sleep 1", log=runs / "urgent.log")
-    job.wait_until("stopped", lambda: bool(run.events("stopped")))
-    run.end_at(run.events("stopped")[0]["step"] // 50 * 50 + 50)
-    assert urgent.wait() == "COMPLETED"
+    everything = ("--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--wrap=sleep 1")
+    configuration = cluster.folder / "slurm.conf"
+    as_it_was = configuration.read_text()
+    try:
+        for times, mark in ((1, "USR1: the time limit is near, or another job"), (2, None)):
+            job.wait_until(
+                "training", lambda times=times: len(run.events("started")) == times and run.step >= 20 * times
+            )
+            urgent = cluster.sbatch(*everything, log=runs / "urgent.log")
+            job.wait_until("stopped", lambda times=times: len(run.events("stopped")) == times)
+            assert mark is None or mark in job.output
+            if times == 2:
+                run.end_at(run.events("stopped")[1]["step"] // 50 * 50 + 50)
+            assert urgent.wait() == "COMPLETED"
+            configuration.write_text(as_it_was.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
+            cluster.run("scontrol", "reconfigure")
+    finally:
+        configuration.write_text(as_it_was)
+        cluster.run("scontrol", "reconfigure")
     assert job.wait() == "COMPLETED", job.output
-    assert job.restarts == 1
-    assert [start["step"] for start in run.events("started")] == [0, run.events("stopped")[0]["step"]]
+    assert job.restarts == 2
+    assert job.output.count("USR1: ") == 1
+    assert job.output.count("saved and stopped: requeued") == 2
+    first, second = (stop["step"] for stop in run.events("stopped"))
+    assert [start["step"] for start in run.events("started")] == [0, first, second]
     assert_trained_like(run, uninterrupted)
 
 
@@ -133,6 +150,24 @@ def test_a_dead_node_is_replaced_and_nothing_is_lost(
         assert second["lost_steps"] >= 0
         assert_trained_like(run, uninterrupted)
     finally:
+        cluster.lab("boot", "n2")
+        job.wait_until("n2 back", cluster.idle)
+
+
+def test_a_node_that_dies_before_slurm_knows_is_no_failure(cluster: Cluster, runs: Path, dataset: Path) -> None:
+    """All processes of n2 end, SLURM's with the trainer's, and its peer sees at once that it is gone."""
+    run = Run.make(runs, dataset, "lost")
+    job = cluster.train(run)
+    job.wait_until("training", lambda: run.step >= 10)
+    try:
+        cluster.lab("enter", "n2", "bash", "-c", "kill -9 -1", check=False)
+        run.end_at(100)
+        assert job.wait() == "COMPLETED", job.output
+        assert job.restarts == 1
+        assert job.field("NodeList") == "n[1,3]"
+        assert len(run.events("started")) == 2
+    finally:
+        cluster.lab("crash", "n2")
         cluster.lab("boot", "n2")
         job.wait_until("n2 back", cluster.idle)
 
