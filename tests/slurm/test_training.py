@@ -106,9 +106,9 @@ def test_preempted_it_makes_way_and_comes_back(cluster: Cluster, runs: Path, dat
     as_it_was = configuration.read_text()
     try:
         for times, mark in ((1, "USR1: the time limit is near, or another job"), (2, None)):
-            job.wait_until(
-                "training", lambda times=times: len(run.events("started")) == times and run.step >= 20 * times
-            )
+            job.wait_until("started", lambda times=times: len(run.events("started")) == times)
+            at_start = run.step
+            job.wait_until("training", lambda at_start=at_start: run.step >= at_start + 10)
             urgent = cluster.sbatch(*everything, log=runs / "urgent.log")
             job.wait_until("stopped", lambda times=times: len(run.events("stopped")) == times)
             assert mark is None or mark in job.output
@@ -155,7 +155,7 @@ def test_a_dead_node_is_replaced_and_nothing_is_lost(
 
 
 def test_a_node_that_dies_before_slurm_knows_is_no_failure(cluster: Cluster, runs: Path, dataset: Path) -> None:
-    """All processes of n2 end, SLURM's with the trainer's, and its peer sees at once that it is gone."""
+    """All processes of n2 end, SLURM's with the trainer's; its peer sees at once that it is gone, and fails."""
     run = Run.make(runs, dataset, "lost")
     job = cluster.train(run)
     job.wait_until("training", lambda: run.step >= 10)
