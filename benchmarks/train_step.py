@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
@@ -28,24 +27,25 @@ from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.engine.build import build_diffusion, build_network, build_state
 from trainer.engine.cost import measure
+from trainer.engine.precision import autocast
 from trainer.engine.processes import make_accelerator
 from trainer.engine.step import TrainStep
+from trainer.engine.strategies import DataParallel, Strategy
 from trainer.signals import StopRequest
 
 Step = Callable[[], None]
 
 
-def ours(config: Config, accelerator: Accelerator) -> Step:
+def ours(config: Config, strategy: Strategy) -> Step:
     """The trainer's own step, with its guard, EMA and telemetry report."""
-    state = build_state(config, accelerator)
+    state = build_state(config, strategy)
     layout = BatchLayout.plan(config.train.global_batch, 1, None)
     step = TrainStep(
         config=config,
         layout=layout,
-        accelerator=accelerator,
-        network=accelerator.prepare(state.model),
+        strategy=strategy,
         state=state,
-        diffusion=build_diffusion(config, accelerator.device),
+        diffusion=build_diffusion(config, strategy.device),
         stop=StopRequest(),
     )
     model, batch = config.model, layout.global_batch
@@ -54,14 +54,15 @@ def ours(config: Config, accelerator: Accelerator) -> Step:
 
     def take() -> None:
         step.update(step.backward(stream)).read()
-        state.ema.update()
+        state.updates += 1
+        state.averages.update(state.updates)
 
     return take
 
 
-def diffusers_example(config: Config, accelerator: Accelerator) -> Step:
+def diffusers_example(config: Config) -> Step:
     """The loop of examples/unconditional_image_generation/train_unconditional.py, as it ships."""
-    model = config.model
+    accelerator, model = make_accelerator(), config.model
     attention = [model.image_size // 2**level in model.attention_resolutions for level in range(_levels(config))]
     network = UNet2DModel(
         sample_size=model.image_size,
@@ -89,7 +90,9 @@ def diffusers_example(config: Config, accelerator: Accelerator) -> Step:
     def take() -> None:
         noise = torch.randn(clean.shape, device=clean.device)
         t = torch.randint(0, config.diffusion.timesteps, (len(clean),), device=clean.device)
-        loss = torch.nn.functional.mse_loss(network(scheduler.add_noise(clean, noise, t), t).sample.float(), noise)
+        with autocast(config.train.precision, clean.device):  # accelerate's, of the example's --mixed_precision
+            prediction = network(scheduler.add_noise(clean, noise, t), t).sample.float()
+        loss = torch.nn.functional.mse_loss(prediction, noise)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -136,10 +139,10 @@ def main() -> None:
     arguments = parser.parse_args()
     batch = [f"train.global_batch={arguments.batch}", f"train.precision={arguments.precision}"]
     config = Config.load(arguments.config, batch)
-    accelerator = make_accelerator(config.train.precision)
-    device = accelerator.device
+    strategy = DataParallel(config.train)
+    device = strategy.device
 
-    contenders = {"ours": ours(config, accelerator), "diffusers example": diffusers_example(config, accelerator)}
+    contenders = {"ours": ours(config, strategy), "diffusers example": diffusers_example(config)}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(arguments.steps + 2):
         for name, take in contenders.items():

@@ -102,7 +102,12 @@ def launch(
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # the server inherits it
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"]
+        [
+            *("tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"),
+            *("trainer.engine.strategies.zero", "trainer.engine.strategies.fsdp"),
+            # What optimizers and DeepSpeed import when they are first used: seconds for every process.
+            *("torch._dynamo", "torch._inductor", "deepspeed.runtime.zero.muon.muon_optimizer"),
+        ]
     )
     port = free_port()
     with tempfile.NamedTemporaryFile("r+") as log:

@@ -9,10 +9,10 @@ from torch import nn
 from tests.harness import CONFIG
 from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT
-from trainer.engine.build import build_state
+from trainer.engine.build import build_network, build_state
 from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.processes import make_accelerator
 from trainer.engine.run import RunFolder, identity
+from trainer.engine.strategies import DataParallel
 from trainer.models.unet import UNetConfig
 
 
@@ -56,14 +56,16 @@ def make_run(folder: Path, *overrides: str) -> tuple[Path, Config]:
     text = folder / "run.toml"
     text.write_text(CONFIG.replace("RUN_DIR", str(path)).replace("DATA", "nowhere"))
     config = Config.load(text, overrides)
-    accelerator = make_accelerator()
-    state = build_state(config, accelerator)
-    randomise(state.model, seed=1)
-    randomise(state.ema.ema_model, seed=2)
+    strategy = DataParallel(config.train)
+    state = build_state(config, strategy)
+    average = build_network(config)
+    randomise(average, seed=2)
+    state.set_weights(average.state_dict())
+    randomise(strategy.network, seed=1)
     state.position = 3 * config.train.global_batch
     run = RunFolder(path, writes=True)
     path.mkdir()
     run.begin(config)
     trained = {**identity(config, None), DATA_FINGERPRINT: "f" * 64, "seed": config.seed}
-    Checkpoints(run.checkpoints, accelerator).save(state, step=3, identity=trained)
+    Checkpoints(run.checkpoints, strategy.accelerator).save(state.contents(), step=3, identity=trained)
     return path, config

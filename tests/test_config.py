@@ -104,8 +104,8 @@ def test_the_exit_code_and_the_line_reach_the_shell(config_path: Path) -> None:
 
 
 KNOWN = (
-    "known here: duration, global_batch, micro_batch, ema_decay, precision, activation_checkpointing, "
-    "max_nonfinite_steps"
+    "known here: duration, global_batch, micro_batch, ema_decay, ema_warmup, ema_sigma_rel, ema_snapshots, strategy, "
+    "hsdp_shard_size, offload_optimizer, precision, activation_checkpointing, max_nonfinite_steps"
 )
 
 

@@ -66,9 +66,12 @@ def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing(config_path:
     parameters = describe_run(load_config(config_path), world_size=1)[0]["parameters"]
     assert one > 20 * parameters
     assert two - one == pytest.approx(three - two, rel=0.1)
-    assert memory("train.activation_checkpointing=true", "train.global_batch=12") < 0.7 * memory(
-        "train.global_batch=12"
+    none, selective, full = (
+        memory(f"train.activation_checkpointing={kind}", "train.global_batch=12")
+        for kind in ("none", "selective", "full")
     )
+    assert full < selective < 0.9 * none
+    assert full < 0.7 * none
 
 
 def test_damaged_shards_are_found(config_path: Path, tmp_path: Path) -> None:
@@ -85,3 +88,20 @@ def test_damaged_shards_are_found(config_path: Path, tmp_path: Path) -> None:
 def test_its_options_go_with_it_alone(config_path: Path) -> None:
     output = launch(1, "--config", str(config_path), "--json", expect=2)
     assert "--json and --world-size go with --dry-run" in output
+
+
+def test_sharing_takes_less_of_each_device(config_path: Path) -> None:
+    """On four processes, in float32 copies of the weights, beside the activations."""
+
+    def copies(strategy: str, *settings: str) -> float:
+        config = load_config(config_path, f"train.strategy={strategy}", "train.micro_batch=1", *settings)
+        plan = describe_run(config, world_size=4)[0]
+        return float(plan["memory_per_device_bytes"] / (4 * plan["parameters"]))
+
+    ddp = copies("ddp")
+    saved = {strategy: ddp - copies(strategy) for strategy in ("zero1", "zero2", "zero3", "fsdp2")}
+    # moments 2 -> 1/2, a master copy + 1/4; gradients 1 -> 1/4; weights 1 -> 1/4 and no master copy
+    assert saved == pytest.approx({"zero1": 1.25, "zero2": 2.0, "zero3": 3.0, "fsdp2": 3.0}, abs=1e-3)
+    assert ddp - copies("hsdp", "train.hsdp_shard_size=2") == pytest.approx(2.0, abs=1e-3)
+    assert copies("zero2") - copies("zero2", "train.offload_optimizer=true") == pytest.approx(1.0, abs=1e-3)
+    assert copies("ddp", "train.ema_sigma_rel=[0.05, 0.1]") - ddp == pytest.approx(0.5, abs=1e-3)

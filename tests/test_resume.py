@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import pytest
@@ -110,41 +109,6 @@ def test_a_finished_run_stays_as_it_is(uninterrupted: Path) -> None:
     assert (uninterrupted / "DONE").exists()
     assert sorted(str(path) for path in uninterrupted.rglob("step-*")) == before
     assert sorted(logged(uninterrupted)) == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize(
-    ("action", "point", "call", "rank"),
-    [
-        ("kill", "write_part", 2, 1),  # before a rank's part is written
-        ("kill-after", "write_part", 2, 0),  # parts are written, the manifest is not
-        ("kill", "write", 4, 0),  # the manifest is written, the marker is not
-        ("kill", "rename", 2, 0),  # all is written but the name
-        ("kill-after", "rename", 2, 0),  # all is done, nobody was told
-    ],
-)
-def test_killed_in_the_second_save(
-    tmp_path: Path,
-    dataset: Path,
-    uninterrupted: Path,
-    action: Literal["kill", "kill-after"],
-    point: str,
-    call: int,
-    rank: int,
-) -> None:
-    """The checkpoint of step 2 is there and whole; the one of step 4 is whole or not there; nothing is lost."""
-    config = write_config(tmp_path, dataset)
-    arguments = ("--config", str(config), *overrides(train__micro_batch=2))
-    launch(2, *arguments, fault=Fault(action=action, point=point, call=call, rank=rank), expect=None)
-    run = tmp_path / "run"
-    read_verified(checkpoint(run, 2))
-    saved = checkpoint(run, 4).exists()
-    assert saved == (action == "kill-after" and point == "rename")
-    launch(2, *arguments)
-    assert [event["step"] for event in events(run) if event["event"] == "started"] == [0, 4 if saved else 2]
-    assert not [event for event in events(run) if event["event"] == "quarantined"]
-    assert not list((run / "checkpoints").glob(".staging*"))
-    assert_same_state(uninterrupted, run, 6)
-    assert logged(run) == logged(uninterrupted)
 
 
 def accelerate(processes: int) -> list[str]:

@@ -15,8 +15,8 @@ from trainer.diffusion.objectives import Loss, Objective
 from trainer.diffusion.reverse import Prediction, ReverseVariance
 from trainer.diffusion.timesteps import timestep_uniform
 from trainer.engine.build import build_diffusion, build_state
-from trainer.engine.processes import make_accelerator
 from trainer.engine.step import TrainStep
+from trainer.engine.strategies import DataParallel
 from trainer.signals import StopRequest
 
 T, BATCH, SEED = 20, 8, 3
@@ -28,16 +28,15 @@ def make_step(folder: Path, *overrides: str) -> tuple[TrainStep, Config]:
     config = load_config(
         write_config(folder, folder), "model.dropout=0.0", "data.flip=false", "optimizer.clip_norm=inf", *overrides
     )
-    accelerator = make_accelerator()
-    state = build_state(config, accelerator)
-    randomise(state.model)
+    strategy = DataParallel(config.train)
+    state = build_state(config, strategy)
+    randomise(strategy.network)
     step = TrainStep(
         config=config,
         layout=BatchLayout.plan(BATCH, 1, config.train.micro_batch),
-        accelerator=accelerator,
-        network=accelerator.prepare(state.model),
+        strategy=strategy,
         state=state,
-        diffusion=build_diffusion(config, accelerator.device),
+        diffusion=build_diffusion(config, strategy.device),
         stop=StopRequest(),
     )
     return step, config
@@ -52,11 +51,17 @@ def losses_by_hand(step: TrainStep, objective: Objective, t: torch.Tensor) -> to
     x0 = IMAGES.float() / 127.5 - 1
     eps = keyed_normal(SEED, Stream.EPS, POSITIONS, (3, 8, 8))
     x_t = step.diffusion.q_sample(x0, t, eps)
-    return objective.losses(step.state.model(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
+    return objective.losses(step.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
 
 
 def gradient(step: TrainStep) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in step.parameters if parameter.grad is not None])
+    return torch.cat(
+        [
+            parameter.grad.flatten()
+            for parameter in list(step.strategy.network.parameters())
+            if parameter.grad is not None
+        ]
+    )
 
 
 OBJECTIVES: list[tuple[Prediction, Loss, ReverseVariance]] = [
@@ -82,7 +87,7 @@ def test_the_loss_and_its_gradient_are_the_objectives(
     step, _ = make_step(tmp_path, *chosen, f"train.micro_batch={micro_batch}")
     found = step.backward(micro_batches(micro_batch))
     found_gradient = gradient(step)
-    step.state.optimizer.zero_grad()
+    step.strategy.optimizer.zero_grad()
     objective = Objective(step.diffusion, prediction=prediction, loss=loss, variance=variance)
     expected = losses_by_hand(step, objective, keyed_timesteps(SEED, POSITIONS, T)).mean()
     expected.backward()
@@ -104,7 +109,7 @@ def test_importance_weights_the_loss_and_remembers_it_unweighted(tmp_path: Path,
 
     found = step.backward(micro_batches(micro_batch))
     found_gradient = gradient(step)
-    step.state.optimizer.zero_grad()
+    step.strategy.optimizer.zero_grad()
     unweighted = losses_by_hand(step, Objective(step.diffusion, prediction="eps", loss="mse", variance="small"), t)
     expected = (weights.float() * unweighted).mean()
     expected.backward()
@@ -124,7 +129,7 @@ def test_a_skipped_step_teaches_nothing(tmp_path: Path) -> None:
     memory = {name: tensor.clone() for name, tensor in step.state.timesteps.tensors().items()}
     assert memory["counts"].sum() == BATCH
     with torch.no_grad():
-        step.parameters[0][0] = float("nan")
+        next(step.strategy.network.parameters())[0] = float("nan")
     assert not step.update(step.backward(micro_batches(BATCH))).read().finite
     for name, tensor in step.state.timesteps.tensors().items():
         assert torch.equal(tensor, memory[name])

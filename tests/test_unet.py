@@ -1,10 +1,12 @@
 """What the UNet promises apart from its outputs: sizes, initial weights, memory formats, checkpointing."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.models.layers import AttentionBlock, ResidualBlock, timestep_embedding
 from trainer.models.unet import Stage, UNet, UNetConfig
@@ -105,6 +107,20 @@ def test_the_timestep_embedding_is_sin_then_cos_and_float32_under_autocast() -> 
         torch.testing.assert_close(row, expected, atol=2e-4, rtol=0)  # float32 phases up to 999
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activation_checkpointing_recomputes_what_it_says(kind: Literal["selective", "full"]) -> None:
+    """Convolutions of the stages run again in the backward pass under "full" only."""
+    model = tiny().train()
+    model.checkpoint_activations(kind)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(*batch()).square().mean()
+    forward = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    again = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    assert again == 0 if kind == "selective" else 0.5 * forward < again < forward
+
+
 def test_activation_checkpointing_leaves_gradients_as_they_are_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = 0
     plain_forward = ResidualBlock.forward
@@ -117,16 +133,17 @@ def test_activation_checkpointing_leaves_gradients_as_they_are_with_dropout(monk
     monkeypatch.setattr(ResidualBlock, "forward", counting_forward)
     blocks = 2 * 2 + 2 + 3 * 2
     gradients = {}
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "selective", "full"):
         runs = 0
         model = tiny().train()
-        model.activation_checkpointing = checkpointing
+        model.checkpoint_activations(checkpointing)
         torch.manual_seed(7)
         model(*batch()).square().mean().backward()
-        assert runs == blocks * (1 + checkpointing)  # once more in the backward pass
+        assert runs == blocks * (1 if checkpointing == "none" else 2)  # once more in the backward pass
         gradients[checkpointing] = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for name, gradient in gradients[False].items():
-        assert torch.equal(gradient, gradients[True][name]), name
+    for name, gradient in gradients["none"].items():
+        assert torch.equal(gradient, gradients["selective"][name]), name
+        assert torch.equal(gradient, gradients["full"][name]), name
         assert gradient.abs().max() > 0, name
 
     model.eval()

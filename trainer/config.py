@@ -160,12 +160,43 @@ class TrainConfig(_Section):
     """Most images that a device holds at once; the rest of its share is accumulated. Left out: its whole share."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, applied every step."""
+    ema_warmup: bool = False
+    """Let the decay grow as 1 - (1 + n)^(-2/3) with the n-th update until it is ema_decay: short runs forget sooner."""
+    ema_sigma_rel: list[Annotated[float, Field(gt=0, lt=0.28)]] = []
+    """Widths, relative to the run's length, of further averages with a power-function profile (Karras et al. 2024)."""
+    ema_snapshots: SpanField = Span(0, "steps")
+    """Between two snapshots of the averages of ema_sigma_rel, from which one of any width can be made afterwards;
+    "0 steps" for none."""
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp"] = "ddp"
+    """What ranks share: "ddp" nothing; DeepSpeed's "zero1" moments, "zero2" gradients too, "zero3" weights too; "fsdp2"
+    all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md)."""
+    hsdp_shard_size: int | None = Field(default=None, gt=0)
+    """With "hsdp": ranks in a group; left out: those of a node."""
+    offload_optimizer: bool = False
+    """With "zero1" to "zero3": moments and master weights stay in the host's memory, and Adam runs there."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes: "selective" all but convolutions and attention, for little time (not with
+    "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time."""
     max_nonfinite_steps: int = Field(default=10, ge=0)
     """Steps of a run that may be skipped and dumped for a NaN or infinity in loss or gradient; one more ends it."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.hsdp_shard_size is not None and self.strategy != "hsdp":
+            raise ValueError(f'hsdp_shard_size is for strategy = "hsdp", not "{self.strategy}"')
+        if self.offload_optimizer and not self.strategy.startswith("zero"):
+            raise ValueError(f'offload_optimizer is for strategy = "zero1", "zero2" or "zero3", not "{self.strategy}"')
+        if self.precision == "fp16" and self.strategy != "ddp":
+            raise ValueError(f'precision = "fp16" is for strategy = "ddp"; with "{self.strategy}" take "bf16"')
+        if self.activation_checkpointing == "selective" and self.strategy == "zero3":
+            raise ValueError(
+                'activation_checkpointing = "selective" would keep weights that "zero3" gathers; take "full"'
+            )
+        if self.ema_snapshots.count and not self.ema_sigma_rel:
+            raise ValueError("ema_snapshots keeps the averages of ema_sigma_rel, which is empty")
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -173,6 +204,11 @@ class CheckpointConfig(_Section):
 
     every: SpanField
     """Between two checkpoints; "0 steps" saves only at the end or when stopped."""
+    background: bool = True
+    """Write while training goes on; only copying the state holds it up."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (no space, say) does: "stop" ends the run, "continue" tries again when
+    the next one is due. Older checkpoints stay in either case."""
     keep: int = Field(default=3, gt=0)
     """Newest checkpoints that are kept."""
     keep_every: SpanField = Span(0, "steps")

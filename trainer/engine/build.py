@@ -1,7 +1,8 @@
 """From a configuration to the objects that it describes."""
 
+from collections.abc import Mapping
+
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from trainer.config import Config, ModelConfig
@@ -9,9 +10,13 @@ from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.reverse import ReverseProcess, ReverseVariance, output_channels
 from trainer.diffusion.schedules import make_betas
 from trainer.diffusion.timesteps import ImportanceSampling
-from trainer.engine.state import TrainState, make_ema
+from trainer.engine.averages import profiles
+from trainer.engine.optimizer import GuardedAdam
+from trainer.engine.precision import run_in
+from trainer.engine.state import TrainState
+from trainer.engine.strategies import Strategy
 from trainer.engine.timesteps import ImportanceTimesteps, Timesteps, UniformTimesteps
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.models.unet import UNet, UNetConfig
 
 
@@ -46,6 +51,22 @@ def build_reverse(network: nn.Module, diffusion: GaussianDiffusion, config: Conf
     )
 
 
+def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> UNet:
+    """A network to draw from or to judge: those weights, in eval mode, on the device, in the run's precision.
+
+    Raises CheckpointError where the weights are of another network.
+    """
+    network = build_network(config)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError("the weights do not fit the network in the run's config.toml") from error
+    network.eval().requires_grad_(False).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+    run_in(config.train.precision, network, device)
+    return network
+
+
 def build_timesteps(config: Config, device: torch.device) -> Timesteps:
     """How the timesteps to train on are drawn."""
     if config.diffusion.timestep_sampling == "importance":
@@ -53,23 +74,21 @@ def build_timesteps(config: Config, device: torch.device) -> Timesteps:
     return UniformTimesteps(config.seed, config.diffusion.timesteps)
 
 
-def build_state(config: Config, accelerator: Accelerator) -> TrainState:
-    """The state of a run that has not begun; the same on every rank and for every number of ranks."""
-    torch.manual_seed(config.seed)
-    model = build_network(config).to(accelerator.device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
-    model.activation_checkpointing = config.train.activation_checkpointing
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=config.optimizer.learning_rate,
+def build_optimizer(config: Config, network: nn.Module) -> GuardedAdam:
+    """Adam over the network's parameters."""
+    return GuardedAdam(
+        network.parameters(),
+        learning_rate=config.optimizer.learning_rate,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
-        fused=True,
+        clip_norm=config.optimizer.clip_norm,
     )
-    return TrainState(
-        model=model,
-        ema=make_ema(model, config.train.ema_decay),
-        optimizer=optimizer,
-        scaler=accelerator.scaler,
-        timesteps=build_timesteps(config, accelerator.device),
-    )
+
+
+def build_state(config: Config, strategy: Strategy) -> TrainState:
+    """The state of a run that has not begun, spread over the ranks; the same for every number of them. Collective."""
+    torch.manual_seed(config.seed)
+    network = build_network(config)
+    network.checkpoint_activations(config.train.activation_checkpointing)
+    strategy.prepare(network, lambda model: build_optimizer(config, model))
+    return TrainState(strategy, profiles(config.train), build_timesteps(config, strategy.device))

@@ -6,26 +6,27 @@
     RUN/checkpoints/quarantine/step-00002000/                       damaged, with the reason in REASON
     RUN/checkpoints/superseded/step-00003000/                       newer than one that the run was taken back to
 
-Names and shapes of the tensors do not depend on the number of ranks, so any number can load what any number wrote.
+Names and shapes of the tensors depend neither on the number of ranks nor on the strategy, so any loads what any wrote.
 """
 
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 
 from trainer import __version__
 from trainer.engine import sealed
 from trainer.engine.processes import broadcast, together
-from trainer.engine.state import TrainState
+from trainer.engine.saving import Saving
+from trainer.engine.state import Contents
+from trainer.engine.tensor_files import TensorReader
 from trainer.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -42,38 +43,53 @@ class Checkpoints:
         """Where the checkpoint of a step lies."""
         return self.folder / f"step-{step:08d}"
 
-    def save(self, state: TrainState, *, step: int, identity: Mapping[str, Any]) -> Path:
-        """Write a checkpoint; it appears under its name only when every byte of every rank is on disk.
+    def exists(self, step: int) -> bool:
+        """Whether there is one of that step, whatever it is worth; rank 0's word."""
+        return bool(broadcast(self.path(step).exists()))
 
-        Raises CheckpointError on all ranks where any of them cannot write; older checkpoints stay as they are.
+    def begin(self, contents: Contents, *, step: int, identity: Mapping[str, Any]) -> Saving:
+        """Copy the state and start to write it behind the training's back; `finish` makes it a checkpoint.
+
+        Raises CheckpointError on all ranks where any of them cannot write.
         """
         staging, final = self.folder / f".staging-step-{step:08d}", self.path(step)
-        tensors = state.tensors()
-        owners = _balance(tensors, self.world_size)
-        own = {key: value for key, value in tensors.items() if owners[key] == self.rank}
-        part = staging / f"part-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
         content = {
             "format_version": FORMAT_VERSION,
             "trainer_version": __version__,
             "step": step,
             "world_size": self.world_size,
-            "state": state.scalars(),
+            "strategy": contents.strategy,
+            "state": contents.scalars,
             "identity": dict(identity),
-            "tensors": {
-                key: {"part": owners[key], "shape": list(value.shape), "dtype": str(value.dtype)}
-                for key, value in tensors.items()
-            },
+            "tensors": {name: list(shape) for name, shape in contents.shapes.items()},
         }
-        what = f"{final}: cannot be written"
+        part = staging / f"part-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
+        together(f"{final}: cannot be written", lambda: _make_empty(staging), kind=CheckpointError, only_rank=0)
+        return Saving(staging, final, content, part, contents.slices)
+
+    def finish(self, saving: Saving) -> Path:
+        """Wait until every rank has written its part, then give the checkpoint its name: every byte is on disk.
+
+        Raises CheckpointError on all ranks where any of them could not write; older checkpoints stay as they are.
+        """
+        what = f"{saving.final}: cannot be written"
         try:
-            together(what, lambda: _make_empty(staging), kind=CheckpointError, only_rank=0)
-            records = together(what, lambda: _write_part(part, own), kind=CheckpointError)
-            together(what, lambda: sealed.seal(staging, final, records, content), kind=CheckpointError, only_rank=0)
+            records = together(what, saving.record, kind=CheckpointError)
+            together(
+                what,
+                lambda: sealed.seal(saving.staging, saving.final, records, saving.content),
+                kind=CheckpointError,
+                only_rank=0,
+            )
         except CheckpointError:
             if self.rank == 0:
-                shutil.rmtree(staging, ignore_errors=True)  # make room; what was complete before is untouched
+                shutil.rmtree(saving.staging, ignore_errors=True)  # make room; what was complete before is untouched
             raise
-        return final
+        return saving.final
+
+    def save(self, contents: Contents, *, step: int, identity: Mapping[str, Any]) -> Path:
+        """Both at once; errors as theirs."""
+        return self.finish(self.begin(contents, step=step, identity=identity))
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first; verified or not."""
@@ -180,39 +196,41 @@ class Checkpoints:
         together(f"{path}: cannot be moved to {where}/", move, kind=CheckpointError, only_rank=0)
 
 
-def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and manifest of a checkpoint whose files have been verified."""
+def open_verified(path: Path) -> tuple[TensorReader, dict[str, Any]]:
+    """Tensors, to be read as far as needed, and manifest of a checkpoint whose files have been verified.
+
+    Raises CheckpointError where the format is another or its files do not make up its tensors.
+    """
     manifest = sealed.read_manifest(path)
     if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version is {manifest['format_version']}, this program reads {FORMAT_VERSION}"
         )
-    tensors: dict[str, torch.Tensor] = {}
-    for record in manifest["files"]:
-        tensors |= load_file(path / record.name)
-    return tensors, manifest
+    shapes = {name: torch.Size(shape) for name, shape in manifest["tensors"].items()}
+    try:
+        return TensorReader([path / record.name for record in manifest["files"]], shapes), manifest
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def read_weights(path: Path, kind: Literal["ema", "model"]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The network's state dict, averaged ("ema") or raw ("model"), and the manifest of a verified checkpoint."""
-    tensors, manifest = read_verified(path)
+def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors, whole, and manifest of a checkpoint whose files have been verified; errors as `open_verified`."""
+    reader, manifest = open_verified(path)
+    return {name: reader.whole(name) for name in reader.shapes}, manifest
+
+
+def read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The network's state dict, averaged ("ema", "ema-<sigma_rel>") or raw ("model"), and the manifest of a verified
+    checkpoint. Raises CheckpointError where it has no such weights.
+    """
+    reader, manifest = open_verified(path)
+    kinds = {name.partition("/")[0] for name in reader.shapes}
+    if kind not in kinds:
+        known = sorted(name for name in kinds if name == "model" or name.startswith("ema"))
+        raise CheckpointError(f"{path}: has no weights {kind!r}, but {', '.join(known)}", agreed=True)
     prefix = f"{kind}/"
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, manifest
-
-
-def _write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> sealed.FileRecord:
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
-    return sealed.record_file(path)
-
-
-def _balance(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, int]:
-    """Which rank writes which tensor: the largest first, each to the rank with the fewest bytes so far."""
-    load = [0] * world_size
-    owners = {}
-    for key in sorted(tensors, key=lambda key: (-tensors[key].nbytes, key)):
-        owners[key] = load.index(min(load))
-        load[owners[key]] += tensors[key].nbytes
-    return owners
+    names = [name for name in reader.shapes if name.startswith(prefix)]
+    return {name.removeprefix(prefix): reader.whole(name) for name in names}, manifest
 
 
 def _make_empty(folder: Path) -> None:

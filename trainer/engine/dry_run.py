@@ -4,17 +4,13 @@ import json
 import os
 from typing import Any
 
-from trainer.config import Config
+from trainer.config import Config, TrainConfig
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_network
 from trainer.engine.cost import Cost, measure
 from trainer.errors import TrainerError
 from trainer.models.unet import UNet
-
-# Float32 copies of the weights: Adam's two moments and the EMA beside them; a checkpoint holds all four.
-_COPIES_BESIDE_WEIGHTS = 3
-_COPIES_IN_CHECKPOINT = 4
 
 
 def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, Any], TrainerError | None]:
@@ -28,7 +24,8 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
     cost = _measure(config, layout.micro_batch)
     steps = config.train.duration.steps(layout.global_batch)
     images = steps * layout.global_batch
-    checkpoint_bytes = _COPIES_IN_CHECKPOINT * 4 * cost.parameters
+    averages = 1 + len(config.train.ema_sigma_rel)
+    checkpoint_bytes = (3 + averages) * 4 * cost.parameters  # weights, Adam's two moments, averages; float32
     return {
         "parameters": cost.parameters,
         "forward_flops_per_image": cost.forward_flops_per_image,
@@ -41,7 +38,7 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
         "steps": steps,
         "images": images,
         "epochs": images / data.order.samples if data is not None else None,
-        "memory_per_device_bytes": cost.peak_bytes + _COPIES_BESIDE_WEIGHTS * 4 * cost.parameters,
+        "memory_per_device_bytes": cost.peak_bytes + _state_bytes(config.train, cost.parameters, world_size),
         "checkpoint_bytes": checkpoint_bytes,
         "checkpoints_on_disk": _checkpoints_on_disk(config),
         "disk_bytes": checkpoint_bytes * _checkpoints_on_disk(config),
@@ -92,11 +89,30 @@ def _open_data(config: Config) -> tuple[TrainingData | None, TrainerError | None
 def _measure(config: Config, micro_batch: int) -> Cost:
     def build() -> UNet:
         network = build_network(config)
-        network.activation_checkpointing = config.train.activation_checkpointing
+        network.checkpoint_activations(config.train.activation_checkpointing)
         return network
 
     shape = (config.model.channels, config.model.image_size, config.model.image_size)
     return measure(build, shape, batch=micro_batch, bf16=config.train.precision != "fp32")
+
+
+def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:
+    """What a rank holds beside weights, gradients and activations; less what it does not hold of those.
+
+    `docs/strategies.md` has the table.
+    """
+    sharers = {"ddp": 1, "hsdp": train.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))}
+    share = 1 / sharers.get(train.strategy, world_size)
+    copies = 2 * share + (1 + len(train.ema_sigma_rel)) / world_size  # moments, averages
+    if train.strategy in ("zero1", "zero2"):
+        copies += share  # the weights that the optimizer steps are not those that compute
+    if train.offload_optimizer:
+        copies = 0  # the averages lie beside the weights that they average
+    if train.strategy not in ("ddp", "zero1"):
+        copies -= 1 - share  # gradients
+    if train.strategy in ("zero3", "fsdp2", "hsdp"):
+        copies -= 1 - share  # weights
+    return round(4 * parameters * copies)
 
 
 def _checkpoints_on_disk(config: Config) -> int:

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.samplers import ancestral
-from trainer.engine.build import build_reverse
+from trainer.engine.build import build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
+from trainer.engine.schedule import SaveSchedule
 from trainer.engine.state import TrainState
 from trainer.engine.step import PendingVerdict, TrainStep, Verdict
 from trainer.errors import NonFiniteError
@@ -44,7 +44,6 @@ class TrainingLoop:
         *,
         config: Config,
         layout: BatchLayout,
-        accelerator: Accelerator,
         data: TrainingData,
         state: TrainState,
         train_step: TrainStep,
@@ -53,22 +52,28 @@ class TrainingLoop:
     ) -> None:
         self.config = config
         self.layout = layout
-        self.accelerator = accelerator
+        self.accelerator = accelerator = state.strategy.accelerator
         self.data = data
         self.state = state
         self.train_step = train_step
-        self.checkpoints = checkpoints
         self.folder = folder
-        self.identity = identity(config, data)
         self.last_step = config.train.duration.steps(layout.global_batch)
         self.metrics = Metrics(folder.logs, self.step) if accelerator.is_main_process else None
         self.progress = Progress(
             total=self.last_step, done=self.step, unit="step", title="training", visible=accelerator.is_main_process
         )
+        self.saves = SaveSchedule(
+            config=config,
+            folder=folder,
+            checkpoints=checkpoints,
+            state=state,
+            identity=identity(config, data),
+            say=self.progress.say,
+        )
         self.heartbeat = Heartbeat(folder.path, writes=accelerator.is_main_process)
         self.stopwatch = Stopwatch(self._beat)
         self.pace = Pace(accelerator.device)
-        self.pace.watch(train_step.network)
+        self.pace.watch(state.strategy.network)
         self.grad_norm = math.nan  # of the last step that was applied
         self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
@@ -82,22 +87,23 @@ class TrainingLoop:
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
         stream = self.pace.timed(stream)
-        saved_at = self.step
         while self.step < self.last_step and not self.stopping:
             loss = self.train_step.backward(stream)
             self._settle()
-            self.pending = self.train_step.update(loss)
-            if self._is_due(self.config.checkpoint.every):
+            self.pending = self.train_step.update(loss, writing=self.saves.is_writing)
+            if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
-                self._save()
-                saved_at = self.step
+                resume_watch = self.stopwatch.pause("saving")
+                self.saves.after_step()
+                resume_watch()
             if self._is_due(self.config.log.samples_every):
                 self._settle()
                 if not self.stopping:
                     self._draw_samples()
         self._settle()
-        if self.step > saved_at:
-            self._save()
+        resume_watch = self.stopwatch.pause("saving")
+        self.saves.end()
+        resume_watch()
         finished = self.step >= self.last_step
         end = "finished" if finished else "stopped"
         self.folder.event(end, step=self.step, seconds=self.heartbeat.seconds(self.stopwatch.spent))
@@ -122,15 +128,17 @@ class TrainingLoop:
             return
         verdict, self.pending = self.pending.read(), None
         if verdict.finite:
-            self.state.ema.update()
+            self.state.updates += 1
+            self.state.averages.update(self.state.updates)
             self.state.unlogged_steps += 1
             self.state.unlogged_loss += verdict.loss
             self.grad_norm = verdict.grad_norm
             self.overflows = 0
-        elif self.state.scaler is not None and math.isfinite(verdict.loss) and self.overflows < _MOST_OVERFLOWS:
+        elif self._is_overflow(verdict) and self.overflows < _MOST_OVERFLOWS:
             self.overflows += 1  # this is how the scale is found: no fault of the batch's
         else:
             self._report_nonfinite(verdict)
+        self.saves.poll(verdict.writing)
         self.stopping = self.stopping or verdict.stop_requests > 0
         self.stopwatch.count(self.layout.global_batch)
         self.progress.advance()
@@ -138,9 +146,12 @@ class TrainingLoop:
         if self._is_due(self.config.log.every) or self.step == self.last_step:
             self._log()
 
+    def _is_overflow(self, verdict: Verdict) -> bool:
+        return self.state.strategy.scaler is not None and math.isfinite(verdict.loss)
+
     def _log(self) -> None:
         values = {
-            "train/learning_rate": self.state.optimizer.param_groups[0]["lr"],
+            "train/learning_rate": self.state.strategy.optimizer.param_groups[0]["lr"],
             "train/images_per_second": self.stopwatch.lap(),
             "train/epoch": self.state.position / self.data.order.samples,
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
@@ -195,27 +206,18 @@ class TrainingLoop:
                 agreed=True,
             )
 
-    def _save(self) -> None:
-        resume_watch = self.stopwatch.pause("saving")
-        path = self.checkpoints.save(self.state, step=self.step, identity=self.identity)
-        keep_every, global_batch = self.config.checkpoint.keep_every, self.layout.global_batch
-        self.checkpoints.retire(
-            self.config.checkpoint.keep, lambda step: keep_every.is_due(step * global_batch, global_batch)
-        )
-        self.folder.event("checkpoint", step=self.step, path=str(path))
-        resume_watch()
-
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""
         resume_watch = self.stopwatch.pause("sampling")
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
         model = self.config.model
+        network = build_trained(self.config, self.state.average(), self.accelerator.device)
         drawn = sample(
-            build_reverse(self.state.ema.ema_model, self.train_step.diffusion, self.config),
+            build_reverse(network, self.train_step.diffusion, self.config),
             ancestral,
             shape=(model.channels, model.image_size, model.image_size),
-            accelerator=self.accelerator,
+            device=self.accelerator.device,
             batches=batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size],
             seed=self.config.seed,
         )

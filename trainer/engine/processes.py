@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,44 +13,62 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 from safetensors import SafetensorError
 
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import TrainerError
 
 T = TypeVar("T")
 _PARENT = os.getppid()  # when this module was imported: the launcher, whatever its number
 
-MixedPrecision = Literal["fp32", "bf16", "fp16"]
 
-
-def make_accelerator(precision: MixedPrecision = "fp32", *, patience: timedelta | None = None) -> Accelerator:
+def make_accelerator(*, patience: timedelta | None = None) -> Accelerator:
     """Join the process group that the launcher prepared: CUDA devices where there are any, else CPUs with gloo.
 
     `patience`: how long a rank waits for the others before it gives them up; by default torch's, which suits ranks that
     work in step.
 
-    Raises ConfigError where the device cannot do the precision, TrainerError where the processes would not train
-    together.
+    Raises TrainerError where the processes would not train together.
     """
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu and precision == "fp16":
-        raise ConfigError("train.precision = 'fp16': needs a GPU; on a CPU take 'fp32' or 'bf16'")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if on_cpu:
-        # Launchers set OMP_NUM_THREADS=1 whatever the number of processes; more threads than cores thrash.
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
-    accelerator = Accelerator(
-        cpu=on_cpu,  # without it Accelerate leaves processes on CPUs unconnected
-        mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision],
+    accelerator = new_accelerator(
+        cpu=not torch.cuda.is_available(),  # without it Accelerate leaves processes on CPUs unconnected
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             *([InitProcessGroupKwargs(timeout=patience)] if patience is not None else []),
         ],
     )
+    check_connected(accelerator)
+    return accelerator
+
+
+def new_accelerator(**settings: Any) -> Accelerator:
+    """An Accelerator that leaves the arithmetic to `trainer/engine/precision.py`, and threads that suit CPUs."""
+    if not torch.cuda.is_available():
+        # Launchers set OMP_NUM_THREADS=1 whatever the number of processes; more threads than cores thrash.
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+    return Accelerator(mixed_precision="no", **settings)
+
+
+def join_group() -> None:
+    """Make torch's process group, of one rank where no launcher started several: sharding libraries ask for one."""
+    if dist.is_initialized():
+        return
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if os.environ["WORLD_SIZE"] == "1":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+
+
+def check_connected(accelerator: Accelerator) -> None:
+    """Raise TrainerError where processes were launched together but would train alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")
     if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
         raise TrainerError(f"{world_size} processes were launched but none shares its gradients with another")
-    return accelerator
 
 
 def die_with_launcher() -> None:

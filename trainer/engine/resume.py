@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.engine.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpoints import Checkpoints, open_verified
 from trainer.engine.processes import broadcast, together
 from trainer.engine.run import RunFolder, check_identity
 from trainer.engine.state import TrainState
@@ -40,16 +40,19 @@ def find_checkpoint(
     return Path(resume)
 
 
-def load_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> int:
+def load_checkpoint(path: Path, state: TrainState, identity: dict[str, Any], *, say: Callable[[str], None]) -> int:
     """Make a verified checkpoint this run's state; returns its step.
 
     Raises CheckpointError on all ranks where it cannot be read or belongs to another run.
     """
 
     def load() -> int:
-        tensors, manifest = read_verified(path)
+        tensors, manifest = open_verified(path)
         check_identity(manifest["identity"], identity, path)
-        state.load(tensors, manifest["state"])
+        for remark in state.load(tensors, manifest["state"]):
+            say(f"{path.name}: {remark}")
         return int(manifest["step"])
 
-    return together(f"{path}: cannot be read", load, kind=CheckpointError)[0]
+    step = together(f"{path}: cannot be read", load, kind=CheckpointError)[0]
+    state.strategy.weights_changed()
+    return step

@@ -2,6 +2,7 @@
 
 RUN/config.toml      the configuration as resolved
 RUN/checkpoints/     see trainer/engine/checkpoints.py
+RUN/averages/        snapshots of averages of the weights, from which others can be made, see averages.py
 RUN/logs/            TensorBoard files and metrics.jsonl
 RUN/samples/         grids drawn while training
 RUN/nonfinite/       batches whose loss or gradient was not finite
@@ -38,6 +39,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
+        self.averages = path / "averages"
         self.samples = path / "samples"
         self.nonfinite = path / "nonfinite"
         self.done = path / "DONE"

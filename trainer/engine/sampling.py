@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.diffusion.samplers import SamplingStep, initial_noise
@@ -33,7 +32,7 @@ def sample(
     sampler: Sampler,
     *,
     shape: tuple[int, int, int],
-    accelerator: Accelerator,
+    device: torch.device,
     batches: list[range],
     seed: int,
     on_step: Callable[[int], None] | None = None,
@@ -43,9 +42,9 @@ def sample(
     `on_step` is called after each denoising step with the number of images that advanced.
     """
     for numbers in batches:
-        index = torch.tensor(list(numbers), device=accelerator.device)
+        index = torch.tensor(list(numbers), device=device)
         x = initial_noise(index, seed, shape)
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad():
             for state in sampler(reverse, x, index=index, seed=seed):
                 x = state.x
                 if on_step is not None:

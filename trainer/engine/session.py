@@ -13,10 +13,11 @@ from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.loop import TrainingLoop
-from trainer.engine.processes import check_alike, die_with_launcher, make_accelerator, together
+from trainer.engine.processes import check_alike, die_with_launcher, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.step import TrainStep
+from trainer.engine.strategies import make_strategy
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
 
@@ -32,23 +33,22 @@ def train(config: Config, *, resume: str) -> bool:
     layout = BatchLayout.plan(
         config.train.global_batch, int(os.environ.get("WORLD_SIZE", "1")), config.train.micro_batch
     )
-    accelerator = make_accelerator(config.train.precision)
+    strategy = make_strategy(config.train, micro_batch=layout.micro_batch, accumulation=layout.accumulation)
+    accelerator = strategy.accelerator
     data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
 
-    state = build_state(config, accelerator)
+    state = build_state(config, strategy)
     train_step = TrainStep(
         config=config,
         layout=layout,
-        accelerator=accelerator,
-        network=accelerator.prepare(state.model),
+        strategy=strategy,
         state=state,
-        diffusion=build_diffusion(config, accelerator.device),
+        diffusion=build_diffusion(config, strategy.device),
         stop=stop,
     )
-    if layout.world_size > 1:
-        train_step.warm_up()
+    strategy.warm_up(train_step.rehearse)
 
     folder = RunFolder(Path(config.run_dir), writes=accelerator.is_main_process)
     what = f"run_dir = {folder.path}: cannot be written"
@@ -57,14 +57,13 @@ def train(config: Config, *, resume: str) -> bool:
     checkpoints.discard_unfinished()
     source = find_checkpoint(checkpoints, folder, resume, say=accelerator.print)
     if source is not None:
-        step = load_checkpoint(source, state, identity(config, data))
+        step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
         checkpoints.supersede(source, step)
     together(what, lambda: folder.begin(config), only_rank=0)
 
     loop = TrainingLoop(
         config=config,
         layout=layout,
-        accelerator=accelerator,
         data=data,
         state=state,
         train_step=train_step,
@@ -140,11 +139,12 @@ def _prefetcher(config: DataConfig, data: TrainingData, plan: MicroBatchPlan) ->
 
 def _summary(loop: TrainingLoop, source: Path | None) -> str:
     layout = loop.layout
-    parameters = sum(parameter.numel() for parameter in loop.state.model.parameters())
+    parameters = sum(shape.numel() for shape in loop.state.shapes.values())
     origin = f"resuming from {source}" if source is not None else "starting"
     images = loop.data.order.samples
     return (
         f"{origin}: step {loop.step} of {loop.last_step}, {parameters:,} parameters, {images:,} images, "
         f"batch {layout.global_batch} = {layout.world_size} processes x {layout.accumulation} accumulated x "
-        f"{layout.micro_batch}, {loop.accelerator.device.type} {loop.config.train.precision}"
+        f"{layout.micro_batch}, {loop.config.train.strategy} on {loop.accelerator.device.type} in "
+        f"{loop.config.train.precision}"
     )

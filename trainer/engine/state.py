@@ -4,131 +4,168 @@ Learning rate, epoch, order, flips, t, noise and dropout are no part of it: they
 `position`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from ema_pytorch import EMA
-from torch import nn
 
+from trainer.engine.averages import MAIN, Averages, Decay
+from trainer.engine.optimizer import MOMENTS
+from trainer.engine.slices import ParameterSlice, assemble, fill, owned, row_by_row
+from trainer.engine.strategies import Strategy
+from trainer.engine.tensor_files import SavedSlice, TensorReader
 from trainer.engine.timesteps import Timesteps
 from trainer.errors import CheckpointError
 
 
-def make_ema(model: nn.Module, decay: float) -> EMA:
-    """An average that starts from the initial weights and moves by (1 - decay) every step, without exception.
-
-    ema-pytorch's own schedule (start after 100 steps, then every 10, warm up) is switched off. Its step counter stays
-    on the CPU, where reading it does not wait for a device.
+class Contents(NamedTuple):
+    """What all ranks together write: this rank's `slices`, the `shapes` of all tensors, scalars as plain JSON, and how
+    the run was spread.
     """
-    ema = EMA(
-        model,
-        beta=decay,
-        min_value=decay,
-        update_every=1,
-        update_after_step=0,
-        include_online_model=False,
-        use_foreach=True,
-    )
-    ema.update()  # the first call copies the weights
-    ema.ema_model.requires_grad_(False)
-    ema.ema_model.eval()
-    return ema
+
+    slices: list[SavedSlice]
+    shapes: dict[str, torch.Size]
+    scalars: dict[str, Any]
+    strategy: str
 
 
-@dataclass
+class _Group(NamedTuple):
+    """One tensor a parameter: `kind` begins its name in checkpoints; `values` are of the `slices`, one each."""
+
+    kind: str
+    slices: list[ParameterSlice]
+    values: list[torch.Tensor]
+
+
 class TrainState:
-    """`position` counts images consumed; `nonfinite_steps` the steps that were skipped by the guard.
+    """The state of a run, spread over the ranks as the strategy has it. Making one is collective.
 
-    `unlogged_steps` and their summed `unlogged_loss` wait for the next log line, which a restart must not change.
+    `position` counts images consumed, `updates` the steps that were applied, `nonfinite_steps` those that were skipped
+    by the guard. `unlogged_steps` and their summed `unlogged_loss` wait for the next log line, which a restart must not
+    change.
     """
 
-    model: nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    timesteps: Timesteps
-    position: int = 0
-    nonfinite_steps: int = 0
-    unlogged_steps: int = 0
-    unlogged_loss: float = 0.0
+    def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], timesteps: Timesteps) -> None:
+        self.strategy = strategy
+        self.timesteps = timesteps
+        self.owned = owned(strategy.slices)
+        self.averages = Averages(self.owned, dict(decays))
+        self.shapes = strategy.shapes  # of all parameters, those too of which this rank has no slice
+        self.position = 0
+        self.updates = 0
+        self.nonfinite_steps = 0
+        self.unlogged_steps = 0
+        self.unlogged_loss = 0.0
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state under a name that says what it is, whatever the number of ranks.
+    def contents(self) -> Contents:
+        """What a checkpoint holds, and this rank's share of it.
 
-        model/<parameter>, ema/<parameter>, optimizer.<quantity>/<parameter>, as in "optimizer.exp_avg/conv_in.weight";
-        timesteps/<quantity>.
+        Names say what a tensor is, whatever the strategy and the number of ranks: model/<parameter>, ema/<parameter>
+        (and ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>, timesteps/<quantity>.
         """
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"ema/{name}": value for name, value in self.ema.ema_model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for quantity, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{quantity}/{name}"] = value
-        return tensors | {f"timesteps/{name}": value for name, value in self.timesteps.tensors().items()}
+        shapes = {f"{kind}/{name}": shape for kind in self._kinds() for name, shape in self.shapes.items()}
+        timesteps = {f"timesteps/{name}": value for name, value in self.timesteps.tensors().items()}
+        mine = {(piece.name, piece.start) for piece in self.owned}
+        slices = [
+            SavedSlice(f"{kind}/{piece.name}", piece.shape, piece.start, tensor)
+            for kind, pieces, values in self._groups()
+            for piece, tensor in zip(pieces, values, strict=True)
+            if (piece.name, piece.start) in mine
+        ]
+        if self.strategy.accelerator.is_main_process:
+            slices += [SavedSlice(name, value.shape, 0, value) for name, value in timesteps.items()]
+        return Contents(
+            slices, shapes | {name: value.shape for name, value in timesteps.items()}, self._scalars(), self._strategy
+        )
 
-    def scalars(self) -> dict[str, Any]:
-        """The rest of the state, as plain JSON."""
+    def snapshot_contents(self) -> Contents:
+        """What a snapshot of the averages with a power-function profile holds, and this rank's share of it."""
+        averages = {name: average for name, average in self.averages.by_name.items() if name != MAIN}
+        shapes = {f"{average}/{name}": shape for average in averages for name, shape in self.shapes.items()}
+        slices = [
+            SavedSlice(f"{name}/{piece.name}", piece.shape, piece.start, tensor)
+            for name, average in averages.items()
+            for piece, tensor in zip(self.owned, average.values, strict=True)
+        ]
+        return Contents(slices, shapes, {"position": self.position, "updates": self.updates}, self._strategy)
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Make a state dict the weights and every average of a run that has not begun."""
+        for kind, slices, values in self._groups():
+            if not kind.startswith("optimizer."):
+                for piece, tensor in zip(slices, values, strict=True):
+                    fill(tensor, row_by_row(weights[piece.name])[piece.start : piece.stop])
+
+    def average(self, name: str = MAIN) -> dict[str, torch.Tensor]:
+        """An average as a whole state dict, float32, on every rank's device. Collective."""
+        parts = zip(self.owned, self.averages.by_name[name].values, strict=True)
+        return assemble(self.shapes, parts, self.strategy.device)
+
+    def _scalars(self) -> dict[str, Any]:
+        scaler = self.strategy.scaler
         return {
             "position": self.position,
+            "updates": self.updates,
             "nonfinite_steps": self.nonfinite_steps,
             "unlogged_steps": self.unlogged_steps,
             "unlogged_loss": self.unlogged_loss,
-            "ema_updates": int(self.ema.step),
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
         }
 
-    def load(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
-        """Become the saved state.
+    @torch.no_grad()
+    def load(self, saved: TensorReader, scalars: Mapping[str, Any]) -> list[str]:
+        """Become the saved state; each rank reads the slices that it holds, whatever ranks wrote them. When all have,
+        `strategy.weights_changed` is to be called.
 
-        Raises CheckpointError, and changes nothing, where a tensor is missing, left over or of another shape.
+        An average that the checkpoint does not have starts as its main one; one that it has too many is left.
+        Returns a line for each of these. Raises CheckpointError, and changes nothing, where a tensor is missing, left
+        over or of another shape.
         """
-        groups = _group(tensors)
-        _check("model", self.model.state_dict(), groups.get("model", {}))
-        _check("ema", self.ema.ema_model.state_dict(), groups.get("ema", {}))
-        _check("timesteps", self.timesteps.tensors(), groups.get("timesteps", {}))
-        quantities = {kind.removeprefix("optimizer."): group for kind, group in groups.items() if "." in kind}
-        for quantity, group in quantities.items():  # none before the first step, or one for every parameter
-            if difference := sorted(dict(self.model.named_parameters()).keys() ^ group.keys()):
-                raise CheckpointError(f"optimizer.{quantity}/{difference[0]}: missing, or of no parameter")
-        self.model.load_state_dict(groups["model"])
-        self.ema.ema_model.load_state_dict(groups["ema"])
-        self.ema.step.fill_(scalars["ema_updates"])
+        remarks, source = self._check(saved.shapes)
+        for kind, slices, values in self._groups():
+            for piece, tensor in zip(slices, values, strict=True):
+                fill(tensor, saved.read(f"{source.get(kind, kind)}/{piece.name}", piece.start, piece.stop))
         for name, tensor in self.timesteps.tensors().items():
-            tensor.copy_(groups["timesteps"][name])
-        per_parameter = {
-            number: {q: _laid_out_like(parameter, group[name]) for q, group in quantities.items()}
-            for number, (name, parameter) in enumerate(self.model.named_parameters())
-        }
-        param_groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": per_parameter, "param_groups": param_groups})
-        if self.scaler is not None and scalars["scaler"]:
-            self.scaler.load_state_dict(scalars["scaler"])
-        self.position = scalars["position"]
-        self.nonfinite_steps = scalars["nonfinite_steps"]
-        self.unlogged_steps = scalars["unlogged_steps"]
-        self.unlogged_loss = scalars["unlogged_loss"]
+            fill(tensor, saved.read(f"timesteps/{name}", 0, tensor.numel()))
+        self.strategy.optimizer.set_updates(scalars["updates"])
+        if self.strategy.scaler is not None and scalars["scaler"]:
+            self.strategy.scaler.load_state_dict(scalars["scaler"])
+        for name in ("position", "updates", "nonfinite_steps", "unlogged_steps", "unlogged_loss"):
+            setattr(self, name, scalars[name])
+        return remarks
 
+    @property
+    def _strategy(self) -> str:
+        return self.strategy.config.strategy
 
-def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Give a moment the strides of its parameter (channels-last, say), which the fused optimizer walks along."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+    def _kinds(self) -> list[str]:
+        return ["model", *(f"optimizer.{moment}" for moment in MOMENTS), *self.averages.by_name]
 
+    def _groups(self) -> Iterator[_Group]:
+        slices, state = self.strategy.slices, self.strategy.optimizer.state
+        yield _Group("model", slices, [piece.weight for piece in slices])
+        for moment in MOMENTS:
+            values = [piece.of(state[piece.storage][moment]) for piece in slices]
+            yield _Group(f"optimizer.{moment}", slices, values)
+        for name, average in self.averages.by_name.items():
+            yield _Group(name, self.owned, average.values)
 
-def _group(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        groups.setdefault(kind, {})[name] = value
-    return groups
-
-
-def _check(kind: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    if difference := sorted(expected.keys() ^ found.keys()):
-        state = "missing" if difference[0] in expected else "not in this run"
-        raise CheckpointError(f"{kind}/{difference[0]}: {state}; the checkpoint is of another run")
-    for name, value in expected.items():
-        if value.shape != found[name].shape:
-            raise CheckpointError(
-                f"{kind}/{name}: shape {tuple(found[name].shape)}, the network has {tuple(value.shape)}"
-            )
+    def _check(self, found: Mapping[str, torch.Size]) -> tuple[list[str], dict[str, str]]:
+        """Returns remarks, and of kinds that are read from another one, that one."""
+        remarks, source = [], {}
+        kinds = {name.partition("/")[0] for name in found}
+        for name in self.averages.by_name.keys() - kinds - {MAIN}:
+            source[name] = MAIN
+            remarks.append(f"{name}: the checkpoint has no such average; it starts as the checkpoint's {MAIN}")
+        left = {kind for kind in kinds if kind.startswith(f"{MAIN}-")} - self.averages.by_name.keys()
+        remarks += [f"{kind}: train.ema_sigma_rel asks for no such average any more; it ends here" for kind in left]
+        found = {name: shape for name, shape in found.items() if name.partition("/")[0] not in left}
+        expected = {name: s for name, s in self.contents().shapes.items() if name.partition("/")[0] not in source}
+        if difference := sorted(expected.keys() ^ found.keys()):
+            state = "missing" if difference[0] in expected else "not in this run"
+            raise CheckpointError(f"{difference[0]}: {state}; the checkpoint is of another run")
+        for name, shape in expected.items():
+            if shape != found[name]:
+                raise CheckpointError(f"{name}: shape {tuple(found[name])}, the network has {tuple(shape)}")
+        return remarks, source

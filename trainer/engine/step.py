@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from torch import nn
 
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
@@ -16,16 +13,20 @@ from trainer.diffusion.noise import Stream, keyed_flips, keyed_int, keyed_normal
 from trainer.diffusion.objectives import Objective
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.engine.state import TrainState
+from trainer.engine.strategies import Strategy
 from trainer.signals import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What all ranks know about a step: mean loss of the global batch, gradient norm before clipping, ranks to stop."""
+    """What all ranks know about a step: mean loss of the global batch, gradient norm before clipping, how many ranks
+    are to stop, and how many still write their part of a checkpoint.
+    """
 
     loss: float
     grad_norm: float
     stop_requests: int
+    writing: int
 
     @property
     def finite(self) -> bool:
@@ -46,8 +47,8 @@ class PendingVerdict:
         """Wait and read."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, grad_norm, stop_requests = self._report.tolist()
-        return Verdict(loss=loss, grad_norm=grad_norm, stop_requests=round(stop_requests))
+        loss, grad_norm, stop_requests, writing = self._report.tolist()
+        return Verdict(loss=loss, grad_norm=grad_norm, stop_requests=round(stop_requests), writing=round(writing))
 
 
 def noised_inputs(
@@ -75,16 +76,14 @@ class TrainStep:
         *,
         config: Config,
         layout: BatchLayout,
-        accelerator: Accelerator,
-        network: nn.Module,
+        strategy: Strategy,
         state: TrainState,
         diffusion: GaussianDiffusion,
         stop: StopRequest,
     ) -> None:
         self.config = config
         self.layout = layout
-        self.accelerator = accelerator
-        self.network = network
+        self.strategy = strategy
         self.state = state
         self.diffusion = diffusion
         self.objective = Objective(
@@ -95,27 +94,21 @@ class TrainStep:
         )
         self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []  # t and unweighted losses of each micro-batch
         self.stop = stop
-        self.parameters = list(state.model.parameters())
 
     def learning_rate(self, step: int) -> float:
         """The rate of step 0, 1, ...: lr x min(step / warmup, 1), so that the first step moves nothing (Ho et al.)."""
         warmup = self.config.optimizer.warmup.steps(self.layout.global_batch)
         return self.config.optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
 
-    def warm_up(self) -> None:
-        """Throw one forward and backward away.
-
-        DistributedDataParallel regroups its gradient buckets after the first backward pass, which changes the order
-        of summation from then on. Done before the state is loaded, in new and resumed runs alike, all real steps sum
-        in one order and a resumed run is exact.
-        """
+    def rehearse(self) -> None:
+        """One forward and backward pass over nothing, for strategies that have to warm up."""
         model = self.config.model
         zeros = torch.zeros(
-            self.layout.micro_batch, model.channels, model.image_size, model.image_size, device=self.accelerator.device
+            self.layout.micro_batch, model.channels, model.image_size, model.image_size, device=self.strategy.device
         )
         t = torch.zeros(len(zeros), dtype=torch.int64, device=zeros.device)
-        self.accelerator.backward(self.network(zeros, t).float().square().mean())
-        self.state.optimizer.zero_grad()
+        with self.strategy.accumulate(is_last=True):
+            self.strategy.backward(self.strategy.network(zeros, t).square().mean())
 
     def backward(self, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Gradients of one global batch, accumulated over micro-batches and averaged over ranks.
@@ -129,41 +122,31 @@ class TrainStep:
             batch = next(stream)
             if self.config.model.dropout > 0:
                 torch.manual_seed(keyed_int(self.config.seed, Stream.DROPOUT, int(batch["position"][0])))
-            x0, position, eps = noised_inputs(batch, self.config, self.accelerator.device)
+            x0, position, eps = noised_inputs(batch, self.config, self.strategy.device)
             t, weight = self.state.timesteps.draw(position)
             x_t = self.diffusion.q_sample(x0, t, eps)
-            is_last = micro_step == accumulation - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.network):
-                unweighted = self.objective.losses(self.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
+            with self.strategy.accumulate(is_last=micro_step == accumulation - 1):
+                unweighted = self.objective.losses(self.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
                 loss = (unweighted if weight is None else weight * unweighted).mean() / accumulation
-                self.accelerator.backward(loss)
+                self.strategy.backward(loss)
             losses.append(loss.detach())
             self._drawn.append((t, unweighted.detach()))
         return torch.stack(losses).sum()
 
-    def update(self, loss: torch.Tensor) -> PendingVerdict:
+    def update(self, loss: torch.Tensor, *, writing: bool = False) -> PendingVerdict:
         """Clip and apply the gradients on all ranks, or on none if any rank's loss or gradient is not finite.
 
-        The decision is taken on the device: a fused optimizer skips its step where `found_inf` is 1.
+        The decision is taken on the device, see `GuardedAdam`. `writing`: this rank still writes a checkpoint.
         """
-        optimizer, scaler = self.state.optimizer, self.state.scaler
-        report = torch.stack([loss / self.layout.world_size, torch.full_like(loss, bool(self.stop))])
+        flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing)]
+        report = torch.stack([loss / self.layout.world_size, *flags])
         if self.layout.world_size > 1:
             dist.all_reduce(report)
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm, foreach=True)
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.state.position // self.layout.global_batch)
-        found_inf = 1 - (report[0] + grad_norm).isfinite().float()
+        optimizer = self.strategy.optimizer
+        step = self.state.position // self.layout.global_batch
+        optimizer.prepare_step(learning_rate=self.learning_rate(step), loss=report[0])
+        self.strategy.step()
         t, losses = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
-        self.state.timesteps.record(t, losses, found_inf=found_inf)
-        if scaler is not None:
-            scaler.step(optimizer)  # hands over its own found_inf, which an infinite gradient has set
-            scaler.update()
-        else:
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-            optimizer.step()
-        optimizer.zero_grad()
+        self.state.timesteps.record(t, losses, found_inf=optimizer.skipped)
         self.state.position += self.layout.global_batch
-        return PendingVerdict(torch.stack([report[0], grad_norm, report[1]]))
+        return PendingVerdict(torch.stack([report[0], optimizer.grad_norm, report[1], report[2]]))

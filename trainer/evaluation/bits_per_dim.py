@@ -124,7 +124,7 @@ def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: 
                 bar.update(count)
 
             x0 = images.load(numbers).to(trained.device)
-            with torch.no_grad(), trained.accelerator.autocast():
+            with torch.no_grad():
                 bound = bits_per_dim(
                     trained.reverse,
                     x0,

@@ -53,7 +53,7 @@ def draw(request: DrawRequest) -> Path:
             trained.reverse,
             sampler,
             shape=trained.image_shape,
-            accelerator=trained.accelerator,
+            device=trained.device,
             batches=share,
             seed=request.seed,
             on_step=bar.update,

@@ -190,7 +190,7 @@ def _draw(
     def make() -> Iterator[tuple[int, Pixels, dict[str, Any]]]:
         with suppress(_StopAskedError):
             for number in share:
-                with torch.no_grad(), accelerator.autocast():
+                with torch.no_grad():
                     images, notes = row(number, on_step)
                 yield number, to_uint8(images).cpu().numpy(), notes
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from trainer.config import Config
 from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
-from trainer.engine.build import build_diffusion, build_network, build_reverse
+from trainer.engine.build import build_diffusion, build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints, read_weights
 from trainer.engine.processes import die_with_launcher, make_accelerator, together
 from trainer.engine.run import RunFolder
@@ -20,7 +20,6 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.models.unet import UNet
 from trainer.signals import StopRequest
 
-Weights = Literal["ema", "model"]
 _PATIENCE = timedelta(days=7)  # a rank that is done waits while others draw or judge their share
 
 
@@ -34,7 +33,7 @@ class TrainedRequest:
 
     run: Path
     checkpoint: Path | None
-    weights: Weights
+    weights: str
     respacing: str
     variance: Literal["small", "large"] | None
 
@@ -50,7 +49,7 @@ class Trained:
     checkpoint: Path
     fingerprint: str
     step: int
-    weights: Weights
+    weights: str
     accelerator: Accelerator
     reverse: ReverseProcess
     stop: StopRequest
@@ -79,7 +78,7 @@ def open_trained(request: TrainedRequest) -> Trained:
     config = folder.load_config()
     if request.variance is not None:
         config = _with_variance(config, request.variance)
-    accelerator = make_accelerator(config.train.precision, patience=_PATIENCE)
+    accelerator = make_accelerator(patience=_PATIENCE)
     diffusion = build_diffusion(config, accelerator.device)
     if request.respacing != "all":
         try:
@@ -89,10 +88,9 @@ def open_trained(request: TrainedRequest) -> Trained:
 
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = checkpoints.choose(request.checkpoint)
-    network = build_network(config)
-    step = together(f"{path}: cannot be read", lambda: _load_weights(network, request.weights, path))[0]
-    network.eval().requires_grad_(False).to(accelerator.device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+    opened: list[tuple[UNet, int]] = []
+    together(f"{path}: cannot be read", lambda: opened.append(_load(path, request.weights, config, accelerator.device)))
+    ((network, step),) = opened
     return Trained(
         config=config,
         folder=folder,
@@ -114,11 +112,10 @@ def _with_variance(config: Config, variance: Literal["small", "large"]) -> Confi
     return config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"variance": variance})})
 
 
-def _load_weights(network: UNet, kind: Weights, path: Path) -> int:
-    """Returns the checkpoint's step."""
+def _load(path: Path, kind: str, config: Config, device: torch.device) -> tuple[UNet, int]:
+    """The network and the checkpoint's step."""
     weights, manifest = read_weights(path, kind)
     try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its weights do not fit the network in the run's config.toml") from error
-    return int(manifest["step"])
+        return build_trained(config, weights, device), int(manifest["step"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -10,6 +10,7 @@ from trainer.engine.build import build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import make_accelerator
 from trainer.engine.run import RunFolder, identity
+from trainer.engine.strategies import DataParallel
 from trainer.errors import ConfigError
 from trainer.interop.sources import Source, open_source
 from trainer.interop.staging import new_folder
@@ -49,18 +50,16 @@ def import_weights(request: ImportRequest) -> None:
         request.source, weights=request.weights, image_size=request.image_size, accelerator=accelerator
     )
     config = _configure(request, source)
-    state = build_state(config, accelerator)
-    state.load(
-        {
-            **{f"timesteps/{name}": tensor for name, tensor in state.timesteps.tensors().items()},
-            **{f"{kind}/{name}": tensor for kind in ("model", "ema") for name, tensor in source.weights.items()},
-        },
-        state.scalars(),
-    )
+    plain = config.train.model_copy(update={"strategy": "ddp", "precision": "fp32"})
+    strategy = DataParallel(plain)
+    state = build_state(config, strategy)
+    state.set_weights(source.weights)
     with new_folder(request.out) as staging:
         folder = RunFolder(staging, writes=True)
         folder.begin(config)
-        saved = Checkpoints(folder.checkpoints, accelerator).save(state, step=0, identity=identity(config, None))
+        saved = Checkpoints(folder.checkpoints, accelerator).save(
+            state.contents(), step=0, identity=identity(config, None)
+        )
         folder.event("imported", step=0, source=str(source.path), checkpoint=saved.name)
     print(
         f"{source.path} in {request.out}: draw with `python trainer/sample.py --run {request.out}`; to train further, "

@@ -4,11 +4,13 @@ Its sizes in the paper: CIFAR-10 35.7 M parameters, 256 x 256 113.7 M, LSUN bedr
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.models.layers import (
     NEAR_ZERO,
@@ -82,6 +84,22 @@ class UNetConfig:
         return tuple(self.image_size // 2**level for level in range(len(self.channel_multipliers)))
 
 
+ActivationCheckpointing = Literal["none", "selective", "full"]
+_TAKE_TIME = {
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_what_takes_time(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _TAKE_TIME else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Stage(nn.Module):
     """A residual block and, where `attention` is set, self-attention behind it: the unit of checkpointing."""
 
@@ -92,23 +110,27 @@ class Stage(nn.Module):
             in_channels, out_channels, 4 * config.base_channels, groups=groups, dropout=config.dropout
         )
         self.attention = AttentionBlock(out_channels, groups=groups) if attention else nn.Identity()
+        self.activation_checkpointing: ActivationCheckpointing = "none"
 
     def forward(self, h: Tensor, temb: Tensor) -> Tensor:
         """(B, in_channels, H, W), (B, 4 base_channels) -> (B, out_channels, H, W)."""
+        if self.activation_checkpointing == "none" or not self.training:
+            return self._compute(h, temb)
+        if self.activation_checkpointing == "full":
+            return checkpoint(self._compute, h, temb, use_reentrant=False)
+        contexts = partial(create_selective_checkpoint_contexts, _keep_what_takes_time)
+        return checkpoint(self._compute, h, temb, use_reentrant=False, context_fn=contexts)
+
+    def _compute(self, h: Tensor, temb: Tensor) -> Tensor:
         return self.attention(self.residual(h, temb))
 
 
 class UNet(nn.Module):
-    """Predicts, in the paper, the noise in x_t. Under one `torch.manual_seed` the initial weights are always the same.
-
-    `activation_checkpointing`: recompute each stage in the backward pass instead of keeping its activations;
-    only while training, and the gradients are the same, dropout included.
-    """
+    """Predicts, in the paper, the noise in x_t. One `torch.manual_seed` always gives the same initial weights."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
         levels = list(zip(config.level_channels, config.level_resolutions, strict=True))
 
         self.temb = TimeEmbedding(config.base_channels)
@@ -142,24 +164,31 @@ class UNet(nn.Module):
         self.norm_out = group_norm(config.norm_groups, h_channels)
         self.conv_out = conv(h_channels, config.out_channels or config.channels, 3, padding=1, scale=NEAR_ZERO)
 
+    def checkpoint_activations(self, kind: ActivationCheckpointing) -> None:
+        """While training, recompute each stage in the backward pass instead of keeping its activations.
+
+        "full" recomputes all of it, "selective" all but the outputs of convolutions, dense layers and attention, which
+        take nearly all the time. The gradients stay the same, dropout included.
+        """
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.activation_checkpointing = kind
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns (B, out_channels, H, W), as x."""
         temb = self.temb(t, x.dtype)
         skips = [self.conv_in(x)]
         for layer in self.down:
-            skips.append(self._run(layer, skips[-1], temb))
+            skips.append(_run(layer, skips[-1], temb))
         h = skips[-1]
         for layer in self.middle:
-            h = self._run(layer, h, temb)
+            h = _run(layer, h, temb)
         for layer in self.up:
             if not isinstance(layer, Upsample):
                 h = torch.cat((h, skips.pop()), dim=1)
-            h = self._run(layer, h, temb)
+            h = _run(layer, h, temb)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _run(self, layer: nn.Module, h: Tensor, temb: Tensor) -> Tensor:
-        if isinstance(layer, Downsample | Upsample):
-            return layer(h)
-        if self.activation_checkpointing and self.training:
-            return checkpoint(layer, h, temb, use_reentrant=False)
-        return layer(h, temb)
+
+def _run(layer: nn.Module, h: Tensor, temb: Tensor) -> Tensor:
+    return layer(h) if isinstance(layer, Downsample | Upsample) else layer(h, temb)

@@ -21,7 +21,7 @@ from torch import nn
 T = TypeVar("T")
 _KEPT = 64  # forward passes that an interval's mean is taken over, at most
 _SLOW = 1.25  # times the median of the ranks
-_TELLING = 0.010  # seconds a micro-step; less is noise
+_TELLING = 0.020  # seconds a micro-step; less is noise
 _IN_A_ROW = 3  # intervals, before a slow rank is told of
 
 

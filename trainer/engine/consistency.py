@@ -1,0 +1,33 @@
+"""Ranks that must hold the same weights are asked whether they do, before those are saved."""
+
+import torch
+import torch.distributed as dist
+
+from trainer.engine.strategies import Strategy
+from trainer.errors import TrainerError
+
+
+def check_replicas(strategy: Strategy, step: int) -> None:
+    """Raise TrainerError on all ranks where copies of a parameter differ in a bit: they have been training apart.
+
+    Collective; reads the device.
+    """
+    named, group = strategy.replicas()
+    if group is None or not named:
+        different: list[str] = []
+    else:
+        sums = torch.stack([tensor.contiguous().view(torch.int32).sum(dtype=torch.int64) for _, tensor in named])
+        least, most = sums.clone(), sums.clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        different = [name for (name, _), equal in zip(named, (least == most).tolist(), strict=True) if not equal]
+    found = torch.tensor(float(len(different)), device=strategy.device)
+    if dist.is_initialized():  # other groups of ranks have copies of other parts
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    if found.item():
+        where = different[0] if different else "a parameter of another group of ranks"
+        raise TrainerError(
+            f"step {step}: {where} ({int(found.item())} parameters in all) is not the same on all ranks: a device or a "
+            "connection is at fault; nothing is saved, go on from the last checkpoint",
+            agreed=True,
+        )

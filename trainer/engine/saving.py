@@ -1,0 +1,69 @@
+"""Writing a share of the state while training goes on: copied at once, then brought to disk by a thread."""
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer.engine import sealed
+from trainer.engine.tensor_files import SavedSlice, row_by_row_copy
+from trainer.errors import CheckpointError
+
+
+class Saving:
+    """A sealed folder in the making: this rank's part of it, and what its manifest will say."""
+
+    def __init__(
+        self, staging: Path, final: Path, content: Mapping[str, Any], part: Path, slices: Iterable[SavedSlice]
+    ) -> None:
+        self.staging = staging
+        self.final = final
+        self.content = dict(content)
+        self._record: sealed.FileRecord | None = None
+        self._fault: Exception | None = None
+        tensors = row_by_row_copy(slices)
+        self._thread = threading.Thread(target=self._write, args=(part, tensors), name=f"save {final.name}")
+        self._thread.start()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part is on disk, or never will be."""
+        return not self._thread.is_alive()
+
+    def record(self) -> sealed.FileRecord:
+        """Wait for this rank's part; its size and hash. Raises what kept it from being written."""
+        self._thread.join()
+        if self._fault is not None:
+            raise self._fault
+        assert self._record is not None
+        return self._record
+
+    def _write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
+        try:
+            self._record = _write_part(part, tensors)
+        except Exception as fault:  # the training thread raises it, on all ranks
+            self._fault = fault
+
+
+def _write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> sealed.FileRecord:
+    """Write, then read what is on the disk: only what was read back right is worth a hash."""
+    save_file(dict(tensors), path)
+    sealed.fsync(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # so that it comes from the disk
+    finally:
+        os.close(descriptor)
+    record = sealed.record_file(path)
+    for key, found in load_file(path).items():
+        if not torch.equal(_bytes(found), _bytes(tensors[key])):
+            raise CheckpointError(f"{path}: {key} was read back differently than it was written; is the disk sound?")
+    return record
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # NaN is not equal to itself

@@ -1,0 +1,113 @@
+"""Fully sharded data parallel (FSDP2): each rank keeps a part of every weight and gathers a stage when it computes it.
+
+"hsdp" shards within groups of ranks, a node's for example, and replicates over the groups.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from trainer.config import TrainConfig
+from trainer.engine.optimizer import GuardedAdam
+from trainer.engine.processes import check_connected, join_group, new_accelerator
+from trainer.engine.slices import ParameterSlice
+from trainer.engine.strategies.base import Strategy
+from trainer.errors import ConfigError
+
+
+class FullyShardedDataParallel(Strategy):
+    """Accelerate wraps every stage of the network by `fully_shard`; the optimizer steps the local shards themselves."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        join_group()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Stage"],
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        with _fsdp_on_cpus() if not torch.cuda.is_available() else nullcontext():
+            self.accelerator = new_accelerator(fsdp_plugin=plugin, **self._mesh())
+        check_connected(self.accelerator)
+
+    def _mesh(self) -> dict[str, Any]:
+        if self.config.strategy == "fsdp2":
+            return {}
+        ranks = dist.get_world_size()
+        size = self.config.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
+        if ranks % size:
+            raise ConfigError(
+                f"train.hsdp_shard_size = {size}: does not divide {ranks} processes into groups", agreed=True
+            )
+        return {"parallelism_config": ParallelismConfig(dp_replicate_size=ranks // size, dp_shard_size=size)}
+
+    def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
+        self.network, _ = self.accelerator.prepare(model, optimizer)
+        self.parameters = {name: p for name, p in self.network.named_parameters() if isinstance(p, DTensor)}
+        self.mesh = next(iter(self.parameters.values())).device_mesh
+        self.slices = [self._slice(name, parameter) for name, parameter in self.parameters.items()]
+        # A plain tensor a shard: as fast as without DTensor, and the same code as for every other strategy.
+        shards = [piece.storage for piece in self.slices]
+        self.optimizer = optimizer
+        self.optimizer.param_groups[0]["params"] = shards
+        self.optimizer.make_state(shards)
+        if self.mesh.size() > 1:
+            self.optimizer.sharded = self.mesh.get_group(self.mesh.ndim - 1)  # gradients are alike on replicas
+        self.slices = [piece for piece in self.slices if piece.numel]
+
+    def _slice(self, name: str, parameter: DTensor) -> ParameterSlice:
+        """`fully_shard` cuts rows into chunks of equal size, of which the last may be short or empty."""
+        local = parameter.to_local().detach()
+        row = parameter[0].numel() if parameter.ndim > 1 else 1
+        ranks, rank = self.mesh.size(self.mesh.ndim - 1), self.mesh.get_local_rank(self.mesh.ndim - 1)
+        start = min(-(-parameter.shape[0] // ranks) * rank, parameter.shape[0]) * row
+        return ParameterSlice(name=name, shape=parameter.shape, start=start, stop=start + local.numel(), storage=local)
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """See `Strategy`. Gradients are reduced after every micro-batch: no rank keeps those of other shards."""
+        del is_last
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Strategy`."""
+        loss.backward()
+
+    def step(self) -> None:
+        """See `Strategy`."""
+        shards = self.optimizer.param_groups[0]["params"]
+        for shard, parameter in zip(shards, self.parameters.values(), strict=True):
+            assert isinstance(parameter.grad, DTensor)
+            shard.grad = parameter.grad.to_local()
+            parameter.grad = None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
+        """See `Strategy`."""
+        if self.mesh.ndim == 1 or self.mesh.size(0) == 1:
+            return [], None
+        return [(piece.name, piece.weight) for piece in self.slices], self.mesh.get_group(0)
+
+
+@contextmanager
+def _fsdp_on_cpus() -> Iterator[None]:
+    """Accelerate takes a run on CPUs for one without FSDP and would train it unsharded, without a word."""
+
+    def gloo(*_: Any, **__: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_GPU
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    with mock.patch.object(PartialState, "_prepare_backend", gloo):
+        yield

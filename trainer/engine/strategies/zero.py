@@ -1,0 +1,159 @@
+"""ZeRO by DeepSpeed: stage 1 shards the optimizer, stage 2 the gradients too, stage 3 the weights too."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainer.config import TrainConfig
+from trainer.engine.optimizer import GuardedAdam
+from trainer.engine.processes import check_connected, join_group, new_accelerator
+from trainer.engine.slices import ParameterSlice
+from trainer.engine.strategies.base import Strategy
+from trainer.errors import ConfigError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+try:
+    import deepspeed
+    from accelerate import DeepSpeedPlugin
+    from accelerate.utils import InitProcessGroupKwargs
+except ImportError as error:
+    raise ConfigError(
+        f"train.strategy: the ZeRO strategies need DeepSpeed, which cannot be imported ({error}); "
+        "pip install deepspeed, or take ddp, fsdp2 or hsdp"
+    ) from error
+
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of choices that are made here
+
+
+class _Plugin(DeepSpeedPlugin):
+    def set_deepspeed_weakref(self) -> None:
+        """Tell transformers, as Accelerate does, nothing: it would have to be installed."""
+        self.dschf = None
+
+
+class ZeroRedundancy(Strategy):
+    """DeepSpeed computes, communicates and shards; it is told neither to clip nor to average nor to save."""
+
+    def __init__(self, config: TrainConfig, *, micro_batch: int, accumulation: int) -> None:
+        super().__init__(config)
+        self.stage = int(config.strategy.removeprefix("zero"))
+        if not torch.cuda.is_available():
+            # Shared-memory collectives for CPUs, which DeepSpeed would compile first; gloo's are there.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        join_group()
+        on_cpu = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+        self.accelerator = new_accelerator(
+            deepspeed_plugin=_Plugin(hf_ds_config=self._settings(micro_batch, accumulation)),
+            gradient_accumulation_steps=accumulation,
+            kwargs_handlers=on_cpu,
+        )
+        check_connected(self.accelerator)
+
+    def _settings(self, micro_batch: int, accumulation: int) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.stage == 3:
+            zero["memory_efficient_linear"] = False  # its own backward pass, whose gradients of biases round worse
+            zero["sub_group_size"] = 10**15  # one call of the optimizer a step, which clips by the norm of all of it
+        if self.config.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        elif self.stage < 3:
+            zero["compute_grad_norm"] = False  # GuardedAdam does, without waiting for it
+        return {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.0,  # DeepSpeed's default of 1.0 would clip what GuardedAdam clips
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+
+    def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
+        self.network, _ = self.accelerator.prepare(model, optimizer)
+        self.engine: Any = self.network
+        self.zero: Any = self.engine.optimizer
+        self.optimizer = optimizer
+        if self.accelerator.num_processes > 1:
+            self.optimizer.sharded = dist.group.WORLD
+        self.optimizer.make_state(self._flat_partitions())
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.slices = sorted(
+            self._slices_of_weights(names) if self.stage == 3 else self._slices_of_optimizer(names),
+            key=lambda piece: (piece.name, piece.start),
+        )
+
+    def _flat_partitions(self) -> list[torch.Tensor]:
+        """This rank's float32 master weights, flat."""
+        zero = self.zero
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def _slices_of_optimizer(self, names: dict[nn.Parameter, str]) -> Iterator[ParameterSlice]:
+        """Stages 1 and 2 lay all parameters end to end and cut the line into equal parts."""
+        for group, flat in zip(self.zero.bit16_groups, self._flat_partitions(), strict=True):
+            for parameter in group:
+                fragment = parameter._hp_mapping
+                if fragment is None:  # in another rank's part
+                    continue
+                start, count = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
+                yield ParameterSlice(
+                    name=names[parameter],
+                    shape=parameter.shape,
+                    start=start,
+                    stop=start + count,
+                    storage=flat,
+                    offset=fragment.hp_fragment_address.start,
+                )
+
+    def _slices_of_weights(self, names: dict[nn.Parameter, str]) -> Iterator[ParameterSlice]:
+        """Stage 3 cuts each parameter into equal parts, the last ones padded."""
+        rank = self.accelerator.process_index
+        for group, flat in zip(self.zero.fp16_groups, self._flat_partitions(), strict=True):
+            offset = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                start, stop = min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
+                if stop > start:
+                    shape = torch.Size(parameter.ds_shape)
+                    yield ParameterSlice(
+                        name=names[parameter], shape=shape, start=start, stop=stop, storage=flat, offset=offset
+                    )
+                offset += size
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """See `Strategy`. Stages 2 and 3 reduce after every micro-batch: no rank keeps gradients of other parts."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Strategy`."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """See `Strategy`. DeepSpeed calls `optimizer.step` between gathering gradients and spreading weights."""
+        self.engine.step()
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """See `Strategy`."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for number in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if self.zero.persistent_parameters:  # small ones, which stay whole on every rank
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
+        """See `Strategy`. Below stage 3 every rank computes with whole weights."""
+        if self.stage == 3 or self.accelerator.num_processes == 1:
+            return [], None
+        named = [(name, parameter.detach()) for name, parameter in self.engine.module.named_parameters()]
+        return named, dist.group.WORLD

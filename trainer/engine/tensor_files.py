@@ -1,0 +1,111 @@
+"""Tensors in safetensors files, whole or in slices: written by some number of ranks, read by any other.
+
+A tensor that a rank holds whole is stored under its name, as any program reads it. A slice is stored flat under
+"name[start:stop]", elements counted row by row. Nothing says in which file a tensor lies but the files themselves.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from trainer.errors import CheckpointError
+
+_SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+
+
+class SavedSlice(NamedTuple):
+    """A tensor's elements from `start` on: `values` in any layout, `shape` the whole tensor's."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    values: torch.Tensor
+
+    @property
+    def key(self) -> str:
+        """Under which it is stored."""
+        if self.values.numel() == self.shape.numel():
+            return self.name
+        return f"{self.name}[{self.start}:{self.start + self.values.numel()}]"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    start: int
+    stop: int
+    file: Any
+    key: str
+    is_whole: bool
+
+
+class TensorReader:
+    """The tensors of a set of files, of which each is read where and as far as it is asked for.
+
+    `shapes`: what the files must hold. Raises CheckpointError where a tensor has a gap or an overlap.
+    """
+
+    def __init__(self, paths: Sequence[Path], shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = dict(shapes)
+        self._stored: dict[str, list[_Stored]] = {name: [] for name in shapes}
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118  # no dict
+                self._add(key, file, path)
+        for name, parts in self._stored.items():
+            parts.sort(key=lambda part: part.start)
+            ends = [0, *(part.stop for part in parts)]
+            if [part.start for part in parts] != ends[:-1] or ends[-1] != self.shapes[name].numel():
+                have = ", ".join(f"{part.start}:{part.stop}" for part in parts) or "nothing"
+                raise CheckpointError(f"{name}: {have} of {self.shapes[name].numel()} elements are there")
+
+    def _add(self, key: str, file: Any, path: Path) -> None:
+        match = _SLICE.fullmatch(key)
+        name = match[1] if match else key
+        if name not in self.shapes:
+            raise CheckpointError(f"{path.name}: holds {name}, which the manifest does not know")
+        start, stop = (int(match[2]), int(match[3])) if match else (0, self.shapes[name].numel())
+        if start < stop or not self.shapes[name].numel():
+            self._stored[name].append(_Stored(start, stop, file, key, match is None))
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop of a tensor, flat."""
+        parts = [
+            _read_part(part, self.shapes[name], max(start, part.start), min(stop, part.stop))
+            for part in self._stored[name]
+            if part.start < stop and start < part.stop
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor in its shape."""
+        return self.read(name, 0, self.shapes[name].numel()).view(self.shapes[name])
+
+
+def _read_part(part: _Stored, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    if not part.is_whole:
+        return part.file.get_slice(part.key)[start - part.start : stop - part.start]
+    if len(shape) == 0 or (start, stop) == (part.start, part.stop):
+        return part.file.get_tensor(part.key).view(-1)
+    row = shape.numel() // shape[0]
+    first = start // row
+    rows = part.file.get_slice(part.key)[first : -(-stop // row)]
+    return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
+def row_by_row_copy(slices: Iterable[SavedSlice]) -> dict[str, torch.Tensor]:
+    """Copies of slices in the host's memory, by key, each as it is to be stored."""
+    copies = {}
+    for piece in slices:
+        values = piece.values.detach()
+        on_device = values.device.type != "cpu"
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_device)
+        copy.copy_(values, non_blocking=on_device)
+        copies[piece.key] = copy.view(piece.shape) if piece.key == piece.name else copy.view(-1)
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies
