@@ -15,7 +15,7 @@
 #   DDPM_VENV             a Python environment (default: .venv of the repository; without it, the python on PATH)
 #   DDPM_STAGE_DIR        folder on a disk of each machine, where shards are copied before they are read
 #
-# Ctrl-C, TERM and USR1 to the group of processes save and end; the same command goes on.
+# Ctrl-C, TERM and USR1 save and end, with status 0; the same command goes on.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,7 +36,21 @@ export DDPM_PROCS_PER_NODE
 if [ -z "${DDPM_VENV:-}" ] && [ -d "$repository/.venv" ]; then DDPM_VENV=$repository/.venv; fi
 export DDPM_VENV=${DDPM_VENV:-}
 
-trap '' USR1 # see node.sh; a signal in the meantime must not end this
 answers=$(PYTHONPATH=$repository "${DDPM_VENV:+$DDPM_VENV/bin/}python" -m launch.preflight "$@")
 export DDPM_RUN_DIR=${answers%%$'\n'*}
-exec bash "$repository/launch/node.sh" "$@"
+export DDPM_ATTEMPT=${DDPM_ATTEMPT:-$(hostname).$$}
+
+# Launchers put their workers into sessions of their own, where no signal to this group arrives, and only hand on TERM.
+bash "$repository/launch/node.sh" "$@" &
+launcher=$!
+trap 'kill -TERM "$launcher" 2>/dev/null || :' USR1 TERM INT HUP
+status=0
+while kill -0 "$launcher" 2>/dev/null; do
+  status=0
+  wait "$launcher" || status=$? # returns at every trapped signal, too
+done
+# After TERM the launcher fails although every trainer saved: the marker tells.
+for marker in DONE STOPPED; do
+  if grep -qsx "attempt $DDPM_ATTEMPT" "$DDPM_RUN_DIR/$marker"; then exit 0; fi
+done
+exit "$status"
