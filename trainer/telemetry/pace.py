@@ -109,8 +109,8 @@ class Pace:
         self._data.clear()
         self._forward.clear()
         own = own.to(self._device, non_blocking=True)
-        everyone = own.new_empty(2 * dist.get_world_size())
-        dist.all_gather_into_tensor(everyone, own)
+        everyone = own.new_empty(dist.get_world_size(), 2)
+        dist.all_gather(list(everyone), own)
         arrived = torch.cuda.Event() if everyone.is_cuda else None
         everyone = everyone.to("cpu", non_blocking=True)
         if arrived is not None:
@@ -123,7 +123,7 @@ class Pace:
         (everyone, arrived), self._on_the_way = self._on_the_way, None
         if arrived is not None:
             arrived.synchronize()
-        data, forward = everyone.view(-1, 2).T.tolist()
+        data, forward = everyone.T.tolist()
         return Spread(data=data, forward=forward, hosts=self._hosts)
 
     def _begin(self, *_: Any) -> None:
