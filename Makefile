@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all test-slurm lint bench clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -25,12 +25,17 @@ test: $(INSTALLED) ## the tests that every change must pass
 	$(BIN)/python -m pytest
 
 test-all: $(INSTALLED) ## the slow tests too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "not slurm"
 
-lint: $(INSTALLED) ## style, format and types
+test-slurm: $(INSTALLED) ## jobs on a SLURM that is started for it; as root, on Debian or with slurmctld and slurmd
+	tests/slurm/lab.sh install
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm
+
+lint: $(INSTALLED) ## style, format, types and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch tests/slurm/*.sh .ci/run
 
 bench: $(INSTALLED) ## our training step beside diffusers', data_prep beside Pillow's bare calls, the stream beside others
 	$(BIN)/python benchmarks/train_step.py

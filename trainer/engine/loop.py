@@ -24,7 +24,9 @@ from trainer.engine.step import PendingVerdict, TrainStep, Verdict
 from trainer.engine.validation import Validation
 from trainer.engine.watchdog import enter
 from trainer.errors import NonFiniteError
+from trainer.telemetry.heartbeat import Heartbeat
 from trainer.telemetry.metrics import Metrics
+from trainer.telemetry.pace import Pace
 from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.progress import Progress, Stopwatch
 from trainer.units import Span
@@ -73,7 +75,10 @@ class TrainingLoop:
         )
         self.validation = Validation(config, data, state, train_step.objective)
         self.validated_step = self.step
-        self.stopwatch = Stopwatch()
+        self.heartbeat = Heartbeat(folder.path, writes=accelerator.is_main_process)
+        self.stopwatch = Stopwatch(self._beat)
+        self.pace = Pace(accelerator.device)
+        self.pace.watch(state.strategy.network)
         self.grad_norm = math.nan  # of the last step that was applied
         self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
@@ -86,6 +91,7 @@ class TrainingLoop:
 
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
+        stream = self.pace.timed(stream)
         while self.step < self.last_step and not self.stopping:
             enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
@@ -96,7 +102,7 @@ class TrainingLoop:
                 self._validate()  # before the checkpoint, which is kept or not by what comes out
             if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
-                resume_watch = self.stopwatch.pause()
+                resume_watch = self.stopwatch.pause("saving")
                 self.saves.after_step()
                 resume_watch()
             if self._is_due(self.config.log.samples_every):
@@ -106,19 +112,23 @@ class TrainingLoop:
         self._settle()
         if self.step >= self.last_step:
             self._validate()
+        resume_watch = self.stopwatch.pause("saving")
         self.saves.end()
+        resume_watch()
         finished = self.step >= self.last_step
-        self.folder.event("finished" if finished else "stopped", step=self.step)
-        if finished:
-            together(
-                f"{self.folder.done}: cannot be written",
-                lambda: self.folder.done.write_text(f"step {self.step}\n"),
-                only_rank=0,
-            )
+        end = "finished" if finished else "stopped"
+        self.folder.event(end, step=self.step, seconds=self.heartbeat.seconds(self.stopwatch.spent))
+        self._beat(end)
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
+        # Last, and no rank ends before: a launcher that sees one of them end may kill the others.
+        marker = self.folder.done if finished else self.folder.stopped
+        together(f"{marker}: cannot be written", lambda: self.folder.mark(marker, self.step), only_rank=0)
         return finished
+
+    def _beat(self, activity: str) -> None:
+        self.heartbeat.beat(step=self.step, last_step=self.last_step, activity=activity, spent=self.stopwatch.spent)
 
     def _is_due(self, span: Span) -> bool:
         return span.is_due(self.state.position, self.layout.global_batch)
@@ -144,6 +154,7 @@ class TrainingLoop:
         self.stopping = self.stopping or verdict.stop_requests > 0
         self.stopwatch.count(self.layout.global_batch)
         self.progress.advance()
+        self._beat("training")
         if self._is_due(self.config.log.every) or self.step == self.last_step:
             self._log()
 
@@ -161,6 +172,12 @@ class TrainingLoop:
             values["train/loss"] = self.state.unlogged_loss / self.state.unlogged_steps
             values["train/grad_norm"] = self.grad_norm
             self.state.unlogged_steps, self.state.unlogged_loss = 0, 0.0
+        ranks, slow = self.pace.report()
+        values |= ranks
+        if slow is not None:
+            self.folder.event("slow_rank", step=self.step, slow=slow)
+            self.progress.say(f"step {self.step}: slow: {slow}")
+        self.pace.compare()
         with self._best_effort():
             if self.metrics is not None:
                 self.metrics.scalars(self.step, values)
@@ -205,7 +222,7 @@ class TrainingLoop:
         """Measure the loss on held-out images, if that has not been done in this step."""
         if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
             return
-        resume_watch, started = self.stopwatch.pause(), time.perf_counter()
+        resume_watch, started = self.stopwatch.pause("validating"), time.perf_counter()
         values = self.validation.measure()
         self.validated_step = self.step
         self.saves.retention.score(self.step, values)
@@ -221,7 +238,7 @@ class TrainingLoop:
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""
         enter("sample")
-        resume_watch = self.stopwatch.pause()
+        resume_watch = self.stopwatch.pause("sampling")
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
         model = self.config.model

@@ -9,7 +9,9 @@ RUN/nonfinite/       batches whose loss or gradient was not finite
 RUN/hangs/           stacks of the ranks of a run that hung
 RUN/events.jsonl     starts, resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks
 RUN/indexes/         of tars that came without one
+RUN/heartbeat.json   what the run is doing now
 RUN/DONE             written when the whole duration has been trained
+RUN/STOPPED          written when it was stopped on request and its state saved; gone with the next start
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT, TrainingData
 from trainer.diffusion.reverse import is_learned
 from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.telemetry.heartbeat import attempt
 
 _PATIENCE_SECONDS = 20
 UNDECIDED = "undecided"  # in the identity of imported weights: the first training run decides
@@ -42,6 +45,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.nonfinite = path / "nonfinite"
         self.done = path / "DONE"
+        self.stopped = path / "STOPPED"
         self.config = path / "config.toml"
         self._writes = writes
         self._lock: IO[str] | None = None
@@ -76,13 +80,14 @@ class RunFolder:
         return Config.load(self.config)
 
     def begin(self, config: Config) -> list[str]:
-        """Save the resolved configuration; the run is not done any more, should it have been.
+        """Save the resolved configuration; the run is not done any more, should it have been, nor stopped.
 
         Returns what has changed since the last start, a line a field.
         """
         changes = self._changes(config)
         self.config.write_text(config.to_toml())
         self.done.unlink(missing_ok=True)
+        self.stopped.unlink(missing_ok=True)
         if changes:
             self.event("configuration", changes=changes)
         return changes
@@ -98,6 +103,11 @@ class RunFolder:
             for name in before | now
             if before.get(name) != now.get(name)
         ]
+
+    def mark(self, marker: Path, step: int) -> None:
+        """Write DONE or STOPPED for whoever started this: how the launcher exits says nothing after a signal."""
+        by = f"attempt {attempt()}\n" if attempt() is not None else ""
+        marker.write_text(f"step {step}\n{by}")
 
     def event(self, name: str, **details: Any) -> None:
         """Append a line to the journal; a journal that cannot be written is no reason to stop."""

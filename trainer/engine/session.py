@@ -97,7 +97,8 @@ def _train(
         checkpoints=checkpoints,
         folder=folder,
     )
-    folder.event("started", step=loop.step, world_size=layout.world_size, resumed_from=str(source or ""))
+    about = {"world_size": layout.world_size, "nodes": _nodes(), "resumed_from": str(source or "")}
+    folder.event("started", step=loop.step, **about, **loop.heartbeat.about_start(loop.step))
     loop.progress.say(_summary(loop, source))
     return _run(loop, accelerator)
 

@@ -81,7 +81,8 @@ def standard_error(values: torch.Tensor) -> float:
 
 
 def evaluate_bound(request: BoundRequest) -> Path:
-    """Write bpd.json, terms.csv, curves.png and TensorBoard scalars; returns their folder. Killed, it goes on.
+    """Write bpd.json, terms.csv, curves.png and TensorBoard scalars; returns their folder. Killed or
+    asked to stop, it goes on with the same request.
 
     Raises TrainerError where the run, the checkpoint or the data cannot be used.
     """
@@ -98,13 +99,17 @@ def evaluate_bound(request: BoundRequest) -> Path:
     out = request.out or trained.folder.path / "evaluation" / _name(trained, request, images)
     work = Work(out, _identity(trained, request, images), trained.accelerator)
     batches = batches_of(images.count, request.batch)
-    together(f"{out}: cannot be written", lambda: _measure(trained, request, images, work, batches))
+    measured = together(f"{out}: cannot be written", lambda: _measure(trained, request, images, work, batches))
+    if not all(measured) and work.tell_of_stop(trained.stop, work.missing(batches), images.count, "images"):
+        trained.accelerator.end_training()
+        return out
     together(f"{out}: cannot be written", lambda: _report(trained, images, work, batches), only_rank=0)
     trained.accelerator.end_training()
     return out
 
 
-def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> None:
+def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> bool:
+    """This rank's share, unless a stop is asked for; returns whether it was done to the end."""
     share = work.missing(batches)
     with tqdm(
         total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
@@ -129,6 +134,9 @@ def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: 
                     on_step=advance,
                 )
             work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
+            if work.is_stopping(trained.stop):
+                return False
+    return True
 
 
 def _read(work: Work, batches: list[range]) -> BitsPerDim:

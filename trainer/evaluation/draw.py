@@ -30,6 +30,7 @@ class DrawRequest:
 def draw(request: DrawRequest) -> Path:
     """Draw the images and return their folder; see trainer/evaluation/outputs.py for what is in it.
 
+    Asked to stop, all ranks finish the batch that they are at; what is there is kept, and the same request goes on.
     Raises TrainerError where the run or the checkpoint cannot be used, or the folder cannot be written.
     """
     if not 0 <= request.seed < 2**63:
@@ -58,11 +59,17 @@ def draw(request: DrawRequest) -> Path:
             on_step=bar.update,
         )
 
-        def write_all() -> None:
+        def write_all() -> bool:
             for numbers, images in drawn:
                 output.write(numbers, images)
+                if work.is_stopping(trained.stop):
+                    return True
+            return False
 
-        together(f"{out}: cannot be written", write_all)
+        stopped = any(together(f"{out}: cannot be written", write_all))
+    if stopped and work.tell_of_stop(trained.stop, output.missing(batches), request.count, "images"):
+        trained.accelerator.end_training()
+        return out
     output.finish(batches)
     if trained.accelerator.is_main_process:
         print(

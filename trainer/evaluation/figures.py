@@ -5,6 +5,7 @@ The rows of a figure are shared out over the processes; the same seed gives the 
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from trainer.evaluation.trained import Trained
 from trainer.telemetry.pictures import Pixels, save_png, tile, to_uint8
 
 Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and what is to be said of it
+
+
+class _StopAskedError(Exception):
+    """Leaves the denoising loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +182,26 @@ def _draw(
     share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=steps * len(share), desc=name, disable=None if accelerator.is_main_process else True)
 
+    def on_step() -> None:
+        if trained.stop:
+            raise _StopAskedError
+        bar.update()
+
     def make() -> Iterator[tuple[int, Pixels, dict[str, Any]]]:
-        for number in share:
-            with torch.no_grad():
-                images, notes = row(number, lambda: bar.update())
-            yield number, to_uint8(images).cpu().numpy(), notes
+        with suppress(_StopAskedError):
+            for number in share:
+                with torch.no_grad():
+                    images, notes = row(number, on_step)
+                yield number, to_uint8(images).cpu().numpy(), notes
 
     with bar:
         parts = together(f"{path}: cannot be drawn", lambda: list(make()))
         made = sorted((row for part in parts for row in part), key=lambda row: row[0])
+    if len(made) < request.rows:
+        if accelerator.is_main_process:
+            print(f"stopped: {len(made)} of {request.rows} rows were drawn; {path} is made in one go, give it again")
+        accelerator.end_training()
+        return path
 
     def write() -> None:
         columns = made[0][1].shape[0]

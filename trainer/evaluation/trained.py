@@ -13,11 +13,12 @@ from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.engine.build import build_diffusion, build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints, read_weights
-from trainer.engine.processes import make_accelerator, together
+from trainer.engine.processes import die_with_launcher, make_accelerator, together
 from trainer.engine.run import RunFolder
 from trainer.engine.sealed import COMPLETE_NAME
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.unet import UNet
+from trainer.signals import StopRequest
 
 _PATIENCE = timedelta(days=7)  # a rank that is done waits while others draw or judge their share
 
@@ -39,7 +40,9 @@ class TrainedRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What `open_trained` found. `fingerprint` is the checkpoint's, which no other has."""
+    """What `open_trained` found. `fingerprint` is the checkpoint's, which no other has; `stop` is asked when a batch is
+    done.
+    """
 
     config: Config
     folder: RunFolder
@@ -49,6 +52,7 @@ class Trained:
     weights: str
     accelerator: Accelerator
     reverse: ReverseProcess
+    stop: StopRequest
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -63,10 +67,13 @@ class Trained:
 
 
 def open_trained(request: TrainedRequest) -> Trained:
-    """Load the weights on every rank, in eval mode.
+    """Load the weights on every rank, in eval mode. From here on signals ask to stop and no more end the process.
 
     Raises TrainerError where the run or the checkpoint cannot be used, ConfigError where the request does not fit it.
     """
+    die_with_launcher()
+    stop = StopRequest()
+    stop.install()
     folder = RunFolder(request.run, writes=False)
     config = folder.load_config()
     if request.variance is not None:
@@ -93,6 +100,7 @@ def open_trained(request: TrainedRequest) -> Trained:
         weights=request.weights,
         accelerator=accelerator,
         reverse=build_reverse(network, diffusion, config),
+        stop=stop,
     )
 
 

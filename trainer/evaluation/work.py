@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
 
-from trainer.engine.processes import broadcast, check_alike, together
+from trainer.engine.processes import broadcast, check_alike, gather, together
 from trainer.errors import ConfigError, DataError
+from trainer.signals import StopRequest
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -32,6 +33,7 @@ class Work:
         self.accelerator = accelerator
         self._request = dict(request)
         self._parts = folder / "parts"
+        self._stopping = folder / ".stopping"
         check_alike(self._request, kind=ConfigError)
         together(f"{folder}: cannot be written", self._claim, only_rank=0)
 
@@ -40,6 +42,26 @@ class Work:
         is_done = is_done or (lambda numbers: self.part(numbers).exists())
         missing = broadcast([numbers for numbers in batches if not is_done(numbers)])
         return missing[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def is_stopping(self, stop: StopRequest) -> bool:
+        """Whether this rank or another was asked to stop: a file tells, as no rank waits between batches."""
+        if stop:
+            self._stopping.touch()
+        return self._stopping.exists()
+
+    def tell_of_stop(self, stop: StopRequest, share: list[range], items: int, what: str) -> bool:
+        """Print how far it got and return True where `share`, what is still missing, holds anything on any rank.
+
+        All ranks call it.
+        """
+        left = sum(gather(sum(map(len, share))))
+        signals = [name for name in gather(stop.signal.name if stop.signal is not None else None) if name]
+        if self.accelerator.is_main_process:
+            self._stopping.unlink(missing_ok=True)  # all ranks have seen it
+            if left:
+                done = f"{items - left} of {items} {what} are done, in {self.folder}"
+                print(f"stopped by {signals[0]}: {done}; the same command goes on")
+        return left > 0
 
     def save(self, numbers: range, arrays: Arrays) -> None:
         """Keep a batch's result; its file appears whole or not at all."""
@@ -71,6 +93,7 @@ class Work:
 
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._stopping.unlink(missing_ok=True)
         path = self.folder / "request.json"
         if path.exists():
             stored = json.loads(path.read_text())

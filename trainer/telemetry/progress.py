@@ -42,9 +42,14 @@ class Progress:
 
 
 class Stopwatch:
-    """Images a second of training proper; what is paused (sampling, saving) does not count."""
+    """Images a second of training proper; what is paused (sampling, saving) does not count.
 
-    def __init__(self) -> None:
+    `on_change` is told what begins: the reason of a pause, and "training" after it.
+    """
+
+    def __init__(self, on_change: Callable[[str], object] = lambda _: None) -> None:
+        self.spent: dict[str, float] = {}  # seconds of pauses, by their reason
+        self._on_change = on_change
         self._started = time.perf_counter()
         self._images = 0
 
@@ -52,12 +57,16 @@ class Stopwatch:
         """Count images as trained on."""
         self._images += images
 
-    def pause(self) -> Callable[[], None]:
+    def pause(self, reason: str) -> Callable[[], None]:
         """Stop the watch; call the result to let it run on."""
         paused = time.perf_counter()
+        self._on_change(reason)
 
         def resume() -> None:
-            self._started += time.perf_counter() - paused
+            seconds = time.perf_counter() - paused
+            self.spent[reason] = self.spent.get(reason, 0.0) + seconds
+            self._started += seconds
+            self._on_change("training")
 
         return resume
 

@@ -1,0 +1,76 @@
+"""How long a run still takes, from the speed that it has had."""
+
+import math
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.telemetry.goodput import read_events
+from trainer.telemetry.metrics import read_metrics
+
+_LATEST = 20  # log lines that the speed is the median of
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """Images that are left, and the speed that was measured on so many processes."""
+
+    images_left: int
+    images_per_second: float
+    world_size: int
+
+    def seconds_on(self, world_size: int) -> float:
+        """What is left on another number of processes, if the speed is proportional to it."""
+        return self.images_left / (self.images_per_second * world_size / self.world_size)
+
+
+def measured_outlook(config: Config) -> Outlook | None:
+    """The outlook of a run that has been logged, or None."""
+    run, global_batch = Path(config.run_dir), config.train.global_batch
+    records = [record for record in read_metrics(run / "logs") if record.get("train/images_per_second")]
+    starts = [event for event in read_events(run) if event["event"] == "started"]
+    if not records or not starts:
+        return None
+    done = int(records[-1]["step"]) * global_batch
+    return Outlook(
+        images_left=max(0, config.train.duration.steps(global_batch) * global_batch - done),
+        images_per_second=median(record["train/images_per_second"] for record in records[-_LATEST:]),
+        world_size=int(starts[-1]["world_size"]),
+    )
+
+
+def parse_time(text: str) -> int:
+    """Seconds of a time as SLURM takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ConfigError."""
+    match = _CLOCK.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"--time {text}: should be minutes, H:M:S or D-H:M:S, for example 1-00:00:00 for a day")
+    days, *rest = match.groups()
+    numbers = [int(number) for number in rest if number is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def stretches(left: float, *, limit: int, grace: int) -> int:
+    """How many times a job of `limit` seconds has to start, if each trains until `grace` seconds before its end."""
+    return max(1, math.ceil(left / (limit - grace)))
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: "3 d 4 h", "12 min", "8 s"."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    whole = round(seconds)
+    for (size, name), (smaller, smaller_name) in pairwise(units):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {name}" + (f" {rest} {smaller_name}" if rest else "")
+    return f"{whole} s"

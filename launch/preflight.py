@@ -1,0 +1,76 @@
+"""Before the nodes start: check what they would all stumble over, and say in the log what they run with.
+
+`python -m launch.preflight --config TOML [--set ...]` prints two lines, the run's folder and whether the run is
+"finished" or "unfinished", and everything else on the standard error.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from trainer.config import Config
+from trainer.errors import exit_clearly
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_TOLD = ("NCCL_", "TORCH_", "GLOO_", "FI_", "UCX_", "OMP_", "CUDA_", "DDPM_")
+
+
+@exit_clearly
+def main() -> int:
+    """Check and tell. Exits with 2 and a line where the run cannot begin."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[])
+    arguments, _ = parser.parse_known_args()  # the rest is for the trainer
+    config = Config.load(arguments.config, arguments.set)
+    report()
+    print(Path(config.run_dir).absolute())
+    print("finished" if is_finished(config) else "unfinished")
+    return 0
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run has been trained for all of its duration; a duration that has grown since asks for more."""
+    try:
+        first, *_ = (Path(config.run_dir) / "DONE").read_text().splitlines()
+        done = int(first.removeprefix("step "))
+    except (OSError, ValueError):
+        return False
+    return done >= config.train.duration.steps(config.train.global_batch)
+
+
+def report() -> None:
+    """Code, software, machine and environment, on the standard error."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "accelerate"))
+    lines = [
+        f"code: {REPOSITORY} at {revision()}",
+        f"software: Python {platform.python_version()} ({sys.executable}), {versions}",
+        f"machine: {platform.node()}, {platform.system()} {platform.release()}",
+        *(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_TOLD)),
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def revision() -> str:
+    """The commit, with a word where files differ from it; where there is no git, that."""
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return "an unknown revision (no git repository)"
+    return f"{commit.strip()}{' with changes' if git('status', '--porcelain', '--untracked-files=no') else ''}"
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints in the repository; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""How a run is doing, on one screen: `python launch/status.py runs/lsun256`."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path, Python looks in launch/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import fcntl
+import json
+import re
+import struct
+import subprocess
+import time
+from typing import Any
+
+from launch.outlook import in_words, measured_outlook
+from trainer.config import Config
+from trainer.engine import sealed
+from trainer.errors import ConfigError, exit_clearly
+from trainer.telemetry.goodput import ENDS, Goodput, add_up, read_events
+from trainer.telemetry.heartbeat import read_heartbeat
+from trainer.telemetry.metrics import read_metrics
+
+_FRESH = 60.0  # seconds; a heartbeat comes every ten
+_STEP = re.compile(r"step-(\d{8,})")
+_WORTH_TELLING = ("nonfinite", "quarantined", "bad_sample", "slow_rank", "hang", "died")
+
+
+@exit_clearly
+def main() -> int:
+    """Read the run's folder, ask SLURM if it is there, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--no-verify", action="store_true", help="do not read the last checkpoint to verify it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    rows = describe(arguments.run, verify=not arguments.no_verify)
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        width = max(map(len, rows))
+        print("\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()))
+    return 0
+
+
+def describe(run: Path, *, verify: bool = True) -> dict[str, str]:
+    """The screen's rows. Raises ConfigError where the folder is no run's."""
+    if not (run / "config.toml").is_file() and not list(run.glob("submissions/*/config.toml")):
+        raise ConfigError(f"{run}: holds no config.toml, so it is no run's folder")
+    events, heartbeat, records = read_events(run), read_heartbeat(run), read_metrics(run / "logs")
+    goodput = add_up(events, heartbeat)
+    newest = max(run.glob("submissions/*/config.toml"), default=None, key=lambda path: path.stat().st_mtime)
+    config = Config.load(run / "config.toml" if (run / "config.toml").is_file() or newest is None else newest)
+    rows = {"run": str(run), "state": state(run, heartbeat, events)}
+    step = max([int(record["step"]) for record in records] + [int(heartbeat["step"]) if heartbeat else 0])
+    last = config.train.duration.steps(config.train.global_batch)
+    rows["step"] = f"{step:,} of {last:,} ({step / last:.1%}), {step * config.train.global_batch:,} images"
+    if records:
+        latest = records[-1]
+        rows["speed"] = f"{latest.get('train/images_per_second', 0):,.1f} images/s"
+        rows["loss"] = f"{latest['train/loss']:.5f} at step {latest['step']:,}" if "train/loss" in latest else "-"
+    outlook = measured_outlook(config.model_copy(update={"run_dir": str(run)}))
+    if outlook is not None and step < last:
+        left = outlook.seconds_on(outlook.world_size)
+        at = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + left))
+        rows["ETA"] = f"{in_words(left)} of training on {outlook.world_size} processes; {at} if nothing intervenes"
+    rows["checkpoint"] = newest_checkpoint(run / "checkpoints", verify=verify)
+    rows["starts"] = starts(goodput)
+    rows["time"] = where_the_time_went(goodput)
+    rows |= faults(events)
+    return rows
+
+
+def state(run: Path, heartbeat: dict[str, Any] | None, events: list[dict[str, Any]]) -> str:
+    """Finished, stopped, training, waiting or dead: by marker, lock, heartbeat, and by SLURM where there is one."""
+    job = job_of(run, heartbeat)
+    queued = in_queue(job) if job is not None else None
+    told = f"; job {job}: {queued}" if queued else ""
+    age = time.time() - heartbeat["time"] if heartbeat else None
+    owner = lock_owner(run / "lock")
+    if age is not None and heartbeat is not None and heartbeat["activity"] not in ENDS and (owner or age < _FRESH):
+        where = f"{heartbeat['activity']} on {heartbeat['host']}"
+        if age < _FRESH:
+            return f"{where}, seen {in_words(age)} ago{told}"
+        return f"{where}, but SILENT for {in_words(age)}: hanging, or in a long save{told}"
+    if owner:
+        return f"starting: {owner}{told}"
+    if (run / "DONE").exists():
+        return f"finished{told}"
+    if (run / "STOPPED").exists():
+        return f"stopped on request, saved{told or '; start it again to go on'}"
+    if age is not None:
+        return f"DEAD: last seen {in_words(age)} ago, it neither finished nor stopped{told}"
+    if any(event["event"] == "started" for event in events):
+        return f"DEAD: it neither finished nor stopped{told}"
+    return f"not started yet{told}"
+
+
+def lock_owner(lock: Path) -> str | None:
+    """Who trains there, or None. It only asks: taking the lock, for a moment, could turn a starting job away."""
+    if not lock.exists():
+        return None
+    with lock.open("rb") as stream:
+        question = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
+        try:
+            answer = fcntl.fcntl(stream, fcntl.F_GETLK, question)
+        except OSError:  # a file system without locks
+            return None
+        kind = struct.unpack("hhqqi4x", answer)[0]
+        return stream.read().decode(errors="replace").strip() or "a process" if kind != fcntl.F_UNLCK else None
+
+
+def job_of(run: Path, heartbeat: dict[str, Any] | None) -> str | None:
+    """The SLURM job that trained last, or else that was submitted last; None where none is known."""
+    attempt = (heartbeat or {}).get("attempt")
+    if attempt:
+        return str(attempt).partition(".")[0]
+    submitted = sorted(run.glob("submissions/*/jobs.txt"), key=lambda path: path.stat().st_mtime)
+    return submitted[-1].read_text().split()[0] if submitted else None
+
+
+def in_queue(job: str) -> str | None:
+    """What squeue says of a job; None where it is not there, nor SLURM."""
+    try:
+        answer = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={job}", "--format=%T|%N|%L|%r"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if answer.returncode != 0 or not answer.stdout.strip():
+        return "not in the queue" if answer.returncode == 0 or "Invalid job id" in answer.stderr else None
+    status, nodes, left, reason = answer.stdout.strip().splitlines()[0].split("|")
+    return f"{status} on {nodes}, {left} left" if nodes else f"{status} ({reason})"
+
+
+def newest_checkpoint(folder: Path, *, verify: bool) -> str:
+    """Which it is, how old, and whether every byte of it is as it was written."""
+    steps = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
+    if not steps:
+        return "none yet"
+    newest = max(steps, key=lambda path: int(path.name.removeprefix("step-")))
+    age = in_words(time.time() - newest.stat().st_mtime)
+    text = f"step {int(newest.name.removeprefix('step-')):,}, {age} old, {len(steps)} kept"
+    if not verify:
+        return text
+    try:
+        manifest = sealed.read_manifest(newest)
+        for record in manifest["files"]:
+            sealed.verify_file(newest, record)
+    except (sealed.DamagedError, OSError) as fault:
+        return f"{text}; DAMAGED: {fault}; the next start takes the one before"
+    size = sum(record.bytes for record in manifest["files"])
+    return f"{text}; verified, {size / 2**20:,.1f} MiB in {len(manifest['files'])} parts"
+
+
+def starts(goodput: Goodput) -> str:
+    """How often it was started, and how the starts ended."""
+    text = f"{goodput.starts}, of which {goodput.stopped} were stopped on request and {goodput.died} died"
+    return f"{text}; {goodput.lost_steps:,} steps were done twice" if goodput.lost_steps else text
+
+
+def where_the_time_went(goodput: Goodput) -> str:
+    """Shares of the time since the first start."""
+    if not goodput.total:
+        return "-"
+    parts = sorted(goodput.seconds.items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {goodput.share(name):.1%}" for name, _ in parts)
+    return f"{shares} of {in_words(goodput.total)}"
+
+
+def faults(events: list[dict[str, Any]]) -> dict[str, str]:
+    """How many of each kind, and the last."""
+    found = {}
+    for name in _WORTH_TELLING:
+        if those := [event for event in events if event["event"] == name]:
+            about = ", ".join(f"{k} {v}" for k, v in those[-1].items() if k not in ("event", "time"))
+            ago = in_words(time.time() - those[-1]["time"])
+            found[name] = f"{len(those)}, the last {ago} ago: {about}"
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Check a run, then submit it to SLURM: `python launch/submit.py configs/lsun256.toml --nodes 8 --gpus 8 --time 1-00`.
+
+The job trains until the run is complete, through time limits, preemption and dead nodes (launch/train.sbatch). What
+follows -- are options for sbatch: `... --time 1-00 -- --account=vision --exclude=n7`.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path, Python looks in launch/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+
+from launch.outlook import in_words, measured_outlook, parse_time, stretches
+from launch.preflight import REPOSITORY, is_finished
+from launch.snapshot import take_snapshot
+from trainer.config import Config
+from trainer.engine.dry_run import as_text, describe_run
+from trainer.errors import ConfigError, TrainerError, exit_clearly
+from trainer.evaluation.arguments import at_least_one
+
+SCRIPT = REPOSITORY / "launch" / "train.sbatch"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's configuration")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="override one field")
+    parser.add_argument("--nodes", type=at_least_one, required=True, metavar="N")
+    parser.add_argument("--gpus", type=int, required=True, metavar="G", help="of each node; 0 trains on its CPUs")
+    parser.add_argument("--processes", type=at_least_one, metavar="P", help="of each node (default: its GPUs, or 1)")
+    parser.add_argument("--time", required=True, metavar="T", help="limit of a job as sbatch takes it: 24:00:00, 1-00")
+    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    parser.add_argument("--grace", type=at_least_one, default=120, metavar="SECONDS", help="to save in (default 120)")
+    parser.add_argument("--max-restarts", type=at_least_one, default=100, metavar="K", help="requeues (default 100)")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--chain",
+        type=at_least_one,
+        metavar="K",
+        help="K jobs one after the other, where jobs may not requeue themselves; each is over with its time limit, and "
+        "a failure or a scancel ends the chain",
+    )
+    several.add_argument(
+        "--array", type=at_least_one, metavar="K", help="the same as one job array, one task at a time"
+    )
+    parser.add_argument("--stage", action="store_true", help="read shards from copies on a disk of each node")
+    parser.add_argument("--container", metavar="IMAGE", help="a file for apptainer, or a reference for pyxis")
+    parser.add_argument("--mounts", metavar="A:A,B:B", help="folders that are visible in the container")
+    parser.add_argument("--dry-run", action="store_true", help="check, print what would be submitted, and stop")
+    own, options = sys.argv[1:], []
+    if "--" in own:
+        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+    arguments = parser.parse_args(own)
+    arguments.sbatch = options
+    if arguments.gpus < 0:
+        parser.error(f"--gpus {arguments.gpus}: should be at least 0")
+    if arguments.mounts and not arguments.container:
+        parser.error("--mounts goes with --container")
+    return arguments
+
+
+@exit_clearly
+def main() -> int:
+    """Parse, check, submit."""
+    arguments = parse_arguments()
+    config = Config.load(arguments.config, arguments.set)
+    processes = arguments.nodes * processes_per_node(arguments)
+    plan, fault = describe_run(config, world_size=processes)
+    print(as_text(plan))
+    if fault is not None:
+        raise fault
+    print(outlook_text(config, arguments, processes))
+    if is_finished(config):
+        raise ConfigError(f"run_dir = {config.run_dir}: is finished; a longer train.duration would go on")
+
+    check_partition(arguments)
+    settings, options = environment(arguments), sbatch_options(config, arguments)
+    ask_slurm(options, settings)
+    if arguments.dry_run:
+        folder = Path(config.run_dir) / "submissions" / "..."
+        print(f"would submit:\n{in_shell(settings, job_command(options, folder))}")
+        return 0
+    folder = take_snapshot(config)
+    (Path(config.run_dir) / "slurm").mkdir(exist_ok=True)
+    command = job_command(options, folder)
+    (folder / "command.txt").write_text(in_shell(settings, command) + "\n")
+    print(f"submitting:\n{in_shell(settings, command)}")
+    jobs = submit(command, settings, times=arguments.chain or 1)
+    (folder / "jobs.txt").write_text(" ".join(jobs) + "\n")
+    print(how_to_follow(config, jobs, folder))
+    return 0
+
+
+def processes_per_node(arguments: argparse.Namespace) -> int:
+    """One for each GPU unless it was said."""
+    return int(arguments.processes or arguments.gpus or 1)
+
+
+def outlook_text(config: Config, arguments: argparse.Namespace, processes: int) -> str:
+    """What is left at the speed that was measured, beside the time limit. Raises ConfigError for a useless limit."""
+    limit = parse_time(arguments.time)
+    if limit <= arguments.grace:
+        raise ConfigError(
+            f"--time {arguments.time}: is not longer than the {arguments.grace} s of --grace, which a job needs to save"
+        )
+    outlook = measured_outlook(config)
+    if outlook is None:
+        return "time left    unknown: the run has not been logged yet"
+    left = outlook.seconds_on(processes)
+    starts = stretches(left, limit=limit, grace=arguments.grace)
+    basis = f"{outlook.images_per_second:,.1f} images/s on {outlook.world_size} processes"
+    if outlook.world_size != processes:
+        basis += f", taken to grow with their number to {processes}"
+    text = f"time left    {in_words(left)} ({basis}): {starts} jobs of {arguments.time}"
+    allowed = arguments.chain or arguments.array or arguments.max_restarts + 1
+    if starts > allowed:
+        name = "--chain" if arguments.chain else "--array" if arguments.array else "--max-restarts"
+        text += f"\nwarning: {name} allows {allowed}, so the run will not be complete at the end"
+    return text
+
+
+def check_partition(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError where the partition would let the job wait for ever: most clusters queue what is too long."""
+    answer = _slurm(["scontrol", "show", "partition", "--oneliner"], {})
+    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in answer.stdout.splitlines()]
+    for partition in partitions:
+        name = partition.get("PartitionName")
+        if name == arguments.partition or (arguments.partition is None and partition.get("Default") == "YES"):
+            break
+    else:
+        known = ", ".join(partition.get("PartitionName", "") for partition in partitions)
+        raise ConfigError(f"--partition {arguments.partition}: no such partition; there are: {known}")
+    if partition.get("State") != "UP":
+        raise ConfigError(f"--partition {name}: is {partition.get('State')}")
+    longest = partition.get("MaxTime", "UNLIMITED")
+    if longest != "UNLIMITED" and parse_time(arguments.time) > parse_time(longest):
+        raise ConfigError(
+            f"--time {arguments.time}: partition {name} allows {longest}; a job goes on by itself after it"
+        )
+    for limit in ("MaxNodes", "TotalNodes"):
+        most = partition.get(limit, "UNLIMITED")
+        if most.isdigit() and arguments.nodes > int(most):
+            raise ConfigError(f"--nodes {arguments.nodes}: partition {name} has {limit} = {most}")
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, str]:
+    """Settings of launch/train.sbatch."""
+    settings = {"DDPM_REPO": str(REPOSITORY)}
+    if sys.prefix != sys.base_prefix and arguments.container is None:
+        settings["DDPM_VENV"] = sys.prefix
+    if arguments.gpus != processes_per_node(arguments):
+        settings["DDPM_PROCS_PER_NODE"] = str(processes_per_node(arguments))
+    if arguments.chain or arguments.array:
+        settings["DDPM_REQUEUE"] = "0"
+    else:
+        settings["DDPM_MAX_RESTARTS"] = str(arguments.max_restarts)
+    if arguments.stage:
+        settings["DDPM_STAGE"] = "1"
+    if arguments.container:
+        settings["DDPM_CONTAINER"] = arguments.container
+    if arguments.mounts:
+        settings["DDPM_CONTAINER_MOUNTS"] = arguments.mounts
+    return settings
+
+
+def sbatch_options(config: Config, arguments: argparse.Namespace) -> list[str]:
+    """Options of sbatch, the user's own last, for sbatch takes the last of a kind."""
+    run = Path(config.run_dir).absolute()
+    log = str(run / "slurm").replace("%", "%%") + ("/%x-%A_%a.out" if arguments.array else "/%x-%j.out")
+    options = [
+        f"--job-name={run.name}",
+        f"--nodes={arguments.nodes}",
+        f"--time={arguments.time}",
+        f"--signal=B:USR1@{arguments.grace}",
+        f"--output={log}",
+        f"--chdir={REPOSITORY}",
+    ]
+    if arguments.gpus:
+        options.append(f"--gpus-per-node={arguments.gpus}")
+    if arguments.partition:
+        options.append(f"--partition={arguments.partition}")
+    if arguments.array:
+        options.append(f"--array=1-{arguments.array}%1")
+    return [*options, *arguments.sbatch]
+
+
+def job_command(options: list[str], folder: Path) -> list[str]:
+    """The command that submits the job; it reads the snapshot's configuration."""
+    return ["sbatch", "--parsable", *options, str(SCRIPT), "--config", str(folder.absolute() / "config.toml")]
+
+
+def ask_slurm(options: list[str], settings: dict[str, str]) -> None:
+    """Raise ConfigError with SLURM's reason where it would not take the job: partition, limit, nodes, GPUs, account."""
+    answer = _slurm(["sbatch", "--test-only", *options, str(SCRIPT)], settings)
+    lines = [line.removeprefix("sbatch: ") for line in answer.stderr.splitlines() if line.startswith("sbatch: ")]
+    if answer.returncode != 0:
+        raise ConfigError(f"sbatch would refuse this job: {'; '.join(lines) or answer.stderr.strip()}")
+    print(f"SLURM        {'; '.join(lines)}")
+
+
+def submit(command: list[str], settings: dict[str, str], *, times: int) -> list[str]:
+    """Submit it, or a chain of it: each begins when the one before has ended well. Returns the numbers of the jobs."""
+    jobs: list[str] = []
+    for _ in range(times):
+        after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+        answer = _slurm([*command[:2], *after, *command[2:]], settings)
+        if answer.returncode != 0:
+            submitted = f"; already submitted: {' '.join(jobs)}" if jobs else ""
+            raise TrainerError(f"{answer.stderr.strip()}{submitted}")
+        jobs.append(answer.stdout.strip().splitlines()[-1].split(";")[0])
+    return jobs
+
+
+def in_shell(settings: dict[str, str], command: list[str]) -> str:
+    """The command as one would type it."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), shlex.join(command)])
+
+
+def how_to_follow(config: Config, jobs: list[str], folder: Path) -> str:
+    """What to type next."""
+    logs = shlex.quote(str(Path(config.run_dir) / "slurm"))
+    return f"""submitted    {" ".join(jobs)}; configuration, revision and changes are kept in {folder}
+look         python launch/status.py {shlex.quote(config.run_dir)}
+             squeue --jobs={",".join(jobs)}
+             tail -F {logs}/*-{jobs[0]}*.out
+save, go on  scancel --batch --signal=USR1 {jobs[0]}
+save, end    scancel {" ".join(jobs)}"""
+
+
+def _slurm(command: list[str], settings: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise TrainerError(f"{command[0]}: not found; this is for a login node of a SLURM cluster") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Where a run's time went, added up from its journal: how much of it was training that counts.
+
+RUN/events.jsonl has what is needed:
+  {"event": "started", "time": ..., "step": 1200, "world_size": 16, "attempt": "4711.1", "startup_seconds": 21.3,
+   "lost_steps": 38, "last_seen": ..., "seconds_before": {...}}     the last three after an end without a word
+  {"event": "stopped" or "finished", "time": ..., "step": ..., "seconds": {"startup": ..., "training": ..., ...}}
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ENDS = ("stopped", "finished")  # of a start that ended as it should; another one died
+Event = Mapping[str, Any]
+
+
+@dataclass
+class Goodput:
+    """Seconds from the first start on, by what they went into; `redone` is training that a fault threw away.
+
+    "waiting" is the time between an end and the next start: in the queue, or until someone noticed.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    starts: int = 0
+    stopped: int = 0
+    died: int = 0
+    lost_steps: int = 0
+
+    @property
+    def total(self) -> float:
+        """From the first start to the last sign of life."""
+        return sum(self.seconds.values())
+
+    def share(self, name: str) -> float:
+        """Of the total, 0 to 1."""
+        return self.seconds.get(name, 0.0) / self.total if self.total else 0.0
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The journal of a run, oldest first; a line cut by a kill is left out."""
+    path = run / "events.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            found.append(event)
+    return found
+
+
+def add_up(events: Sequence[Event], heartbeat: Event | None) -> Goodput:
+    """Where the time went; the heartbeat tells of the start that has not ended yet, or never will."""
+    result = Goodput()
+    starts = [event for event in events if event["event"] == "started"]
+    for number, start in enumerate(starts):
+        following = starts[number + 1] if number + 1 < len(starts) else None
+        until = following["time"] if following is not None else float("inf")
+        end = next((e for e in events if e["event"] in ENDS and start["time"] <= e["time"] < until), None)
+        result.starts += 1
+        seconds, last_seen = _of_one_start(start, following, end, heartbeat)
+        lost = 0
+        if end is not None:
+            result.stopped += end["event"] == "stopped"
+        elif following is not None:
+            result.died += 1
+            lost = int(following.get("lost_steps", 0))
+        _take_out_what_was_lost(seconds, lost, trained=lost + _steps_kept(start, following))
+        result.lost_steps += lost
+        if following is not None:
+            seconds["waiting"] = max(0.0, following["time"] - following.get("startup_seconds", 0.0) - last_seen)
+        for name, value in seconds.items():
+            result.seconds[name] = result.seconds.get(name, 0.0) + value
+    return result
+
+
+def _of_one_start(
+    start: Event, following: Event | None, end: Event | None, heartbeat: Event | None
+) -> tuple[dict[str, float], float]:
+    """Its seconds by activity, and when it was last seen alive."""
+    if end is not None:
+        return dict(end.get("seconds", {})), end["time"]
+    if following is not None and following.get("last_seen"):
+        return dict(following.get("seconds_before") or {}), following["last_seen"]
+    if following is None and heartbeat is not None and heartbeat["time"] >= start["time"]:
+        return dict(heartbeat["seconds"]), heartbeat["time"]
+    return {"startup": start.get("startup_seconds", 0.0)}, start["time"]
+
+
+def _steps_kept(start: Event, following: Event | None) -> int:
+    return max(0, int(following["step"]) - int(start["step"])) if following is not None else 0
+
+
+def _take_out_what_was_lost(seconds: dict[str, float], lost: int, *, trained: int) -> None:
+    if lost and trained:
+        redone = seconds.get("training", 0.0) * lost / trained
+        seconds["training"] = seconds.get("training", 0.0) - redone
+        seconds["redone"] = redone

@@ -1,0 +1,98 @@
+"""RUN/heartbeat.json: what the run is doing now, for whoever watches it from outside, and what it was doing last.
+
+{"time": 1790000000.0, "step": 1200, "last_step": 2400000, "activity": "training", "attempt": "4711.0", "host": "n1",
+ "process": 4242, "seconds": {"startup": 9.1, "training": 301.5, "saving": 2.2, "sampling": 0.0}}
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.telemetry.goodput import ENDS
+
+HEARTBEAT_NAME = "heartbeat.json"
+_EVERY = 10.0  # seconds between two that say nothing new
+
+
+def attempt() -> str | None:
+    """Which start of which job this is, as launch/train.sbatch says ("4711.0"); None outside of jobs."""
+    return os.environ.get("DDPM_ATTEMPT")
+
+
+def process_age() -> float:
+    """Seconds since this process was started; what it did before its first own line counts."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    return 0.0
+
+
+def read_heartbeat(run: Path) -> dict[str, Any] | None:
+    """The last one, or None where there is none that can be read."""
+    try:
+        beat = json.loads((run / HEARTBEAT_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return beat if isinstance(beat, dict) else None
+
+
+class Heartbeat:
+    """Writer of a run's heartbeat; only rank 0 `writes`. A heartbeat that cannot be written is no reason to stop."""
+
+    def __init__(self, run: Path, *, writes: bool) -> None:
+        self.path = run / HEARTBEAT_NAME
+        self.previous = read_heartbeat(run) if writes else None
+        self._writes = writes
+        self._began = time.monotonic()
+        self._startup = process_age()
+        self._activity = ""
+        self._next = 0.0
+
+    def beat(self, *, step: int, last_step: int, activity: str, spent: Mapping[str, float]) -> None:
+        """Tell what the run is doing, at most every ten seconds unless it is something new.
+
+        `spent`: seconds spent so far on what is not training.
+        """
+        now = time.monotonic()
+        if not self._writes or (activity == self._activity and now < self._next):
+            return
+        self._activity, self._next = activity, now + _EVERY
+        content = {
+            "time": round(time.time(), 3),
+            "step": step,
+            "last_step": last_step,
+            "activity": activity,
+            "attempt": attempt(),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "seconds": self.seconds(spent),
+        }
+        fresh = self.path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):
+            fresh.write_text(json.dumps(content) + "\n")
+            fresh.replace(self.path)
+
+    def seconds(self, spent: Mapping[str, float]) -> dict[str, float]:
+        """Where the time of this process went: startup, training, and what was `spent` otherwise."""
+        training = time.monotonic() - self._began - sum(spent.values())
+        seconds = {"startup": self._startup, "training": max(0.0, training), **spent}
+        return {name: round(value, 3) for name, value in seconds.items()}
+
+    def about_start(self, step: int) -> dict[str, Any]:
+        """For the journal's line on a start at `step`: what the start before left, where it ended without a word.
+
+        lost_steps: those that it had done behind `step`, to ten seconds; last_seen: when it was alive, and its seconds.
+        """
+        told: dict[str, Any] = {"attempt": attempt(), "startup_seconds": round(self._startup, 3)}
+        before = self.previous
+        if before is not None and before.get("activity") not in ENDS:
+            told["lost_steps"] = max(0, int(before.get("step", 0)) - step)
+            told["last_seen"] = before.get("time")
+            told["seconds_before"] = before.get("seconds")
+        return told
