@@ -186,6 +186,22 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(config_path: Path
     assert all(torch.equal(before[piece.name], piece.weight) for piece in state.strategy.slices)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(config_path: Path, value: float) -> None:
+    """The loss is finite: a backward pass may overflow by itself."""
+    state = small_state(config_path)
+    before = {piece.name: piece.weight.clone() for piece in state.strategy.slices}
+    x = torch.randn(2, 3, 8, 8)
+    state.strategy.backward(state.strategy.network(x, torch.tensor([3, 5])).square().mean())
+    gradient = state.strategy.slices[0].storage.grad
+    assert gradient is not None
+    gradient.view(-1)[0] = value
+    state.strategy.optimizer.prepare_step(learning_rate=1.0, loss=torch.tensor(1.0))
+    state.strategy.step()
+    assert state.strategy.optimizer.skipped == 1
+    assert all(torch.equal(before[piece.name], piece.weight) for piece in state.strategy.slices)
+
+
 def test_one_process_owns_all() -> None:
     slices = [whole(name, torch.zeros(n)) for n, name in enumerate("abc", start=1)]
     assert owned(slices) == slices
