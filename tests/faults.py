@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 
-from trainer.data import stream
+from trainer.data import batches
 from trainer.diffusion import reverse
 from trainer.engine import checkpoints, processes, saving, schedule, sealed, step
 from trainer.evaluation import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
-    "read": (stream.ReadAndDecode, "__call__"),  # once a micro-batch, in the loader process
+    "read": (batches.ReadAndDecode, "into"),  # once a micro-batch, in the loader process
     "join": (processes.rendezvous, "join"),  # once a process
     "noised_inputs": (step, "noised_inputs"),  # once a micro-batch
     "update": (step.TrainStep, "update"),  # once a step
