@@ -59,7 +59,7 @@ def test_two_one_two_processes_train_on_each_image_once_an_epoch(tmp_path: Path,
 
     What the killed job consumed after its last checkpoint is consumed again, the same images at the same positions.
     """
-    settings = overrides(data__order=order, data__lanes=4, data__window=1)
+    settings = overrides(data__order=order, data__lanes=4, data__window=1, checkpoint__background="false")
     jobs = [
         (2, "8 steps", KILL_RANK_1_IN_STEP_5),
         (1, "6 steps", None),
