@@ -255,8 +255,9 @@ def test_imported_weights_are_sampled_and_trained_further(tmp_path: Path, datase
     assert (imported / "samples" / "step-00000000-ema-seed-0" / "000000.png").exists()
     data = overrides(data__path=str(dataset), optimizer__learning_rate=1e-12, train__ema_decay=0.0)
     launch(2, "--config", str(imported / "config.toml"), *data)
-    assert [event["event"] for event in events(imported)][:2] == ["imported", "started"]
-    assert events(imported)[1]["resumed_from"] == str(checkpoint(imported, 0))
+    first, changed, started = events(imported)[:3]
+    assert [event["event"] for event in (first, changed, started)] == ["imported", "configuration", "started"]
+    assert started["resumed_from"] == str(checkpoint(imported, 0))
     before, after = tensors_of(imported, 0), tensors_of(imported, 6)
     for name, value in before.items():
         if name.startswith("optimizer."):
