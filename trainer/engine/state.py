@@ -63,8 +63,6 @@ class TrainState:
         Names say what a tensor is, whatever the strategy and the number of ranks: model/<parameter>, ema/<parameter>
         (and ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>, timesteps/<quantity>.
         """
-        shapes = {f"{kind}/{name}": shape for kind in self._kinds() for name, shape in self.shapes.items()}
-        timesteps = {f"timesteps/{name}": value for name, value in self.timesteps.tensors().items()}
         mine = {(piece.name, piece.start) for piece in self.owned}
         slices = [
             SavedSlice(f"{kind}/{piece.name}", piece.shape, piece.start, tensor)
@@ -73,10 +71,9 @@ class TrainState:
             if (piece.name, piece.start) in mine
         ]
         if self.strategy.accelerator.is_main_process:
-            slices += [SavedSlice(name, value.shape, 0, value) for name, value in timesteps.items()]
-        return Contents(
-            slices, shapes | {name: value.shape for name, value in timesteps.items()}, self._scalars(), self._strategy
-        )
+            timesteps = self.timesteps.tensors().items()
+            slices += [SavedSlice(f"timesteps/{name}", value.shape, 0, value) for name, value in timesteps]
+        return Contents(slices, self._tensor_shapes(), self._scalars(), self._strategy)
 
     def snapshot_contents(self) -> Contents:
         """What a snapshot of the averages with a power-function profile holds, and this rank's share of it."""
@@ -143,8 +140,11 @@ class TrainState:
     def _strategy(self) -> str:
         return self.strategy.config.strategy
 
-    def _kinds(self) -> list[str]:
-        return ["model", *(f"optimizer.{moment}" for moment in MOMENTS), *self.averages.by_name]
+    def _tensor_shapes(self) -> dict[str, torch.Size]:
+        """Of every tensor of the state, whichever rank has it."""
+        kinds = ["model", *(f"optimizer.{moment}" for moment in MOMENTS), *self.averages.by_name]
+        shapes = {f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}
+        return shapes | {f"timesteps/{name}": value.shape for name, value in self.timesteps.tensors().items()}
 
     def _groups(self) -> Iterator[_Group]:
         slices, state = self.strategy.slices, self.strategy.optimizer.state
@@ -165,7 +165,7 @@ class TrainState:
         left = {kind for kind in kinds if kind.startswith(f"{MAIN}-")} - self.averages.by_name.keys()
         remarks += [f"{kind}: train.ema_sigma_rel asks for no such average any more; it ends here" for kind in left]
         found = {name: shape for name, shape in found.items() if name.partition("/")[0] not in left}
-        expected = {name: s for name, s in self.contents().shapes.items() if name.partition("/")[0] not in source}
+        expected = {name: s for name, s in self._tensor_shapes().items() if name.partition("/")[0] not in source}
         if difference := sorted(expected.keys() ^ found.keys()):
             state = "missing" if difference[0] in expected else "not in this run"
             raise CheckpointError(f"{difference[0]}: {state}; the checkpoint is of another run")
