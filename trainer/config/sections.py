@@ -1,26 +1,21 @@
-"""Typed configuration: one TOML file, every field documented, validated once, saved with the run as resolved."""
+"""The sections of a configuration: every field with its type, default, bounds and meaning."""
 
-import difflib
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trainer.errors import ConfigError
 from trainer.units import SecondsField, SizeField, Span, SpanField
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of the file: unknown keys are errors, values are not coerced, nothing changes afterwards."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, use_attribute_docstrings=True
     )
 
 
-class MixtureEntry(_Section):
+class MixtureEntry(Section):
     """One dataset of a mixture."""
 
     path: str
@@ -29,7 +24,7 @@ class MixtureEntry(_Section):
     """Its share of the images is weight / (sum of weights), rounded to thousandths."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is trained on: `path`, or several as `[[data.mixture]]`."""
 
     path: str | None = None
@@ -78,7 +73,7 @@ class DataConfig(_Section):
         return self.path or " + ".join(entry.path for entry in self.mixture)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The UNet of Ho et al. 2020, appendix B."""
 
     image_size: int = Field(gt=0)
@@ -99,7 +94,7 @@ class ModelConfig(_Section):
     """Groups of every GroupNorm."""
 
 
-class DiffusionConfig(_Section):
+class DiffusionConfig(Section):
     """The forward process, what the network predicts of it, and the loss (Ho et al. 2020, table 2)."""
 
     timesteps: int = Field(default=1000, gt=1)
@@ -134,7 +129,7 @@ class DiffusionConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """Adam, as in appendix B."""
 
     learning_rate: float = Field(gt=0)
@@ -149,7 +144,7 @@ class OptimizerConfig(_Section):
     """The gradient's global norm is clipped to this; inf never clips."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long and how."""
 
     duration: SpanField
@@ -204,7 +199,7 @@ class TrainConfig(_Section):
         return self
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When the state is saved and what is kept."""
 
     every: SpanField
@@ -229,7 +224,7 @@ class CheckpointConfig(_Section):
     """Newest copies that are kept, besides those that are kept for ever."""
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """What is written while training."""
 
     every: SpanField
@@ -242,106 +237,3 @@ class LogConfig(_Section):
     """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""
     validate_images: int = Field(default=1024, gt=0)
     """Most held-out images that are measured, always the same."""
-
-
-class Config(_Section):
-    """A run, whole."""
-
-    run_dir: str
-    """Folder of the run: everything that training writes lies in it."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Keys the order, flips, t, noise, dropout, initial weights and samples."""
-    data: DataConfig
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        every, validate_every, batch = self.checkpoint.every, self.log.validate_every, self.train.global_batch
-        if validate_every.count and not self.data.holdout:
-            raise ValueError(f'log.validate_every = "{validate_every}": needs images to validate on; set data.holdout')
-        if self.checkpoint.keep_best:
-            keep = f"checkpoint.keep_best = {self.checkpoint.keep_best}"
-            if not validate_every.count:
-                raise ValueError(f"{keep}: needs a score for each checkpoint; set log.validate_every and data.holdout")
-            if every.images(batch) % validate_every.images(batch):
-                raise ValueError(
-                    f'{keep}: needs a score for each checkpoint, so checkpoint.every = "{every}" should be a multiple '
-                    f'of log.validate_every = "{validate_every}"'
-                )
-        return self
-
-    @classmethod
-    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a TOML file and apply overrides such as "train.global_batch=64".
-
-        Raises ConfigError with one line for each field that is unknown, missing or invalid.
-        """
-        try:
-            raw = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from error
-        return cls.parse(raw, overrides, source=str(path))
-
-    @classmethod
-    def parse(cls, raw: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Self:
-        """Validate what a TOML file would hold, overrides applied to it; errors as `load`, from `source`."""
-        for override in overrides:
-            _apply_override(raw, override)
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            lines = [_explain(cls, details) for details in error.errors()]
-            raise ConfigError(f"{source}: " + "; ".join(lines)) from error
-
-    def to_toml(self) -> str:
-        """The configuration as resolved: every field, defaults included."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    *sections, name = key.strip().split(".")
-    if not separator or not all([*sections, name]):
-        raise ConfigError(f"--set {override}: write it as section.name=value, for example train.global_batch=64")
-    table = raw
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {section} is a value, not a section")
-    try:
-        table[name] = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[name] = text.strip()  # an unquoted string: a path, a span, a name
-
-
-def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
-    if not details["loc"]:  # fields of several sections that do not go together; the message names them
-        return details["msg"].removeprefix("Value error, ")
-    *sections, name = [str(part) for part in details["loc"] if not isinstance(part, int)]
-    field = ".".join([*sections, name])
-    if details["type"] == "extra_forbidden":
-        known = _section(model, sections).model_fields
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
-        return f"{field}: unknown key; {hint}"
-    if details["type"] == "missing":
-        return f"{field}: missing"
-    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    if isinstance(details["input"], dict):  # fields that do not go together
-        return f"{field}: {message}"
-    return f"{field} = {details['input']!r}: {message}"
-
-
-def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:
-    for name in sections:
-        annotation = model.model_fields[name].annotation
-        (section,) = get_args(annotation) or (annotation,)  # one, or a list of them
-        model = section
-    return model

@@ -1,0 +1,87 @@
+"""Typed configuration: one TOML file, every field documented, validated once, saved with the run as resolved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from trainer.config.reading import apply_override, explain, read_toml
+from trainer.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DiffusionConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Section,
+    TrainConfig,
+)
+from trainer.errors import ConfigError
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+]
+
+
+class Config(Section):
+    """A run, whole."""
+
+    run_dir: str
+    """Folder of the run: everything that training writes lies in it."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Keys the order, flips, t, noise, dropout, initial weights and samples."""
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        every, validate_every, batch = self.checkpoint.every, self.log.validate_every, self.train.global_batch
+        if validate_every.count and not self.data.holdout:
+            raise ValueError(f'log.validate_every = "{validate_every}": needs images to validate on; set data.holdout')
+        if self.checkpoint.keep_best:
+            keep = f"checkpoint.keep_best = {self.checkpoint.keep_best}"
+            if not validate_every.count:
+                raise ValueError(f"{keep}: needs a score for each checkpoint; set log.validate_every and data.holdout")
+            if every.images(batch) % validate_every.images(batch):
+                raise ValueError(
+                    f'{keep}: needs a score for each checkpoint, so checkpoint.every = "{every}" should be a multiple '
+                    f'of log.validate_every = "{validate_every}"'
+                )
+        return self
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a TOML file and apply overrides such as "train.global_batch=64".
+
+        Raises ConfigError with one line for each field that is unknown, missing or invalid.
+        """
+        return cls.parse(read_toml(path), overrides, source=str(path))
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Self:
+        """Validate what a TOML file would hold, overrides applied to it; errors as `load`, from `source`."""
+        for override in overrides:
+            apply_override(raw, override)
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            lines = [explain(cls, details) for details in error.errors()]
+            raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+    def to_toml(self) -> str:
+        """The configuration as resolved: every field, defaults included."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))

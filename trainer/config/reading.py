@@ -1,0 +1,65 @@
+"""From a TOML file and overrides to what a configuration is made of, and what is wrong with it, in a line."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from trainer.errors import ConfigError
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds; ConfigError names it if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set what "section.name=value" says in `raw`; ConfigError if it does not say that."""
+    key, separator, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not separator or not all([*sections, name]):
+        raise ConfigError(f"--set {override}: write it as section.name=value, for example train.global_batch=64")
+    table = raw
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    try:
+        table[name] = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[name] = text.strip()  # an unquoted string: a path, a span, a name
+
+
+def explain(model: type[BaseModel], details: ErrorDetails) -> str:
+    """One line on what is wrong with a field of `model`, and what would be right."""
+    if not details["loc"]:  # fields of several sections that do not go together; the message names them
+        return details["msg"].removeprefix("Value error, ")
+    *sections, name = [str(part) for part in details["loc"] if not isinstance(part, int)]
+    field = ".".join([*sections, name])
+    if details["type"] == "extra_forbidden":
+        known = _section(model, sections).model_fields
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
+        return f"{field}: unknown key; {hint}"
+    if details["type"] == "missing":
+        return f"{field}: missing"
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    if isinstance(details["input"], dict):  # fields that do not go together
+        return f"{field}: {message}"
+    return f"{field} = {details['input']!r}: {message}"
+
+
+def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:
+    for name in sections:
+        annotation = model.model_fields[name].annotation
+        (section,) = get_args(annotation) or (annotation,)  # one, or a list of them
+        model = section
+    return model
