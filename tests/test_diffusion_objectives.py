@@ -130,7 +130,9 @@ def test_the_decoders_term_from_a_squared_error(prediction: str, variance: str) 
     x0, eps, t = images(1, 64).clamp(-0.5, 0.5), normal(2, 64, 3, 4, 4), torch.zeros(64, dtype=torch.int64)
     x0 = ((x0 * 127.5).round() / 127.5).float()
     x_t = diffusion.q_sample(x0, t, eps)
-    mean = x0 + diffusion.posterior_log_variance(t, variance).mul(0.5).exp()[:, None, None, None] * normal(3, 64, 3, 4, 4)
+    mean = x0 + diffusion.posterior_log_variance(t, variance).mul(0.5).exp()[:, None, None, None] * normal(
+        3, 64, 3, 4, 4
+    )
     output = {
         "x0": mean,
         "mu": mean,

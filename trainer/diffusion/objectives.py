@@ -45,9 +45,7 @@ class Objective:
         self.prediction: Prediction = prediction
         self.variance: ReverseVariance = variance
         self.loss: Loss = loss
-        self._weight, self._constant = (
-            squared_error_in_bound(diffusion, prediction, variance) if loss == "mse" else (None, None)
-        )
+        self._in_bound = squared_error_in_bound(diffusion, prediction, variance) if loss == "mse" else None
 
     def losses(self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each image: (B,) float32.
@@ -65,9 +63,10 @@ class Objective:
         Arguments as of `losses`. The term has no gradient and costs nothing: it is computed anyway, or follows from
         the squared error, see `squared_error_in_bound`.
         """
-        if self._weight is not None and self._constant is not None:
+        if self._in_bound is not None:
+            weight, constant = self._in_bound
             squared_error = self._squared_error(output, x0, x_t, t, eps)
-            return squared_error, self._weight[t] * squared_error.detach() + self._constant[t]
+            return squared_error, weight[t] * squared_error.detach() + constant[t]
         if self.loss == "bound":
             bound = self._bound(output, x0, x_t, t)
             return bound, bound.detach()
