@@ -56,7 +56,7 @@ def documented_scalars(*groups: str) -> set[str]:
     names: set[str] = set()
     for line in (REPOSITORY / "docs" / "telemetry.md").read_text().splitlines():
         if line.startswith("| `"):
-            names |= {name for name in re.findall(r"`([a-z]+/[a-z0-9_]+)`", line.split("|")[1])}
+            names |= set(re.findall(r"`([a-z]+/[a-z0-9_]+)`", line.split("|")[1]))
     return {name for name in names if name.startswith(groups)}
 
 

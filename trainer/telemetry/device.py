@@ -1,5 +1,6 @@
 """What the hardware could do, and what memory the run takes of it."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import psutil
 import torch
 
 # Dense TFLOP/s (half of what is printed "with sparsity") by NVIDIA's data sheets: 16-bit (bf16 and fp16, accumulated in
-# float32), TF32, FP32. The first name that the device's contains counts, so the special ones come first.
+# float32), TF32, FP32. The first whose words the device's name contains counts, so the special ones come first.
 _DATA_SHEETS: list[tuple[str, dict[str, float]]] = [
     ("B200", {"16-bit": 2250.0, "tf32": 1125.0}),
     ("H200 NVL", {"16-bit": 835.5, "tf32": 417.5, "fp32": 60.0}),
@@ -17,7 +18,7 @@ _DATA_SHEETS: list[tuple[str, dict[str, float]]] = [
     ("H100", {"16-bit": 989.5, "tf32": 494.5, "fp32": 67.0}),
     ("A100", {"16-bit": 312.0, "tf32": 156.0, "fp32": 19.5}),
     ("L40S", {"16-bit": 362.0, "tf32": 183.0, "fp32": 91.6}),
-    ("NVIDIA L4", {"16-bit": 121.0, "tf32": 60.0, "fp32": 30.3}),
+    ("L4", {"16-bit": 121.0, "tf32": 60.0, "fp32": 30.3}),
 ]
 
 
@@ -51,7 +52,7 @@ def _convolves_in_tf32() -> bool:
 
 def data_sheet(name: str, arithmetic: str) -> float | None:
     """TFLOP/s of a device by its name and "16-bit", "tf32" or "fp32"; None where it is not in the table."""
-    figures = next((figures for known, figures in _DATA_SHEETS if known in name), {})
+    figures = next((figures for known, figures in _DATA_SHEETS if re.search(rf"\b{known}\b", name)), {})
     return figures.get(arithmetic)
 
 
