@@ -1,7 +1,7 @@
 """Between two log lines the host reads of a step its verdict, once, and nothing else: every other read would wait."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,27 @@ class CountReads:
         steps: list[list[str]] = [[]]
         run, queued, read = TrainingLoop.run, Telemetry.queued, PendingVerdict.read
 
-        def heard(what: str) -> None:
-            steps[-1].append(what)
+        loading = False  # what the stream reads has never been on a device
 
-        def run_watched(loop: TrainingLoop, stream: Any) -> bool:
+        def heard(what: str) -> None:
+            if not loading:
+                steps[-1].append(what)
+
+        def loaded(stream: Iterator[Any]) -> Iterator[Any]:
+            nonlocal loading
+            while True:
+                loading = True
+                batch = next(stream, None)
+                loading = False
+                if batch is None:
+                    return
+                yield batch
+
+        def run_watched(loop: TrainingLoop, stream: Iterator[Any]) -> bool:
             for name in _READS:
                 setattr(torch.Tensor, name, _heard_of(name, getattr(torch.Tensor, name), heard))
             with ReadsByOperators(heard):
-                finished = run(loop, stream)
+                finished = run(loop, loaded(stream))
             Path(self.path).write_text(json.dumps(steps))
             return finished
 

@@ -58,7 +58,12 @@ class TrainingLoop:
         self.folder = folder
         self.last_step = config.train.duration.steps(layout.global_batch)
         self.telemetry = Telemetry(
-            config=config, layout=layout, data=data, state=state, folder=folder, last_step=self.last_step
+            config=config,
+            layout=layout,
+            samples=data.order.samples,
+            state=state,
+            folder=folder,
+            last_step=self.last_step,
         )
         self.progress = self.telemetry.progress
         self.saves = SaveSchedule(

@@ -9,7 +9,6 @@ import torch
 
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
-from trainer.data.training_data import TrainingData
 from trainer.engine.build import build_network
 from trainer.engine.cost import training_flops
 from trainer.engine.processes import gather_numbers
@@ -31,6 +30,8 @@ T = TypeVar("T")
 class Telemetry:
     """Scalars, progress, heartbeat and times of a run. All ranks make one and call it alike; rank 0 writes.
 
+    `samples` are the images of an epoch; `last_step` is where the run ends.
+
     Between two calls of `log` nothing waits for the device and nothing is exchanged.
     """
 
@@ -39,7 +40,7 @@ class Telemetry:
         *,
         config: Config,
         layout: BatchLayout,
-        data: TrainingData,
+        samples: int,
         state: TrainState,
         folder: RunFolder,
         last_step: int,
@@ -48,7 +49,7 @@ class Telemetry:
         self.state = state
         self.folder = folder
         self.last_step = last_step
-        self._samples = data.order.samples
+        self._samples = samples
         self._device = state.strategy.device
         model = config.model
         self._flops_per_image = training_flops(
