@@ -14,7 +14,7 @@ from typing import Any
 
 ENDS = ("stopped", "finished")  # of a start that ended as it should; another one died
 PARTS = ("training", "data", "startup", "saving", "validating", "sampling", "redone", "waiting")
-_THROWN_AWAY = ("training", "data")  # by a fault, with the steps behind the last checkpoint
+_THROWN_AWAY = {"training", "data"}  # by a fault, with the steps behind the last checkpoint
 Event = Mapping[str, Any]
 
 
@@ -111,7 +111,7 @@ def _steps_kept(start: Event, following: Event | None) -> int:
 def _take_out_what_was_lost(seconds: dict[str, float], lost: int, *, trained: int) -> None:
     if lost and trained:
         seconds["redone"] = 0.0
-        for part in _THROWN_AWAY:
-            redone = seconds.get(part, 0.0) * lost / trained
-            seconds[part] = seconds.get(part, 0.0) - redone
+        for part in seconds.keys() & _THROWN_AWAY:
+            redone = seconds[part] * lost / trained
+            seconds[part] -= redone
             seconds["redone"] += redone
