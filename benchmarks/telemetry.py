@@ -32,9 +32,10 @@ from trainer.engine.averages import Averages
 from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.gradient_squares import GradientSquare
 from trainer.engine.run import RunFolder
-from trainer.engine.step import PendingVerdict, TrainStep
+from trainer.engine.step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.engine.telemetry import Telemetry
+from trainer.engine.verdict import PendingVerdict
 from trainer.signals import StopRequest
 from trainer.telemetry.meters import STEP_SUMS
 

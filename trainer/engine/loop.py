@@ -19,9 +19,10 @@ from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
 from trainer.engine.schedule import SaveSchedule
 from trainer.engine.state import TrainState
-from trainer.engine.step import PendingVerdict, TrainStep, Verdict
+from trainer.engine.step import TrainStep
 from trainer.engine.telemetry import Telemetry
 from trainer.engine.validation import Validation
+from trainer.engine.verdict import PendingVerdict, Verdict
 from trainer.engine.watchdog import enter
 from trainer.errors import NonFiniteError
 from trainer.telemetry.pictures import grid, save_png

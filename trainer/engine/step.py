@@ -1,8 +1,6 @@
 """One optimizer step: noise the images, predict, accumulate, clip, update; no host sync on the way."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,79 +14,10 @@ from trainer.diffusion.process import GaussianDiffusion
 from trainer.engine.gradient_squares import GradientSquare
 from trainer.engine.state import TrainState
 from trainer.engine.strategies import Strategy
+from trainer.engine.verdict import PendingVerdict, StepBatches
 from trainer.engine.watchdog import enter
 from trainer.signals import StopRequest
-from trainer.telemetry.meters import StepFigures, step_sums
-from trainer.telemetry.noise_scale import GradientNoise
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What all ranks know about a step: mean loss of the global batch, gradient norm before clipping, how many ranks
-    are to stop, how many still write their part of a checkpoint, how many copy one elsewhere, and what is only logged.
-    """
-
-    loss: float
-    grad_norm: float
-    stop_requests: int
-    writing: int
-    copying: int
-    figures: StepFigures
-
-    @property
-    def finite(self) -> bool:
-        """Whether the step was applied; a NaN or infinity anywhere makes it a step that never was."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Batches:
-    """What sums over ranks are of: images of a step and, None if not measured, of `GradientSquare`; and T."""
-
-    world_size: int
-    images: int
-    small: int | None
-    timesteps: int
-
-
-class PendingVerdict:
-    """A verdict on its way from the device; reading it waits for the step, so read it when the next one is queued."""
-
-    def __init__(self, report: torch.Tensor, batches: _Batches) -> None:
-        self._batches = batches
-        self._arrived = torch.cuda.Event() if report.is_cuda else None
-        self._report = report.to("cpu", non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> Verdict:
-        """Wait and read."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        grad_norm, loss, stop_requests, writing, copying, small_square, *sums = self._report.tolist()
-        return Verdict(
-            loss=loss,
-            grad_norm=grad_norm,
-            stop_requests=round(stop_requests),
-            writing=round(writing),
-            copying=round(copying),
-            figures=StepFigures.read(
-                sums,
-                global_batch=self._batches.images,
-                timesteps=self._batches.timesteps,
-                noise=self._noise(grad_norm, small_square),
-            ),
-        )
-
-    def _noise(self, grad_norm: float, small_square: float) -> GradientNoise | None:
-        if self._batches.small is None:
-            return None
-        return GradientNoise.estimate(
-            small_square=small_square / self._batches.world_size,
-            small_batch=self._batches.small,
-            large_square=grad_norm**2,
-            large_batch=self._batches.images,
-        )
+from trainer.telemetry.meters import step_sums
 
 
 def noised_inputs(
@@ -152,7 +81,7 @@ class TrainStep:
         self._drawn: _Drawn | None = None  # by the last `backward`
         self.stop = stop
         self.gradient_square = GradientSquare(strategy, layout)
-        self._batches = _Batches(
+        self._batches = StepBatches(
             world_size=layout.world_size,
             images=layout.global_batch,
             small=self.gradient_square.batch,

@@ -14,7 +14,7 @@ from trainer.engine.cost import training_flops
 from trainer.engine.processes import gather_numbers
 from trainer.engine.run import RunFolder
 from trainer.engine.state import TrainState
-from trainer.engine.step import Verdict
+from trainer.engine.verdict import Verdict
 from trainer.engine.watchdog import enter
 from trainer.telemetry.device import device_memory, device_peak, host_memory
 from trainer.telemetry.goodput import add_up, read_starts
