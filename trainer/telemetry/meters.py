@@ -1,8 +1,8 @@
 """What the training steps say: summed on the device in a step, and by the host from one log line to the next.
 
-The sums of a step travel with its verdict, which all ranks exchange and read anyway (trainer/engine/verdict.py): a meter
-adds no exchange, no copy and no wait. The sums of an interval are plain numbers, alike on all ranks and part of the
-state, so a log line says the same whether the run was interrupted in the middle of its interval or not.
+The sums of a step travel with its verdict, which all ranks exchange and read anyway (trainer/engine/verdict.py): a
+meter adds no exchange, no copy and no wait. The sums of an interval are plain numbers, alike on all ranks and part of
+the state, so a log line says the same whether the run was interrupted in the middle of its interval or not.
 """
 
 import math
