@@ -1,6 +1,6 @@
 """What the meters and the average cost of a training step.
 
-    python benchmarks/telemetry.py [--config configs/cifar10.toml] [--batch 8] [--micro-batch 4] [--rounds 5]
+    python benchmarks/telemetry.py [--config configs/cifar10.toml] [--batch 8] [--micro-batch 4] [--rounds 8]
 
 First by their own time: each call of theirs in a step is timed, beside the whole step, so that a busy machine slows
 both; a log line counts for its share of `log.every` steps. Then the check of the whole, in turns (turns.py): steps
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/cifar10.toml"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8, help="steps; some meters work in every fourth")
     parser.add_argument("--no-turns", action="store_true", help="own times alone")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/telemetry.json"))
     arguments = parser.parse_args()

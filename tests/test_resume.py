@@ -56,7 +56,6 @@ def test_stopping_and_resuming_changes_no_bit(runs: Path, dataset: Path, uninter
     assert_same_state(uninterrupted, run, 6)
     for name in EXACT:
         assert logged(run, name) == logged(uninterrupted, name), name
-    assert len(logged(run, "train/noise_scale")) > 0
     assert [event["step"] for event in events(run) if event["event"] == "started"] == [0, 1, 4]
 
 

@@ -13,34 +13,44 @@ import torch
 from trainer.data.stream import BatchLayout
 from trainer.engine.strategies import Strategy
 
+_EVERY = 4  # steps: a norm of every small tensor costs more than it tells, when the scale is a mean over hundreds
+
 
 class GradientSquare:
-    """Made once a run; `batch` is the number of images that the gradient is of, None where there is none to be had."""
+    """Made once a run; `batch` is the number of images that the gradient is of, None where this step has none."""
 
     def __init__(self, strategy: Strategy, layout: BatchLayout) -> None:
         self._strategy = strategy
         self._squares: list[torch.Tensor] = []
         self._factor = 1.0
+        self._measures = False  # in this step
         self._of_first_micro_batch = layout.accumulation > 1 and strategy.keeps_own_gradients
-        self.batch: int | None = None
+        self._batch: int | None = None
         if self._of_first_micro_batch:
-            self.batch = layout.micro_batch
+            self._batch = layout.micro_batch
             self._factor = float(layout.accumulation**2)  # the loss of a micro-batch is divided by their number
         elif layout.world_size > 1 and strategy.before_exchange(lambda gradient: self._add([gradient])):
-            self.batch = layout.global_batch // layout.world_size
+            self._batch = layout.global_batch // layout.world_size
 
-    def begin_step(self) -> None:
-        """Forget the step before, and what was only a rehearsal."""
+    @property
+    def batch(self) -> int | None:
+        """See the class; alike on all ranks."""
+        return self._batch if self._measures else None
+
+    def begin_step(self, step: int) -> None:
+        """Forget the step before; measure in 0, 4, 8, ..., so that a restart changes nothing."""
         self._squares = []
+        self._measures = step % _EVERY == 0
 
     def after_micro_batch(self, micro_step: int) -> None:
         """To be called when the gradients of micro-batch 0, 1, ... of a step have been added."""
-        if self._of_first_micro_batch and micro_step == 0:
+        if self._measures and self._of_first_micro_batch and micro_step == 0:
             self._add([p.grad for p in self._strategy.network.parameters() if p.grad is not None])
 
     @torch.no_grad()
     def _add(self, gradients: list[torch.Tensor]) -> None:
-        self._squares.append(torch.stack(torch._foreach_norm(gradients)).square().sum())
+        if self._measures:
+            self._squares.append(torch.stack(torch._foreach_norm(gradients)).square().sum())
 
     def read(self) -> torch.Tensor:
         """|g|^2 on this rank in this step, a float32 scalar on its device; 0 where `batch` is None."""

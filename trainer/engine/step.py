@@ -81,12 +81,6 @@ class TrainStep:
         self._drawn: _Drawn | None = None  # by the last `backward`
         self.stop = stop
         self.gradient_square = GradientSquare(strategy, layout)
-        self._batches = StepBatches(
-            world_size=layout.world_size,
-            images=layout.global_batch,
-            small=self.gradient_square.batch,
-            timesteps=diffusion.timesteps,
-        )
 
     def learning_rate(self, step: int) -> float:
         """The rate of step 0, 1, ...: lr x min(step / warmup, 1), so that the first step moves nothing (Ho et al.)."""
@@ -109,7 +103,7 @@ class TrainStep:
         Returns this rank's mean loss, a scalar on the device.
         """
         losses, drawn = [], []
-        self.gradient_square.begin_step()
+        self.gradient_square.begin_step(self.state.position // self.layout.global_batch)
         accumulation = self.layout.accumulation
         for micro_step in range(accumulation):
             enter("data")
@@ -151,4 +145,10 @@ class TrainStep:
         self.strategy.step()
         self.state.timesteps.record(self._drawn.t, self._drawn.losses, found_inf=optimizer.skipped)
         self.state.position += self.layout.global_batch
-        return PendingVerdict(torch.cat([optimizer.grad_norm[None], report]), self._batches)
+        batches = StepBatches(
+            world_size=self.layout.world_size,
+            images=self.layout.global_batch,
+            small=self.gradient_square.batch,
+            timesteps=self.diffusion.timesteps,
+        )
+        return PendingVerdict(torch.cat([optimizer.grad_norm[None], report]), batches)

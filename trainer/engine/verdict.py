@@ -30,10 +30,8 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """What the sums in a report are of, alike in all steps of a run.
-
-    `images` of a step on `world_size` ranks; `small`: images of the gradient whose squared norm each rank reports,
-    None where there is none (gradient_squares.py); `timesteps`: T.
+    """What the sums in a report are of: `images` of a step on `world_size` ranks, with `timesteps` T; and how many images
+    the gradient is of whose squared norm each rank reports, None where none does (gradient_squares.py).
     """
 
     world_size: int
