@@ -115,8 +115,9 @@ class TrainStep:
             t, weight = self.state.timesteps.draw(position)
             x_t = self.diffusion.q_sample(x0, t, eps)
             with self.strategy.accumulate(is_last=micro_step == accumulation - 1):
-                output = self.strategy.network(x_t, t)
-                unweighted, bound = self.objective.losses_and_bound(output, x0=x0, x_t=x_t, t=t, eps=eps)
+                unweighted, bound = self.objective.losses_and_bound(
+                    self.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps
+                )
                 loss = (unweighted if weight is None else weight * unweighted).mean() / accumulation
                 enter("backward")
                 self.strategy.backward(loss)

@@ -30,8 +30,8 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """What the sums in a report are of: `images` of a step on `world_size` ranks, with `timesteps` T; and how many images
-    the gradient is of whose squared norm each rank reports, None where none does (gradient_squares.py).
+    """What the sums in a report are of: `images` of a step on `world_size` ranks; `timesteps`, T; and `small`, how many
+    images the gradient is of whose squared norm each rank reports, None where none does (gradient_squares.py).
     """
 
     world_size: int
