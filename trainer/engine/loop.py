@@ -1,6 +1,5 @@
 """The training loop: streams, steps, and what happens between steps."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from trainer.data.training_data import TrainingData
 from trainer.diffusion.samplers import ancestral
 from trainer.engine.build import build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.nonfinite import NonFiniteDump
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
@@ -188,26 +188,13 @@ class TrainingLoop:
     def _report_nonfinite(self, verdict: Verdict) -> None:
         """Dump which images, timesteps and seed made a step that was skipped, and give up after too many."""
         self.state.nonfinite_steps += 1
-        first = self.state.position - self.layout.global_batch
-        positions = np.arange(first, self.state.position)
-        ids = self.data.order.ids(positions)
-        # Nothing has been learned from since, so the same timesteps are drawn again.
-        t, _ = self.state.timesteps.draw(torch.from_numpy(positions).to(self.accelerator.device))
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
         with self._best_effort():
-            dump = {
-                "step": self.step,
-                "loss": repr(verdict.loss),
-                "grad_norm": repr(verdict.grad_norm),
-                "seed": self.config.seed,
-                "samples": [
-                    {"position": int(p), "id": int(i), "t": int(k), "image": self.data.dataset.describe(int(i))}
-                    for p, i, k in zip(positions, ids, t.tolist())
-                ],
-            }
             if self.accelerator.is_main_process:
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(dump, indent=1))
+                dump = NonFiniteDump.of_step(
+                    verdict, config=self.config, layout=self.layout, state=self.state, data=self.data
+                )
+                dump.write(path)
         self.folder.event("nonfinite", step=self.step, dump=str(path))
         line = f"step {self.step}: loss {verdict.loss}, gradient norm {verdict.grad_norm}; skipped, batch in {path}"
         self.progress.say(line)

@@ -71,6 +71,12 @@ def noised_inputs(
     return x0, position, eps
 
 
+def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
+    """Before the forward pass of a micro-batch: dropout's mask is a function of the seed and its first position."""
+    if config.model.dropout > 0:
+        torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
+
+
 class TrainStep:
     """The two halves of a step: `backward` fills the gradients, `update` applies them where they are finite."""
 
@@ -125,8 +131,7 @@ class TrainStep:
             enter("data")
             batch = next(stream)
             enter("forward")
-            if self.config.model.dropout > 0:
-                torch.manual_seed(keyed_int(self.config.seed, Stream.DROPOUT, int(batch["position"][0])))
+            seed_dropout(batch, self.config)
             x0, position, eps = noised_inputs(batch, self.config, self.strategy.device)
             t, weight = self.state.timesteps.draw(position)
             x_t = self.diffusion.q_sample(x0, t, eps)
