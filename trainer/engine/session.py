@@ -22,6 +22,7 @@ from trainer.engine.strategies import Strategy, make_strategy
 from trainer.engine.watchdog import Watchdog
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
+from trainer.telemetry.environment import environment
 
 
 def train(config: Config, *, resume: str) -> bool:
@@ -97,7 +98,12 @@ def _train(
         checkpoints=checkpoints,
         folder=folder,
     )
-    about = {"world_size": layout.world_size, "nodes": _nodes(), "resumed_from": str(source or "")}
+    about = {
+        "world_size": layout.world_size,
+        "nodes": _nodes(),
+        "resumed_from": str(source or ""),
+        "environment": environment(accelerator.device),
+    }
     folder.event("started", step=loop.step, **about, **loop.heartbeat.about_start(loop.step))
     loop.progress.say(_summary(loop, source))
     return _run(loop, accelerator)
