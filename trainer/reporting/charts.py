@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from trainer.reporting.series import Line, Panel, Point
 
 _SIDE = 1000.0
+_RESTLESS = 1000.0  # percent of the plot's height that a line goes up and down in all
 _SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -26,11 +28,11 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A line's legend, its SVG path, and whether it is drawn faint."""
+    """A line's legend, its SVG path, and how it is drawn: "faint", "fine" where it is restless, or ""."""
 
     legend: str
     path: str
-    faint: bool
+    style: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,11 @@ def draw(panel: Panel, lines: Sequence[Line], *, last: float, marks: Sequence[fl
         x_ticks=[Tick(label=short(x), percent=x / last * 100) for x in _linear(0, last, 4)],
         y_ticks=[Tick(label=short(y), percent=to_top(y)) for y in ticks],
         curves=[
-            Curve(legend=line.legend, path=_path([(left, top) for _, _, left, top in points]), faint=line.faint)
+            Curve(
+                legend=line.legend,
+                path=_path([(left, top) for _, _, left, top in points]),
+                style=_style(line, [top for _, _, _, top in points]),
+            )
             for line, points in zip(lines, placed, strict=True)
         ],
         marks=[mark / last * 100 for mark in marks if 0 < mark <= last],
@@ -107,11 +113,19 @@ def _linear(low: float, high: float, count: int) -> list[float]:
 
 def _logarithmic(low: float, high: float) -> list[float]:
     """Decades where there are several, else their parts, else as on a linear axis."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = 1 + (last - first) // 6
     for parts in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0)):
-        ticks = [float(t) for t in LogLocator(subs=parts, numticks=7).tick_values(low, high) if low <= t <= high]
-        if len(ticks) >= 3:
+        ticks = [part * 10.0**decade for decade in range(first, last + 1, every) for part in parts]
+        if len(ticks := [tick for tick in ticks if low <= tick <= high]) >= 3:
             return ticks
     return _linear(low, high, 4)
+
+
+def _style(line: Line, tops: Sequence[float]) -> str:
+    if line.faint:
+        return "faint"
+    return "fine" if sum(abs(b - a) for a, b in pairwise(tops)) > _RESTLESS else ""
 
 
 def _path(places: Sequence[tuple[float, float]]) -> str:

@@ -166,13 +166,19 @@ def _best(run: RunFiles, name: str) -> tuple[float, int] | None:
 
 def _row(event: dict[str, Any]) -> Row:
     told = {name: value for name, value in event.items() if name not in ("event", "time", "step", "environment")}
+    if "last_seen" in told:
+        told["last_seen"] = _utc(told["last_seen"]) if told["last_seen"] else "never"
     return Row(
-        time=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])),
+        time=_utc(event["time"]),
         step=f"{event['step']:,}" if isinstance(event.get("step"), int) else "",
         event=event["event"].replace("_", " "),
         details="; ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in told.items() if value),
         kind="bad" if event["event"] in _BAD or event.get("last_seen") else "good" if event["event"] in _GOOD else "",
     )
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
 def _text(value: Any) -> str:
