@@ -28,6 +28,7 @@ from trainer.telemetry.heartbeat import Heartbeat
 from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pace import Pace
 from trainer.telemetry.pictures import grid, save_png
+from trainer.telemetry.profiling import Recordings
 from trainer.telemetry.progress import Progress, Stopwatch
 from trainer.units import Span
 
@@ -52,6 +53,7 @@ class TrainingLoop:
         train_step: TrainStep,
         checkpoints: Checkpoints,
         folder: RunFolder,
+        recordings: Recordings,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -60,6 +62,7 @@ class TrainingLoop:
         self.state = state
         self.train_step = train_step
         self.folder = folder
+        self.recordings = recordings
         self.last_step = config.train.duration.steps(layout.global_batch)
         self.metrics = Metrics(folder.logs, self.step) if accelerator.is_main_process else None
         self.progress = Progress(
@@ -93,6 +96,7 @@ class TrainingLoop:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
         stream = self.pace.timed(stream)
         while self.step < self.last_step and not self.stopping:
+            self.recordings.before_step(self.step + 1)
             enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
             self._settle()
@@ -110,6 +114,7 @@ class TrainingLoop:
                 if not self.stopping:
                     self._draw_samples()
         self._settle()
+        self.recordings.end()
         if self.step >= self.last_step:
             self._validate()
         resume_watch = self.stopwatch.pause("saving")

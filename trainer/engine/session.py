@@ -23,12 +23,14 @@ from trainer.engine.watchdog import Watchdog
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
 from trainer.telemetry.environment import environment
+from trainer.telemetry.profiling import RecordingRequest
 
 
-def train(config: Config, *, resume: str) -> bool:
+def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
     """Train to the end of the run or to a request to stop; returns whether the run is complete.
 
-    `resume` is "auto", "none", or the path or URL of a checkpoint. Raises TrainerError for whatever the user can mend.
+    `resume` is "auto", "none", or the path or URL of a checkpoint; `record`: steps to look at closely. Raises
+    TrainerError for whatever the user can mend.
     """
     die_with_launcher()
     stop = StopRequest()
@@ -44,13 +46,25 @@ def train(config: Config, *, resume: str) -> bool:
         stop=stop,
     )
     with watchdog:
-        return _train(config, resume, layout, strategy, stop, watchdog)
+        return _train(config, resume, record, layout, strategy, stop, watchdog)
 
 
 def _train(
-    config: Config, resume: str, layout: BatchLayout, strategy: Strategy, stop: StopRequest, watchdog: Watchdog
+    config: Config,
+    resume: str,
+    record: RecordingRequest,
+    layout: BatchLayout,
+    strategy: Strategy,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> bool:
     accelerator = strategy.accelerator
+    recordings = record.open(
+        accelerator.device,
+        folder=Path(config.run_dir) / "profiles",
+        rank=accelerator.process_index,
+        say=accelerator.print,
+    )
     data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
@@ -97,6 +111,7 @@ def _train(
         train_step=train_step,
         checkpoints=checkpoints,
         folder=folder,
+        recordings=recordings,
     )
     about = {
         "world_size": layout.world_size,
@@ -151,6 +166,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
             finished = loop.run(stream)
     finally:
         stream.close()
+        loop.recordings.end()
     accelerator.end_training()
     return finished
 

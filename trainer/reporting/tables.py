@@ -87,7 +87,7 @@ def key_facts(run: RunFiles) -> list[Fact]:
     side = run.config.model.image_size
     facts.append(Fact(name="Parameters", value=short(parameters), note=f"{side} x {side} images"))
     ranks = run.starts[-1].get("world_size", "?") if run.starts else None
-    spread = f"{ranks} processes" if ranks is not None else "not started yet"
+    spread = f"{ranks} process{'' if ranks == 1 else 'es'}" if ranks is not None else "not started yet"
     facts.append(Fact(name="Batch", value=f"{train.global_batch:,}", note=f"{train.strategy}, {spread}"))
     return facts
 
