@@ -30,6 +30,7 @@ from trainer.telemetry.pace import Pace
 from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.profiling import Recordings
 from trainer.telemetry.progress import Progress, Stopwatch
+from trainer.telemetry.trackers import Trackers
 from trainer.units import Span
 
 _LARGEST_SAMPLING_BATCH = 64
@@ -54,6 +55,7 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         folder: RunFolder,
         recordings: Recordings,
+        trackers: Trackers,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -64,7 +66,7 @@ class TrainingLoop:
         self.folder = folder
         self.recordings = recordings
         self.last_step = config.train.duration.steps(layout.global_batch)
-        self.metrics = Metrics(folder.logs, self.step) if accelerator.is_main_process else None
+        self.metrics = Metrics(folder.logs, self.step, trackers) if accelerator.is_main_process else None
         self.progress = Progress(
             total=self.last_step, done=self.step, unit="step", title="training", visible=accelerator.is_main_process
         )

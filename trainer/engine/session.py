@@ -24,6 +24,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
 from trainer.telemetry.environment import environment
 from trainer.telemetry.profiling import RecordingRequest
+from trainer.telemetry.trackers import Trackers, check_trackers, open_trackers
 
 
 def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
@@ -65,6 +66,7 @@ def _train(
         rank=accelerator.process_index,
         say=accelerator.print,
     )
+    check_trackers(config)
     data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
@@ -112,6 +114,7 @@ def _train(
         checkpoints=checkpoints,
         folder=folder,
         recordings=recordings,
+        trackers=_open_trackers(config, folder, accelerator),
     )
     about = {
         "world_size": layout.world_size,
@@ -134,6 +137,17 @@ def _open_data(config: Config) -> TrainingData:
         kind=DataError,
     )
     return opened[0]
+
+
+def _open_trackers(config: Config, folder: RunFolder, accelerator: Accelerator) -> Trackers:
+    opened = [Trackers([], accelerator.print)]  # what the others than rank 0 have
+    together(
+        f"log.trackers = {config.log.trackers}: cannot be started",
+        lambda: opened.append(open_trackers(config, folder.path, accelerator.print)),
+        kind=ConfigError,
+        only_rank=0,
+    )
+    return opened[-1]
 
 
 def _nodes() -> int | None:
