@@ -156,6 +156,18 @@ def test_what_comes_from_the_run_is_escaped(run: Path, make: Make) -> None:
     assert page.pictures() == ["'onerror=alert(1) x='"]
 
 
+def test_results_of_one_folder_do_not_hide_each_other(run: Path, make: Make) -> None:
+    folder = run / "evaluation" / "ema-50k"
+    folder.mkdir(parents=True)
+    (folder / "fid.json").write_text(json.dumps({"metric": "FID", "value": 3.17, "samples": {"number": 50_000}}))
+    (folder / "kid.json").write_text(json.dumps({"metric": "KID", "value": 0.0004}))
+    (folder / "half.json").write_text('{"metric": ')
+    (run / "evaluation" / "figure6.json").write_text(json.dumps({"rows": 4}))
+    text = make(run).text
+    for expected in ("ema-50k", "FID", "3.17", "samples.number", "50000", "KID", "0.0004", "cannot be read", "figure6"):
+        assert expected in text
+
+
 def test_what_is_no_run_is_told_in_one_line(tmp_path: Path, make: Make) -> None:
     assert "holds no config.toml, so it is no run's folder" in make(tmp_path, expect=2).text
 

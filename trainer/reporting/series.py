@@ -44,6 +44,10 @@ PANELS = (
         scalars={"validation/loss": "raw weights", "validation/ema_loss": "averaged weights"},
         log=True,
     ),
+    Panel(
+        title="Distance of samples to real images, by features",
+        scalars={"validation/feature_distance": "averaged weights"},
+    ),
     Panel(title="Training loss by timestep", scalars=_quarters("train/loss"), log=True),
     Panel(title="Validation loss by timestep, averaged weights", scalars=_quarters("validation/ema_loss"), log=True),
     Panel(title="Validation loss by timestep, raw weights", scalars=_quarters("validation/loss"), log=True),
@@ -87,7 +91,7 @@ PANELS = (
     ),
     Panel(title="Steps skipped for NaN or infinity", scalars={"train/nonfinite_steps": "steps"}),
 )
-_ELSEWHERE = ("step", "train/epoch")  # the axis says it
+_ELSEWHERE = ("step", "train/epoch", "validation/feature_distance_samples")  # no curves: the axis, a setting
 _ELSEWHERE_PREFIX = "goodput/"  # the bar shows it
 
 

@@ -50,10 +50,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A folder of RUN/evaluation: its results by name, and its pictures."""
+    """A folder of RUN/evaluation: of each of its JSON files the results by name, and its pictures."""
 
     name: str
-    values: dict[str, str]
+    results: dict[str, dict[str, str]]
     pictures: list[Picture]
 
 
@@ -136,14 +136,14 @@ def _of(name: Path, root: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _evaluation(name: Path, files: list[Path]) -> Evaluation:
-    values: dict[str, str] = {}
-    for path in (path for path in files if path.suffix == ".json"):
+    results: dict[str, dict[str, str]] = {}
+    for path in sorted(path for path in files if path.suffix == ".json"):
         try:
-            values |= _flat(json.loads(path.read_text()))
+            results[path.stem] = _flat(json.loads(path.read_text()))
         except (OSError, ValueError):
-            values[path.name] = "cannot be read"
+            results[path.stem] = {path.name: "cannot be read"}
     pictures = [embed(path, path.stem) for path in files if path.suffix == ".png"]
-    return Evaluation(name=str(name), values=values, pictures=[one for one in pictures if one is not None])
+    return Evaluation(name=str(name), results=results, pictures=[one for one in pictures if one is not None])
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, str]:
