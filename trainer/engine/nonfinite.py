@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData
 from trainer.engine.state import TrainState
-from trainer.engine.step import Verdict
+from trainer.engine.verdict import Verdict
 from trainer.errors import DataError
 
 
