@@ -237,3 +237,5 @@ class LogConfig(Section):
     """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""
     validate_images: int = Field(default=1024, gt=0)
     """Most held-out images that are measured, always the same."""
+    trackers: list[Literal["wandb"]] = []
+    """Who else is told the scalars, pictures and configuration: "wandb" is Weights & Biases (docs/report.md)."""
