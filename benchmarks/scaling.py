@@ -4,17 +4,16 @@
     python benchmarks/scaling.py --step-seconds 0.45 --parameters 113.7e6 --ranks-per-node 8 \\
         --node-bandwidth 400 --link-bandwidth 50                     # the model for a step measured elsewhere
 
-Every rank trains on `--batch` images (weak scaling). On a CPU a rank has `--threads` threads, pinned to cores of its own
-as long as there are enough; ranks beyond them share cores, and efficiency is against the cores that there are, so that
-it is of the trainer and not of missing hardware. Each group of ranks waits in processes of its own and takes turns.
+Every rank trains on `--batch` images (weak scaling). On a CPU a rank has `--threads` threads, pinned to cores of its
+own as long as there are enough; ranks beyond them share cores, and efficiency is against the cores that there are, so
+that it is of the trainer and not of missing hardware. Each group of ranks waits in processes of its own and takes
+turns.
 
 Measured of each group: steps with gradients averaged; steps with them kept local; the same bytes all-reduced with
 nothing else to do. What the first takes longer than the second is exposed communication; the rest of the third is
 hidden behind the backward pass. Bytes are those that DistributedDataParallel hands to the network, counted by a hook.
 
-The model: a ring all-reduce sends each rank's 2 (R - 1) / R gradients through its slowest link, the node's, which its
-ranks share; the share that is hidden is the one measured, and no more than the backward pass takes. It knows no
-switches, no stragglers and no other traffic: a bound to hold a measurement against, not a promise.
+The model is `modelled_step` of scaling_model.py.
 """
 
 import argparse
@@ -42,9 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import ours
 from benchmarks.machine import cores, default_device, describe, synchronize
+from benchmarks.scaling_model import Links, modelled
 from trainer.config import Config
-
-BACKWARD = 2 / 3  # of a step's computation, in FLOPs: what communication can hide behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +63,6 @@ class Seconds:
     step: float
     local: float
     all_reduce: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Links:
-    """Bandwidths in bytes per second, one way: of a rank to the others of its node; of a node to the others."""
-
-    node: float
-    network: float
 
 
 def serve(rank: int, ranks: int, port: int, setting: Setting, pipe: Connection) -> None:
@@ -223,36 +213,11 @@ def hidden_share(turns: list[Seconds]) -> float:
     return min(1.0, max(0.0, statistics.median(shares)))
 
 
-def modelled_step(
-    compute: float, gradient_bytes: float, *, nodes: int, ranks_per_node: int, links: Links, overlap: float
-) -> float:
-    """Seconds of a step of `nodes` x `ranks_per_node` ranks, of which computing takes `compute`: see the module."""
-    ranks = nodes * ranks_per_node
-    sent = 2 * (ranks - 1) / ranks * gradient_bytes
-    slowest = links.node if nodes == 1 else min(links.node, links.network)
-    communication = sent / slowest
-    return compute + max(communication * (1 - overlap), communication - BACKWARD * compute)
-
-
-def modelled(
-    compute: float, gradient_bytes: float, *, ranks_per_node: int, links: Links, overlap: float, most_nodes: int
-) -> list[dict[str, float]]:
-    """Rows for 1, 2, 4 ... `most_nodes` nodes; efficiency is to one rank alone."""
-    rows = []
-    for nodes in itertools.takewhile(lambda n: n <= most_nodes, (2**power for power in itertools.count())):
-        step = modelled_step(
-            compute, gradient_bytes, nodes=nodes, ranks_per_node=ranks_per_node, links=links, overlap=overlap
-        )
-        rows.append({"nodes": nodes, "ranks": nodes * ranks_per_node, "step": step, "efficiency": compute / step})
-    return rows
-
-
 def print_tables(rows: list[dict[str, Any]], model: list[dict[str, float]], head: str, assumed: str) -> None:
     """For a person."""
     print(head)
-    print(
-        f"{'ranks':>5}{'images/s':>10}{'efficiency':>12}{'':<15}{'step ms':>9}{'local':>8}{'reduce':>8}{'hidden':>8}{'MB':>7}"
-    )
+    columns = f"{'step ms':>9}{'local':>8}{'reduce':>8}{'hidden':>8}{'MB':>7}"
+    print(f"{'ranks':>5}{'images/s':>10}{'efficiency':>12}{'':<15}{columns}")
     for row in rows:
         spread = f"  {row['lowest_efficiency']:.2f} to {row['highest_efficiency']:.2f}"
         hidden = "" if row["overlap"] is None else f"{row['overlap']:.0%}"
