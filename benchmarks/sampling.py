@@ -6,8 +6,8 @@
 The network's random weights go to diffusers as `convert.py export` writes them. First both draw from the same noise:
 the table gives the largest difference of a pixel, of 255. Then they take turns, each in a process of its own
 (turns.py), at equal steps: DDPMPipeline and DDIMPipeline as they ship, from float32 weights, or loaded in bfloat16;
-ours from float32 weights, with bfloat16 by autocast. The limit is what the network's FLOPs take at the device's matmul
-peak.
+ours from float32 weights, with bfloat16 by autocast. The limit is what the network's FLOPs take at the device's
+measured peak.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor
 
-from benchmarks.machine import DTYPES, cores, default_device, describe, matmul_limit
+from benchmarks.machine import DTYPES, cores, default_device, describe, peak_limit
 from benchmarks.peers import diffusers_network
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
@@ -153,7 +153,7 @@ def measure_sampler(setting: Setting, precisions: list[str], rounds: int, clock:
         for drawer in ("diffusers", "ours")
     }
     limits = {
-        f"matmul, {precision}": Contender(make=matmul_limit, arguments=(precision, setting.threads))
+        f"peak, {precision}": Contender(make=peak_limit, arguments=(precision, setting.threads))
         for precision in precisions
     }
     turns = take_turns(contenders | limits, rounds=rounds)
@@ -170,7 +170,7 @@ def measure_sampler(setting: Setting, precisions: list[str], rounds: int, clock:
                 "sampler": setting.sampler,
                 "steps": setting.steps,
                 **asdict(found),
-                "of_peak": flops * _rate(turns[name], clock) / _rate(turns[f"matmul, {precision}"], clock),
+                "of_peak": flops * _rate(turns[name], clock) / _rate(turns[f"peak, {precision}"], clock),
                 "largest_difference": difference if precision == "fp32" else None,
             }
         )

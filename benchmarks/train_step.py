@@ -1,4 +1,4 @@
-"""One training step: ours beside the loops of others, and beside the device's matmul peak.
+"""One training step: ours beside the loops of others, and beside the device's measured peak.
 
     python benchmarks/train_step.py                                   # a size that fits the device
     python benchmarks/train_step.py --config configs/cifar10.toml --batch 128 --compile
@@ -27,7 +27,7 @@ if not __package__:
 import torch
 
 from benchmarks import ours, peers
-from benchmarks.machine import cores, default_device, describe, matmul_limit
+from benchmarks.machine import cores, default_device, describe, peak_limit
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
 from trainer.engine.build import build_network
@@ -99,12 +99,12 @@ def rows(turns: dict[str, list[Turn]], setting: Setting, precisions: list[str], 
     table = []
     for name, own in turns.items():
         precision = name.rpartition(", ")[2]
-        if name.startswith("matmul"):
+        if name.startswith("peak"):
             continue
         to_shipped = result(name, own, shipped, clock=clock)
         to_same = result(name, own, turns[f"diffusers example, {precision}"], clock=clock)
         cost = flops["lucidrains" if name.startswith("lucidrains") else "ours"]
-        limit = max(turn.images / getattr(turn, clock) for turn in turns[f"matmul, {precision}"])
+        limit = max(turn.images / getattr(turn, clock) for turn in turns[f"peak, {precision}"])
         rate = statistics.median(turn.images / getattr(turn, clock) for turn in own)
         table.append(
             {
@@ -171,7 +171,7 @@ def main() -> None:
         kept = ("diffusers example", *arguments.only)
         found = {name: contender for name, contender in found.items() if name.startswith(kept)}
     for precision in arguments.precisions:
-        found[f"matmul, {precision}"] = Contender(make=matmul_limit, arguments=(precision, arguments.threads))
+        found[f"peak, {precision}"] = Contender(make=peak_limit, arguments=(precision, arguments.threads))
 
     turns = take_turns(found, rounds=arguments.rounds)
     table = rows(turns, setting, arguments.precisions, arguments.clock)
