@@ -38,6 +38,7 @@ from trainer.config import Config
 from trainer.engine import step as step_module
 from trainer.engine.averages import Averages
 from trainer.engine.optimizer import GuardedAdam
+from trainer.models.group_norm import ChannelsLastGroupNorm, GroupNorm
 
 # By the operation's name, the first that fits; ranges that stand around operations go before.
 CLASSES = {
@@ -48,7 +49,7 @@ CLASSES = {
     "copy, cast, cat": ("copy", "_to_", "cat", "clone", "zero", "fill", "empty", "upsample", "pad", "contiguous"),
 }
 CONTENDERS: dict[str, Callable[..., Run]] = {"diffusers example": peers.diffusers_example, "ours": ours.train_step}
-RANGES = ("noise", "optimizer", "EMA")
+RANGES = ("noise", "optimizer", "EMA", "group norm")
 REST = "other elementwise"
 CALLS = "calls"  # Python and autograd around the operations
 PRODUCTS = ("convolution", "matrix product")
@@ -75,13 +76,15 @@ class Ranges:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Noise, optimizer and EMA of all contenders are ranges within."""
+        """Noise, optimizer, EMA and our group norm are ranges within."""
         places = [
             (step_module, "noised_inputs", "noise"),
             (GuardedAdam, "step", "optimizer"),
             (torch.optim.AdamW, "step", "optimizer"),
             (Averages, "update", "EMA"),
             (EMAModel, "step", "EMA"),
+            (GroupNorm, "forward", "group norm"),
+            (ChannelsLastGroupNorm, "backward", "group norm"),
         ]
         with contextlib.ExitStack() as patches:
             for owner, attribute, name in places:

@@ -35,9 +35,9 @@ def gradients(layer: GroupNorm, x: torch.Tensor, dy: torch.Tensor, *, by_torch: 
 @pytest.fixture
 def own_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    apply = group_norm_module._ChannelsLastGroupNorm.apply
+    apply = group_norm_module.ChannelsLastGroupNorm.apply
     monkeypatch.setattr(
-        group_norm_module._ChannelsLastGroupNorm, "apply", lambda *arguments: calls.append(1) or apply(*arguments)
+        group_norm_module.ChannelsLastGroupNorm, "apply", lambda *arguments: calls.append(1) or apply(*arguments)
     )
     return calls
 

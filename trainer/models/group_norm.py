@@ -30,11 +30,11 @@ class GroupNorm(nn.GroupNorm):
             or torch.compiler.is_compiling()  # which writes kernels of its own
         ):
             return super().forward(x)
-        out: Tensor = _ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        out: Tensor = ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return out
 
 
-class _ChannelsLastGroupNorm(torch.autograd.Function):
+class ChannelsLastGroupNorm(torch.autograd.Function):
     """y = w r (x - m) + b, m and r the mean and the reciprocal standard deviation of a group of n = D H W numbers."""
 
     @staticmethod
