@@ -39,6 +39,7 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        """x: (B, C, H, W) in channels_last memory; weight, bias: (C,)."""
         batch, channels, height, width = x.shape
         if height * width >= LARGE_MAP:
             y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
