@@ -122,6 +122,8 @@ def load() -> str:
 
 def _serve(contender: Contender, pipe: Connection) -> None:
     run = contender.make(*contender.arguments)
+    gc.collect()
+    gc.freeze()  # or every turn would end with a look at all that was imported
     while True:
         try:
             pipe.recv()
