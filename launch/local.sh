@@ -12,6 +12,7 @@
 #   DDPM_PORT             a free port there (default 29500; with one machine any that is free)
 #   DDPM_PEER             on DDPM_HEAD: another machine, if the way to it cannot be guessed (see node.sh)
 #   DDPM_PROCS_PER_NODE   processes here, the same everywhere (default: one for each GPU; one where there is none)
+#   DDPM_ELASTIC_RESTARTS  how often the processes, if one of them fails, are started again (default 0)
 #   DDPM_VENV             a Python environment (default: .venv of the repository; without it, the python on PATH)
 #   DDPM_STAGE_DIR        folder on a disk of each machine, where shards are copied before they are read
 #

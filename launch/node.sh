@@ -5,6 +5,7 @@
 #   DDPM_NODES DDPM_NODE_RANK DDPM_PROCS_PER_NODE   under SLURM the rank is SLURM_PROCID: one of these a node
 #   DDPM_HEAD DDPM_PORT                             where the processes meet, on the node with rank 0
 #   DDPM_PEER                                       another node, for the one with rank 0; DDPM_HEAD for the others
+#   DDPM_ELASTIC_RESTARTS                           how often its processes, if one fails, are started again (default 0)
 #   DDPM_RUN_DIR                                    for dumps of the flight recorder
 #   DDPM_STAGE_DIR                                  folder on a disk of this node, for data.cache_dir; optional
 set -euo pipefail
@@ -59,5 +60,5 @@ trap '' USR1 # would kill the launcher and orphan its workers; ignored, it is in
 exec "$python" -m accelerate.commands.accelerate_cli launch "${several[@]}" \
   --num_machines "$DDPM_NODES" --machine_rank "$rank" --num_processes "$world" \
   --main_process_ip "$DDPM_HEAD" --main_process_port "$DDPM_PORT" \
-  --rdzv_backend static --max_restarts 0 --mixed_precision no --dynamo_backend no \
+  --rdzv_backend static --max_restarts "${DDPM_ELASTIC_RESTARTS:-0}" --mixed_precision no --dynamo_backend no \
   "$repository/trainer/train.py" "${arguments[@]}"

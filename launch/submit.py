@@ -39,6 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     parser.add_argument("--grace", type=at_least_one, default=120, metavar="SECONDS", help="to save in (default 120)")
     parser.add_argument("--max-restarts", type=at_least_one, default=100, metavar="K", help="requeues (default 100)")
+    parser.add_argument(
+        "--elastic-restarts",
+        type=int,
+        default=0,
+        metavar="K",
+        help="how often trainers, if one fails, are started again within a job (default 0)",
+    )
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
         "--chain",
@@ -59,8 +66,9 @@ def parse_arguments() -> argparse.Namespace:
         own, options = own[: own.index("--")], own[own.index("--") + 1 :]
     arguments = parser.parse_args(own)
     arguments.sbatch = options
-    if arguments.gpus < 0:
-        parser.error(f"--gpus {arguments.gpus}: should be at least 0")
+    for name in ("gpus", "elastic_restarts"):
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: should be at least 0")
     if arguments.mounts and not arguments.container:
         parser.error("--mounts goes with --container")
     return arguments
@@ -161,6 +169,8 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
         settings["DDPM_REQUEUE"] = "0"
     else:
         settings["DDPM_MAX_RESTARTS"] = str(arguments.max_restarts)
+    if arguments.elastic_restarts:
+        settings["DDPM_ELASTIC_RESTARTS"] = str(arguments.elastic_restarts)
     if arguments.stage:
         settings["DDPM_STAGE"] = "1"
     if arguments.container:

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.data_prep_harness import (
     error_line,
     make_big,
     make_photos,
+    noise,
 )
 from tests.harness import make_dataset, write_config
 from tests.server import FaultyServer, serving
@@ -88,3 +90,22 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield mount
     subprocess.run(["umount", "--lazy", place], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def whole_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven images of two classes in three shards of 4, 4 and 3, as data_prep writes them; read only."""
+    folder = tmp_path_factory.mktemp("verify")
+    for i in range(11):
+        place = folder / "in" / ("cat" if i % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        noise(16, 16 + i, seed=i).save(place / f"{i:02d}.png")
+    (folder / "in" / "dog" / "99.png").write_bytes(b"junk")
+    options = ["--size", 16, "--shard-samples", 4, "--workers", 1, "--max-reject-fraction", 0.5]
+    assert data_prep(folder / "in", folder / "out", *options) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def dataset_copy(whole_dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_dataset, tmp_path / "copy"))

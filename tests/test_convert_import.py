@@ -1,128 +1,36 @@
 """Imported weights are the ones that were there, in the network that they were trained in, or they are refused."""
 
-import inspect
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.harness import checkpoint, events, launch, overrides, tensors_of
 from tests.networks import make_run, randomise, reference
+from tests.published import (
+    SMALL,
+    as_convolutions,
+    authors_names,
+    old_names,
+    publish,
+)
 from tests.test_convert_export import TWO_LEVELS, export, network_of, run_convert
 from trainer.config import Config
-from trainer.diffusion.schedules import make_betas
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import make_accelerator
-from trainer.engine.run import check_identity, identity
+from trainer.engine.run import check_identity
 from trainer.errors import CheckpointError
 from trainer.models.unet import UNetConfig
 
 CIFAR10 = UNetConfig(image_size=32, base_channels=32)
 CELEBA64 = UNetConfig(image_size=64, base_channels=32, channel_multipliers=(1, 2, 2, 2, 4))
 LSUN256 = UNetConfig(image_size=256, base_channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4))
-
-SMALL = UNetConfig(
-    image_size=8,
-    base_channels=8,
-    channel_multipliers=(1, 2),
-    blocks_per_level=1,
-    attention_resolutions=(4,),
-    norm_groups=4,
-)
-
-OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-# As published, fields of later versions left out.
-PUBLISHED_UNET = {
-    "_class_name": "UNet2DModel",
-    "_diffusers_version": "0.0.4",
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "center_input_sample": False,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "in_channels": 3,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "time_embedding_type": "positional",
-}
-PUBLISHED_SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "_diffusers_version": "0.1.1",
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "num_train_timesteps": 1000,
-    "trained_betas": None,
-    "variance_type": "fixed_large",
-}
-
-
-def is_attention_weight(name: str) -> bool:
-    return any(f".{part}." in name for part in OLD_NAMES) and name.endswith("weight")
-
-
-def old_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    pattern = re.compile("|".join(map(re.escape, OLD_NAMES)))
-    return {pattern.sub(lambda match: OLD_NAMES[match[0]], name): value for name, value in tensors.items()}
-
-
-def as_convolutions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: v[:, :, None, None] if is_attention_weight(name) else v for name, v in tensors.items()}
-
-
-def authors_names(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """diffusers' names to pytorch_diffusion's, where `up` counts from the finest level."""
-    renamed = {}
-    for name, value in as_convolutions(tensors).items():
-        name = re.sub(r"^up_blocks\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
-        name = re.sub(r"^mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
-        for pattern, theirs in (
-            (r"^down_blocks", "down"),
-            (r"^mid_block\.attentions\.0", "mid.attn_1"),
-            (r"\.resnets\.", ".block."),
-            (r"\.attentions\.", ".attn."),
-            (r"(down|up)samplers\.0", r"\1sample"),
-            (r"time_embedding\.linear_1", "temb.dense.0"),
-            (r"time_embedding\.linear_2", "temb.dense.1"),
-            (r"time_emb_proj", "temb_proj"),
-            (r"conv_shortcut", "nin_shortcut"),
-            (r"conv_norm_out", "norm_out"),
-            (r"group_norm", "norm"),
-            (r"to_out\.0", "proj_out"),
-            (r"\.to_([qkv])\.", r".\1."),
-        ):
-            name = re.sub(pattern, theirs, name)
-        renamed[name] = value
-    return renamed
-
-
-def publish(folder: Path, network: UNetConfig, tensors: dict[str, Tensor], **changes: Any) -> Path:
-    """A folder like google/ddpm-*: everything in one place, weights in a pickle."""
-    folder.mkdir(parents=True)
-    with torch.device("meta"):
-        theirs = reference(network).config
-    settings = PUBLISHED_UNET | {
-        "sample_size": network.image_size,
-        "norm_num_groups": network.norm_groups,
-        "layers_per_block": network.blocks_per_level,
-        **{name: list(theirs[name]) for name in ("block_out_channels", "down_block_types", "up_block_types")},
-    }
-    (folder / "config.json").write_text(json.dumps(settings | changes))
-    (folder / "scheduler_config.json").write_text(json.dumps(PUBLISHED_SCHEDULER))
-    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
-    return folder
 
 
 def largest_difference(run: Path, theirs: torch.nn.Module, side: int) -> float:
@@ -308,210 +216,3 @@ def test_no_pickle_is_executed(
     assert not (tmp_path / "run").exists()
     torch.load(file, weights_only=False)  # it would have
     assert trace.exists()
-
-
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: Path, *more: str) -> str:
-    out = source.parent / "refused"
-    assert run_convert(monkeypatch, "import", source, "--out", out, *more) == 2
-    assert not out.exists()
-    assert not list(out.parent.glob(".refused*"))
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "right"),
-    [
-        ("freq_shift", 0, "should be 1"),
-        ("flip_sin_to_cos", True, "should be False"),
-        ("downsample_padding", 1, "should be 0"),
-        ("attention_head_dim", 8, "should be None"),
-        ("norm_eps", 1e-5, "should be 1e-06"),
-        ("mid_block_type", None, "should be 'UNetMidBlock2D'"),
-        ("center_input_sample", True, "should be False"),
-        ("time_embedding_type", "fourier", "should be 'positional'"),
-        ("resnet_time_scale_shift", "scale_shift", "should be 'default'"),
-        ("add_attention", False, "should be True"),
-        ("act_fn", "relu", "should be 'silu'"),
-        ("out_channels", 4, "should be in_channels, 3, or twice as many"),
-        ("sample_size", None, "should be the side of square images"),
-        ("sample_size", [8, 16], "should be the side of square images"),
-        ("block_out_channels", [8, 12], "each should be a multiple of the first, 8"),
-        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"], "each should be one of DownBlock2D, AttnDownBlock2D"),
-        ("up_block_types", ["UpBlock2D", "AttnUpBlock2D"], "should have attention where down_block_types have it"),
-        ("encoder_hid_dim", 3, "a setting that this network does not have"),
-        ("_class_name", "UNet2DConditionModel", "should be 'UNet2DModel'"),
-    ],
-)
-def test_a_setting_of_another_network_is_refused_by_its_name(
-    field: str,
-    value: object,
-    right: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source = publish(tmp_path / "ddpm", SMALL, reference(SMALL).state_dict(), **{field: value})
-    line = refusal(monkeypatch, capsys, source)
-    assert line.startswith(f"error: {source}/config.json: {field} = {value!r}: {right}")
-
-
-@pytest.mark.parametrize(
-    "field", ["freq_shift", "flip_sin_to_cos", "downsample_padding", "attention_head_dim", "norm_eps"]
-)
-def test_a_setting_that_is_left_out_means_diffusers_default(
-    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = publish(tmp_path / "ddpm", SMALL, reference(SMALL).state_dict())
-    settings = json.loads((source / "config.json").read_text())
-    del settings[field]
-    (source / "config.json").write_text(json.dumps(settings))
-    default = inspect.signature(UNet2DModel).parameters[field].default
-    assert f"{field} is left out, which means {default!r}: should be" in refusal(monkeypatch, capsys, source)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("prediction_type", "flow_prediction"),
-        ("clip_sample", False),
-        ("clip_sample_range", 2.0),
-        ("thresholding", True),
-        ("rescale_betas_zero_snr", True),
-        ("variance_type", "learned"),
-        ("beta_schedule", "sigmoid"),
-    ],
-)
-def test_another_process_is_refused_by_the_schedulers_field(
-    field: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = publish(tmp_path / "ddpm", SMALL, reference(SMALL).state_dict())
-    (source / "scheduler_config.json").write_text(json.dumps(PUBLISHED_SCHEDULER | {field: value}))
-    line = refusal(monkeypatch, capsys, source)
-    assert line.startswith(f"error: {source}/scheduler_config.json: ")
-    assert f"{field} = {value!r}" in line
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_table_of_betas_is_recognised_and_nothing_near_it(
-    schedule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = publish(tmp_path / "ddpm", SMALL, reference(SMALL).state_dict())
-    betas = make_betas(schedule, 500)
-    for name, table in (("near", betas * 0.999), ("same", betas.float())):
-        settings = PUBLISHED_SCHEDULER | {"trained_betas": table.tolist(), "num_train_timesteps": 500}
-        (source / "scheduler_config.json").write_text(json.dumps(settings))
-        assert run_convert(monkeypatch, "import", source, "--out", tmp_path / name) == 0
-        diffusion = Config.load(tmp_path / name / "config.toml").diffusion
-        assert (diffusion.schedule, diffusion.timesteps) == (schedule if name == "same" else "table", 500)
-        assert diffusion.betas == (None if name == "same" else table.tolist())
-
-
-NAME = "down_blocks.1.attentions.0.to_k.weight"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda tensors: tensors.pop(NAME), f"{NAME}: missing (1 of 144 tensors are)"),
-        (lambda tensors: tensors.update(extra=torch.zeros(1)), "extra: of no layer of this network"),
-        (
-            lambda tensors: tensors.update({NAME: torch.zeros(16, 8)}),
-            f"{NAME}: shape (16, 8), the network has (16, 16)",
-        ),
-        (lambda tensors: tensors.update({NAME: torch.zeros(16, 16, 3, 3)}), f"{NAME}: shape (16, 16, 3, 3), the"),
-        (lambda tensors: tensors[NAME][3, 4].fill_(float("nan")), f"{NAME}: holds NaN or infinity"),
-        (lambda tensors: tensors[NAME][3, 4].fill_(float("-inf")), f"{NAME}: holds NaN or infinity"),
-        (
-            lambda tensors: tensors.update({NAME: torch.zeros(16, 16, dtype=torch.int64)}),
-            f"{NAME}: torch.int64, weights are floating point numbers",
-        ),
-        (lambda tensors: tensors.update({NAME: "text"}), f"{NAME}: a str; a state dict holds tensors only"),
-    ],
-)
-def test_a_wrong_tensor_is_refused_by_its_name(
-    damage: Callable[[dict[str, Any]], object],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    tensors = {name: value.clone() for name, value in reference(SMALL).state_dict().items()}
-    damage(tensors)
-    source = publish(tmp_path / "ddpm", SMALL, tensors)
-    line = refusal(monkeypatch, capsys, source)
-    assert line.startswith(f"error: {source}/diffusion_pytorch_model.bin: {message}")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--weights", "ema"], "--weights ema: {source} is no run or checkpoint of ours"),
-        (["--image-size", "8"], "--image-size 8: {source} says itself"),
-        (["--set", "model.base_channels=16"], "model.base_channels = 16: the weights in {source} have 8"),
-        (["--set", "diffusion.timesteps=10"], "diffusion.timesteps = 10: the weights in {source} have 1000"),
-        (["--set", "model.bas_channels=16"], "{source} (choose by --set what it does not say): model.bas_channels: "),
-        (["--config", "nowhere.toml"], "nowhere.toml: cannot be read"),
-    ],
-)
-def test_choices_that_the_source_does_not_leave_are_refused(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source = publish(tmp_path / "ddpm", SMALL, reference(SMALL).state_dict())
-    line = refusal(monkeypatch, capsys, source, *arguments)
-    assert line.startswith("error: " + message.format(source=source))
-
-
-def test_dropout_variance_and_training_are_free_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = publish(tmp_path / "ddpm", SMALL, reference(SMALL).state_dict())
-    chosen = overrides(model__dropout=0.3, diffusion__variance="small", train__global_batch=7, data__path="mine")
-    assert run_convert(monkeypatch, "import", source, "--out", tmp_path / "run", *chosen) == 0
-    config = Config.load(tmp_path / "run" / "config.toml")
-    assert (config.model.dropout, config.diffusion.variance) == (0.3, "small")
-    assert (config.train.global_batch, config.data.path) == (7, "mine")
-
-
-def test_what_is_no_source_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 no zip")
-    (tmp_path / "broken.safetensors").write_bytes(b"no header")
-    torch.save([torch.zeros(1)], tmp_path / "list.ckpt")
-    torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "other.ckpt")
-    torch.save(reference(SMALL).state_dict(), tmp_path / "diffusers.bin")
-    for name, message in (
-        ("nothing", "nothing: no such file or folder"),
-        ("empty", "empty/config.json: cannot be read"),
-        ("broken.ckpt", "broken.ckpt: no pickle that holds only tensors"),
-        ("broken.safetensors", "broken.safetensors: cannot be read"),
-        ("list.ckpt", "list.ckpt: holds a list, should be a state dict"),
-        ("other.ckpt", "other.ckpt: conv_in.weight: shape (1,), should be a convolution's"),
-        ("diffusers.bin", "diffusers.bin: no state dict in the layout of pytorch_diffusion"),
-    ):
-        assert message in refusal(monkeypatch, capsys, tmp_path / name)
-
-
-def test_an_existing_folder_is_never_written_into(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, _ = make_run(tmp_path)
-    before = sorted(run.rglob("*"))
-    assert run_convert(monkeypatch, "import", run, "--out", run) == 2
-    assert f"error: --out {run}: exists already" in capsys.readouterr().err
-    assert sorted(run.rglob("*")) == before
-
-
-def test_what_half_of_the_output_means_is_not_changed_by_an_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, config = make_run(tmp_path, "diffusion.variance=learned-range", "diffusion.loss=hybrid")
-    learned = ("--set", "diffusion.variance=learned", "--set", "diffusion.loss=bound")
-    line = refusal(monkeypatch, capsys, run, *learned)
-    assert "diffusion.variance = 'learned': the weights in" in line
-    assert "have 'learned-range'" in line
-    assert identity(config, None)["diffusion.variance"] == "learned-range"

@@ -1,6 +1,5 @@
 """What [data] asks for is what is trained on: mixtures, held-out images, bad samples, decoders."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -9,18 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.data_harness import damage, with_mixture
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
-from trainer.data import decode as decode_module
 from trainer.data.bad_samples import BadSamples
-from trainer.data.decode import decode, jpeg_signature
 from trainer.data.order import GlobalOrder
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
-from trainer.errors import ConfigError, DataError, SampleError
+from trainer.errors import ConfigError, DataError
 from trainer.units import parse_size
 
 
@@ -209,141 +205,6 @@ def test_a_run_that_skips_goes_to_its_end_and_names_what_it_skipped(
     named = {event["sample"] for event in journals if event["event"] == "bad_sample"}
     assert {name.partition("(sample ")[2].partition(")")[0] for name in named} == {"4", "11"}
     assert events(run)[-1]["event"] == "finished"
-
-
-def jpeg(colour: str, size: tuple[int, int] = (40, 24), **options: Any) -> bytes:
-    rng = np.random.default_rng(5)
-    channels = {"RGB": 3, "L": 1, "CMYK": 4}[colour]
-    small = rng.integers(0, 256, (6, 10, channels), dtype=np.uint8).squeeze()
-    image = Image.fromarray(small, colour).resize(size, Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", **options)
-    return stream.getvalue()
-
-
-@pytest.fixture
-def pillow_only(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(decode_module, "simplejpeg", None)
-    return monkeypatch
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_fast_decoder_makes_pillows_pixels(mode: str, subsampling: str, progressive: bool) -> None:
-    """What the signature is for, should another version differ."""
-    for quality, size in ((30, (40, 24)), (75, (24, 24)), (95, (24, 33))):
-        encoded = jpeg(mode, size, quality=quality, subsampling=subsampling, progressive=progressive)
-        fast, slow = (np.empty((24, 24, 3 if mode == "RGB" else 1), dtype=np.uint8) for _ in range(2))
-        assert decode_module._decode_fast(fast, encoded, mode, crop=True)
-        decode_module._decode_by_pillow(slow, encoded, mode, crop=True)
-        assert (fast == slow).all()
-
-
-def test_without_the_fast_decoder_nothing_changes(pillow_only: pytest.MonkeyPatch) -> None:
-    images = [jpeg("RGB"), jpeg("L")]
-    slow = [decode(image, 24, "RGB", crop=True) for image in images], jpeg_signature()
-    pillow_only.undo()
-    fast = [decode(image, 24, "RGB", crop=True) for image in images], jpeg_signature()
-    assert all((one == other).all() for one, other in zip(slow[0], fast[0]))
-    assert slow[1] == fast[1] == "fc7643eec412531d"
-
-
-def test_a_decoder_of_other_pixels_is_another_run(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = open_training_data(load_config(config_path), index_folder=None).identity
-    original = decode_module.decode
-    monkeypatch.setattr(decode_module, "decode", lambda *args: original(*args) ^ 1)
-    after = open_training_data(load_config(config_path), index_folder=None).identity
-    assert {name for name in before if before[name] != after[name]} == {"data (pixels of JPEGs)"}
-
-
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize(
-    ("encoded", "message"),
-    [
-        (jpeg("RGB")[:-2], "cannot be decoded"),
-        (jpeg("RGB")[:-100], "cannot be decoded"),
-        (jpeg("RGB")[:300], "cannot be decoded"),
-        (b"", "cannot be decoded"),
-        (b"<html>not here</html>", "cannot be decoded"),
-        (b"\xff\xd8\xff", "cannot be decoded"),
-        (jpeg("CMYK"), "is a CMYK image, not RGB"),
-        (jpeg("RGB", (40, 25)), "is 40x25; its shorter side must be 24"),
-    ],
-    ids=["no end", "cut", "cut early", "empty", "html", "magic only", "cmyk", "size"],
-)
-def test_what_cannot_be_decoded_raises_and_is_never_grey(
-    monkeypatch: pytest.MonkeyPatch, fast: bool, encoded: bytes, message: str
-) -> None:
-    if not fast:
-        monkeypatch.setattr(decode_module, "simplejpeg", None)
-    with pytest.raises(SampleError, match=message):
-        decode(encoded, 24, "RGB", crop=True)
-
-
-WHOLE = jpeg("RGB", (24, 24))
-
-
-@pytest.mark.parametrize(
-    "encoded",
-    [
-        WHOLE[:20] + bytes(3) + WHOLE[20:],
-        WHOLE[:-2] + b"\x12\x34" + WHOLE[-2:],
-        WHOLE + bytes(20),
-        WHOLE[:20] + bytes(3) + WHOLE[20:-2],
-        WHOLE[:20] + bytes(3) + WHOLE[20:-60],
-        WHOLE[:200] + bytes(8) + WHOLE[208:],
-    ],
-    ids=["between segments", "before the end", "behind the end", "and no end", "and cut", "zeroed tables"],
-)
-def test_which_images_are_whole_does_not_depend_on_the_decoder(
-    encoded: bytes, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    def outcome() -> bytes | None:
-        try:
-            return decode(encoded, 24, "RGB").tobytes()
-        except SampleError:
-            return None
-
-    fast = outcome()
-    monkeypatch.setattr(decode_module, "simplejpeg", None)
-    assert fast == outcome()
-    whole = decode(WHOLE, 24, "RGB").tobytes()
-    assert (fast == whole) == any(name in request.node.name for name in ("between", "before", "behind"))
-
-
-@pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "GIF"])
-def test_other_formats_are_refused_before_their_decoders_see_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An EPS would start Ghostscript."""
-    stream = io.BytesIO()
-    Image.new("RGB", (24, 24)).save(stream, kind)
-    Image.preinit()
-    Image.init()
-    factory = lambda *_: pytest.fail(f"{kind}'s decoder was started")  # noqa: E731
-    monkeypatch.setitem(Image.OPEN, kind, (factory, Image.OPEN[kind][1]))
-    with pytest.raises(SampleError, match="cannot be decoded"):
-        decode(stream.getvalue(), 24, "RGB")
-
-
-def test_whatever_a_decoder_raises_is_a_damaged_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", (24, 24)).save(stream, "PNG")
-
-    def confused(_: Image.Image) -> None:
-        raise TypeError("two\nlines")
-
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", confused)
-    with pytest.raises(SampleError, match=r"cannot be decoded \(two lines\)$"):
-        decode(stream.getvalue(), 24, "RGB")
-
-
-def test_images_of_another_size_than_the_manifests_are_refused() -> None:
-    for encoded in (jpeg("RGB"), jpeg("L")):
-        with pytest.raises(SampleError, match=r"is \w+ 40x24, the manifest says 24x24"):
-            decode(encoded, 24, "RGB")
-    assert decode(jpeg("RGB", (24, 24)), 24, "L").shape == (1, 24, 24)
-    with pytest.raises(SampleError, match="is a L image, not RGB"):
-        decode(jpeg("L", (24, 24)), 24, "RGB")
 
 
 def test_batches_are_channels_last_as_decoders_write_them(dataset: Path) -> None:

@@ -78,20 +78,31 @@ class Cluster:
         printed = self.run("sbatch", "--parsable", f"--output={log}", *arguments, **extra)
         return Job(self, printed.strip().splitlines()[-1].split(";")[0], log)
 
-    def train(self, run: "Run", *options: str, nodes: int = 2, **extra: str) -> "Job":
+    def train(
+        self, run: "Run", *options: str, nodes: int = 2, script: Path = Path("launch/train.sbatch"), **extra: str
+    ) -> "Job":
         """Submit launch/train.sbatch for a run."""
         log = run.folder.with_suffix(".log")
-        job = ("launch/train.sbatch", "--config", str(run.config))
+        job = (str(script), "--config", str(run.config))
         return self.sbatch(f"--nodes={nodes}", "--time=10", *options, *job, log=log, **extra)
 
     def cancel_all(self) -> None:
-        """End whatever was submitted, and wait until the nodes are free."""
+        """End whatever was submitted, and wait until the nodes are free; one that SLURM has lost is booted anew."""
         self.run("scancel", "--state=PENDING", "--user=root")
         self.run("scancel", "--user=root")
         deadline = time.monotonic() + PATIENCE
         while not self.idle():
+            for node in self.run("sinfo", "--noheader", "--Node", "--partition=train", "--dead", "--format=%N").split():
+                print(f"{node} is lost; the end of its log:\n{self.log(node)[-3000:]}")
+                self.lab("crash", node)
+                self.lab("boot", node)
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", expect=None)
             assert time.monotonic() < deadline, self.run("sinfo", "--Node", "--long") + self.run("squeue")
-            time.sleep(0.25)
+            time.sleep(1)
+
+    def log(self, node: str) -> str:
+        """What slurmd has logged on a node."""
+        return (self.folder / "log" / f"slurmd.{node}.log").read_text(errors="replace")
 
     def idle(self) -> bool:
         """Whether all nodes are up and free."""

@@ -44,9 +44,12 @@ def test_what_slurm_cannot_run_is_refused_in_one_line(
 
 
 def test_a_dry_run_shows_the_command_and_changes_nothing(cluster: Cluster, run: Run) -> None:
-    said = submit(cluster, run, "--gpus", "2", "--time", "1:00:00", "--dry-run", "--", "--exclude=n3")
+    said = submit(
+        cluster, run, "--gpus", "2", "--time", "1:00:00", "--elastic-restarts", "2", "--dry-run", "--", "--exclude=n3"
+    )
     assert "8 = 2 images x 1 accumulated x 4 processes" in said
     assert "time left    unknown: the run has not been logged yet" in said
+    assert "DDPM_ELASTIC_RESTARTS=2 sbatch " in said
     assert "--nodes=2 --time=1:00:00 --signal=B:USR1@120" in said
     assert "--gpus-per-node=2 --exclude=n3" in said
     assert not run.folder.exists()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import assert_same_state, checkpoint, largest_difference, logged, tensors_of
-from tests.slurm.cluster import PATIENCE, Cluster, Run
+from tests.harness import REPOSITORY, assert_same_state, checkpoint, largest_difference, logged, tensors_of
+from tests.slurm.cluster import PATIENCE, Cluster, Job, Run
 from trainer.engine.checkpoints import read_verified
 
 CHAIN = 3
@@ -97,35 +97,98 @@ def test_a_finished_run_is_not_trained_again(cluster: Cluster, chain: Run) -> No
     assert len(chain.events("started")) == CHAIN + 1
 
 
-def test_preempted_it_makes_way_and_comes_back(cluster: Cluster, runs: Path, dataset: Path, uninterrupted: Run) -> None:
-    """First with USR1 to the script, as SLURM can be set to; then as it comes, with TERM to the trainers alone."""
-    run = Run.make(runs, dataset, "preempted")
-    job = cluster.train(run)
+def without_warning(folder: Path) -> Path:
+    """The job's script as it would be without `--signal`: SLURM then preempts with TERM, to the trainers alone."""
+    lines = (REPOSITORY / "launch" / "train.sbatch").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("#SBATCH --signal=")]
+    assert len(kept) == len(lines) - 1
+    script = folder / "without_warning.sbatch"
+    script.write_text("".join(kept))
+    return script
+
+
+def preempt(cluster: Cluster, runs: Path) -> Job:
+    """Submit a job for all nodes that goes before the others."""
     everything = ("--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--wrap=sleep 1")
-    configuration = cluster.folder / "slurm.conf"
-    as_it_was = configuration.read_text()
-    try:
-        for times, mark in ((1, "USR1: the time limit is near, or another job"), (2, None)):
-            job.wait_until("started", lambda times=times: len(run.events("started")) == times)
-            at_start = run.step
-            job.wait_until("training", lambda at_start=at_start: run.step >= at_start + 10)
-            urgent = cluster.sbatch(*everything, log=runs / "urgent.log")
-            job.wait_until("stopped", lambda times=times: len(run.events("stopped")) == times)
-            assert mark is None or mark in job.output
-            if times == 2:
-                run.end_at(run.events("stopped")[1]["step"] // 50 * 50 + 50)
-            assert urgent.wait() == "COMPLETED"
-            configuration.write_text(as_it_was.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
-            cluster.run("scontrol", "reconfigure")
-    finally:
-        configuration.write_text(as_it_was)
-        cluster.run("scontrol", "reconfigure")
+    return cluster.sbatch(*everything, log=runs / "urgent.log")
+
+
+@pytest.mark.parametrize("warned", [True, False])
+def test_preempted_it_makes_way_and_comes_back(
+    cluster: Cluster, runs: Path, dataset: Path, uninterrupted: Run, warned: bool
+) -> None:
+    """With USR1 to the script, as SLURM can be set to; or as it comes, with TERM to the trainers alone."""
+    run = Run.make(runs, dataset, f"preempted_{warned}")
+    options = {} if warned else {"script": without_warning(runs)}
+    job = cluster.train(run, **options)
+    job.wait_until("training", lambda: run.step >= 10)
+    urgent = preempt(cluster, runs)
+    job.wait_until("stopped", lambda: len(run.events("stopped")) == 1)
+    (stopped,) = run.events("stopped")
+    run.end_at(stopped["step"] // 50 * 50 + 50)
+    assert urgent.wait() == "COMPLETED"
     assert job.wait() == "COMPLETED", job.output
-    assert job.restarts == 2
-    assert job.output.count("USR1: ") == 1
-    assert job.output.count("saved and stopped: requeued") == 2
-    first, second = (stop["step"] for stop in run.events("stopped"))
-    assert [start["step"] for start in run.events("started")] == [0, first, second]
+    assert job.restarts == 1
+    assert job.output.count("USR1: the time limit is near, or another job") == (1 if warned else 0)
+    assert job.output.count("saved and stopped: requeued") == 1
+    assert [start["step"] for start in run.events("started")] == [0, stopped["step"]]
+    assert_trained_like(run, uninterrupted)
+
+
+def test_preempted_before_it_could_train_it_comes_back(cluster: Cluster, runs: Path, dataset: Path) -> None:
+    """TERM ends trainers that have not begun: no state was saved, none lost, and it is no failure."""
+    run = Run.make(runs, dataset, "preempted_early")
+    run.end_at(20)
+    job = cluster.train(run, script=without_warning(runs))
+    job.wait_until("trainers starting", lambda: "node 0 of 2" in job.output)
+    assert preempt(cluster, runs).wait() == "COMPLETED"
+    assert job.wait() == "COMPLETED", job.output
+    assert job.restarts == 1
+    assert "preempted: requeued" in job.output
+    assert [start["step"] for start in run.events("started")] == [0]
+
+
+def test_where_slurm_refuses_a_requeue_the_state_is_saved_and_the_user_told(
+    cluster: Cluster, runs: Path, dataset: Path
+) -> None:
+    run = Run.make(runs, dataset, "no_requeue")
+    job = cluster.train(run, "--no-requeue", nodes=1)
+    job.wait_until("training", lambda: run.step >= 10)
+    job.signal_batch("USR1")
+    assert job.wait() == "FAILED", job.output
+    assert "scontrol requeue: refused; submit again to go on, or use --chain" in job.output
+    (stopped,) = run.events("stopped")
+    assert checkpoint(run.folder, stopped["step"]).exists()
+
+
+def test_requeues_by_others_are_bounded_too(cluster: Cluster, runs: Path, dataset: Path) -> None:
+    """SLURM itself requeues, for dead nodes and on demand; a job that comes back too often ends before it trains."""
+    run = Run.make(runs, dataset, "requeued_by_others")
+    job = cluster.train(run, nodes=1, DDPM_MAX_RESTARTS="0")
+    job.wait_until("training", lambda: run.step >= 10)
+    cluster.run("scontrol", "requeue", job.number)
+    assert job.wait() == "FAILED", job.output
+    assert job.restarts == 1
+    assert "this is restart 1, DDPM_MAX_RESTARTS = 0; submit again to go on" in job.output
+    assert len(run.events("started")) == 1
+
+
+def test_a_trainer_that_fails_is_started_again_within_the_job(
+    cluster: Cluster, runs: Path, dataset: Path, uninterrupted: Run
+) -> None:
+    """One is killed on n2: both nodes' launchers start their trainers again, and SLURM sees nothing of it."""
+    run = Run.make(runs, dataset, "elastic")
+    job = cluster.train(run, DDPM_ELASTIC_RESTARTS="1")
+    job.wait_until("a checkpoint and steps behind it", lambda: run.step >= 70)
+    run.end_at(200)
+    launcher = cluster.lab("enter", "n2", "pgrep", "--oldest", "--full", "accelerate_cli launch").strip()
+    (trainer,) = cluster.lab("enter", "n2", "pgrep", "--parent", launcher).split()
+    cluster.lab("enter", "n2", "kill", "-9", trainer)
+    assert job.wait() == "COMPLETED", job.output
+    assert job.restarts == 0
+    first, second = run.events("started")
+    assert first["attempt"] == second["attempt"]
+    assert (second["world_size"], second["step"] % 50, second["step"] > 0) == (2, 0, True)
     assert_trained_like(run, uninterrupted)
 
 

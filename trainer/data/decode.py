@@ -1,14 +1,15 @@
 """Encoded bytes to pixels.
 
-JPEGs are decoded by simplejpeg where it is installed (the extra `fast`), by Pillow otherwise, and everything else by
-Pillow. Both wrap libjpeg-turbo and agree to the last bit; that other versions do is no law, so `jpeg_signature` goes
-into what a run is: a resume whose pixels would differ is refused. What simplejpeg refuses Pillow decides, so that
-which images are whole does not depend on what is installed.
+JPEGs are decoded by simplejpeg and lossless WebPs by webp where these are installed (the extra `fast`), by Pillow
+otherwise, and everything else by Pillow. simplejpeg and Pillow wrap libjpeg-turbo and agree to the last bit; that other
+versions do is no law, so `jpeg_signature` goes into what a run is: a resume whose pixels would differ is refused.
+What the fast decoders refuse Pillow decides, so that which images are whole does not depend on what is installed.
 """
 
 import base64
 import hashlib
 import io
+import re
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,13 @@ try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
+try:
+    import webp
+except ImportError:
+    webp = None  # type: ignore[assignment]
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_WEBP_LOSSLESS = re.compile(rb"RIFF.{4}WEBPVP8L.{4}\x2f(.{4})", re.DOTALL)  # of nothing but the pixels
 _FORMATS = ("JPEG", "PNG", "WEBP")  # others' decoders, and what they start (Ghostscript), never see the bytes
 _FAST_COLOURS = {"RGB": {"YCbCr", "RGB"}, "L": {"Gray"}}  # whatever needs a conversion is Pillow's
 
@@ -54,7 +60,8 @@ def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: 
     data_prep's work. Raises SampleError where it is something else, or cannot be decoded to its end; then `out` holds
     anything.
     """
-    if not _decode_fast(out, encoded, mode, crop=crop):
+    fast = _decode_jpeg if encoded.startswith(_JPEG_MAGIC) else _decode_webp
+    if not fast(out, encoded, mode, crop=crop):
         _decode_by_pillow(out, encoded, mode, crop=crop)
 
 
@@ -63,9 +70,24 @@ def jpeg_signature() -> str:
     return hashlib.sha256(decode(_PROBE, 20, "RGB").tobytes()).hexdigest()[:16]
 
 
-def _decode_fast(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
+def _decode_webp(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
+    """Like `_decode_jpeg`, for lossless WebP; Pillow takes the way of animations, which copies each image thrice."""
+    if webp is None or mode != "RGB" or (header := _WEBP_LOSSLESS.match(encoded)) is None:
+        return False
+    bits = int.from_bytes(header[1], "little")  # width - 1 and height - 1 of 14 bits each, whether there is an alpha
+    if bits >> 28:
+        return False
+    left, top, right, bottom = _box((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, len(out), mode, crop=crop)
+    try:
+        out[:] = webp.WebPData.from_buffer(encoded).decode(webp.WebPColorMode.RGB)[top:bottom, left:right]
+    except webp.WebPError:
+        return False
+    return True
+
+
+def _decode_jpeg(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
     """Like `decode_into`; False where it is a case for Pillow."""
-    if simplejpeg is None or not encoded.startswith(_JPEG_MAGIC):
+    if simplejpeg is None:
         return False
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
