@@ -15,6 +15,7 @@ from trainer.data.training_data import TrainingData
 from trainer.diffusion.samplers import ancestral
 from trainer.engine.build import build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.feature_distance import FeatureDistance
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
@@ -74,7 +75,10 @@ class TrainingLoop:
             say=self.progress.say,
         )
         self.validation = Validation(config, data, state, train_step.objective)
-        self.validated_step = self.step
+        self.distance = (
+            FeatureDistance(config, data, state, train_step.diffusion) if config.log.distance_every.count else None
+        )
+        self.validated_step = self.measured_step = self.step
         self.heartbeat = Heartbeat(folder.path, writes=accelerator.is_main_process)
         self.stopwatch = Stopwatch(self._beat)
         self.pace = Pace(accelerator.device)
@@ -100,6 +104,9 @@ class TrainingLoop:
             if self._is_due(self.config.log.validate_every):
                 self._settle()
                 self._validate()  # before the checkpoint, which is kept or not by what comes out
+            if self._is_due(self.config.log.distance_every):
+                self._settle()
+                self._measure_distance()
             if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
                 resume_watch = self.stopwatch.pause("saving")
@@ -112,6 +119,7 @@ class TrainingLoop:
         self._settle()
         if self.step >= self.last_step:
             self._validate()
+            self._measure_distance()
         resume_watch = self.stopwatch.pause("saving")
         self.saves.end()
         resume_watch()
@@ -232,6 +240,24 @@ class TrainingLoop:
         self.progress.say(
             f"step {self.step}: on {len(self.validation.ids)} held-out images loss {values['validation/loss']:.4f}, "
             f"of the average {values['validation/ema_loss']:.4f}, in {time.perf_counter() - started:.1f} s"
+        )
+        resume_watch()
+
+    def _measure_distance(self) -> None:
+        """Measure how far samples are from real images, if that has not been done in this step."""
+        if self.distance is None or self.step == self.measured_step or self.stopping:
+            return
+        resume_watch, started = self.stopwatch.pause("validating"), time.perf_counter()
+        values = self.distance.measure()
+        self.measured_step = self.step
+        self.saves.retention.score(self.step, values)
+        with self._best_effort():
+            if self.metrics is not None:
+                self.metrics.scalars(self.step, values)
+        self.progress.say(
+            f"step {self.step}: kernel distance of EfficientNet-Lite0 features "
+            f"{values['validation/feature_distance']:.5f}, {values['validation/feature_distance_samples']:.0f} samples "
+            f"of {self.config.log.distance_samples}, in {time.perf_counter() - started:.1f} s"
         )
         resume_watch()
 
