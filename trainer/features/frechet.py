@@ -50,16 +50,18 @@ class Gaussian:
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """d^2 as above; symmetric, and 0 to rounding for equal Gaussians.
 
-    The eigenvalues of S_1 S_2 are the squared singular values of S_1^(1/2) S_2^(1/2), and the trace of the root is
-    their sum. Unlike a root of S_1 S_2, which is not symmetric, both exist and are real for every covariance.
+    With S_1 = A^T A and S_2 = B^T B the eigenvalues of S_1 S_2 are the squared singular values of A B^T, and the trace
+    of the root is their sum. Unlike a root of S_1 S_2, which is not symmetric, they exist and are real for every
+    covariance.
     """
     difference = one.mean - other.mean
-    product = _root(one.covariance) @ _root(other.covariance)
+    product = _factor(one.covariance) @ _factor(other.covariance).T
     trace = one.covariance.trace() + other.covariance.trace() - 2 * torch.linalg.svdvals(product).sum()
     return float(difference @ difference + trace)
 
 
-def _root(covariance: torch.Tensor) -> torch.Tensor:
-    """The symmetric root; rounding may leave eigenvalues of -1e-17, which are 0."""
+def _factor(covariance: torch.Tensor) -> torch.Tensor:
+    """A, (R, D), with A^T A = S of rank R: what rounding leaves of eigenvalues that are 0 is left out."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+    return (vectors[:, kept] * values[kept].sqrt()).T

@@ -95,8 +95,9 @@ class EfficientNetLite0:
 
 
 def freeze(network: nn.Module, device: torch.device) -> None:
-    """To judge by, not to train."""
+    """To judge by, not to train; on CPUs channels-last is half as fast again."""
     network.eval().requires_grad_(False).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
 
 
 @contextmanager
