@@ -113,8 +113,8 @@ def _module() -> ModuleType:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.submodule_search_locations is None:
         raise ConfigError(
-            "features of inception: need torch-fidelity; pip install 'ddpm-trainer[evaluation]', or take --features "
-            "efficientnet-lite0"
+            "features of inception: need torch-fidelity; pip install --no-deps torch-fidelity (its torchvision is not "
+            "needed), or take --features efficientnet-lite0"
         )
     with _bare_package(list(spec.submodule_search_locations)):
         return importlib.import_module(name)

@@ -90,7 +90,7 @@ class EfficientNetLite0:
         """See `FeatureNetwork`."""
         size = (self._SIDE, self._SIDE)
         resized = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
-        features = self.network.extract_features((resized - 127) / 128).mean(dim=(2, 3))
+        features = self.network.extract_features(resized / 127.5 - 1).mean(dim=(2, 3))
         return features, self.network._fc(features)
 
 
