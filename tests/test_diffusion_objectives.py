@@ -104,6 +104,49 @@ def test_losses_and_gradients_are_those_of_the_equations(
     assert (error[:-2] < 2e-4 * scale[:-2]).all(), error / scale
 
 
+@pytest.mark.parametrize(("prediction", "variance", "loss"), TABLE_2 + SUCCESSORS)
+def test_every_loss_tells_its_term_of_the_bound(
+    diffusion: GaussianDiffusion, prediction: str, variance: str, loss: str
+) -> None:
+    """Where it is a squared error too: exact but for t = 0, where density times width stands for the bin's mass."""
+    data = batch(prediction, variance)
+    objective = Objective(diffusion, prediction=prediction, variance=variance, loss=loss)
+    losses, terms = objective.losses_and_bound(**{**data, "output": data["output"].requires_grad_()})
+    assert losses.requires_grad
+    assert not terms.requires_grad
+    expected = expected_losses(prediction, variance, "bound", data).detach()
+    inner = T > 0
+    assert 0 < inner.sum() < len(T)
+    torch.testing.assert_close(terms[inner].double(), expected[inner], rtol=2e-3, atol=1e-6)
+    if loss != "mse":
+        torch.testing.assert_close(terms.double(), expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "mu", "v"])
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_the_decoders_term_from_a_squared_error(prediction: str, variance: str) -> None:
+    """For a network that is as good as it can be at t = 0 of a rough schedule: its density is flat over a bin."""
+    diffusion = GaussianDiffusion(torch.tensor([0.01, 0.1], dtype=torch.float64))
+    x0, eps, t = images(1, 64).clamp(-0.5, 0.5), normal(2, 64, 3, 4, 4), torch.zeros(64, dtype=torch.int64)
+    x0 = ((x0 * 127.5).round() / 127.5).float()
+    x_t = diffusion.q_sample(x0, t, eps)
+    mean = x0 + diffusion.posterior_log_variance(t, variance).mul(0.5).exp()[:, None, None, None] * normal(
+        3, 64, 3, 4, 4
+    )
+    output = {
+        "x0": mean,
+        "mu": mean,
+        "eps": diffusion.predict_eps(x_t, t, mean),
+        "v": (diffusion.sqrt_abar[0] * x_t - mean) / diffusion.sqrt_one_minus_abar[0],
+    }[prediction]
+    data = {"x0": x0, "x_t": x_t, "t": t, "eps": eps}
+    by_loss = {
+        loss: Objective(diffusion, prediction=prediction, variance=variance, loss=loss).losses_and_bound(output, **data)
+        for loss in ("mse", "bound")
+    }
+    torch.testing.assert_close(by_loss["mse"][1], by_loss["bound"][1], rtol=2e-3, atol=2e-3)
+
+
 def test_hybrid_teaches_the_mean_by_the_squared_error_alone(diffusion: GaussianDiffusion) -> None:
     data = batch("eps", "learned-range")
     output = data.pop("output")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import preflight, status, submit
 from launch.interface import interface_addresses, interface_to
@@ -18,7 +19,7 @@ from tests.harness import REPOSITORY, checkpoint, events, launch, load_config, o
 from trainer.config import Config
 from trainer.engine.run import RunFolder
 from trainer.errors import ConfigError
-from trainer.telemetry.goodput import add_up, read_events
+from trainer.telemetry.goodput import PARTS, add_up, read_events
 from trainer.telemetry.heartbeat import read_heartbeat
 
 
@@ -119,19 +120,40 @@ def test_the_journal_adds_up(died: Path) -> None:
     assert goodput.seconds["waiting"] >= 0
 
 
+def test_the_logged_parts_add_up_to_the_clock_on_the_wall(died: Path) -> None:
+    """TensorBoard's own clock, over a death and a restart."""
+    first = next(event for event in events(died) if event["event"] == "started")
+    began = first["time"] - first["startup_seconds"]
+    board = EventAccumulator(str(died / "logs"))
+    board.Reload()
+    wall = board.Scalars("goodput/wall_seconds")
+    assert len(wall) == len(metrics(died))
+    for scalar, row in zip(wall, metrics(died), strict=True):
+        assert scalar.step == row["step"]
+        assert scalar.value == pytest.approx(scalar.wall_time - began, abs=1.0)
+        assert sum(row[f"goodput/{part}"] for part in PARTS) == pytest.approx(1.0)
+    last = metrics(died)[-1]
+    for part in ("training", "data", "startup", "saving", "waiting"):
+        assert last[f"goodput/{part}"] > 0
+    second = [event for event in events(died) if event["event"] == "started"][1]
+    assert (last["goodput/redone"] > 0) == (second["lost_steps"] > 0)
+
+
 def test_what_a_fault_threw_away_is_no_goodput() -> None:
     start = {"event": "started", "startup_seconds": 10.0}
-    seconds = {"startup": 10.0, "training": 100.0, "saving": 5.0}
+    seconds = {"startup": 10.0, "training": 100.0, "data": 8.0, "saving": 5.0}
     journal = [
         {**start, "time": 1010.0, "step": 0},
-        {**start, "time": 1200.0, "step": 75, "lost_steps": 25, "last_seen": 1115.0, "seconds_before": seconds},
+        {**start, "time": 1200.0, "step": 75, "lost_steps": 25, "last_seen": 1123.0, "seconds_before": seconds},
     ]
     beat = {"time": 1250.0, "step": 120, "seconds": {"startup": 10.0, "training": 50.0}}
     goodput = add_up(journal, beat)
     assert goodput.seconds == pytest.approx(
-        {"startup": 20.0, "training": 125.0, "redone": 25.0, "saving": 5.0, "waiting": 75.0}
+        {"startup": 20.0, "training": 125.0, "data": 6.0, "redone": 27.0, "saving": 5.0, "waiting": 67.0}
     )
     assert goodput.share("training") == pytest.approx(0.5)
+    assert goodput.scalars()["goodput/redone"] == pytest.approx(27 / 250)
+    assert goodput.scalars()["goodput/wall_seconds"] == 250.0
 
 
 def test_a_stopped_run_on_one_screen(died: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
 """What a network is trained to minimise: the six objectives of Ho et al. 2020, table 2, and their successors."""
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from trainer.diffusion.likelihood import bound_bits
+from trainer.diffusion.likelihood import BIN, bound_bits, normal_kl
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.reverse import Prediction, ReverseVariance, check_parameterisation, interpret, is_learned
 
@@ -44,6 +45,7 @@ class Objective:
         self.prediction: Prediction = prediction
         self.variance: ReverseVariance = variance
         self.loss: Loss = loss
+        self._in_bound = squared_error_in_bound(diffusion, prediction, variance) if loss == "mse" else None
 
     def losses(self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each image: (B,) float32.
@@ -51,13 +53,27 @@ class Objective:
         output: the network's, (B, C or 2C, H, W), at x_t = q_sample(x0, t, eps); x0, x_t, eps: (B, C, H, W);
         t: (B,) int64 of the diffusion. No gradient flows into anything but the output.
         """
-        if self.loss == "mse":
-            return self._squared_error(output, x0, x_t, t, eps)
+        return self.losses_and_bound(output, x0=x0, x_t=x_t, t=t, eps=eps)[0]
+
+    def losses_and_bound(
+        self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each image, and its term of equation 5 in bits per dimension: both (B,) float32.
+
+        Arguments as of `losses`. The term has no gradient and costs nothing: it is computed anyway, or follows from
+        the squared error, see `squared_error_in_bound`.
+        """
+        if self._in_bound is not None:
+            weight, constant = self._in_bound
+            squared_error = self._squared_error(output, x0, x_t, t, eps)
+            return squared_error, weight[t] * squared_error.detach() + constant[t]
         if self.loss == "bound":
-            return self._bound(output, x0, x_t, t)
+            bound = self._bound(output, x0, x_t, t)
+            return bound, bound.detach()
         predicted, spread = output.split([x0.shape[1], x0.shape[1]], dim=1)
         bound = self._bound(torch.cat((predicted.detach(), spread), dim=1), x0, x_t, t)
-        return self._squared_error(predicted, x0, x_t, t, eps) + self.diffusion.timesteps / 1000 * bound
+        squared_error = self._squared_error(predicted, x0, x_t, t, eps)
+        return squared_error + self.diffusion.timesteps / 1000 * bound, bound.detach()
 
     def _squared_error(self, predicted: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         target = eps
@@ -80,3 +96,34 @@ class Objective:
             clip=False,
         )
         return bound_bits(step, x0, x_t, t, self.diffusion)
+
+
+def squared_error_in_bound(
+    diffusion: GaussianDiffusion, prediction: Prediction, variance: ReverseVariance
+) -> tuple[Tensor, Tensor]:
+    """What a squared error means for the bound: weight and constant, each (T,) float32, on the diffusion's device.
+
+    weight_t mse_t + constant_t is the term at t of equation 5 in bits per dimension, x_0 not clipped. For t > 0 it is
+    exact: KL(q || p) is ||mu~ - mu_theta||^2 / (2 sigma_t^2) (equation 8), in which the error of x_0 counts
+    posterior_x0^2 (equation 7), that of eps (1 - abar) / abar of this (equation 12) and that of v (1 - abar); and a
+    constant where sigma_t^2 is not beta~_t. At t = 0 the decoder's mass in a bin (equation 13) is taken for its
+    density in the middle, times the bin's width.
+
+    `variance` is "small" or "large", ValueError otherwise.
+    """
+    if variance not in ("small", "large"):
+        raise ValueError(f"variance={variance!r}: what the network learns is in no squared error of its mean")
+    all_t = torch.arange(diffusion.timesteps, device=diffusion.betas.device)
+    true_log_variance = diffusion.posterior_log_variance(all_t, "small")
+    log_variance = diffusion.posterior_log_variance(all_t, variance)
+    of_mean = {
+        "mu": torch.ones_like(diffusion.abar),
+        "x0": diffusion.posterior_x0.square(),
+        "eps": (diffusion.posterior_x0 * diffusion.sqrt_recip_abar_minus_one).square(),
+        "v": (diffusion.posterior_x0 * diffusion.sqrt_one_minus_abar).square(),
+    }[prediction]
+    no_error = torch.zeros_like(log_variance)
+    constant = normal_kl(no_error, true_log_variance, no_error, log_variance)
+    decoder = 0.5 * (math.log(2 * math.pi) + log_variance) - math.log(2 * BIN)
+    constant = torch.where(all_t == 0, decoder, constant)
+    return 0.5 * of_mean * torch.exp(-log_variance) / math.log(2), constant / math.log(2)

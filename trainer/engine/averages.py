@@ -65,6 +65,21 @@ class Averages:
         }
 
     @torch.no_grad()
+    def squared_distance(self) -> torch.Tensor:
+        """Of the main average, over the slices that this rank owns: ||weights - average||^2 and ||weights||^2.
+
+        Returns (2,) float64, where the slices are. Sums over the ranks are those of the whole network.
+        """
+        if not self.owned:
+            return torch.zeros(2, dtype=torch.float64)
+        weights = [piece.weight for piece in self.owned]
+        pairs = zip(weights, self.by_name[MAIN].values, strict=True)
+        # One difference at a time: all of them would be another copy of the weights.
+        distances = [torch.linalg.vector_norm(weight - value) for weight, value in pairs]
+        norms = torch.stack([torch.stack(distances), torch.stack(torch._foreach_norm(weights))])
+        return norms.double().square().sum(dim=1)
+
+    @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move every average towards the weights: ema <- decay ema + (1 - decay) weights.
 

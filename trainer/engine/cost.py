@@ -1,10 +1,10 @@
-"""What a network costs, found by running it on fake tensors: shapes and lifetimes are real, the numbers are not."""
+"""What a network costs, found by running it on tensors that have shapes and lifetimes, but no numbers."""
 
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +25,30 @@ class Cost:
     peak_bytes: int
 
 
+class Flops(NamedTuple):
+    """Of one image; a multiply-add counts as two."""
+
+    forward: int
+    training: int
+
+
+def training_flops(build: Callable[[], nn.Module], image_shape: tuple[int, int, int]) -> Flops:
+    """FLOPs of one forward, and of a forward and backward pass, over an image of `image_shape` (C, H, W).
+
+    Counted without autocast and checkpointing, on tensors without values: they are of the mathematics, not of how it is
+    run.
+    """
+    with torch.device("meta"):
+        network = build().eval()
+        x, t = torch.empty(1, *image_shape), torch.zeros(1, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU goes uncounted
+        with FlopCounterMode(display=False) as forward:
+            prediction = network(x, t)
+        with FlopCounterMode(display=False) as backward:
+            prediction.square().mean().backward()
+    return Flops(forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops())
+
+
 def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> Cost:
     """Cost of one forward and backward pass over `batch` images of `image_shape` (C, H, W); nothing is allocated."""
     with FakeTensorMode():
@@ -35,19 +59,12 @@ def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *
             with precision:
                 loss = network(x, t).float().square().mean()
             loss.backward()
-        # Counted without autocast and checkpointing: FLOPs are of the mathematics, not of how it is run.
-        plain = build()
-        x, t = torch.empty(1, *image_shape), torch.zeros(1, dtype=torch.int64)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU goes uncounted
-            with FlopCounterMode(display=False) as forward:
-                prediction = plain.eval()(x, t)
-            with FlopCounterMode(display=False) as backward:
-                prediction.square().mean().backward()
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    flops = training_flops(build, image_shape)
     return Cost(
         parameters=parameters,
-        forward_flops_per_image=forward.get_total_flops(),
-        training_flops_per_image=forward.get_total_flops() + backward.get_total_flops(),
+        forward_flops_per_image=flops.forward,
+        training_flops_per_image=flops.training,
         peak_bytes=4 * parameters + memory.peak,
     )
 

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,15 +20,13 @@ from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
 from trainer.engine.schedule import SaveSchedule
 from trainer.engine.state import TrainState
-from trainer.engine.step import PendingVerdict, TrainStep, Verdict
+from trainer.engine.step import TrainStep
+from trainer.engine.telemetry import Telemetry
 from trainer.engine.validation import Validation
+from trainer.engine.verdict import PendingVerdict, Verdict
 from trainer.engine.watchdog import enter
 from trainer.errors import NonFiniteError
-from trainer.telemetry.heartbeat import Heartbeat
-from trainer.telemetry.metrics import Metrics
-from trainer.telemetry.pace import Pace
 from trainer.telemetry.pictures import grid, save_png
-from trainer.telemetry.progress import Progress, Stopwatch
 from trainer.units import Span
 
 _LARGEST_SAMPLING_BATCH = 64
@@ -56,16 +53,21 @@ class TrainingLoop:
     ) -> None:
         self.config = config
         self.layout = layout
-        self.accelerator = accelerator = state.strategy.accelerator
+        self.accelerator = state.strategy.accelerator
         self.data = data
         self.state = state
         self.train_step = train_step
         self.folder = folder
         self.last_step = config.train.duration.steps(layout.global_batch)
-        self.metrics = Metrics(folder.logs, self.step) if accelerator.is_main_process else None
-        self.progress = Progress(
-            total=self.last_step, done=self.step, unit="step", title="training", visible=accelerator.is_main_process
+        self.telemetry = Telemetry(
+            config=config,
+            layout=layout,
+            samples=data.order.samples,
+            state=state,
+            folder=folder,
+            last_step=self.last_step,
         )
+        self.progress = self.telemetry.progress
         self.saves = SaveSchedule(
             config=config,
             folder=folder,
@@ -79,11 +81,6 @@ class TrainingLoop:
             FeatureDistance(config, data, state, train_step.diffusion) if config.log.distance_every.count else None
         )
         self.validated_step = self.measured_step = self.step
-        self.heartbeat = Heartbeat(folder.path, writes=accelerator.is_main_process)
-        self.stopwatch = Stopwatch(self._beat)
-        self.pace = Pace(accelerator.device)
-        self.pace.watch(state.strategy.network)
-        self.grad_norm = math.nan  # of the last step that was applied
         self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
         self.stopping = False
@@ -95,12 +92,13 @@ class TrainingLoop:
 
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
-        stream = self.pace.timed(stream)
+        stream = self.telemetry.timed(stream)
         while self.step < self.last_step and not self.stopping:
             enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
             self._settle()
             self.pending = self.train_step.update(loss, writing=self.saves.is_writing, copying=self.saves.is_copying)
+            self.telemetry.queued()
             if self._is_due(self.config.log.validate_every):
                 self._settle()
                 self._validate()  # before the checkpoint, which is kept or not by what comes out
@@ -109,34 +107,25 @@ class TrainingLoop:
                 self._measure_distance()
             if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
-                resume_watch = self.stopwatch.pause("saving")
-                self.saves.after_step()
-                resume_watch()
+                with self.telemetry.pause("saving"):
+                    self.saves.after_step()
             if self._is_due(self.config.log.samples_every):
                 self._settle()
                 if not self.stopping:
-                    self._draw_samples()
+                    with self.telemetry.pause("sampling"):
+                        self._draw_samples()
         self._settle()
         if self.step >= self.last_step:
             self._validate()
             self._measure_distance()
-        resume_watch = self.stopwatch.pause("saving")
-        self.saves.end()
-        resume_watch()
+        with self.telemetry.pause("saving"):
+            self.saves.end()
         finished = self.step >= self.last_step
-        end = "finished" if finished else "stopped"
-        self.folder.event(end, step=self.step, seconds=self.heartbeat.seconds(self.stopwatch.spent))
-        self._beat(end)
-        self.progress.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        self.telemetry.close("finished" if finished else "stopped")
         # Last, and no rank ends before: a launcher that sees one of them end may kill the others.
         marker = self.folder.done if finished else self.folder.stopped
         together(f"{marker}: cannot be written", lambda: self.folder.mark(marker, self.step), only_rank=0)
         return finished
-
-    def _beat(self, activity: str) -> None:
-        self.heartbeat.beat(step=self.step, last_step=self.last_step, activity=activity, spent=self.stopwatch.spent)
 
     def _is_due(self, span: Span) -> bool:
         return span.is_due(self.state.position, self.layout.global_batch)
@@ -150,9 +139,6 @@ class TrainingLoop:
         if verdict.finite:
             self.state.updates += 1
             self.state.averages.update(self.state.updates)
-            self.state.unlogged_steps += 1
-            self.state.unlogged_loss += verdict.loss
-            self.grad_norm = verdict.grad_norm
             self.overflows = 0
         elif self._is_overflow(verdict) and self.overflows < _MOST_OVERFLOWS:
             self.overflows += 1  # this is how the scale is found: no fault of the batch's
@@ -160,38 +146,12 @@ class TrainingLoop:
             self._report_nonfinite(verdict)
         self.saves.poll(verdict.writing, verdict.copying)
         self.stopping = self.stopping or verdict.stop_requests > 0
-        self.stopwatch.count(self.layout.global_batch)
-        self.progress.advance()
-        self._beat("training")
+        self.telemetry.count(verdict)
         if self._is_due(self.config.log.every) or self.step == self.last_step:
-            self._log()
+            self.telemetry.log()
 
     def _is_overflow(self, verdict: Verdict) -> bool:
         return self.state.strategy.scaler is not None and math.isfinite(verdict.loss)
-
-    def _log(self) -> None:
-        values = {
-            "train/learning_rate": self.state.strategy.optimizer.param_groups[0]["lr"],
-            "train/images_per_second": self.stopwatch.lap(),
-            "train/epoch": self.state.position / self.data.order.samples,
-            "train/nonfinite_steps": float(self.state.nonfinite_steps),
-        }
-        if self.state.unlogged_steps:
-            values["train/loss"] = self.state.unlogged_loss / self.state.unlogged_steps
-            values["train/grad_norm"] = self.grad_norm
-            self.state.unlogged_steps, self.state.unlogged_loss = 0, 0.0
-        ranks, slow = self.pace.report()
-        values |= ranks
-        if slow is not None:
-            self.folder.event("slow_rank", step=self.step, slow=slow)
-            self.progress.say(f"step {self.step}: slow: {slow}")
-        self.pace.compare()
-        with self._best_effort():
-            if self.metrics is not None:
-                self.metrics.scalars(self.step, values)
-        summary = f"loss {values.get('train/loss', math.nan):.4f}, {values['train/images_per_second']:.1f} images/s"
-        self.progress.show(summary)
-        self.progress.log(f"step {self.step}/{self.last_step}: {summary}")
 
     def _report_nonfinite(self, verdict: Verdict) -> None:
         """Dump which images, timesteps and seed made a step that was skipped, and give up after too many."""
@@ -202,7 +162,7 @@ class TrainingLoop:
         # Nothing has been learned from since, so the same timesteps are drawn again.
         t, _ = self.state.timesteps.draw(torch.from_numpy(positions).to(self.accelerator.device))
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
-        with self._best_effort():
+        with self.telemetry.best_effort():
             dump = {
                 "step": self.step,
                 "loss": repr(verdict.loss),
@@ -230,41 +190,38 @@ class TrainingLoop:
         """Measure the loss on held-out images, if that has not been done in this step."""
         if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
             return
-        resume_watch, started = self.stopwatch.pause("validating"), time.perf_counter()
-        values = self.validation.measure()
-        self.validated_step = self.step
-        self.saves.retention.score(self.step, values)
-        with self._best_effort():
-            if self.metrics is not None:
-                self.metrics.scalars(self.step, values)
-        self.progress.say(
-            f"step {self.step}: on {len(self.validation.ids)} held-out images loss {values['validation/loss']:.4f}, "
-            f"of the average {values['validation/ema_loss']:.4f}, in {time.perf_counter() - started:.1f} s"
-        )
-        resume_watch()
+        with self.telemetry.pause("validating"):
+            started = time.perf_counter()
+            values = self.validation.measure()
+            self.validated_step = self.step
+            self.saves.retention.score(self.step, values)
+            self.telemetry.scalars(values)
+            seconds, images = time.perf_counter() - started, len(self.validation.ids)
+            self.progress.say(
+                f"step {self.step}: on {images} held-out images loss {values['validation/loss']:.4f}, "
+                f"of the average {values['validation/ema_loss']:.4f}, in {seconds:.1f} s"
+            )
 
     def _measure_distance(self) -> None:
         """Measure how far samples are from real images, if that has not been done in this step."""
         if self.distance is None or self.step == self.measured_step or self.stopping:
             return
-        resume_watch, started = self.stopwatch.pause("validating"), time.perf_counter()
-        values = self.distance.measure()
-        self.measured_step = self.step
-        self.saves.retention.score(self.step, values)
-        with self._best_effort():
-            if self.metrics is not None:
-                self.metrics.scalars(self.step, values)
-        self.progress.say(
-            f"step {self.step}: kernel distance of EfficientNet-Lite0 features "
-            f"{values['validation/feature_distance']:.5f}, {values['validation/feature_distance_samples']:.0f} samples "
-            f"of {self.config.log.distance_samples}, in {time.perf_counter() - started:.1f} s"
-        )
-        resume_watch()
+        with self.telemetry.pause("validating"):
+            started = time.perf_counter()
+            values = self.distance.measure()
+            self.measured_step = self.step
+            self.saves.retention.score(self.step, values)
+            self.telemetry.scalars(values)
+            distance, seconds = values["validation/feature_distance"], time.perf_counter() - started
+            self.progress.say(
+                f"step {self.step}: kernel distance of EfficientNet-Lite0 features {distance:.5f}, "
+                f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}, "
+                f"in {seconds:.1f} s"
+            )
 
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""
         enter("sample")
-        resume_watch = self.stopwatch.pause("sampling")
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
         model = self.config.model
@@ -279,19 +236,10 @@ class TrainingLoop:
             on_step=lambda _: enter("sample"),
         )
         parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
-        with self._best_effort():
-            if self.metrics is not None:
+        with self.telemetry.best_effort():
+            if self.telemetry.metrics is not None:
                 picture = grid(np.concatenate([parts[first] for first in sorted(parts)]))
                 path = self.folder.samples / f"step-{self.step:08d}.png"
                 save_png(path, picture)
-                self.metrics.picture(self.step, "samples", picture)
+                self.telemetry.metrics.picture(self.step, "samples", picture)
                 self.progress.say(f"step {self.step}: samples in {path}")
-        resume_watch()
-
-    @contextmanager
-    def _best_effort(self) -> Iterator[None]:
-        """What only tells of the run must not end it."""
-        try:
-            yield
-        except OSError as fault:
-            self.progress.say(f"step {self.step}: not written: {fault}")

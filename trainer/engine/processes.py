@@ -87,6 +87,15 @@ def gather(value: Any) -> list[Any]:
     return gather_object([value])
 
 
+def gather_numbers(own: torch.Tensor) -> list[list[float]]:
+    """A row of numbers, (n,) on the device, of each rank, in rank order, on every rank. Waits for the device."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own.tolist()]
+    everyone = own.new_empty(dist.get_world_size(), len(own))
+    dist.all_gather(list(everyone), own)
+    return everyone.tolist()
+
+
 def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -97,8 +98,9 @@ def _train(
         checkpoints=checkpoints,
         folder=folder,
     )
-    about = {"world_size": layout.world_size, "nodes": _nodes(), "resumed_from": str(source or "")}
-    folder.event("started", step=loop.step, **about, **loop.heartbeat.about_start(loop.step))
+    about: dict[str, Any] = {"world_size": layout.world_size, "nodes": _nodes(), "resumed_from": str(source or "")}
+    about |= {"peak_flops": loop.telemetry.peak.flops, "peak_source": loop.telemetry.peak.source}
+    folder.event("started", step=loop.step, **about, **loop.telemetry.heartbeat.about_start(loop.step))
     loop.progress.say(_summary(loop, source))
     return _run(loop, accelerator)
 

@@ -16,6 +16,7 @@ from trainer.engine.strategies import Strategy
 from trainer.engine.tensor_files import SavedSlice, TensorReader
 from trainer.engine.timesteps import Timesteps
 from trainer.errors import CheckpointError
+from trainer.telemetry.meters import Meters
 
 
 class Contents(NamedTuple):
@@ -41,8 +42,7 @@ class TrainState:
     """The state of a run, spread over the ranks as the strategy has it. Making one is collective.
 
     `position` counts images consumed, `updates` the steps that were applied, `nonfinite_steps` those that were skipped
-    by the guard. `unlogged_steps` and their summed `unlogged_loss` wait for the next log line, which a restart must not
-    change.
+    by the guard. `meters` hold what waits for the next log line, which a restart must not change.
     """
 
     def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], timesteps: Timesteps) -> None:
@@ -54,8 +54,7 @@ class TrainState:
         self.position = 0
         self.updates = 0
         self.nonfinite_steps = 0
-        self.unlogged_steps = 0
-        self.unlogged_loss = 0.0
+        self.meters = Meters()
 
     def contents(self) -> Contents:
         """What a checkpoint holds, and this rank's share of it.
@@ -109,8 +108,7 @@ class TrainState:
             "position": self.position,
             "updates": self.updates,
             "nonfinite_steps": self.nonfinite_steps,
-            "unlogged_steps": self.unlogged_steps,
-            "unlogged_loss": self.unlogged_loss,
+            "meters": self.meters.state(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
 
@@ -132,8 +130,9 @@ class TrainState:
         self.strategy.optimizer.set_updates(scalars["updates"])
         if self.strategy.scaler is not None and scalars["scaler"]:
             self.strategy.scaler.load_state_dict(scalars["scaler"])
-        for name in ("position", "updates", "nonfinite_steps", "unlogged_steps", "unlogged_loss"):
+        for name in ("position", "updates", "nonfinite_steps"):
             setattr(self, name, scalars[name])
+        self.meters = Meters.from_state(scalars.get("meters", {}))
         return remarks
 
     @property

@@ -1,8 +1,7 @@
 """One optimizer step: noise the images, predict, accumulate, clip, update; no host sync on the way."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,46 +11,13 @@ from trainer.data.stream import BatchLayout
 from trainer.diffusion.noise import Stream, keyed_flips, keyed_int, keyed_normal
 from trainer.diffusion.objectives import Objective
 from trainer.diffusion.process import GaussianDiffusion
+from trainer.engine.gradient_squares import GradientSquare
 from trainer.engine.state import TrainState
 from trainer.engine.strategies import Strategy
+from trainer.engine.verdict import PendingVerdict, StepBatches
 from trainer.engine.watchdog import enter
 from trainer.signals import StopRequest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What all ranks know about a step: mean loss of the global batch, gradient norm before clipping, how many ranks
-    are to stop, how many still write their part of a checkpoint, and how many copy one elsewhere.
-    """
-
-    loss: float
-    grad_norm: float
-    stop_requests: int
-    writing: int
-    copying: int
-
-    @property
-    def finite(self) -> bool:
-        """Whether the step was applied; a NaN or infinity anywhere makes it a step that never was."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-class PendingVerdict:
-    """A verdict on its way from the device; reading it waits for the step, so read it when the next one is queued."""
-
-    def __init__(self, report: torch.Tensor) -> None:
-        self._arrived = torch.cuda.Event() if report.is_cuda else None
-        self._report = report.to("cpu", non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> Verdict:
-        """Wait and read."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        loss, grad_norm, *counts = self._report.tolist()
-        stop_requests, writing, copying = map(round, counts)
-        return Verdict(loss=loss, grad_norm=grad_norm, stop_requests=stop_requests, writing=writing, copying=copying)
+from trainer.telemetry.meters import step_sums
 
 
 def noised_inputs(
@@ -69,6 +35,23 @@ def noised_inputs(
         x0 = torch.where(keyed_flips(config.seed, position)[:, None, None, None], x0.flip(-1), x0)
     eps = keyed_normal(config.seed, Stream.EPS, position, tuple(x0.shape[1:]))
     return x0, position, eps
+
+
+class _Drawn(NamedTuple):
+    """The timesteps of some images, their unweighted losses and terms of the bound, and weights; each (B,)."""
+
+    t: torch.Tensor
+    losses: torch.Tensor
+    bound: torch.Tensor
+    weight: torch.Tensor | None
+
+    @classmethod
+    def join(cls, parts: list["_Drawn"]) -> "_Drawn":
+        """Of all micro-batches, in their order."""
+        t, losses, bound, weights = zip(*parts, strict=True)
+        return cls(
+            torch.cat(t), torch.cat(losses), torch.cat(bound), None if weights[0] is None else torch.cat(weights)
+        )
 
 
 class TrainStep:
@@ -95,8 +78,9 @@ class TrainStep:
             variance=config.diffusion.variance,
             loss=config.diffusion.loss,
         )
-        self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []  # t and unweighted losses of each micro-batch
+        self._drawn: _Drawn | None = None  # by the last `backward`
         self.stop = stop
+        self.gradient_square = GradientSquare(strategy, layout)
 
     def learning_rate(self, step: int) -> float:
         """The rate of step 0, 1, ...: lr x min(step / warmup, 1), so that the first step moves nothing (Ho et al.)."""
@@ -118,8 +102,8 @@ class TrainStep:
 
         Returns this rank's mean loss, a scalar on the device.
         """
-        losses = []
-        self._drawn = []
+        losses, drawn = [], []
+        self.gradient_square.begin_step(self.state.position // self.layout.global_batch)
         accumulation = self.layout.accumulation
         for micro_step in range(accumulation):
             enter("data")
@@ -131,12 +115,16 @@ class TrainStep:
             t, weight = self.state.timesteps.draw(position)
             x_t = self.diffusion.q_sample(x0, t, eps)
             with self.strategy.accumulate(is_last=micro_step == accumulation - 1):
-                unweighted = self.objective.losses(self.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
+                unweighted, bound = self.objective.losses_and_bound(
+                    self.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps
+                )
                 loss = (unweighted if weight is None else weight * unweighted).mean() / accumulation
                 enter("backward")
                 self.strategy.backward(loss)
+            self.gradient_square.after_micro_batch(micro_step)
             losses.append(loss.detach())
-            self._drawn.append((t, unweighted.detach()))
+            drawn.append(_Drawn(t, unweighted.detach(), bound, weight))
+        self._drawn = _Drawn.join(drawn)
         return torch.stack(losses).sum()
 
     def update(self, loss: torch.Tensor, *, writing: bool = False, copying: bool = False) -> PendingVerdict:
@@ -146,15 +134,22 @@ class TrainStep:
         checkpoint, still copies one.
         """
         enter("update")
+        assert self._drawn is not None
         flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing, copying)]
-        report = torch.stack([loss / self.layout.world_size, *flags])
+        scalars = torch.stack([loss / self.layout.world_size, *flags, self.gradient_square.read()])
+        report = torch.cat([scalars, step_sums(*self._drawn, timesteps=self.diffusion.timesteps)])
         if self.layout.world_size > 1:
             dist.all_reduce(report)
         optimizer = self.strategy.optimizer
         step = self.state.position // self.layout.global_batch
         optimizer.prepare_step(learning_rate=self.learning_rate(step), loss=report[0])
         self.strategy.step()
-        t, losses = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
-        self.state.timesteps.record(t, losses, found_inf=optimizer.skipped)
+        self.state.timesteps.record(self._drawn.t, self._drawn.losses, found_inf=optimizer.skipped)
         self.state.position += self.layout.global_batch
-        return PendingVerdict(torch.stack([report[0], optimizer.grad_norm, *report[1:]]))
+        batches = StepBatches(
+            world_size=self.layout.world_size,
+            images=self.layout.global_batch,
+            small=self.gradient_square.batch,
+            timesteps=self.diffusion.timesteps,
+        )
+        return PendingVerdict(torch.cat([optimizer.grad_norm[None], report]), batches)

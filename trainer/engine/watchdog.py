@@ -29,7 +29,7 @@ from trainer.signals import StopRequest
 EXIT_CODE = 3  # of a process that the watchdog ended
 
 T = TypeVar("T")
-Phase = Literal["start", "data", "forward", "backward", "update", "settle", "save", "copy", "validate", "sample"]
+Phase = Literal["start", "data", "forward", "backward", "update", "settle", "log", "save", "copy", "validate", "sample"]
 
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0  # for the store

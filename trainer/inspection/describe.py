@@ -55,7 +55,7 @@ def as_text(about: dict[str, Any]) -> str:
         f"format {about['format_version']}, trainer {about['trainer_version']}",
         f"  {len(about['files'])} parts, {size(sum(about['files'].values()))}",
         "state",
-        *(f"  {name}: {value}" for name, value in about["state"].items()),
+        *_counters(about["state"]),
         "identity",
         *(f"  {name}: {value}" for name, value in about["identity"].items()),
         "tensors",
@@ -75,6 +75,14 @@ def as_text(about: dict[str, Any]) -> str:
 def shape_text(shape: list[int] | torch.Size) -> str:
     """128 x 3 x 3 x 3."""
     return " x ".join(map(str, shape)) or "scalar"
+
+
+def _counters(state: dict[str, Any], prefix: str = "  ") -> Iterator[str]:
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _counters(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}: {value}"
 
 
 def _kinds(reader: TensorReader) -> dict[str, dict[str, Any]]:

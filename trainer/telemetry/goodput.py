@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 ENDS = ("stopped", "finished")  # of a start that ended as it should; another one died
+PARTS = ("training", "data", "startup", "saving", "validating", "sampling", "redone", "waiting")
+_THROWN_AWAY = {"training", "data"}  # by a fault, with the steps behind the last checkpoint
 Event = Mapping[str, Any]
 
 
 @dataclass
 class Goodput:
-    """Seconds from the first start on, by what they went into; `redone` is training that a fault threw away.
+    """Seconds from the first start on, by what they went into: the PARTS, which leave nothing out.
 
-    "waiting" is the time between an end and the next start: in the queue, or until someone noticed.
+    "training" is what counts; "data" was waited for; "redone" is of both what a fault threw away; "waiting" is the time
+    between an end and the next start: in the queue, or until someone noticed.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -37,6 +40,16 @@ class Goodput:
     def share(self, name: str) -> float:
         """Of the total, 0 to 1."""
         return self.seconds.get(name, 0.0) / self.total if self.total else 0.0
+
+    def scalars(self) -> dict[str, float]:
+        """For the log: the share of each part, and what they are shares of."""
+        shares = {f"goodput/{name}": self.share(name) for name in (*PARTS, *(self.seconds.keys() - PARTS))}
+        return {**shares, "goodput/wall_seconds": self.total}
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """Of the journal what `add_up` needs: starts and ends."""
+    return [event for event in read_events(run) if event["event"] in ("started", *ENDS)]
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
@@ -97,6 +110,8 @@ def _steps_kept(start: Event, following: Event | None) -> int:
 
 def _take_out_what_was_lost(seconds: dict[str, float], lost: int, *, trained: int) -> None:
     if lost and trained:
-        redone = seconds.get("training", 0.0) * lost / trained
-        seconds["training"] = seconds.get("training", 0.0) - redone
-        seconds["redone"] = redone
+        seconds["redone"] = 0.0
+        for part in seconds.keys() & _THROWN_AWAY:
+            redone = seconds[part] * lost / trained
+            seconds[part] -= redone
+            seconds["redone"] += redone

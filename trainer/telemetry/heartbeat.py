@@ -1,7 +1,7 @@
 """RUN/heartbeat.json: what the run is doing now, for whoever watches it from outside, and what it was doing last.
 
 {"time": 1790000000.0, "step": 1200, "last_step": 2400000, "activity": "training", "attempt": "4711.0", "host": "n1",
- "process": 4242, "seconds": {"startup": 9.1, "training": 301.5, "saving": 2.2, "sampling": 0.0}}
+ "process": 4242, "seconds": {"startup": 9.1, "training": 301.5, "data": 1.4, "saving": 2.2}}
 """
 
 import contextlib

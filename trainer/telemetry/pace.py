@@ -58,6 +58,7 @@ class Pace:
     """Times this rank's data and forward passes. `compare` is collective; the rest is this rank's."""
 
     def __init__(self, device: torch.device) -> None:
+        self.waited = 0.0  # seconds that this rank has waited for data
         self._device = device
         self._data: deque[float] = deque(maxlen=_KEPT)
         self._forward: deque[tuple[Any, Any]] = deque(maxlen=_KEPT)
@@ -81,6 +82,7 @@ class Pace:
             except StopIteration:
                 return
             self._data.append(time.perf_counter() - began)
+            self.waited += self._data[-1]
             yield item
 
     def report(self) -> tuple[dict[str, float], str | None]:

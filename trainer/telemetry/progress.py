@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -41,8 +42,15 @@ class Progress:
         self._bar.close()
 
 
+class Lap(NamedTuple):
+    """Images that were trained on, and the seconds that it took, pauses left out."""
+
+    images: int
+    seconds: float
+
+
 class Stopwatch:
-    """Images a second of training proper; what is paused (sampling, saving) does not count.
+    """Time of training proper; what is paused (sampling, saving) does not count.
 
     `on_change` is told what begins: the reason of a pause, and "training" after it.
     """
@@ -70,12 +78,12 @@ class Stopwatch:
 
         return resume
 
-    def lap(self) -> float:
-        """Images a second since the last lap."""
+    def lap(self) -> Lap:
+        """What was done since the last lap."""
         now = time.perf_counter()
-        rate = self._images / max(now - self._started, 1e-9)
+        lap = Lap(self._images, max(now - self._started, 1e-9))
         self._started, self._images = now, 0
-        return rate
+        return lap
 
 
 def _print_line(line: str) -> None:

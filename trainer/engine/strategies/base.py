@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import TrainConfig
 from trainer.engine.optimizer import GuardedAdam
@@ -26,6 +28,7 @@ class Strategy(ABC):
     slices: list[ParameterSlice]
     shapes: dict[str, torch.Size]  # of all parameters, whole
     scaler: torch.amp.GradScaler | None = None
+    keeps_own_gradients = False  # whether what a rank accumulates is its own until the last micro-batch of a step
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -64,6 +67,12 @@ class Strategy(ABC):
     def warm_up(self, forward_and_backward: Callable[[], object]) -> None:  # noqa: B027  # most need not
         """Called before the state is loaded: whatever makes the first steps of a process unlike the later ones."""
 
+    def before_exchange(self, see: Callable[[torch.Tensor], None]) -> bool:  # noqa: ARG002
+        """Have `see` called, in every backward pass that ends in an exchange, with each part of the gradient that this
+        rank has accumulated on its own; returns False where the strategy never has it whole.
+        """
+        return False
+
     @abstractmethod
     def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
         """Tensors that must be the same bit for bit on all ranks of the group, by parameter; none where all is sharded.
@@ -74,6 +83,8 @@ class Strategy(ABC):
 
 class DataParallel(Strategy):
     """Every rank holds weights, moments and gradients whole; gradients are averaged while they are computed."""
+
+    keeps_own_gradients = True
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -119,6 +130,17 @@ class DataParallel(Strategy):
         if self.accelerator.num_processes > 1:
             forward_and_backward()
             self.optimizer.zero_grad()
+
+    def before_exchange(self, see: Callable[[torch.Tensor], None]) -> bool:
+        """See `Strategy`."""
+
+        def see_and_average(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            see(bucket.buffer())
+            return allreduce_hook(group, bucket)
+
+        assert isinstance(self.network, DistributedDataParallel)
+        self.network.register_comm_hook(dist.group.WORLD, see_and_average)
+        return True
 
     def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
         """See `Strategy`."""

@@ -1,0 +1,194 @@
+"""What a run tells while it trains: gathers the meters' figures once a log interval and hands them to their writers."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from trainer.config import Config
+from trainer.data.stream import BatchLayout
+from trainer.engine.build import build_network
+from trainer.engine.cost import training_flops
+from trainer.engine.processes import gather_numbers
+from trainer.engine.run import RunFolder
+from trainer.engine.state import TrainState
+from trainer.engine.verdict import Verdict
+from trainer.engine.watchdog import enter
+from trainer.telemetry.device import device_memory, device_peak, host_memory
+from trainer.telemetry.goodput import add_up, read_starts
+from trainer.telemetry.heartbeat import Heartbeat
+from trainer.telemetry.metrics import Metrics
+from trainer.telemetry.pace import Pace
+from trainer.telemetry.progress import Progress, Stopwatch
+from trainer.telemetry.step_clock import StepClock
+
+T = TypeVar("T")
+
+
+class Telemetry:
+    """Scalars, progress, heartbeat and times of a run. All ranks make one and call it alike; rank 0 writes.
+
+    `samples` are the images of an epoch; `last_step` is where the run ends.
+
+    Between two calls of `log` nothing waits for the device and nothing is exchanged.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        layout: BatchLayout,
+        samples: int,
+        state: TrainState,
+        folder: RunFolder,
+        last_step: int,
+    ) -> None:
+        self.layout = layout
+        self.state = state
+        self.folder = folder
+        self.last_step = last_step
+        self._samples = samples
+        self._device = state.strategy.device
+        model = config.model
+        self._flops_per_image = training_flops(
+            lambda: build_network(config), (model.channels, model.image_size, model.image_size)
+        ).training
+        self.peak = device_peak(self._device, config.train.precision)
+        writes = state.strategy.accelerator.is_main_process
+        self.metrics = Metrics(folder.logs, self.step) if writes else None
+        self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)
+        self.heartbeat = Heartbeat(folder.path, writes=writes)  # what was before it is the start-up
+        self.stopwatch = Stopwatch(self.beat)
+        self.pace = Pace(self._device)
+        self.pace.watch(state.strategy.network)
+        self.clock = StepClock(self._device)
+        self._starts: list[dict[str, Any]] = []
+        self._waited = 0.0  # for data, until the last log line
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.position // self.layout.global_batch
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the time of this process went."""
+        return self.heartbeat.seconds({**self.stopwatch.spent, "data": self.pace.waited})
+
+    def timed(self, stream: Iterator[T]) -> Iterator[T]:
+        """The stream, with the waits for it timed. Training begins with it."""
+        self.clock.start()
+        return self.pace.timed(stream)
+
+    def queued(self) -> None:
+        """All of a step has been given to the device."""
+        self.clock.step_ended()
+
+    def count(self, verdict: Verdict) -> None:
+        """A step is settled; the state has its verdict."""
+        if verdict.finite:
+            self.state.meters.add(loss=verdict.loss, grad_norm=verdict.grad_norm, figures=verdict.figures)
+        self.stopwatch.count(self.layout.global_batch)
+        self.progress.advance()
+        self.beat("training")
+
+    @contextmanager
+    def pause(self, reason: str) -> Iterator[None]:
+        """Around what is not training."""
+        resume = self.stopwatch.pause(reason)
+        yield
+        resume()
+        self.clock.start()
+
+    def log(self) -> None:
+        """Write the scalars of the steps since the last call. Collective; waits for the device."""
+        enter("log")
+        images, seconds = self.stopwatch.lap()
+        rate = images / seconds
+        values = {
+            "train/learning_rate": self.state.strategy.optimizer.param_groups[0]["lr"],
+            "train/images_per_second": rate,
+            "train/epoch": self.state.position / self._samples,
+            "train/nonfinite_steps": float(self.state.nonfinite_steps),
+            **self.state.meters.take(),
+            **self.clock.take(),
+            **self._of_all_ranks(seconds),
+            **self._use_of_devices(rate),
+            **self._compare_pace(),
+        }
+        if self.metrics is not None:
+            values |= self._goodput()
+        self.scalars(values)
+        loss = values.get("train/loss", float("nan"))
+        summary = f"loss {loss:.4f}, {rate:.1f} images/s, MFU {values['device/mfu']:.1%}"
+        self.progress.show(summary)
+        self.progress.log(f"step {self.step}/{self.last_step}: {summary}")
+
+    def scalars(self, values: Mapping[str, float]) -> None:
+        """Record scalars of this step."""
+        with self.best_effort():
+            if self.metrics is not None:
+                self.metrics.scalars(self.step, dict(values))
+
+    def beat(self, activity: str) -> None:
+        """Tell those outside what the run is doing."""
+        self.heartbeat.beat(
+            step=self.step,
+            last_step=self.last_step,
+            activity=activity,
+            spent={**self.stopwatch.spent, "data": self.pace.waited},
+        )
+
+    def close(self, end: str) -> None:
+        """Bring everything to the disk; `end` is "finished" or "stopped"."""
+        self.folder.event(end, step=self.step, seconds=self.seconds)
+        self.beat(end)
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    @contextmanager
+    def best_effort(self) -> Iterator[None]:
+        """What only tells of the run must not end it."""
+        try:
+            yield
+        except OSError as fault:
+            self.progress.say(f"step {self.step}: not written: {fault}")
+
+    def _of_all_ranks(self, seconds: float) -> dict[str, float]:
+        """What ranks have to be asked for: once, together."""
+        waited, self._waited = self.pace.waited - self._waited, self.pace.waited
+        own = torch.tensor(
+            [waited / seconds, host_memory(), *device_memory(self._device)], dtype=torch.float64, device=self._device
+        )
+        rows = gather_numbers(torch.cat([own, self.state.averages.squared_distance().to(self._device)]))
+        waits, host, allocated, reserved, distance, weights = zip(*rows, strict=True)
+        values = {
+            "time/data_wait_fraction": min(max(waits), 1.0),
+            "device/host_memory_bytes": max(host),
+            "train/ema_distance": (sum(distance) / sum(weights)) ** 0.5,
+        }
+        if self._device.type == "cuda":
+            values["device/memory_allocated_bytes"] = max(allocated)
+            values["device/memory_reserved_bytes"] = max(reserved)
+        return values
+
+    def _use_of_devices(self, rate: float) -> dict[str, float]:
+        flops = rate * self._flops_per_image / self.layout.world_size
+        return {"device/flops_per_second": flops, "device/mfu": flops / self.peak.flops}
+
+    def _compare_pace(self) -> dict[str, float]:
+        values, slow = self.pace.report()
+        if slow is not None:
+            self.folder.event("slow_rank", step=self.step, slow=slow)
+            self.progress.say(f"step {self.step}: slow: {slow}")
+        self.pace.compare()
+        return values
+
+    def _goodput(self) -> dict[str, float]:
+        if not self._starts:  # read once: while this process trains, no other start is told of
+            self._starts = read_starts(self.folder.path)
+        now = {"time": time.time(), "step": self.step, "seconds": self.seconds}
+        return add_up(self._starts, now).scalars()
