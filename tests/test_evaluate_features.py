@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from tests.faults import Fault
-from tests.harness import launch, overrides, write_config
+from tests.harness import launch, load_config, overrides, write_config
+from tests.inception import write_random_inception
 from tests.test_evaluate import evaluate
+from trainer.errors import DataError
+from trainer.evaluation.references import ReferenceImages, ReferenceRequest, ReferenceStatistics, open_reference
 
 SMALL = ("--features", "efficientnet-lite0", "--samples", "12", "--batch", "2", "--respacing", "2", "--images", "12")
 
@@ -105,6 +108,38 @@ def test_a_reference_may_be_statistics_images_or_other_shards(run: Path, whole: 
     found = judge(run, "fid", whole.parent / "images", "--reference", str(tmp_path / "images.npz"))
     assert found["reference"]["number"] == 12
     assert found["frechet_distance"] != report(whole, "fid")["frechet_distance"]
+
+
+def test_unchecked_weights_are_taken_when_told_and_have_no_known_name(run: Path, tmp_path: Path) -> None:
+    weights, out = write_random_inception(tmp_path / "weights.pth"), tmp_path / "out"
+    taken = ("--features", "inception", "--feature-weights", str(weights), "--feature-weights-unchecked")
+    evaluate(run, "is", *SMALL[2:-2], *taken, "--samples", "4", "--splits", "2", "--out", str(out))
+    found = report(out, "is")
+    assert found["metric"] == "the Inception score's formula on Inception with unchecked weights classes"
+    assert 1 <= found["score"] < 2
+    assert not found["features"]["checked"]
+
+
+def test_statistics_of_others_are_taken_for_inception_alone(run: Path, tmp_path: Path) -> None:
+    """Such as pytorch-fid and ADM have them; ADM's file holds images, too."""
+    path, config = tmp_path / "reference.npz", load_config(run / "config.toml")
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(path, mu=np.arange(6.0), sigma=np.diag(np.arange(6.0)), mu_s=np.zeros(3), sigma_s=np.eye(3), arr_0=images)
+    asked = ReferenceRequest(path=path, held_out=False, images=None)
+    statistics = open_reference(asked, config, most=None, statistics=True)
+    assert isinstance(statistics, ReferenceStatistics)
+    assert statistics.gaussian().mean.tolist() == [0, 1, 2, 3, 4, 5]
+    assert statistics.gaussian().covariance.diagonal().tolist() == [0, 1, 2, 3, 4, 5]
+    others = open_reference(asked, config, most=3, statistics=False)
+    assert isinstance(others, ReferenceImages)
+    assert others.count == 3
+    assert others.pixels(range(2)).shape == (2, 3, 8, 8)
+    np.savez(path, mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
+    with pytest.raises(DataError, match="mu or sigma holds a value that is not finite"):
+        open_reference(asked, config, most=None, statistics=True)
+    np.savez(path, mu=np.zeros(6), sigma=np.eye(5))
+    with pytest.raises(DataError, match=r"mu should be \(D,\) and sigma \(D, D\); they are \(6,\) and \(5, 5\)"):
+        open_reference(asked, config, most=None, statistics=True)
 
 
 def test_bad_requests_are_one_line(run: Path, tmp_path: Path, dataset: Path) -> None:
