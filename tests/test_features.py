@@ -226,6 +226,24 @@ def test_other_weights_are_refused(random_weights: Path, tmp_path: Path) -> None
         Inception(tmp_path / "other.pth", device, unchecked=True)
 
 
+def test_features_are_float32s_whatever_the_run_was_told() -> None:
+    """And the run's arithmetic is afterwards as it was before."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before, seen = (matmul.fp32_precision, convolution.fp32_precision), list[str]()
+
+    def network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.extend((matmul.fp32_precision, convolution.fp32_precision))
+        return images.float(), images.float()
+
+    try:
+        matmul.fp32_precision = convolution.fp32_precision = "tf32"
+        extract(network, torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+        assert seen == ["ieee", "ieee"]
+        assert (matmul.fp32_precision, convolution.fp32_precision) == ("tf32", "tf32")
+    finally:
+        matmul.fp32_precision, convolution.fp32_precision = before
+
+
 class Evil:
     """A pickle that acts when it is loaded."""
 

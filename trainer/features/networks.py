@@ -102,6 +102,13 @@ def freeze(network: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Convolutions in float32 on GPUs that would otherwise round their inputs to TF32."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    """Float32 as it is on GPUs that would round it to TF32, whatever the network that is judged was told."""
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
         yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
