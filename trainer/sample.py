@@ -10,10 +10,9 @@ import argparse
 from typing import get_args
 
 from trainer.errors import exit_clearly
-from trainer.evaluation.arguments import add_trained, at_least_one, trained_request
+from trainer.evaluation.arguments import add_sampler, add_trained, at_least_one, sampler_choice, trained_request
 from trainer.evaluation.draw import DrawRequest, draw
 from trainer.evaluation.outputs import OutputFormat
-from trainer.evaluation.samplers import SamplerChoice, SamplerName
 
 
 def parse_arguments() -> DrawRequest:
@@ -21,14 +20,7 @@ def parse_arguments() -> DrawRequest:
     parser = argparse.ArgumentParser(description=__doc__)
     add_trained(parser)
     parser.add_argument("--n", type=at_least_one, default=64, help="number of images (default 64)")
-    parser.add_argument(
-        "--sampler",
-        choices=get_args(SamplerName),
-        default="ddpm",
-        help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for "
-        "ancestral sampling with the large variance; dpm-solver++: second order, needs diffusers",
-    )
-    parser.add_argument("--eta", type=float, default=0.0, help="with ddim: 0 (default) draws no noise, 1 is ancestral")
+    add_sampler(parser)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images, on any number of processes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: a folder in RUN/samples named by the above")
     parser.add_argument(
@@ -41,7 +33,7 @@ def parse_arguments() -> DrawRequest:
     arguments = parser.parse_args()
     return DrawRequest(
         trained=trained_request(arguments),
-        sampler=SamplerChoice(name=arguments.sampler, eta=arguments.eta),
+        sampler=sampler_choice(arguments),
         count=arguments.n,
         seed=arguments.seed,
         out=arguments.out,

@@ -49,19 +49,25 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        every, validate_every, batch = self.checkpoint.every, self.log.validate_every, self.train.global_batch
+        validate_every = self.log.validate_every
         if validate_every.count and not self.data.holdout:
             raise ValueError(f'log.validate_every = "{validate_every}": needs images to validate on; set data.holdout')
         if self.checkpoint.keep_best:
-            keep = f"checkpoint.keep_best = {self.checkpoint.keep_best}"
-            if not validate_every.count:
-                raise ValueError(f"{keep}: needs a score for each checkpoint; set log.validate_every and data.holdout")
-            if every.images(batch) % validate_every.images(batch):
-                raise ValueError(
-                    f'{keep}: needs a score for each checkpoint, so checkpoint.every = "{every}" should be a multiple '
-                    f'of log.validate_every = "{validate_every}"'
-                )
+            self._check_that_all_are_scored()
         return self
+
+    def _check_that_all_are_scored(self) -> None:
+        by_distance = self.checkpoint.best_metric == "validation/feature_distance"
+        field, means = ("distance_every", "") if by_distance else ("validate_every", " and data.holdout")
+        every, scored, batch = self.checkpoint.every, getattr(self.log, field), self.train.global_batch
+        keep = f"checkpoint.keep_best = {self.checkpoint.keep_best}"
+        if not scored.count:
+            raise ValueError(f"{keep}: needs a score for each checkpoint; set log.{field}{means}")
+        if every.images(batch) % scored.images(batch):
+            raise ValueError(
+                f'{keep}: needs a score for each checkpoint, so checkpoint.every = "{every}" should be a multiple '
+                f'of log.{field} = "{scored}"'
+            )
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:

@@ -214,9 +214,12 @@ class CheckpointConfig(Section):
     keep_every: SpanField = Span(0, "steps")
     """Besides the newest, one for every such span is kept for ever; "0 steps" for none."""
     keep_best: int = Field(default=0, ge=0)
-    """Checkpoints with the lowest best_metric, which are kept besides the newest; log.validate_every scores them."""
-    best_metric: Literal["validation/ema_loss", "validation/loss"] = "validation/ema_loss"
-    """What keep_best goes by: the loss on held-out images of the averaged weights, or of the raw ones."""
+    """Checkpoints with the lowest best_metric, which are kept besides the newest."""
+    best_metric: Literal["validation/ema_loss", "validation/loss", "validation/feature_distance"] = (
+        "validation/ema_loss"
+    )
+    """What keep_best goes by: the loss on held-out images of the averaged weights, or of the raw ones
+    (log.validate_every), or the distance of samples from real images (log.distance_every)."""
     copy_to: str | None = None
     """Where each checkpoint is copied to, in the background, once it is complete: a folder on another disk, or a URL
     (s3, gs and whatever fsspec writes to). A run that has lost its folder goes on from there."""
@@ -239,3 +242,12 @@ class LogConfig(Section):
     """Most held-out images that are measured, always the same."""
     trackers: list[Literal["wandb"]] = []
     """Who else is told the scalars, pictures and configuration: "wandb" is Weights & Biases (docs/report.md)."""
+    distance_every: SpanField = Span(0, "steps")
+    """Between two measurements of how far samples of the averaged weights are from real images, by features of
+    EfficientNet-Lite0 (docs/evaluation.md); "0 steps" for none."""
+    distance_samples: int = Field(default=256, ge=2)
+    """Samples that are drawn for it, and real images, held-out ones where there are any."""
+    distance_steps: int = Field(default=25, ge=2)
+    """Steps of DDIM by which they are drawn."""
+    distance_seconds: Annotated[SecondsField, Field(gt=0)] = 60.0
+    """How long drawing them may take: when it is over, the samples that there are must do."""

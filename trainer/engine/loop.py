@@ -13,6 +13,7 @@ from trainer.data.training_data import TrainingData
 from trainer.diffusion.samplers import ancestral
 from trainer.engine.build import build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.feature_distance import FeatureDistance
 from trainer.engine.nonfinite import NonFiniteDump
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
@@ -82,7 +83,10 @@ class TrainingLoop:
             say=self.progress.say,
         )
         self.validation = Validation(config, data, state, train_step.objective)
-        self.validated_step = self.step
+        self.distance = (
+            FeatureDistance(config, data, state, train_step.diffusion) if config.log.distance_every.count else None
+        )
+        self.validated_step = self.measured_step = self.step
         self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
         self.stopping = False
@@ -105,6 +109,9 @@ class TrainingLoop:
             if self._is_due(self.config.log.validate_every):
                 self._settle()
                 self._validate()  # before the checkpoint, which is kept or not by what comes out
+            if self._is_due(self.config.log.distance_every):
+                self._settle()
+                self._measure_distance()
             if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
                 with self.telemetry.pause("saving"):
@@ -118,6 +125,7 @@ class TrainingLoop:
         self.recordings.end()
         if self.step >= self.last_step:
             self._validate()
+            self._measure_distance()
         with self.telemetry.pause("saving"):
             self.saves.end()
         finished = self.step >= self.last_step
@@ -187,6 +195,23 @@ class TrainingLoop:
             self.progress.say(
                 f"step {self.step}: on {images} held-out images loss {values['validation/loss']:.4f}, "
                 f"of the average {values['validation/ema_loss']:.4f}, in {seconds:.1f} s"
+            )
+
+    def _measure_distance(self) -> None:
+        """Measure how far samples are from real images, if that has not been done in this step."""
+        if self.distance is None or self.step == self.measured_step or self.stopping:
+            return
+        with self.telemetry.pause("validating"):
+            started = time.perf_counter()
+            values = self.distance.measure()
+            self.measured_step = self.step
+            self.saves.retention.score(self.step, values)
+            self.telemetry.scalars(values)
+            distance, seconds = values["validation/feature_distance"], time.perf_counter() - started
+            self.progress.say(
+                f"step {self.step}: kernel distance of EfficientNet-Lite0 features {distance:.5f}, "
+                f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}, "
+                f"in {seconds:.1f} s"
             )
 
     def _draw_samples(self) -> None:

@@ -105,6 +105,13 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's tensor, in place and on every rank; it lies on the rank's device."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def together(
     what: str, action: Callable[[], T], *, kind: type[TrainerError] = TrainerError, only_rank: int | None = None
 ) -> list[T]:
@@ -129,6 +136,13 @@ def together(
             where = f" (rank {rank})" if len(outcomes) > 1 else ""
             raise kind(reason + where, agreed=True) from failure
     return [result for results, _ in outcomes for result in results]
+
+
+def each_its_own(what: str, action: Callable[[], T], *, kind: type[TrainerError] = TrainerError) -> T:
+    """As `together`, for results that stay on their rank."""
+    kept: list[T] = []
+    together(what, lambda: kept.append(action()), kind=kind)
+    return kept[0]
 
 
 def check_alike(values: Mapping[str, Any], *, kind: type[TrainerError]) -> None:

@@ -48,7 +48,7 @@ class Retention:
 
     def score(self, step: int, values: dict[str, float]) -> None:
         """Remember what validation said of a step, before it is saved. On all ranks alike."""
-        self.scores[step] = values
+        self.scores[step] = {**self.scores.get(step, {}), **values}
         if self.checkpoints.rank == 0:
             try:
                 write_scores(self.checkpoints.folder, self.scores)

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 
 from trainer.config import Config
+from trainer.data.dataset import Dataset
 from trainer.data.order import sample_ids
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.noise import Stream, keyed_bits, keyed_normal
@@ -65,30 +66,16 @@ class Validation:
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
         """t and loss of each image; of those that are damaged, where data.on_bad_sample passes over them, of none."""
         device, diffusion = self.state.strategy.device, self.objective.diffusion
-        x0, kept = self._load(ids)
+        pixels, kept = read_images(self.config, self.dataset, ids)
         if not kept:
             return [], []
-        x0, index = x0.to(device), torch.tensor(kept, device=device)
+        x0, index = pixels.to(device).float() / 127.5 - 1, torch.tensor(kept, device=device)
         bits = keyed_bits(self.config.seed, Stream.VALIDATION, index, 1, sub=0)[:, 0]
         t = (bits * diffusion.timesteps) >> 32
         eps = keyed_normal(self.config.seed, Stream.VALIDATION, index, tuple(x0.shape[1:]), sub=1)
         x_t = diffusion.q_sample(x0, t, eps)
         losses = self.objective.losses(network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
         return t.tolist(), losses.tolist()
-
-    def _load(self, ids: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[int]]:
-        """(B, C, H, W) float32 in [-1, 1], and the ids of these."""
-        side = self.dataset.image_size
-        pixels, kept = np.empty((len(ids), side, side, self.dataset.channels), dtype=np.uint8), list[int]()
-        for sample in ids.tolist():
-            try:
-                self.dataset.decode_into(pixels[len(kept)], sample)
-            except SampleError:
-                if self.config.data.on_bad_sample == "raise":
-                    raise
-            else:
-                kept.append(sample)
-        return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w").float() / 127.5 - 1, kept
 
     def _means(self, name: str, parts: list[tuple[int, list[int], list[float]]]) -> dict[str, float]:
         """Summed in float64 and in the order of the images, whichever rank had them."""
@@ -101,3 +88,21 @@ class Validation:
         for number in np.unique(quartile).tolist():
             values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
         return values
+
+
+def read_images(config: Config, dataset: Dataset, ids: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[int]]:
+    """Images (B, C, H, W) uint8, and the ids of these: all, but where data.on_bad_sample is "skip" the damaged ones.
+
+    Raises DataError that names a damaged one where it is not.
+    """
+    side = dataset.image_size
+    pixels, kept = np.empty((len(ids), side, side, dataset.channels), dtype=np.uint8), list[int]()
+    for sample in ids.tolist():
+        try:
+            dataset.decode_into(pixels[len(kept)], sample)
+        except SampleError:
+            if config.data.on_bad_sample == "raise":
+                raise
+        else:
+            kept.append(sample)
+    return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w"), kept

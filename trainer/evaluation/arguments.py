@@ -3,8 +3,10 @@
 import argparse
 import math
 from pathlib import Path
+from typing import get_args
 
 from trainer.engine.averages import power_name
+from trainer.evaluation.samplers import SamplerChoice, SamplerName
 from trainer.evaluation.trained import TrainedRequest
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
@@ -74,3 +76,20 @@ def trained_request(arguments: argparse.Namespace) -> TrainedRequest:
         respacing=arguments.respacing,
         variance=arguments.variance,
     )
+
+
+def add_sampler(parser: argparse.ArgumentParser) -> None:
+    """How it is drawn from."""
+    parser.add_argument(
+        "--sampler",
+        choices=get_args(SamplerName),
+        default="ddpm",
+        help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for "
+        "ancestral sampling with the large variance; dpm-solver++: second order, needs diffusers",
+    )
+    parser.add_argument("--eta", type=float, default=0.0, help="with ddim: 0 (default) draws no noise, 1 is ancestral")
+
+
+def sampler_choice(arguments: argparse.Namespace) -> SamplerChoice:
+    """What `add_sampler` read."""
+    return SamplerChoice(name=arguments.sampler, eta=arguments.eta)

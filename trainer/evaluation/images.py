@@ -32,10 +32,14 @@ class RealImages:
 
     def load(self, numbers: range) -> torch.Tensor:
         """(B, C, H, W) float32 in [-1, 1]. Raises DataError that names a damaged one."""
+        return self.pixels(numbers).float() / 127.5 - 1
+
+    def pixels(self, numbers: range) -> torch.Tensor:
+        """(B, C, H, W) uint8; errors as `load`."""
         images = np.empty((len(numbers), *2 * (self.dataset.image_size,), self.dataset.channels), dtype=np.uint8)
         for out, sample in zip(images, self.ids(numbers), strict=True):
             self.dataset.decode_into(out, sample)
-        return rearrange(torch.from_numpy(images), "n h w c -> n c h w").float() / 127.5 - 1
+        return rearrange(torch.from_numpy(images), "n h w c -> n c h w")
 
 
 def open_images(config: Config, folder: Path | None, *, held_out: bool, count: int | None) -> RealImages:

@@ -1,0 +1,119 @@
+"""How far samples drawn while training are from real images, by features of a small network that is installed."""
+
+import time
+from functools import partial
+
+import numpy as np
+import torch
+
+from trainer.config import Config
+from trainer.data.order import sample_ids
+from trainer.data.training_data import TrainingData
+from trainer.diffusion.process import GaussianDiffusion
+from trainer.diffusion.respacing import respaced
+from trainer.diffusion.samplers import ddim
+from trainer.engine.build import build_reverse, build_trained
+from trainer.engine.processes import each_its_own, gather
+from trainer.engine.sampling import batches_of, sample
+from trainer.engine.state import TrainState
+from trainer.engine.validation import read_images
+from trainer.engine.watchdog import enter
+from trainer.errors import DataError
+from trainer.features.kernel_distance import squared_mmd
+from trainer.features.networks import EfficientNetLite0, extract
+
+_BATCH = 32  # one for all numbers of ranks: a network's rounding may depend on it
+
+
+class FeatureDistance:
+    """The kernel distance of `log.distance_samples` samples of the averaged weights and as many real images: held-out
+    ones, or where there are none those of the training, always the same.
+
+    Samples are a function of the seed and their number. They are drawn a batch on every rank at a time, until the ranks
+    agree that another batch would take longer than `log.distance_seconds`. The distance is unbiased: fewer samples make
+    it less exact, but on average neither larger nor smaller, as a Fréchet distance would be.
+    """
+
+    def __init__(self, config: Config, data: TrainingData, state: TrainState, diffusion: GaussianDiffusion) -> None:
+        """Raises ConfigError where the network's packages are missing."""
+        self.config = config
+        self.data = data
+        self.state = state
+        self.network = EfficientNetLite0(state.strategy.device)
+        steps = min(config.log.distance_steps, diffusion.timesteps)
+        self.diffusion = diffusion.respaced(respaced(diffusion.timesteps, str(steps)))
+        self.real: torch.Tensor | None = None  # features, once they have been needed
+
+    def measure(self) -> dict[str, float]:
+        """validation/feature_distance, and validation/feature_distance_samples that it was measured with.
+
+        Collective; the same on all ranks. Raises DataError on all of them where a real image cannot be read.
+        """
+        if self.real is None:
+            self.real = self._real_features()
+        drawn = self._sample_features()
+        return {
+            "validation/feature_distance": squared_mmd(drawn, self.real),
+            "validation/feature_distance_samples": float(len(drawn)),
+        }
+
+    def _sample_features(self) -> torch.Tensor:
+        """(N, D), on every rank."""
+        strategy, model = self.state.strategy, self.config.model
+        started = time.monotonic()
+        reverse = build_reverse(
+            build_trained(self.config, self.state.average(), strategy.device), self.diffusion, self.config
+        )
+        ranks, rank = strategy.accelerator.num_processes, strategy.accelerator.process_index
+        batches = batches_of(self.config.log.distance_samples, _BATCH)
+        parts: list[torch.Tensor] = []
+        longest = 0.0  # seconds that one batch on every rank took
+        for first in range(0, len(batches), ranks):
+            begun = time.monotonic()
+            drawn = sample(
+                reverse,
+                partial(ddim, eta=0.0),
+                shape=(model.channels, model.image_size, model.image_size),
+                device=strategy.device,
+                batches=batches[first : first + ranks][rank : rank + 1],
+                seed=self.config.seed,
+                on_step=lambda _: enter("validate"),
+            )
+            own = [self._features(torch.from_numpy(pixels)) for _, pixels in drawn]
+            now = time.monotonic()
+            shares = gather((own, now - begun, now - started))
+            parts += [features for of_rank, _, _ in shares for features in of_rank]
+            longest = max(longest, *(seconds for _, seconds, _ in shares))
+            if max(spent for _, _, spent in shares) + longest > self.config.log.distance_seconds:
+                break
+        return torch.cat(parts)
+
+    def _real_features(self) -> torch.Tensor:
+        """(N, D), on every rank; made once."""
+        accelerator = self.state.strategy.accelerator
+        held_out = self.data.held_out
+        everything = held_out if len(held_out) else np.arange(len(self.data.dataset))
+        count = min(self.config.log.distance_samples, len(everything))
+        ids = everything[sample_ids(np.arange(count), len(everything), seed=0)]
+        share = batches_of(count, _BATCH)[accelerator.process_index :: accelerator.num_processes]
+
+        def read() -> list[tuple[int, torch.Tensor]]:
+            parts = []
+            for numbers in share:
+                enter("validate")
+                pixels, _ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
+                parts.append((numbers.start, self._features(pixels)))
+            return parts
+
+        own = each_its_own("the images to measure a distance to: cannot be read", read, kind=DataError)
+        parts = sorted((part for of_rank in gather(own) for part in of_rank), key=lambda part: part[0])
+        real = torch.cat([features for _, features in parts])
+        if len(real) < 2:
+            raise DataError("log.distance_every: needs two whole real images at least", agreed=True)
+        return real
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, D) float32 of (B, C, H, W) uint8, on the host, so that they can travel."""
+        if not len(pixels):
+            return torch.empty(0, self.network.convention.dimensions)
+        return extract(self.network, pixels.to(self.state.strategy.device))[0].cpu()

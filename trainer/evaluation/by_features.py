@@ -1,0 +1,219 @@
+"""A run judged by features of its samples: FID, KID, Inception score, precision and recall, density and coverage.
+
+OUT/samples-.../            features of the samples, which all metrics share
+OUT/reference-.../          features of the real images, which all checkpoints share
+OUT/fid-....json            the number, and all conventions that it depends on; so for kid, is, prdc
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer.engine.processes import each_its_own, together
+from trainer.engine.sampling import Sampler, batches_of, sample
+from trainer.errors import ConfigError, DataError
+from trainer.evaluation.feature_metrics import FeatureMetric, Reference
+from trainer.evaluation.feature_report import Report, features_about, reference_about, samples_about
+from trainer.evaluation.feature_sets import FeatureSet, bar_of
+from trainer.evaluation.references import ReferenceImages, ReferenceRequest, ReferenceStatistics, open_reference
+from trainer.evaluation.samplers import SamplerChoice, make_sampler
+from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
+from trainer.evaluation.work import Work
+from trainer.features.inception import Inception, download_weights, weights_path
+from trainer.features.networks import EfficientNetLite0, FeatureName, FeatureNetwork
+
+_REFERENCE_BATCH = 256  # real images whose features are one file
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRequest:
+    """Which features; for Inception the file of its weights (None: downloaded), which may be told to be others."""
+
+    name: FeatureName
+    weights: Path | None
+    unchecked: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRequest:
+    """What to draw from which weights, and what to compare it with by which features; out: None for RUN/evaluation."""
+
+    trained: TrainedRequest
+    sampler: SamplerChoice
+    samples: int
+    seed: int
+    batch: int
+    network: NetworkRequest
+    reference: ReferenceRequest
+    out: Path | None
+
+
+def evaluate_by_features(request: FeatureRequest, metric: FeatureMetric) -> Path | None:
+    """Draw, compare, print the number and write it; returns the JSON file. Killed or asked to stop (None), it goes on
+    with the same request.
+
+    Raises TrainerError where the run, the weights of either network or the reference cannot be used.
+    """
+    sampler = make_sampler(request.sampler)
+    trained = open_trained(request.trained)
+    path = _judge(trained, sampler, request, metric)
+    trained.accelerator.end_training()
+    return path
+
+
+def _judge(trained: Trained, sampler: Sampler, request: FeatureRequest, metric: FeatureMetric) -> Path | None:
+    network = _open_network(request.network, trained.device)
+    opened = _open_reference(request, trained, metric)
+    metric.check(request.samples, opened.count if isinstance(opened, ReferenceImages) else None)
+    out = request.out or trained.folder.path / "evaluation"
+    reference = _reference_features(trained, opened, network, metric, out)
+    if opened is not None and reference is None:
+        return None
+    samples = _sample_features(trained, request, sampler, network, metric, out)
+    if samples is None:
+        return None
+    numbers = metric.measure(samples, reference)
+    about = {
+        **samples_about(
+            trained, count=request.samples, sampler=request.sampler, how=request.trained, seed=request.seed
+        ),
+        **reference_about(opened),
+        **features_about(network.convention),
+    }
+    name = f"{metric.name}-{samples.work.folder.name.removeprefix('samples-')}-n-{request.samples}"
+    if opened is not None:
+        name = f"{name}-against-{_slug(opened.name)}-{opened.fingerprint[:8]}"
+    report = Report(title=metric.title(network.convention), numbers=numbers, settings=metric.about(), about=about)
+    path = out / f"{name}.json"
+    together(f"{path}: cannot be written", lambda: report.write(path), only_rank=0)
+    trained.accelerator.print(f"{report.line()}; in {path}")
+    return path
+
+
+def _open_network(request: NetworkRequest, device: torch.device) -> FeatureNetwork:
+    def open_it() -> FeatureNetwork:
+        if request.name == "efficientnet-lite0":
+            if request.weights is not None:
+                raise ConfigError("--feature-weights: goes with --features inception")
+            return EfficientNetLite0(device)
+        return Inception(request.weights or weights_path(), device, unchecked=request.unchecked)
+
+    what = f"--features {request.name}"
+    if request.name == "inception" and request.weights is None:
+        is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        together(what, lambda: download_weights() if is_first_of_node else None, kind=ConfigError)
+    return each_its_own(what, open_it, kind=ConfigError)
+
+
+def _open_reference(
+    request: FeatureRequest, trained: Trained, metric: FeatureMetric
+) -> ReferenceImages | ReferenceStatistics | None:
+    if not metric.needs.reference:
+        return None
+    statistics = metric.needs.statistics and request.network.name == "inception"
+    return each_its_own(
+        f"{request.reference.path or trained.config.data.where}: cannot be read",
+        lambda: open_reference(request.reference, trained.config, most=metric.needs.most, statistics=statistics),
+        kind=DataError,
+    )
+
+
+def _reference_features(
+    trained: Trained,
+    opened: ReferenceImages | ReferenceStatistics | None,
+    network: FeatureNetwork,
+    metric: FeatureMetric,
+    out: Path,
+) -> Reference:
+    """None where there is none, or where a signal asked to stop first."""
+    if not isinstance(opened, ReferenceImages):
+        return opened
+    name = f"reference-{_slug(opened.name)}-{opened.fingerprint[:8]}-n-{opened.count}-{network.convention.features}"
+    identity = {
+        "data": opened.fingerprint,
+        "which": opened.name,
+        "images": opened.count,
+        **_features_of(network),
+    }
+    features = FeatureSet(
+        name="reference images",
+        work=Work(out / name, identity, trained.accelerator),
+        batches=batches_of(opened.count, _REFERENCE_BATCH),
+    )
+    if metric.needs.statistics and features.has_moments():
+        return features
+    share = features.missing()
+    with bar_of(features.work, total=sum(map(len, share)), what="features of real images", unit="img") as bar:
+
+        def images(numbers: range) -> torch.Tensor:
+            bar.update(len(numbers))
+            return opened.pixels(numbers)
+
+        return features if features.fill(share, images, network, trained.stop) else None
+
+
+def _sample_features(
+    trained: Trained,
+    request: FeatureRequest,
+    sampler: Sampler,
+    network: FeatureNetwork,
+    metric: FeatureMetric,
+    out: Path,
+) -> FeatureSet | None:
+    """None where a signal asked to stop first."""
+    identity = {
+        "checkpoint": trained.fingerprint,
+        "weights": trained.weights,
+        "sampler": str(request.sampler),
+        "respacing": request.trained.respacing,
+        "variance": trained.config.diffusion.variance,
+        "batch": request.batch,
+        "seed": request.seed,
+        **_features_of(network),
+    }
+    features = FeatureSet(
+        name="samples",
+        work=Work(out / _samples_name(trained, request), identity, trained.accelerator),
+        batches=batches_of(request.samples, request.batch),
+    )
+    if metric.needs.statistics and features.has_moments():
+        return features
+    share = features.missing()
+    steps = trained.reverse.diffusion.timesteps * sum(map(len, share))
+    with bar_of(features.work, total=steps, what="sampling", unit="step") as bar:
+
+        def images(numbers: range) -> torch.Tensor:
+            ((_, pixels),) = sample(
+                trained.reverse,
+                sampler,
+                shape=trained.image_shape,
+                device=trained.device,
+                batches=[numbers],
+                seed=request.seed,
+                on_step=bar.update,
+            )
+            return torch.from_numpy(pixels)
+
+        return features if features.fill(share, images, network, trained.stop) else None
+
+
+def _samples_name(trained: Trained, request: FeatureRequest) -> str:
+    parts = ["samples", f"step-{trained.step:08d}", trained.weights, str(request.sampler)]
+    if request.trained.respacing != "all":
+        parts.append(request.trained.respacing.replace(",", "-"))
+    if request.trained.variance is not None:
+        parts.append(request.trained.variance)
+    return "-".join([*parts, f"seed-{request.seed}", request.network.name])
+
+
+def _features_of(network: FeatureNetwork) -> dict[str, str]:
+    convention = network.convention
+    return {"features": convention.features, "weights of the features' network": convention.weights_sha256}
+
+
+def _slug(name: str) -> str:
+    """A folder's or a file's last part, as a part of another one's name."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", Path(name).name.removesuffix(".npz")).strip("-")

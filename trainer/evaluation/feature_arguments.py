@@ -1,0 +1,66 @@
+"""Command-line arguments of what judges by features."""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from trainer.evaluation.arguments import add_sampler, at_least_one, at_least_two, sampler_choice, trained_request
+from trainer.evaluation.by_features import FeatureRequest, NetworkRequest
+from trainer.evaluation.references import ReferenceRequest
+from trainer.features.networks import FeatureName
+
+
+def add_features(parser: argparse.ArgumentParser, *, reference: bool = True) -> None:
+    """What is drawn, which features, and, where there is one, which reference."""
+    add_sampler(parser)
+    parser.add_argument("--samples", type=at_least_two, default=50_000, help="images to draw (default 50000)")
+    parser.add_argument("--batch", type=at_least_one, default=64, help="images drawn at a time (default 64)")
+    parser.add_argument(
+        "--features",
+        choices=get_args(FeatureName),
+        default="inception",
+        help="inception (default): what papers report; efficientnet-lite0: needs no download, compares with no paper",
+    )
+    parser.add_argument(
+        "--feature-weights", type=Path, metavar="FILE", help="Inception's, as published (default: downloaded once)"
+    )
+    parser.add_argument(
+        "--feature-weights-unchecked", action="store_true", help="take weights that are not the published ones"
+    )
+    if reference:
+        parser.add_argument(
+            "--reference",
+            type=Path,
+            metavar="PATH",
+            help="folder of shards, or .npz with images (arr_0) or, for fid, mu and sigma; default: the images that "
+            "the run was trained on",
+        )
+        parser.add_argument("--held-out", action="store_true", help="only images that data.holdout kept from training")
+        parser.add_argument(
+            "--images",
+            type=at_least_one,
+            metavar="N",
+            help="of the reference, drawn at random (default: all; kid, prdc: at most 50000)",
+        )
+
+
+def feature_request(arguments: argparse.Namespace) -> FeatureRequest:
+    """What `add_features` read, and what all of evaluate.py's commands have."""
+    return FeatureRequest(
+        trained=trained_request(arguments),
+        sampler=sampler_choice(arguments),
+        samples=arguments.samples,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        network=NetworkRequest(
+            name=arguments.features,
+            weights=arguments.feature_weights,
+            unchecked=arguments.feature_weights_unchecked,
+        ),
+        reference=ReferenceRequest(
+            path=getattr(arguments, "reference", None),
+            held_out=getattr(arguments, "held_out", False),
+            images=getattr(arguments, "images", None),
+        ),
+        out=arguments.out,
+    )

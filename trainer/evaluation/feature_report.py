@@ -1,0 +1,92 @@
+"""A number by features never goes without what it depends on: the line that is printed, and the JSON file."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trainer.evaluation.references import ReferenceImages, ReferenceStatistics
+from trainer.evaluation.samplers import SamplerChoice
+from trainer.evaluation.trained import Trained, TrainedRequest
+from trainer.features.networks import Convention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """`title` names the metric, `numbers` are its values, the one that matters first, `settings` what it was told;
+    `about` has samples, features and, where there is one, reference.
+    """
+
+    title: str
+    numbers: dict[str, float]
+    settings: dict[str, Any]
+    about: dict[str, dict[str, Any]]
+
+    def write(self, path: Path) -> None:
+        """The JSON file, which appears whole or not at all."""
+        versions = {name: _version(name) for name in ("ddpm-trainer", "torch", "torch-fidelity")}
+        content = {"metric": self.title, **self.numbers, **self.settings, **self.about, "versions": versions}
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        fresh.replace(path)
+
+    def line(self) -> str:
+        """For people."""
+        samples, features = self.about["samples"], self.about["features"]
+        line = (
+            f"{self.title}: {self._values()}; {samples['number']} samples of step {samples['step']} "
+            f"({samples['weights']} weights, {samples['sampler']}, {samples['steps']} steps, seed {samples['seed']}, "
+            f"{samples['precision']}, {samples['pixels']})"
+        )
+        if "reference" in self.about:
+            reference = self.about["reference"]
+            of = f"{reference['number']} images" if "number" in reference else "mu and sigma"
+            line += f" against {of} of {reference['name']}"
+        weights = features["weights_sha256"][:8]
+        return f"{line}; {features['network']} (sha256 {weights}), resized {features['resize']}"
+
+    def _values(self) -> str:
+        if len(self.numbers) <= 2:  # one, maybe with its deviation
+            return " +- ".join(f"{value:.6g}" for value in self.numbers.values())
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
+
+
+def samples_about(
+    trained: Trained, *, count: int, sampler: SamplerChoice, how: TrainedRequest, seed: int
+) -> dict[str, dict[str, Any]]:
+    """How the samples were drawn."""
+    about = {
+        "number": count,
+        "checkpoint": str(trained.checkpoint),
+        "step": trained.step,
+        "weights": trained.weights,
+        "sampler": str(sampler),
+        "steps": trained.reverse.diffusion.timesteps,
+        "respacing": how.respacing,
+        "variance": trained.config.diffusion.variance,
+        "seed": seed,
+        "precision": trained.config.train.precision,
+        "pixels": "uint8",
+    }
+    return {"samples": about}
+
+
+def reference_about(reference: ReferenceImages | ReferenceStatistics | None) -> dict[str, dict[str, Any]]:
+    """What they are compared with."""
+    if reference is None:
+        return {}
+    number = {"number": reference.count} if isinstance(reference, ReferenceImages) else {}
+    return {"reference": {"name": reference.name, **number, "fingerprint": reference.fingerprint}}
+
+
+def features_about(convention: Convention) -> dict[str, dict[str, Any]]:
+    """By which features; they are computed in float32."""
+    return {"features": {**asdict(convention), "precision": "fp32"}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

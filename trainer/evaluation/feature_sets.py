@@ -1,0 +1,122 @@
+"""Features of many images in a folder: made by all ranks, each its share; killed, they go on."""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from trainer.engine.processes import each_its_own, sum_over_ranks, together
+from trainer.errors import DataError
+from trainer.evaluation.work import Work
+from trainer.features.frechet import Gaussian, Moments
+from trainer.features.networks import FeatureNetwork, extract
+from trainer.signals import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureSet:
+    """Features and logits of the images 0..N-1, in batches; `name` says of what, for people."""
+
+    name: str
+    work: Work
+    batches: list[range]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.batches[-1].stop
+
+    def missing(self) -> list[range]:
+        """This rank's share of the batches that are still to be made. Collective."""
+        return self.work.missing(self.batches)
+
+    def fill(
+        self,
+        share: list[range],
+        images: Callable[[range], torch.Tensor],
+        network: FeatureNetwork,
+        stop: StopRequest,
+    ) -> bool:
+        """Make this rank's share, of images (B, C, H, W) uint8 by their numbers.
+
+        Returns False where a signal asked to stop first, which is told then. Collective. Raises DataError on all ranks
+        where an image cannot be read or a result not be written.
+        """
+        device = self.work.accelerator.device
+
+        def make_all() -> bool:
+            for numbers in share:
+                features, logits = extract(network, images(numbers).to(device))
+                self.work.save(numbers, {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()})
+                if self.work.is_stopping(stop):
+                    return False
+            return True
+
+        done = together(f"{self.work.folder}: cannot be written", make_all, kind=DataError)
+        return all(done) or not self.work.tell_of_stop(stop, self.missing(), self.count, self.name)
+
+    def has_moments(self) -> bool:
+        """Whether `gaussian` needs no features any more. Collective."""
+        return together(f"{self._moments}: cannot be read", self._moments.exists, only_rank=0)[0]
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance of the features, summed in float64 by all ranks, each its share. Collective.
+
+        They are kept in moments-n-N.npz, as pytorch-fid reads and writes them: mu (D,), sigma (D, D).
+        """
+        if not self.has_moments():
+            gaussian = self._sum_up()
+            together(f"{self._moments}: cannot be written", lambda: self._save(gaussian), only_rank=0)
+            return gaussian
+        return each_its_own(f"{self._moments}: cannot be read", self._load)
+
+    def rows(self, kind: str) -> torch.Tensor:
+        """All "features" or "logits", (N, D) float32, on every rank's device. Collective."""
+
+        def load() -> torch.Tensor:
+            parts = [self.work.load(numbers)[kind] for numbers in self.batches]
+            return torch.from_numpy(np.concatenate(parts)).to(self.work.accelerator.device)
+
+        return each_its_own(f"{self.work.folder}: cannot be read", load, kind=DataError)
+
+    @property
+    def _moments(self) -> Path:
+        return self.work.folder / f"moments-n-{self.count}.npz"
+
+    def _sum_up(self) -> Gaussian:
+        accelerator = self.work.accelerator
+
+        def add_up() -> Moments:
+            dimensions = self.work.load(self.batches[0])["features"].shape[1]
+            moments = Moments.of(torch.empty(0, dimensions, device=accelerator.device))
+            for numbers in self.batches[accelerator.process_index :: accelerator.num_processes]:
+                moments += Moments.of(torch.from_numpy(self.work.load(numbers)["features"]).to(accelerator.device))
+            return moments
+
+        share = each_its_own(f"{self.work.folder}: cannot be read", add_up, kind=DataError)
+        total, outer = sum_over_ranks(share.total), sum_over_ranks(share.outer)
+        return Moments(count=self.count, total=total, outer=outer).gaussian()
+
+    def _save(self, gaussian: Gaussian) -> None:
+        fresh = self._moments.with_suffix(".tmp")
+        with fresh.open("wb") as stream:
+            np.savez(stream, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())
+        fresh.replace(self._moments)
+
+    def _load(self) -> Gaussian:
+        try:
+            with np.load(self._moments, allow_pickle=False) as stored:
+                mean, covariance = (torch.from_numpy(stored[name]) for name in ("mu", "sigma"))
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self._moments}: damaged ({error}); delete it and run this again") from error
+        return Gaussian(mean=mean, covariance=covariance).to(self.work.accelerator.device)
+
+
+def bar_of(work: Work, *, total: int, what: str, unit: str) -> tqdm:
+    """A progress bar of the first rank's share, on a terminal."""
+    visible = None if work.accelerator.is_main_process else True
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=visible)
