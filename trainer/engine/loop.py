@@ -1,5 +1,6 @@
 """The training loop: streams, steps, and what happens between steps."""
 
+import gc
 import json
 import math
 import time
@@ -14,6 +15,7 @@ from trainer.data.training_data import TrainingData
 from trainer.diffusion.samplers import ancestral
 from trainer.engine.build import build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints
+from trainer.engine.garbage import collect_after
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
@@ -107,6 +109,8 @@ class TrainingLoop:
                 if not self.stopping:
                     with self.telemetry.pause("sampling"):
                         self._draw_samples()
+                        gc.collect()  # its network
+            collect_after(self.step)
         self._settle()
         if self.step >= self.last_step:
             self._validate()
@@ -193,6 +197,7 @@ class TrainingLoop:
                 f"step {self.step}: on {images} held-out images loss {values['validation/loss']:.4f}, "
                 f"of the average {values['validation/ema_loss']:.4f}, in {seconds:.1f} s"
             )
+            gc.collect()  # the networks that were measured
 
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""
