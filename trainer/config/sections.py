@@ -167,10 +167,13 @@ class TrainConfig(Section):
     all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md)."""
     hsdp_shard_size: int | None = Field(default=None, gt=0)
     """With "hsdp": ranks in a group; left out: those of a node."""
+    bucket_size: SizeField = 25 * 2**20
+    """With "ddp": bytes of gradients that ranks sum in one exchange, while others are still computed."""
     offload_optimizer: bool = False
     """With "zero1" to "zero3": moments and master weights stay in the host's memory, and Adam runs there."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32. "tf32" is float32 that GPUs
+    round to 10 bits before they multiply."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: "selective" all but convolutions and attention, for little time (not with
     "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time."""
