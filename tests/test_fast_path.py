@@ -16,7 +16,6 @@ from trainer.engine.dry_run import as_text, describe_run
 from trainer.engine.precision import autocast, run_in
 from trainer.engine.processes import make_accelerator
 from trainer.engine.step import TrainStep
-from trainer.errors import ConfigError
 from trainer.models.layers import group_norm
 
 
@@ -72,8 +71,7 @@ def test_what_adds_up_over_a_run_is_float32_in_bfloat16_too(tmp_path: Path) -> N
         assert tensors
         assert {t.dtype for t in tensors if t is not None} == {torch.float32}, name
     tables = [table for table in vars(step.diffusion).values() if isinstance(table, torch.Tensor)]
-    assert {table.dtype for table in tables} <= {torch.float32, torch.float64}
-    assert tables
+    assert {table.dtype for table in tables if table.is_floating_point()} == {torch.float32, torch.float64}
 
 
 def test_statistics_of_normalisation_are_not_rounded_to_bfloat16() -> None:
@@ -175,8 +173,3 @@ def test_more_than_float32s_share_of_memory_is_not_foretold_for_tf32(config_path
         for name in ("fp32", "tf32", "bf16")
     )
     assert fp32 == tf32 != bf16
-
-
-def test_a_precision_that_does_not_exist_names_those_that_do(config_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.precision.*'fp32', 'tf32', 'bf16' or 'fp16'"):
-        load_config(config_path, "train.precision=fp8")
