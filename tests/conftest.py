@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.data_prep_harness import (
     BIG_OPTIONS,
@@ -16,6 +17,11 @@ from tests.data_prep_harness import (
 )
 from tests.harness import make_dataset, write_config
 from tests.server import FaultyServer, serving
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def test_shipped_configurations_are_valid_and_survive_being_written(path: Path, 
         ("train.global_batch=eight", "train.global_batch = 'eight': should be a valid integer"),
         ("train.global_batch=8.0", "train.global_batch = 8.0: should be a valid integer"),
         ("data.flip=1", "data.flip = 1: should be a valid boolean"),
-        ("train.precision=bf15", "train.precision = 'bf15': should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=bf15", "train.precision = 'bf15': should be 'fp32', 'tf32', 'bf16' or 'fp16'"),
         ("train.duration=5", 'train.duration = 5: a span of training is written like "5000 steps"'),
         ("train.duration=five steps", "train.duration = 'five steps': a span of training is written like"),
         ("model.channel_multipliers=[1, 'a']", "model.channel_multipliers = 'a': should be a valid integer"),
@@ -107,8 +107,8 @@ def test_the_exit_code_and_the_line_reach_the_shell(config_path: Path) -> None:
 
 KNOWN = (
     "known here: duration, global_batch, micro_batch, ema_decay, ema_warmup, ema_sigma_rel, ema_snapshots, strategy, "
-    "hsdp_shard_size, offload_optimizer, precision, activation_checkpointing, max_nonfinite_steps, timeout, "
-    "hang_timeout"
+    "hsdp_shard_size, bucket_size, offload_optimizer, precision, activation_checkpointing, compile, compile_cache, "
+    "max_nonfinite_steps, timeout, hang_timeout"
 )
 
 

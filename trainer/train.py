@@ -11,6 +11,7 @@ import os
 
 from trainer.config import Config
 from trainer.engine.dry_run import as_json, as_text, describe_run
+from trainer.engine.find_batch import find_batch, print_trials
 from trainer.engine.session import train
 from trainer.errors import exit_clearly
 from trainer.evaluation.arguments import at_least_one
@@ -45,8 +46,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="check the configuration, print what it means, and stop")
     parser.add_argument("--world-size", type=at_least_one, metavar="N", help="with --dry-run: processes to plan for")
+    parser.add_argument(
+        "--find-batch", action="store_true", help="try which train.micro_batch is fastest here, print it, and stop"
+    )
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
     arguments = parser.parse_args()
+    if arguments.find_batch and arguments.dry_run:
+        parser.error("--find-batch runs the network, --dry-run does not")
     if not arguments.dry_run and (arguments.json or arguments.world_size is not None):
         parser.error("--json and --world-size go with --dry-run")
     return arguments
@@ -66,6 +72,9 @@ def main() -> int:
             print(as_json(plan) if arguments.json else as_text(plan))
         if fault is not None:
             raise fault
+        return 0
+    if arguments.find_batch:
+        print_trials(find_batch(config))
         return 0
     train(config, resume=arguments.resume, record=RecordingRequest(trace=trace, memory=memory))
     return 0

@@ -167,13 +167,21 @@ class TrainConfig(Section):
     all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md)."""
     hsdp_shard_size: int | None = Field(default=None, gt=0)
     """With "hsdp": ranks in a group; left out: those of a node."""
+    bucket_size: SizeField = 25 * 2**20
+    """With "ddp": bytes of gradients that ranks sum in one exchange, while others are still computed."""
     offload_optimizer: bool = False
     """With "zero1" to "zero3": moments and master weights stay in the host's memory, and Adam runs there."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32. "tf32" is float32 that GPUs
+    round to 10 bits before they multiply."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: "selective" all but convolutions and attention, for little time (not with
     "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time."""
+    compile: Literal["none", "regional"] = "none"
+    """"regional" has torch.compile fuse each residual block with its attention: less memory traffic on GPUs, for
+    seconds a shape when a run first starts. Needs a C++ compiler on CPUs (docs/gpu.md)."""
+    compile_cache: str | None = None
+    """Folder for compiled code, kept for the next start; left out: TORCHINDUCTOR_CACHE_DIR, or one in ~/.cache."""
     max_nonfinite_steps: int = Field(default=10, ge=0)
     """Steps of a run that may be skipped and dumped for a NaN or infinity in loss or gradient; one more ends it."""
     timeout: Annotated[SecondsField, Field(gt=0)] = 600.0
@@ -194,6 +202,8 @@ class TrainConfig(Section):
             raise ValueError(
                 'activation_checkpointing = "selective" would keep weights that "zero3" gathers; take "full"'
             )
+        if self.compile_cache is not None and self.compile == "none":
+            raise ValueError('compile_cache is for compile = "regional"')
         if self.ema_snapshots.count and not self.ema_sigma_rel:
             raise ValueError("ema_snapshots keeps the averages of ema_sigma_rel, which is empty")
         return self

@@ -1,6 +1,7 @@
 """The stream of micro-batches: every rank's share of every global batch, in order, resumed from one integer."""
 
 import functools
+import gc
 import itertools
 import os
 import re
@@ -215,6 +216,7 @@ def _prepare_worker(trainer: int, _: int) -> None:
     on_parents_death(signal.SIGKILL)
     if os.getppid() != trainer:
         os._exit(0)
+    gc.enable()  # the trainer has turned its own off
     torch.set_num_threads(1)  # one process a worker is the parallelism that was asked for
     threading.Thread(target=_end_when_the_trainer_says, args=(trainer,), daemon=True).start()
 

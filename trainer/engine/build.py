@@ -11,6 +11,7 @@ from trainer.diffusion.reverse import ReverseProcess, ReverseVariance, output_ch
 from trainer.diffusion.schedules import make_betas
 from trainer.diffusion.timesteps import ImportanceSampling
 from trainer.engine.averages import profiles
+from trainer.engine.compilation import compile_stages
 from trainer.engine.optimizer import GuardedAdam
 from trainer.engine.precision import run_in
 from trainer.engine.state import TrainState
@@ -90,5 +91,7 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
     torch.manual_seed(config.seed)
     network = build_network(config)
     network.checkpoint_activations(config.train.activation_checkpointing)
+    if config.train.compile == "regional":
+        compile_stages(network, config.train.compile_cache)
     strategy.prepare(network, lambda model: build_optimizer(config, model))
     return TrainState(strategy, profiles(config.train), build_timesteps(config, strategy.device))

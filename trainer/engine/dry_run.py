@@ -4,11 +4,14 @@ import json
 import os
 from typing import Any
 
+import torch
+
 from trainer.config import Config, TrainConfig
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_network
 from trainer.engine.cost import Cost, measure
+from trainer.engine.precision import cpu_lacks_bf16
 from trainer.errors import TrainerError
 from trainer.models.unet import UNet
 
@@ -21,7 +24,7 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
     data, fault = _open_data(config)
-    cost = _measure(config, layout.micro_batch)
+    cost = measure_cost(config, layout.micro_batch)
     steps = config.train.duration.steps(layout.global_batch)
     images = steps * layout.global_batch
     averages = 1 + len(config.train.ema_sigma_rel)
@@ -38,6 +41,7 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
         "steps": steps,
         "images": images,
         "epochs": images / data.order.samples if data is not None else None,
+        "remarks": _remarks(config),
         "memory_per_device_bytes": cost.peak_bytes + _state_bytes(config.train, cost.parameters, world_size),
         "checkpoint_bytes": checkpoint_bytes,
         "checkpoints_on_disk": _checkpoints_on_disk(config),
@@ -64,14 +68,15 @@ def as_text(plan: dict[str, Any]) -> str:
         "global batch": f"{plan['global_batch']} = {plan['micro_batch']} images x {plan['accumulation']} accumulated "
         f"x {plan['world_size']} processes",
         "duration": f"{plan['steps']:,} steps = {plan['images']:,} images{epochs}",
-        "memory per device": f"{_size(plan['memory_per_device_bytes'])} (estimate: weights, gradients, Adam, EMA, "
+        "memory per device": f"{as_size(plan['memory_per_device_bytes'])} (estimate: weights, gradients, Adam, EMA, "
         f"activations of {plan['micro_batch']} images)",
-        "checkpoint": _size(plan["checkpoint_bytes"]),
-        "disk": f"{_size(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most",
+        "checkpoint": as_size(plan["checkpoint_bytes"]),
+        "disk": f"{as_size(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most",
         "data": f"{data['path']}: {samples}",
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+    lines = [*rows.items(), *(("remark", remark) for remark in plan["remarks"])]
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
 def as_json(plan: dict[str, Any]) -> str:
@@ -86,14 +91,23 @@ def _open_data(config: Config) -> tuple[TrainingData | None, TrainerError | None
         return None, fault
 
 
-def _measure(config: Config, micro_batch: int) -> Cost:
+def _remarks(config: Config) -> list[str]:
+    """What can be run here, but not as fast as it may seem."""
+    if config.train.precision == "bf16" and not torch.cuda.is_available() and cpu_lacks_bf16():
+        return ["train.precision = 'bf16': this CPU has neither AVX512-BF16 nor AMX; 'fp32' is faster here"]
+    return []
+
+
+def measure_cost(config: Config, micro_batch: int) -> Cost:
+    """What a forward and backward pass over a micro-batch takes, found without running it."""
+
     def build() -> UNet:
         network = build_network(config)
         network.checkpoint_activations(config.train.activation_checkpointing)
         return network
 
     shape = (config.model.channels, config.model.image_size, config.model.image_size)
-    return measure(build, shape, batch=micro_batch, bf16=config.train.precision != "fp32")
+    return measure(build, shape, batch=micro_batch, bf16=config.train.precision in ("bf16", "fp16"))
 
 
 def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:
@@ -122,5 +136,6 @@ def _checkpoints_on_disk(config: Config) -> int:
     return config.checkpoint.keep + config.checkpoint.keep_best + forever + 1
 
 
-def _size(count: float) -> str:
+def as_size(count: float) -> str:
+    """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,5 +1,6 @@
 """The training loop: streams, steps, and what happens between steps."""
 
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from trainer.diffusion.samplers import ancestral
 from trainer.engine.build import build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.feature_distance import FeatureDistance
+from trainer.engine.garbage import collect_after
 from trainer.engine.nonfinite import NonFiniteDump
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
@@ -121,6 +123,8 @@ class TrainingLoop:
                 if not self.stopping:
                     with self.telemetry.pause("sampling"):
                         self._draw_samples()
+                        gc.collect()  # its network
+            collect_after(self.step)
         self._settle()
         self.recordings.end()
         if self.step >= self.last_step:
@@ -196,6 +200,7 @@ class TrainingLoop:
                 f"step {self.step}: on {images} held-out images loss {values['validation/loss']:.4f}, "
                 f"of the average {values['validation/ema_loss']:.4f}, in {seconds:.1f} s"
             )
+            gc.collect()  # the networks that were measured
 
     def _measure_distance(self) -> None:
         """Measure how far samples are from real images, if that has not been done in this step."""
@@ -213,6 +218,7 @@ class TrainingLoop:
                 f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}, "
                 f"in {seconds:.1f} s"
             )
+            gc.collect()  # the networks that drew and looked
 
     def _draw_samples(self) -> None:
         """Draw a grid from the EMA weights, every rank its share."""

@@ -8,27 +8,29 @@ from torch import nn
 
 from trainer.errors import ConfigError
 
-MixedPrecision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(precision: MixedPrecision, device: torch.device) -> AbstractContextManager[None]:
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Run what is inside in `precision`; weights stay float32.
 
     Each weight is used once in a pass, so nothing is gained by keeping the copies that were cast, but memory lost.
     """
-    return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES, cache_enabled=False)
+    dtype = _AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def run_in(precision: MixedPrecision, network: nn.Module, device: torch.device) -> None:
+def run_in(precision: Precision, network: nn.Module, device: torch.device) -> None:
     """Make the network's forward pass run under `autocast` and return float32, in place.
 
     Raises ConfigError where the device cannot.
     """
-    if precision == "fp32":
+    if precision in ("tf32", "fp16") and device.type == "cpu":
+        raise ConfigError(f"train.precision = '{precision}': needs a GPU; on a CPU take 'fp32' or 'bf16'")
+    multiply_float32("tf32" if precision == "tf32" else "ieee")
+    if precision not in _AUTOCAST:
         return
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision = 'fp16': needs a GPU; on a CPU take 'fp32' or 'bf16'")
     forward = network.forward
 
     def autocast_forward(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -36,3 +38,17 @@ def run_in(precision: MixedPrecision, network: nn.Module, device: torch.device) 
             return forward(x, t).float()
 
     network.forward = autocast_forward
+
+
+def multiply_float32(how: Literal["ieee", "tf32"]) -> None:
+    """Whether GPUs multiply float32 as it is or rounded to TF32's 10 bits, for this process.
+
+    Said for convolutions too, which PyTorch rounds unless it is told not to.
+    """
+    torch.backends.cuda.matmul.fp32_precision = how
+    torch.backends.cudnn.conv.fp32_precision = how  # type: ignore[attr-defined]  # missing from torch's stubs
+
+
+def cpu_lacks_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 only by way of float32 (neither AVX512-BF16 nor AMX), which is slower."""
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -21,17 +21,20 @@ _PATIENCE = timedelta(minutes=10)
 _PARENT = os.getppid()  # when this module was imported: the launcher, whatever its number
 
 
-def make_accelerator(*, patience: timedelta = _PATIENCE) -> Accelerator:
+def make_accelerator(*, patience: timedelta = _PATIENCE, bucket_size: int = 25 * 2**20) -> Accelerator:
     """Join the process group that the launcher prepared: CUDA devices where there are any, else CPUs with gloo.
 
-    `patience`: how long a rank waits for the others before it gives them up.
+    `patience`: how long a rank waits for the others before it gives them up; `bucket_size`: bytes of gradients that are
+    summed over the ranks in one exchange.
 
     Raises TrainerError where the processes would not train together.
     """
     join_group(patience)
     accelerator = new_accelerator(
         cpu=not torch.cuda.is_available(),  # without it Accelerate leaves processes on CPUs unconnected
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket_size / 2**20)
+        ],
     )
     check_connected(accelerator)
     return accelerator

@@ -14,6 +14,7 @@ from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.copy_folder import CopyFolder
+from trainer.engine.garbage import collected_when_told
 from trainer.engine.loop import TrainingLoop
 from trainer.engine.processes import check_alike, die_with_launcher, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
@@ -174,7 +175,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
         prefetcher=_prefetcher(config.data, loop.data, plan),
     )
     try:
-        with dead_loaders_told():
+        with dead_loaders_told(), collected_when_told():
             finished = loop.run(stream)
     finally:
         stream.close()

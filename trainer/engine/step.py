@@ -96,9 +96,8 @@ class TrainStep:
     def rehearse(self) -> None:
         """One forward and backward pass over nothing, for strategies that have to warm up."""
         model = self.config.model
-        zeros = torch.zeros(
-            self.layout.micro_batch, model.channels, model.image_size, model.image_size, device=self.strategy.device
-        )
+        shape = (self.layout.micro_batch, model.channels, model.image_size, model.image_size)
+        zeros = torch.zeros(shape, device=self.strategy.device).contiguous(memory_format=torch.channels_last)
         t = torch.zeros(len(zeros), dtype=torch.int64, device=zeros.device)
         with self.strategy.accumulate(is_last=True):
             self.strategy.backward(self.strategy.network(zeros, t).square().mean())

@@ -88,7 +88,7 @@ class DataParallel(Strategy):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.accelerator = make_accelerator(patience=timedelta(seconds=config.timeout))
+        self.accelerator = make_accelerator(patience=timedelta(seconds=config.timeout), bucket_size=config.bucket_size)
         if config.precision == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type)
 

@@ -17,6 +17,7 @@ from trainer.engine.processes import check_connected, join_group, new_accelerato
 from trainer.engine.slices import ParameterSlice
 from trainer.engine.strategies.base import Strategy
 from trainer.errors import ConfigError
+from trainer.models.unet import Stage
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -78,6 +79,9 @@ class ZeroRedundancy(Strategy):
         }
 
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
+        if self.stage == 3 and self.config.compile != "none":
+            # Weights of a stage are gathered around it, not within: hooks there would break the compiled graph.
+            deepspeed.utils.set_z3_leaf_modules(model, [Stage])
         self.network, _ = self.accelerator.prepare(model, optimizer)
         self.engine: Any = self.network
         self.zero: Any = self.engine.optimizer
