@@ -115,6 +115,44 @@ def test_compiled_gradients_are_as_near_to_float64_as_uncompiled_ones(kind: str,
         assert relative_error(found, exact) < min(ceiling, floor + NO_WORSE * relative_error(eager, exact))
 
 
+SMALL = overrides(
+    model__channel_multipliers="[1]", model__attention_resolutions="[]", optimizer__clip_norm=0.5, train__micro_batch=2
+)
+RECOMPUTED = overrides(train__activation_checkpointing="full")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "extra"),
+    [
+        ("ddp", 1, []),
+        *(
+            pytest.param(strategy, 2, RECOMPUTED, marks=pytest.mark.slow)
+            for strategy in ("zero3", "fsdp2", "ddp", "zero2", "zero1")
+        ),
+    ],
+)
+def test_a_compiled_run_learns_the_same_and_resumes_to_the_bit(
+    tmp_path: Path, dataset: Path, cache: Path, strategy: str, ranks: int, extra: list[str]
+) -> None:
+    """With dropout, too; and its checkpoint has the names of an uncompiled run's."""
+    compiled = overrides(train__compile="regional", train__compile_cache=cache)
+    spread = [*SMALL, *extra, *overrides(train__strategy=strategy)]
+    launch(ranks, "--config", str(write_config(tmp_path, dataset, "plain")), *spread)
+    arguments = ("--config", str(write_config(tmp_path, dataset, "compiled")), *spread, *compiled)
+    launch(ranks, *arguments)
+    plain, run, whole = (tmp_path / name for name in ("plain", "compiled", "whole"))
+    assert logged(run) == pytest.approx(logged(plain), abs=1e-6)
+    # It is another arithmetic: without a difference nothing would have been compiled.
+    assert 0 < largest_difference(tensors_of(plain, 2), tensors_of(run, 2)) < 1e-5
+
+    shutil.copytree(run, whole)
+    for step in (4, 6):
+        shutil.rmtree(checkpoint(run, step))
+    launch(ranks, *arguments)
+    assert_same_state(whole, run, 6)
+
+
 def gradients_of_unet(
     kind: ActivationCheckpointing, *, dtype: torch.dtype, bf16: bool, dropout: float, device: str, compiled: bool
 ) -> Tensor:
@@ -163,45 +201,6 @@ def test_a_compiled_network_has_the_gradients_of_an_uncompiled_one(
     dropped = {"dtype": torch.float32, "bf16": bf16, "dropout": 0.3, "device": device}
     eager = gradients_of_unet("none", compiled=False, **dropped)
     assert relative_error(gradients_of_unet(kind, compiled=True, **dropped), eager) < (5e-2 if bf16 else 1e-5)
-
-
-SMALL = overrides(
-    model__channel_multipliers="[1]", model__attention_resolutions="[]", optimizer__clip_norm=0.5, train__micro_batch=2
-)
-RECOMPUTED = overrides(train__activation_checkpointing="full")
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("strategy", "ranks", "extra"),
-    [
-        ("ddp", 1, []),
-        *(
-            pytest.param(strategy, 2, extra, marks=pytest.mark.slow)
-            for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-            for extra in ([], RECOMPUTED)
-        ),
-    ],
-)
-def test_a_compiled_run_learns_the_same_and_resumes_to_the_bit(
-    tmp_path: Path, dataset: Path, cache: Path, strategy: str, ranks: int, extra: list[str]
-) -> None:
-    """With dropout, too; and its checkpoint has the names of an uncompiled run's."""
-    compiled = overrides(train__compile="regional", train__compile_cache=cache)
-    spread = [*SMALL, *extra, *overrides(train__strategy=strategy)]
-    launch(ranks, "--config", str(write_config(tmp_path, dataset, "plain")), *spread)
-    arguments = ("--config", str(write_config(tmp_path, dataset, "compiled")), *spread, *compiled)
-    launch(ranks, *arguments)
-    plain, run, whole = (tmp_path / name for name in ("plain", "compiled", "whole"))
-    assert logged(run) == pytest.approx(logged(plain), abs=1e-6)
-    # It is another arithmetic: without a difference nothing would have been compiled.
-    assert 0 < largest_difference(tensors_of(plain, 2), tensors_of(run, 2)) < 1e-5
-
-    shutil.copytree(run, whole)
-    for step in (4, 6):
-        shutil.rmtree(checkpoint(run, step))
-    launch(ranks, *arguments)
-    assert_same_state(whole, run, 6)
 
 
 def test_without_a_compiler_a_compiled_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.harness import load_config
 from trainer.engine import garbage, session
 from trainer.engine.garbage import collect_after, collected_when_told
+from trainer.telemetry.profiling import RecordingRequest
 
 
 class Knot:
@@ -47,6 +48,6 @@ def test_a_run_collects_at_agreed_steps_and_leaves_nothing_behind(
         return finished
 
     monkeypatch.setattr(session.TrainingLoop, "run", run)
-    session.train(load_config(config_path, "data.workers=0"), resume="none")
+    session.train(load_config(config_path, "data.workers=0"), resume="none", record=RecordingRequest())
     assert automatic == [False]
     assert gc.isenabled()
