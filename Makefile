@@ -38,10 +38,10 @@ lint: $(INSTALLED) ## style, format, types and shell scripts
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch tests/slurm/*.sh .ci/run
 
-bench: $(INSTALLED) ## our training step beside diffusers', data_prep beside Pillow's bare calls, the stream beside others
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/prepare.py
-	$(BIN)/python benchmarks/data.py
+bench: $(INSTALLED) ## our steps, sampling, data, checkpoints beside others', at sizes that fit this machine
+	@# without what it depends on: torchvision, which only its reading of files needs
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps denoising-diffusion-pytorch==2.3.4
+	$(BIN)/python -m benchmarks
 
 clean: ## remove the environment, and nothing that was trained
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -12,7 +12,8 @@ position.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import io
@@ -64,7 +65,7 @@ def pictures(count: int, size: int) -> Iterable[Image.Image]:
         yield Image.fromarray((smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8))
 
 
-def write_dataset(folder: Path, images: list[bytes], size: int, extension: str) -> None:
+def write_dataset(folder: Path, images: list[bytes], size: int, extension: str, mode: str = "RGB") -> None:
     """A dataset in data_prep's format, written by webdataset, so that both read the same files."""
     folder.mkdir()
     index = np.zeros(len(images), INDEX_DTYPE)
@@ -82,15 +83,15 @@ def write_dataset(folder: Path, images: list[bytes], size: int, extension: str) 
         for key, encoded in enumerate(part, start=first):
             index[key] = (first // SHARD, offset + 512, len(encoded), zlib.crc32(encoded), -1, key)
             offset += 512 + -(-len(encoded) // 512) * 512
-    write_manifest(folder, index, records, size)
+    write_manifest(folder, index, records, size, mode)
 
 
-def write_manifest(folder: Path, index: np.ndarray, records: list[ShardRecord], size: int) -> None:
+def write_manifest(folder: Path, index: np.ndarray, records: list[ShardRecord], size: int, mode: str = "RGB") -> None:
     """What a reader needs besides the shards."""
     np.save(folder / "index.npy", index)
     manifest = Manifest(
         image_size=size,
-        mode="RGB",
+        mode=mode,
         encoding="source",
         transform="source",
         samples=len(index),

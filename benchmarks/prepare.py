@@ -11,7 +11,8 @@ tar with its index, hashes and fsync. Seconds are CPU time, the kernel's include
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import hashlib

@@ -1,178 +1,186 @@
-"""One training step: ours beside the loop of diffusers' unconditional example, and beside the device's matmul peak.
+"""One training step: ours beside the loops of others, and beside the device's measured peak.
 
-    python benchmarks/train_step.py [--config configs/cifar10.toml] [--batch 4] [--precision fp32] [--steps 5]
+    python benchmarks/train_step.py                                   # a size that fits the device
+    python benchmarks/train_step.py --config configs/cifar10.toml --batch 128 --compile
+    python benchmarks/train_step.py --also train.activation_checkpointing=selective
 
-Same network (equal in number and shape of parameters), batch, precision and device, in turns within one run. A step is
-everything between two batches: noise, forward, backward, clipping, Adam and EMA. Reading data is left out of both.
+diffusers' unconditional example as it ships, in float32 and with --mixed_precision bf16, is what ratios are to; besides
+it the same loop with channels-last memory and, on request, compiled. Its network is ours (equal in number and shape of
+parameters); lucidrains' denoising-diffusion-pytorch has another one, so compare the share of the peak, which counts
+each network's own FLOPs. A step is everything between two batches: noise, forward, backward, clipping, optimizer, EMA
+and what each logs. "whole loop" is our training loop with all its telemetry. Reading data is left out of all.
+
+Each is measured in a process of its own and in turns (turns.py); ratios are medians of those of one round.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
-import itertools
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
 
+from benchmarks import ours, peers
+from benchmarks.machine import cores, default_device, describe, peak_limit
+from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
-from trainer.data.stream import BatchLayout
-from trainer.engine.build import build_diffusion, build_network, build_state
+from trainer.engine.build import build_network
 from trainer.engine.cost import measure
-from trainer.engine.precision import autocast
-from trainer.engine.processes import make_accelerator
-from trainer.engine.step import TrainStep
-from trainer.engine.strategies import DataParallel, Strategy
-from trainer.signals import StopRequest
-
-Step = Callable[[], None]
 
 
-def ours(config: Config, strategy: Strategy) -> Step:
-    """The trainer's own step, with its guard, EMA and telemetry report."""
-    state = build_state(config, strategy)
-    layout = BatchLayout.plan(config.train.global_batch, 1, None)
-    step = TrainStep(
-        config=config,
-        layout=layout,
-        strategy=strategy,
-        state=state,
-        diffusion=build_diffusion(config, strategy.device),
-        stop=StopRequest(),
-    )
-    model, batch = config.model, layout.global_batch
-    images = torch.randint(0, 256, (batch, model.channels, model.image_size, model.image_size), dtype=torch.uint8)
-    stream = ({"image": images, "position": torch.arange(first, first + batch)} for first in itertools.count(0, batch))
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all contenders share."""
 
-    def take() -> None:
-        step.update(step.backward(stream)).read()
-        state.updates += 1
-        state.averages.update(state.updates)
+    config: Path
+    overrides: tuple[str, ...]
+    steps: int
+    threads: int
 
-    return take
+    def load(self, precision: str, *further: str) -> Config:
+        """The configuration in that precision."""
+        return Config.load(self.config, [*self.overrides, f"train.precision={precision}", *further])
 
 
-def diffusers_example(config: Config) -> Step:
-    """The loop of examples/unconditional_image_generation/train_unconditional.py, as it ships."""
-    accelerator, model = make_accelerator(), config.model
-    attention = [model.image_size // 2**level in model.attention_resolutions for level in range(_levels(config))]
-    network = UNet2DModel(
-        sample_size=model.image_size,
-        in_channels=model.channels,
-        out_channels=model.channels,
-        layers_per_block=model.blocks_per_level,
-        block_out_channels=[model.base_channels * multiplier for multiplier in model.channel_multipliers],
-        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-        dropout=model.dropout,
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        norm_num_groups=model.norm_groups,
-        freq_shift=1,
-        flip_sin_to_cos=False,
-        downsample_padding=0,
-    ).to(accelerator.device)
-    ema = EMAModel(network.parameters(), decay=config.train.ema_decay, model_cls=UNet2DModel)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
-    scheduler = DDPMScheduler(num_train_timesteps=config.diffusion.timesteps)
-    network, optimizer = accelerator.prepare(network, optimizer)
-    shape = (config.train.global_batch, model.channels, model.image_size, model.image_size)
-    clean = torch.rand(shape, device=accelerator.device) * 2 - 1
-
-    def take() -> None:
-        noise = torch.randn(clean.shape, device=clean.device)
-        t = torch.randint(0, config.diffusion.timesteps, (len(clean),), device=clean.device)
-        with autocast(config.train.precision, clean.device):  # accelerate's, of the example's --mixed_precision
-            prediction = network(scheduler.add_noise(clean, noise, t), t).sample.float()
-        loss = torch.nn.functional.mse_loss(prediction, noise)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(network.parameters())
-        loss.detach().item()  # as the example does for its progress bar
-
-    return take
+def our_step(setting: Setting, precision: str, *further: str) -> Run:
+    """See `ours.train_step`."""
+    return ours.train_step(setting.load(precision, *further), steps=setting.steps, threads=setting.threads)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product, the best of five."""
-    side = 8192 if device.type == "cuda" else 1024
-    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / min(seconds(lambda: one @ other, device) for _ in range(5))
+def our_loop(setting: Setting, precision: str, *further: str) -> Run:
+    """See `ours.training_loop`."""
+    return ours.training_loop(setting.load(precision, *further), steps=setting.steps, threads=setting.threads)
 
 
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Wall time of an action, its work on the device included."""
-    _wait(device)
-    started = time.perf_counter()
-    action()
-    _wait(device)
-    return time.perf_counter() - started
+def diffusers(setting: Setting, precision: str, changes: dict[str, bool]) -> Run:
+    """See `peers.diffusers_example`."""
+    config = setting.load(precision)
+    return peers.diffusers_example(config, steps=setting.steps, threads=setting.threads, **changes)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def lucidrains(setting: Setting, precision: str) -> Run:
+    """See `peers.lucidrains_trainer`."""
+    return peers.lucidrains_trainer(setting.load(precision), steps=setting.steps, threads=setting.threads)
 
 
-def _levels(config: Config) -> int:
-    return len(config.model.channel_multipliers)
+def contenders(setting: Setting, precision: str, *, compiled: bool, also: list[str]) -> dict[str, Contender]:
+    """Those of one precision by name; the first is what the others of that precision are compared with."""
+
+    def named(name: str, make: Any, *arguments: Any) -> tuple[str, Contender]:
+        return f"{name}, {precision}", Contender(make=make, arguments=(setting, precision, *arguments))
+
+    found = [
+        named("diffusers example", diffusers, {}),
+        named("diffusers, channels-last", diffusers, {"channels_last": True}),
+        named("lucidrains", lucidrains),
+        named("ours", our_step),
+        named("ours, whole loop", our_loop),
+    ]
+    if compiled:
+        found.insert(2, named("diffusers, ch.-last, compiled", diffusers, {"channels_last": True, "compiled": True}))
+    found += [named(f"ours, {override}", our_step, override) for override in also]
+    return dict(found)
+
+
+def rows(turns: dict[str, list[Turn]], setting: Setting, precisions: list[str], clock: Clock) -> list[dict[str, Any]]:
+    """The table: rates, ratios to the example in float32 (or the first precision) and in the same precision."""
+    config = setting.load(precisions[0])
+    shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    flops = {"ours": measure(lambda: build_network(config), shape, batch=1, bf16=False)}
+    if any(name.startswith("lucidrains") for name in turns):
+        flops["lucidrains"] = measure(lambda: peers.lucidrains_network(config), shape, batch=1, bf16=False)
+    shipped = turns[f"diffusers example, {precisions[0]}"]
+    table = []
+    for name, own in turns.items():
+        precision = name.rpartition(", ")[2]
+        if name.startswith("peak"):
+            continue
+        to_shipped = result(name, own, shipped, clock=clock)
+        to_same = result(name, own, turns[f"diffusers example, {precision}"], clock=clock)
+        cost = flops["lucidrains" if name.startswith("lucidrains") else "ours"]
+        limit = max(turn.images / getattr(turn, clock) for turn in turns[f"peak, {precision}"])
+        rate = statistics.median(turn.images / getattr(turn, clock) for turn in own)
+        table.append(
+            {
+                **asdict(to_shipped),
+                "equal_precision": [to_same.ratio, to_same.lowest_ratio, to_same.highest_ratio],
+                "parameters": cost.parameters,
+                "gflops_per_image": cost.training_flops_per_image / 1e9,
+                "peak_gflops": limit / 1e9,
+                "of_peak": rate * cost.training_flops_per_image / limit,
+            }
+        )
+    return table
+
+
+def print_table(table: list[dict[str, Any]], head: str) -> None:
+    """For a person; ratios with the lowest and the highest of all rounds."""
+    print(head)
+    print(f"{'':<34}{'M param.':>9}{'images/s':>10}{'/ as shipped':>14}{'/ equal precision':>28}{'of peak':>9}")
+    for row in table:
+        same, lowest, highest = row["equal_precision"]
+        print(
+            f"{row['name']:<34}{row['parameters'] / 1e6:>9.1f}{row['per_second']:>10.2f}{row['ratio']:>14.2f}"
+            f"{same:>12.2f}  {lowest:.2f} to {highest:.2f}{row['of_peak']:>9.1%}"
+        )
 
 
 def main() -> None:
-    """Measure in turns, so that a machine that slows down slows both; print a table, write JSON."""
+    """Measure in turns, so that a machine that slows down slows all; print a table, write JSON."""
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/cifar10.toml"))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--config", type=Path, default=Path("configs/cifar10.toml" if on_gpu else "configs/demo.toml"))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="overrides")
+    parser.add_argument("--batch", type=int, default=128 if on_gpu else 16)
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32", "bf16"])
+    parser.add_argument("--steps", type=int, default=20 if on_gpu else 4, help="in a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=cores(), help="of a CPU")
+    parser.add_argument(
+        "--clock",
+        choices=["cpu", "wall"],
+        default="wall",
+        help="of ratios; cpu, with one thread, on a machine with other work",
+    )
+    parser.add_argument("--compile", action="store_true", help="diffusers' network compiled, too: takes minutes")
+    parser.add_argument("--also", action="append", default=[], metavar="SECTION.NAME=VALUE", help="ours with this, too")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose name begins so, and the example")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/train_step.json"))
     arguments = parser.parse_args()
-    batch = [f"train.global_batch={arguments.batch}", f"train.precision={arguments.precision}"]
-    config = Config.load(arguments.config, batch)
-    strategy = DataParallel(config.train)
-    device = strategy.device
-
-    contenders = {"ours": ours(config, strategy), "diffusers example": diffusers_example(config)}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(arguments.steps + 2):
-        for name, take in contenders.items():
-            spent = seconds(take, device)
-            if round_ >= 2:  # the first two warm up
-                times[name].append(spent)
-
-    shape = (config.model.channels, config.model.image_size, config.model.image_size)
-    flops = measure(lambda: build_network(config), shape, batch=1, bf16=False).training_flops_per_image
-    peak = matmul_peak(device, torch.float32 if arguments.precision == "fp32" else torch.bfloat16)
-    rates = {name: arguments.batch / statistics.median(spent) for name, spent in times.items()}
-    rows = [
-        {
-            "name": name,
-            "images_per_second": rate,
-            "ratio": rate / rates["diffusers example"],
-            "mfu": rate * flops / peak,
-        }
-        for name, rate in rates.items()
-    ]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    about = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(
-        f"{arguments.config.stem}, batch {arguments.batch}, {arguments.precision}, median of {arguments.steps}; {about}"
+    setting = Setting(
+        config=arguments.config,
+        overrides=(f"train.global_batch={arguments.batch}", *arguments.overrides),
+        steps=arguments.steps,
+        threads=arguments.threads,
     )
-    print(f"{'':<20}{'images/s':>10}{'ratio':>8}{'of matmul peak':>16}")
-    for row in rows:
-        print(f"{row['name']:<20}{row['images_per_second']:>10.2f}{row['ratio']:>8.2f}{row['mfu']:>16.1%}")
+    found: dict[str, Contender] = {}
+    for precision in arguments.precisions:
+        found |= contenders(setting, precision, compiled=arguments.compile, also=arguments.also)
+    try:
+        peers.lucidrains_network(setting.load("fp32"))
+    except ModuleNotFoundError as error:
+        print(f"lucidrains: left out, {error}")
+        found = {name: contender for name, contender in found.items() if not name.startswith("lucidrains")}
+    if arguments.only:
+        kept = ("diffusers example", *arguments.only)
+        found = {name: contender for name, contender in found.items() if name.startswith(kept)}
+    for precision in arguments.precisions:
+        found[f"peak, {precision}"] = Contender(make=peak_limit, arguments=(precision, arguments.threads))
+
+    turns = take_turns(found, rounds=arguments.rounds)
+    table = rows(turns, setting, arguments.precisions, arguments.clock)
+    about = describe(default_device(), arguments.threads, "diffusers", "accelerate")
+    head = f"{arguments.config.stem}, batch {arguments.batch}, {arguments.rounds} rounds of {arguments.steps} steps, "
+    print_table(table, f"{head}ratios by {arguments.clock} time; {about}")
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"about": about, "arguments": vars(arguments), "rows": rows}, default=str))
+    content = {"about": about, "arguments": vars(arguments), "rows": table}
+    arguments.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
 
 
 if __name__ == "__main__":

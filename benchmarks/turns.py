@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 Run = Callable[[], int]  # does its work once; returns the number of images
+Clock = Literal["cpu", "wall"]  # CPU time hardly feels other work on the machine; a GPU's work only the wall clock sees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,9 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Medians over all rounds. `ratio` is of CPU time an image, of the reference to this one's in the same round."""
+    """Medians over all rounds. `ratio` is of time an image by the clock that was asked for, of the reference to this
+    one's in the same round.
+    """
 
     name: str
     per_cpu_second: float
@@ -48,8 +51,17 @@ class Result:
     highest_ratio: float
 
 
-def compare(contenders: Mapping[str, Contender], *, reference: str, rounds: int) -> list[Result]:
+def compare(contenders: Mapping[str, Contender], *, reference: str, rounds: int, clock: Clock = "cpu") -> list[Result]:
     """Run each once for the caches and then `rounds` times."""
+    turns = take_turns(contenders, rounds=rounds)
+    return [result(name, turns[name], turns[reference], clock=clock) for name in contenders]
+
+
+def take_turns(contenders: Mapping[str, Contender], *, rounds: int) -> dict[str, list[Turn]]:
+    """Every contender's turns, the first of which, for the caches, is left out.
+
+    RuntimeError names a contender that ended before its time; what it died of is on stderr.
+    """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -57,14 +69,13 @@ def compare(contenders: Mapping[str, Contender], *, reference: str, rounds: int)
     try:
         for name, contender in contenders.items():
             pipes[name], theirs = context.Pipe()
-            process = context.Process(target=_take_turns, args=(contender, theirs))
+            process = context.Process(target=_serve, args=(contender, theirs))
             process.start()
             processes.append(process)
             theirs.close()
         for round_ in range(rounds + 1):
             for name, pipe in pipes.items():
-                pipe.send("run")
-                turn = pipe.recv()
+                turn = _next_turn(name, pipe)
                 if round_ > 0:
                     turns[name].append(turn)
     finally:
@@ -72,7 +83,36 @@ def compare(contenders: Mapping[str, Contender], *, reference: str, rounds: int)
             pipe.close()
         for process in processes:
             process.join()
-    return [_result(name, turns[name], turns[reference]) for name in contenders]
+    return turns
+
+
+def result(name: str, turns: list[Turn], reference: list[Turn], *, clock: Clock) -> Result:
+    """A contender beside the reference, round by round."""
+
+    def seconds(turn: Turn) -> float:
+        return turn.cpu if clock == "cpu" else turn.wall
+
+    ratios = [
+        (seconds(other) / other.images) / (seconds(turn) / turn.images)
+        for turn, other in zip(turns, reference, strict=True)
+    ]
+    return Result(
+        name=name,
+        per_cpu_second=statistics.median(turn.images / turn.cpu for turn in turns),
+        per_second=statistics.median(turn.images / turn.wall for turn in turns),
+        ratio=statistics.median(ratios),
+        lowest_ratio=min(ratios),
+        highest_ratio=max(ratios),
+    )
+
+
+def _next_turn(name: str, pipe: Connection) -> Turn:
+    try:
+        pipe.send("run")
+        turn: Turn = pipe.recv()
+    except (EOFError, OSError) as error:
+        raise RuntimeError(f"{name}: ended before its turn was over") from error
+    return turn
 
 
 def load() -> str:
@@ -80,8 +120,10 @@ def load() -> str:
     return f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 
-def _take_turns(contender: Contender, pipe: Connection) -> None:
+def _serve(contender: Contender, pipe: Connection) -> None:
     run = contender.make(*contender.arguments)
+    gc.collect()
+    gc.freeze()  # or every turn would end with a look at all that was imported
     while True:
         try:
             pipe.recv()
@@ -96,15 +138,3 @@ def _take_turns(contender: Contender, pipe: Connection) -> None:
 def _cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def _result(name: str, turns: list[Turn], reference: list[Turn]) -> Result:
-    ratios = [(other.cpu / other.images) / (turn.cpu / turn.images) for turn, other in zip(turns, reference)]
-    return Result(
-        name=name,
-        per_cpu_second=statistics.median(turn.images / turn.cpu for turn in turns),
-        per_second=statistics.median(turn.images / turn.wall for turn in turns),
-        ratio=statistics.median(ratios),
-        lowest_ratio=min(ratios),
-        highest_ratio=max(ratios),
-    )

@@ -51,7 +51,8 @@ Try next, with {Path(sys.executable).parent} on your PATH (the third goes on fro
   tensorboard --logdir {run}/logs
   python trainer/sample.py --run {run} --n 64 --seed 1
   accelerate launch --num_processes 1 trainer/train.py --config {_CONFIG} --set train.duration="3000 steps"
-  python trainer/train.py --config configs/lsun256.toml --dry-run --world-size 8""")
+  python trainer/train.py --config configs/lsun256.toml --dry-run --world-size 8
+  python trainer/report.py {run}""")
     return 0
 
 

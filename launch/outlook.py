@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -63,14 +62,3 @@ def parse_time(text: str) -> int:
 def stretches(left: float, *, limit: int, grace: int) -> int:
     """How many times a job of `limit` seconds has to start, if each trains until `grace` seconds before its end."""
     return max(1, math.ceil(left / (limit - grace)))
-
-
-def in_words(seconds: float) -> str:
-    """A duration for people: "3 d 4 h", "12 min", "8 s"."""
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    whole = round(seconds)
-    for (size, name), (smaller, smaller_name) in pairwise(units):
-        if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {name}" + (f" {rest} {smaller_name}" if rest else "")
-    return f"{whole} s"

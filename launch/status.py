@@ -7,23 +7,22 @@ if not __package__:  # run by path, Python looks in launch/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import fcntl
 import json
 import re
-import struct
 import subprocess
 import time
 from typing import Any
 
-from launch.outlook import in_words, measured_outlook
+from launch.outlook import measured_outlook
 from trainer.config import Config
 from trainer.engine import sealed
 from trainer.errors import ConfigError, exit_clearly
-from trainer.telemetry.goodput import ENDS, Goodput, add_up, read_events
+from trainer.telemetry.goodput import Goodput, add_up, read_events
 from trainer.telemetry.heartbeat import read_heartbeat
+from trainer.telemetry.liveness import state
 from trainer.telemetry.metrics import read_metrics
+from trainer.units import in_words
 
-_FRESH = 60.0  # seconds; a heartbeat comes every ten
 _STEP = re.compile(r"step-(\d{8,})")
 _WORTH_TELLING = ("nonfinite", "quarantined", "bad_sample", "slow_rank", "hang", "died")
 
@@ -53,7 +52,10 @@ def describe(run: Path, *, verify: bool = True) -> dict[str, str]:
     goodput = add_up(events, heartbeat)
     newest = max(run.glob("submissions/*/config.toml"), default=None, key=lambda path: path.stat().st_mtime)
     config = Config.load(run / "config.toml" if (run / "config.toml").is_file() or newest is None else newest)
-    rows = {"run": str(run), "state": state(run, heartbeat, events)}
+    job = job_of(run, heartbeat)
+    queued = in_queue(job) if job is not None else None
+    told = f"; job {job}: {queued}" if queued else ""
+    rows = {"run": str(run), "state": f"{state(run, heartbeat, events)}{told}"}
     step = max([int(record["step"]) for record in records] + [int(heartbeat["step"]) if heartbeat else 0])
     last = config.train.duration.steps(config.train.global_batch)
     rows["step"] = f"{step:,} of {last:,} ({step / last:.1%}), {step * config.train.global_batch:,} images"
@@ -71,45 +73,6 @@ def describe(run: Path, *, verify: bool = True) -> dict[str, str]:
     rows["time"] = where_the_time_went(goodput)
     rows |= faults(events)
     return rows
-
-
-def state(run: Path, heartbeat: dict[str, Any] | None, events: list[dict[str, Any]]) -> str:
-    """Finished, stopped, training, waiting or dead: by marker, lock, heartbeat, and by SLURM where there is one."""
-    job = job_of(run, heartbeat)
-    queued = in_queue(job) if job is not None else None
-    told = f"; job {job}: {queued}" if queued else ""
-    age = time.time() - heartbeat["time"] if heartbeat else None
-    owner = lock_owner(run / "lock")
-    if age is not None and heartbeat is not None and heartbeat["activity"] not in ENDS and (owner or age < _FRESH):
-        where = f"{heartbeat['activity']} on {heartbeat['host']}"
-        if age < _FRESH:
-            return f"{where}, seen {in_words(age)} ago{told}"
-        return f"{where}, but SILENT for {in_words(age)}: hanging, or in a long save{told}"
-    if owner:
-        return f"starting: {owner}{told}"
-    if (run / "DONE").exists():
-        return f"finished{told}"
-    if (run / "STOPPED").exists():
-        return f"stopped on request, saved{told or '; start it again to go on'}"
-    if age is not None:
-        return f"DEAD: last seen {in_words(age)} ago, it neither finished nor stopped{told}"
-    if any(event["event"] == "started" for event in events):
-        return f"DEAD: it neither finished nor stopped{told}"
-    return f"not started yet{told}"
-
-
-def lock_owner(lock: Path) -> str | None:
-    """Who trains there, or None. It only asks: taking the lock, for a moment, could turn a starting job away."""
-    if not lock.exists():
-        return None
-    with lock.open("rb") as stream:
-        question = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
-        try:
-            answer = fcntl.fcntl(stream, fcntl.F_GETLK, question)
-        except OSError:  # a file system without locks
-            return None
-        kind = struct.unpack("hhqqi4x", answer)[0]
-        return stream.read().decode(errors="replace").strip() or "a process" if kind != fcntl.F_UNLCK else None
 
 
 def job_of(run: Path, heartbeat: dict[str, Any] | None) -> str | None:

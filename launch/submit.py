@@ -16,13 +16,14 @@ import re
 import shlex
 import subprocess
 
-from launch.outlook import in_words, measured_outlook, parse_time, stretches
+from launch.outlook import measured_outlook, parse_time, stretches
 from launch.preflight import REPOSITORY, is_finished
 from launch.snapshot import take_snapshot
 from trainer.config import Config
 from trainer.engine.dry_run import as_text, describe_run
 from trainer.errors import ConfigError, TrainerError, exit_clearly
 from trainer.evaluation.arguments import at_least_one
+from trainer.units import in_words
 
 SCRIPT = REPOSITORY / "launch" / "train.sbatch"
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch import preflight, status, submit
 from launch.interface import interface_addresses, interface_to
-from launch.outlook import Outlook, in_words, measured_outlook, parse_time, stretches
+from launch.outlook import Outlook, measured_outlook, parse_time, stretches
 from launch.snapshot import take_snapshot
 from tests.faults import Fault
 from tests.harness import REPOSITORY, checkpoint, events, launch, load_config, overrides, write_config
@@ -21,6 +21,7 @@ from trainer.engine.run import RunFolder
 from trainer.errors import ConfigError
 from trainer.telemetry.goodput import PARTS, add_up, read_events
 from trainer.telemetry.heartbeat import read_heartbeat
+from trainer.units import in_words
 
 
 @pytest.fixture(scope="module")

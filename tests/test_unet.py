@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.models.group_norm import GroupNorm
 from trainer.models.layers import AttentionBlock, ResidualBlock, timestep_embedding
 from trainer.models.unet import Stage, UNet, UNetConfig
 
@@ -69,13 +70,13 @@ def test_initial_weights_are_fan_avg_uniform_and_near_zero_where_a_branch_ends()
             branch_ends.add(id(module.conv_out))
         if isinstance(module, AttentionBlock):
             branch_ends.add(id(module.out))
-    seen = {nn.Conv2d: 0, nn.Linear: 0, nn.GroupNorm: 0, "near zero": 0}
+    seen = {nn.Conv2d: 0, nn.Linear: 0, GroupNorm: 0, "near zero": 0}
     for module in model.modules():
         if type(module) not in seen:
             continue
         seen[type(module)] += 1
         assert (module.bias == 0).all()
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, GroupNorm):
             assert (module.weight == 1).all()
             assert module.eps == 1e-6
             continue
@@ -87,7 +88,7 @@ def test_initial_weights_are_fan_avg_uniform_and_near_zero_where_a_branch_ends()
         largest, spread = module.weight.abs().max().item(), module.weight.std().item()
         assert 0.98 * limit < largest <= limit * (1 + 1e-6)
         assert spread == pytest.approx(limit / math.sqrt(3), rel=0.03)
-    assert seen == {nn.Conv2d: 65, nn.Linear: 48, nn.GroupNorm: 51, "near zero": 29}
+    assert seen == {nn.Conv2d: 65, nn.Linear: 48, GroupNorm: 51, "near zero": 29}
 
 
 def test_one_seed_makes_one_network() -> None:

@@ -14,6 +14,7 @@ from trainer.engine.dry_run import as_json, as_text, describe_run
 from trainer.engine.session import train
 from trainer.errors import exit_clearly
 from trainer.evaluation.arguments import at_least_one
+from trainer.telemetry.profiling import RecordingRequest, StepRange
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,6 +35,14 @@ def parse_arguments() -> argparse.Namespace:
         help="auto (default): go on from the run's newest verified checkpoint, or its copy, or start; PATH, "
         "URL: go on from that checkpoint or copy; none: start, and refuse if the run has checkpoints",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="steps=A..B[,ranks=all]",
+        help="trace these steps with torch.profiler, of rank 0 or of all, into RUN/profiles",
+    )
+    parser.add_argument(
+        "--memory-snapshot", metavar="steps=A..B[,ranks=all]", help="the same for the history of CUDA's memory"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the configuration, print what it means, and stop")
     parser.add_argument("--world-size", type=at_least_one, metavar="N", help="with --dry-run: processes to plan for")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
@@ -48,6 +57,9 @@ def main() -> int:
     """Parse, wire, run."""
     arguments = parse_arguments()
     config = Config.load(arguments.config, arguments.set)
+    trace, memory = (
+        StepRange.parse(text) if text is not None else None for text in (arguments.profile, arguments.memory_snapshot)
+    )
     if arguments.dry_run:
         plan, fault = describe_run(config, world_size=arguments.world_size)
         if os.environ.get("RANK", "0") == "0":
@@ -55,7 +67,7 @@ def main() -> int:
         if fault is not None:
             raise fault
         return 0
-    train(config, resume=arguments.resume)
+    train(config, resume=arguments.resume, record=RecordingRequest(trace=trace, memory=memory))
     return 0
 
 

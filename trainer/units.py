@@ -2,6 +2,7 @@
 
 import re
 from decimal import Decimal
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -92,3 +93,14 @@ def parse_seconds(text: Any) -> float:
 SecondsField = Annotated[
     float, BeforeValidator(parse_seconds), PlainSerializer(lambda seconds: f"{Decimal(str(seconds)):f} seconds")
 ]
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: "3 d 4 h", "12 min", "8 s"."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    whole = round(seconds)
+    for (size, name), (smaller, smaller_name) in pairwise(units):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {name}" + (f" {rest} {smaller_name}" if rest else "")
+    return f"{whole} s"

@@ -249,3 +249,5 @@ class LogConfig(Section):
     """Steps of DDIM by which they are drawn."""
     distance_seconds: Annotated[SecondsField, Field(gt=0)] = 60.0
     """How long drawing them may take: when it is over, the samples that there are must do."""
+    trackers: list[Literal["wandb"]] = []
+    """Who else is told the scalars, pictures and configuration: "wandb" is Weights & Biases (docs/report.md)."""

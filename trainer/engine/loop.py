@@ -1,6 +1,5 @@
 """The training loop: streams, steps, and what happens between steps."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from trainer.diffusion.samplers import ancestral
 from trainer.engine.build import build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.feature_distance import FeatureDistance
+from trainer.engine.nonfinite import NonFiniteDump
 from trainer.engine.processes import gather, together
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
@@ -27,6 +27,8 @@ from trainer.engine.verdict import PendingVerdict, Verdict
 from trainer.engine.watchdog import enter
 from trainer.errors import NonFiniteError
 from trainer.telemetry.pictures import grid, save_png
+from trainer.telemetry.profiling import Recordings
+from trainer.telemetry.trackers import Trackers
 from trainer.units import Span
 
 _LARGEST_SAMPLING_BATCH = 64
@@ -50,6 +52,8 @@ class TrainingLoop:
         train_step: TrainStep,
         checkpoints: Checkpoints,
         folder: RunFolder,
+        recordings: Recordings,
+        trackers: Trackers,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -58,6 +62,7 @@ class TrainingLoop:
         self.state = state
         self.train_step = train_step
         self.folder = folder
+        self.recordings = recordings
         self.last_step = config.train.duration.steps(layout.global_batch)
         self.telemetry = Telemetry(
             config=config,
@@ -65,6 +70,7 @@ class TrainingLoop:
             samples=data.order.samples,
             state=state,
             folder=folder,
+            trackers=trackers,
             last_step=self.last_step,
         )
         self.progress = self.telemetry.progress
@@ -94,6 +100,7 @@ class TrainingLoop:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
         stream = self.telemetry.timed(stream)
         while self.step < self.last_step and not self.stopping:
+            self.recordings.before_step(self.step + 1)
             enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
             self._settle()
@@ -115,6 +122,7 @@ class TrainingLoop:
                     with self.telemetry.pause("sampling"):
                         self._draw_samples()
         self._settle()
+        self.recordings.end()
         if self.step >= self.last_step:
             self._validate()
             self._measure_distance()
@@ -156,26 +164,13 @@ class TrainingLoop:
     def _report_nonfinite(self, verdict: Verdict) -> None:
         """Dump which images, timesteps and seed made a step that was skipped, and give up after too many."""
         self.state.nonfinite_steps += 1
-        first = self.state.position - self.layout.global_batch
-        positions = np.arange(first, self.state.position)
-        ids = self.data.order.ids(positions)
-        # Nothing has been learned from since, so the same timesteps are drawn again.
-        t, _ = self.state.timesteps.draw(torch.from_numpy(positions).to(self.accelerator.device))
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
         with self.telemetry.best_effort():
-            dump = {
-                "step": self.step,
-                "loss": repr(verdict.loss),
-                "grad_norm": repr(verdict.grad_norm),
-                "seed": self.config.seed,
-                "samples": [
-                    {"position": int(p), "id": int(i), "t": int(k), "image": self.data.dataset.describe(int(i))}
-                    for p, i, k in zip(positions, ids, t.tolist())
-                ],
-            }
             if self.accelerator.is_main_process:
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(dump, indent=1))
+                dump = NonFiniteDump.of_step(
+                    verdict, config=self.config, layout=self.layout, state=self.state, data=self.data
+                )
+                dump.write(path)
         self.folder.event("nonfinite", step=self.step, dump=str(path))
         line = f"step {self.step}: loss {verdict.loss}, gradient norm {verdict.grad_norm}; skipped, batch in {path}"
         self.progress.say(line)

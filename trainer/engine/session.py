@@ -23,12 +23,16 @@ from trainer.engine.strategies import Strategy, make_strategy
 from trainer.engine.watchdog import Watchdog
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
+from trainer.telemetry.environment import environment
+from trainer.telemetry.profiling import RecordingRequest
+from trainer.telemetry.trackers import Trackers, check_trackers, open_trackers
 
 
-def train(config: Config, *, resume: str) -> bool:
+def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
     """Train to the end of the run or to a request to stop; returns whether the run is complete.
 
-    `resume` is "auto", "none", or the path or URL of a checkpoint. Raises TrainerError for whatever the user can mend.
+    `resume` is "auto", "none", or the path or URL of a checkpoint; `record`: steps to look at closely. Raises
+    TrainerError for whatever the user can mend.
     """
     die_with_launcher()
     stop = StopRequest()
@@ -44,13 +48,26 @@ def train(config: Config, *, resume: str) -> bool:
         stop=stop,
     )
     with watchdog:
-        return _train(config, resume, layout, strategy, stop, watchdog)
+        return _train(config, resume, record, layout, strategy, stop, watchdog)
 
 
 def _train(
-    config: Config, resume: str, layout: BatchLayout, strategy: Strategy, stop: StopRequest, watchdog: Watchdog
+    config: Config,
+    resume: str,
+    record: RecordingRequest,
+    layout: BatchLayout,
+    strategy: Strategy,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> bool:
     accelerator = strategy.accelerator
+    recordings = record.open(
+        accelerator.device,
+        folder=Path(config.run_dir) / "profiles",
+        rank=accelerator.process_index,
+        say=accelerator.print,
+    )
+    check_trackers(config)
     data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
@@ -97,9 +114,12 @@ def _train(
         train_step=train_step,
         checkpoints=checkpoints,
         folder=folder,
+        recordings=recordings,
+        trackers=_open_trackers(config, folder, accelerator),
     )
     about: dict[str, Any] = {"world_size": layout.world_size, "nodes": _nodes(), "resumed_from": str(source or "")}
     about |= {"peak_flops": loop.telemetry.peak.flops, "peak_source": loop.telemetry.peak.source}
+    about |= {"environment": environment(accelerator.device)}
     folder.event("started", step=loop.step, **about, **loop.telemetry.heartbeat.about_start(loop.step))
     loop.progress.say(_summary(loop, source))
     return _run(loop, accelerator)
@@ -115,6 +135,17 @@ def _open_data(config: Config) -> TrainingData:
         kind=DataError,
     )
     return opened[0]
+
+
+def _open_trackers(config: Config, folder: RunFolder, accelerator: Accelerator) -> Trackers:
+    opened = [Trackers([], accelerator.print)]  # what the others than rank 0 have
+    together(
+        f"log.trackers = {config.log.trackers}: cannot be started",
+        lambda: opened.append(open_trackers(config, folder.path, accelerator.print)),
+        kind=ConfigError,
+        only_rank=0,
+    )
+    return opened[-1]
 
 
 def _nodes() -> int | None:
@@ -147,6 +178,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
             finished = loop.run(stream)
     finally:
         stream.close()
+        loop.recordings.end()
     accelerator.end_training()
     return finished
 

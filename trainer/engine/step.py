@@ -37,6 +37,12 @@ def noised_inputs(
     return x0, position, eps
 
 
+def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
+    """Before the forward pass of a micro-batch: dropout's mask is a function of the seed and its first position."""
+    if config.model.dropout > 0:
+        torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
+
+
 class _Drawn(NamedTuple):
     """The timesteps of some images, their unweighted losses and terms of the bound, and weights; each (B,)."""
 
@@ -109,8 +115,7 @@ class TrainStep:
             enter("data")
             batch = next(stream)
             enter("forward")
-            if self.config.model.dropout > 0:
-                torch.manual_seed(keyed_int(self.config.seed, Stream.DROPOUT, int(batch["position"][0])))
+            seed_dropout(batch, self.config)
             x0, position, eps = noised_inputs(batch, self.config, self.strategy.device)
             t, weight = self.state.timesteps.draw(position)
             x_t = self.diffusion.q_sample(x0, t, eps)

@@ -23,6 +23,7 @@ from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pace import Pace
 from trainer.telemetry.progress import Progress, Stopwatch
 from trainer.telemetry.step_clock import StepClock
+from trainer.telemetry.trackers import Trackers
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ class Telemetry:
         state: TrainState,
         folder: RunFolder,
         last_step: int,
+        trackers: Trackers | None = None,
     ) -> None:
         self.layout = layout
         self.state = state
@@ -57,7 +59,7 @@ class Telemetry:
         ).training
         self.peak = device_peak(self._device, config.train.precision)
         writes = state.strategy.accelerator.is_main_process
-        self.metrics = Metrics(folder.logs, self.step) if writes else None
+        self.metrics = Metrics(folder.logs, self.step, trackers) if writes else None
         self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)
         self.heartbeat = Heartbeat(folder.path, writes=writes)  # what was before it is the start-up
         self.stopwatch = Stopwatch(self.beat)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from trainer.models.group_norm import GroupNorm
+
 GROUP_NORM_EPS = 1e-6  # TensorFlow's; PyTorch's default of 1e-5 is another network
 MAX_PERIOD = 10_000  # of the sinusoids, as in the Transformer
 NEAR_ZERO = 1e-10  # initial scale of the layers that end a residual branch or the network: it starts as an identity
@@ -41,9 +43,9 @@ def dense(in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Line
     return layer
 
 
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+def group_norm(groups: int, channels: int) -> GroupNorm:
     """Group normalisation with the authors' epsilon."""
-    return nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
+    return GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -54,7 +54,11 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The journal of a run, oldest first; a line cut by a kill is left out."""
-    path = run / "events.jsonl"
+    return read_journal(run / "events.jsonl")
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The same of any rank's file; nothing where there is none."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.telemetry.trackers import Trackers
+
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -15,14 +17,16 @@ class Metrics:
     """Writer of RUN/logs; one process of a run holds it.
 
     `step` is where the run goes on: what was logged behind it belongs to work that was lost and will be done again.
+    The `trackers` are told the same.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, trackers: Trackers | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_NAME
         _drop_behind(self._path, step)
         self._lines = self._path.open("a")
         self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._trackers = trackers
         self._last: tuple[int, int, dict[str, float]] | None = None  # step, where its line begins, values
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -38,15 +42,21 @@ class Metrics:
         self._last = step, begin, values
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
+        if self._trackers is not None:
+            self._trackers.scalars(step, values)
 
     def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """Record an (H, W, C) picture."""
         self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        if self._trackers is not None:
+            self._trackers.picture(step, name, pixels)
 
     def close(self) -> None:
         """Bring everything to the disk."""
         self._lines.close()
         self._tensorboard.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

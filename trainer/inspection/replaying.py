@@ -1,0 +1,189 @@
+"""A step that was not finite, computed again: same images, flips, t, eps and dropout, at a checkpoint's weights."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.config import Config
+from trainer.data.batches import ReadAndDecode
+from trainer.data.training_data import TrainingData, open_training_data
+from trainer.diffusion.objectives import Objective
+from trainer.engine.build import build_diffusion, build_network
+from trainer.engine.checkpoints import read_weights
+from trainer.engine.nonfinite import NonFiniteDump
+from trainer.engine.precision import run_in
+from trainer.engine.run import RunFolder, check_identity, identity
+from trainer.engine.step import noised_inputs, seed_dropout
+from trainer.errors import CheckpointError, ConfigError
+from trainer.inspection import folders
+from trainer.inspection.origin import GradientNorm, Origin, Watch, gradient_norms
+from trainer.inspection.text import table
+
+_LISTED = 32  # samples of a batch in which none is at fault
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a step computes. losses: one a sample, unweighted; loss: of the global batch; norms: of its gradient."""
+
+    losses: list[float] = field(default_factory=list)
+    loss: float = 0.0
+    forward: Origin | None = None
+    backward: Origin | None = None
+    norms: list[GradientNorm] = field(default_factory=list)
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the whole network, before clipping."""
+        return math.sqrt(sum(module.norm**2 for module in self.norms))
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step would be applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A dumped step and what it computed this time, on `device`, at a checkpoint after so many `updates`."""
+
+    dump: NonFiniteDump
+    checkpoint: Path
+    updates: int
+    device: str
+    outcome: Outcome
+
+
+def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Replay:
+    """Compute the dumped step in this process, a micro-batch after the other.
+
+    checkpoint: None for the newest of the run that is whole and not behind the step. Raises TrainerError where dump,
+    checkpoint, configuration or data cannot be used or do not belong together.
+    """
+    dump = NonFiniteDump.read(path)
+    run = path.resolve().parent.parent
+    config = _as_dumped(RunFolder(run, writes=False).load_config(), dump, path)
+    data = open_training_data(config, index_folder=None)
+    if checkpoint is None:
+        checkpoint = _newest_before(run, dump.step)
+    elif faults := folders.damages(checkpoint):
+        raise CheckpointError(f"{checkpoint}: damaged: {'; '.join(faults)}")
+    weights, manifest = read_weights(checkpoint, "model")
+    check_identity(manifest["identity"], identity(config, data), checkpoint)
+    network = build_network(config)
+    network.load_state_dict(weights)
+    network.checkpoint_activations(config.train.activation_checkpointing)
+    network.train().to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+    run_in(config.train.precision, network, device)
+    scaler = manifest["state"].get("scaler")
+    return Replay(
+        dump=dump,
+        checkpoint=checkpoint,
+        updates=manifest["state"]["updates"],
+        device=device.type,
+        outcome=_compute(
+            network, dump, config=config, data=data, device=device, scale=scaler["scale"] if scaler else 1.0
+        ),
+    )
+
+
+def as_text(result: Replay) -> str:
+    """The same, to be read."""
+    dump, outcome = result.dump, result.outcome
+    lines = [
+        f"step {dump.step}: loss {dump.loss}, gradient norm {dump.grad_norm}",
+        f"replayed at {result.checkpoint}, {_whose_weights(result)}",
+        f"loss {outcome.loss:.6g}, gradient norm {outcome.grad_norm:.6g}: "
+        + ("finite; NOT reproduced" if outcome.finite else "not finite again"),
+    ]
+    if result.device != dump.device:
+        lines.append(f"computed on {result.device}, the step was on {dump.device}: dropout and rounding differ")
+    lines += _about_samples(dump, outcome.losses)
+    timesteps = {sample.position: sample.t for sample in dump.samples}
+    for what, origin in (("output", outcome.forward), ("gradient of its output", outcome.backward)):
+        if origin is not None:
+            who = ", ".join(f"{position} (t {timesteps[position]})" for position in origin.positions[:_LISTED])
+            lines.append(f"first module whose {what} is not finite: {origin.module} ({origin.kind}), samples {who}")
+    norms = [[module.module, f"{module.norm:.4g}", f"{module.nonfinite:,}"] for module in outcome.norms]
+    return "\n".join(lines + table(["module", "gradient norm", "not finite"], norms))
+
+
+def _about_samples(dump: NonFiniteDump, losses: list[float]) -> list[str]:
+    """Those whose loss is not finite, or all where there is none such."""
+    all_of_them = list(zip(dump.samples, losses, strict=True))
+    bad = [(sample, loss) for sample, loss in all_of_them if not math.isfinite(loss)]
+    shown = bad or all_of_them
+    rows = [[str(s.position), str(s.t), f"{loss:.6g}", s.image] for s, loss in shown[:_LISTED]]
+    lines = [f"samples whose loss is not finite: {len(bad)} of {len(all_of_them)}"]
+    lines += table(["position", "t", "loss", "image"], rows)
+    return lines if len(shown) <= _LISTED else [*lines, f"  and {len(shown) - _LISTED} more"]
+
+
+def _compute(
+    network: nn.Module,
+    dump: NonFiniteDump,
+    *,
+    config: Config,
+    data: TrainingData,
+    device: torch.device,
+    scale: float,
+) -> Outcome:
+    """The step's forward and backward passes, the loss multiplied by `scale` as fp16 has it."""
+    diffusion = build_diffusion(config, device)
+    process = config.diffusion
+    objective = Objective(diffusion, prediction=process.prediction, variance=process.variance, loss=process.loss)
+    read = ReadAndDecode(data.dataset, replace_by=data.order if config.data.on_bad_sample == "skip" else None)
+    outcome = Outcome()
+    accumulation = len(dump.samples) // dump.micro_batch
+    for first in range(0, len(dump.samples), dump.micro_batch):
+        samples = dump.samples[first : first + dump.micro_batch]
+        positions = [sample.position for sample in samples]
+        batch = read((positions, [sample.id for sample in samples]))
+        seed_dropout(batch, config)
+        x0, _, eps = noised_inputs(batch, config, device)
+        t = torch.tensor([sample.t for sample in samples], device=device)
+        weight = torch.tensor([1.0 if s.weight is None else s.weight for s in samples], device=device)
+        x_t = diffusion.q_sample(x0, t, eps)
+        with Watch(network, positions) as watch:
+            output = network(x_t, t)
+        losses = objective.losses(output, x0=x0, x_t=x_t, t=t, eps=eps)
+        loss = (weight * losses).mean() / accumulation
+        (loss * scale).backward()
+        outcome.losses += losses.tolist()
+        outcome.loss += loss.item()
+        outcome.forward = outcome.forward or watch.forward
+        outcome.backward = outcome.backward or watch.backward
+    outcome.norms = gradient_norms(network, divided_by=scale)
+    return outcome
+
+
+def _as_dumped(config: Config, dump: NonFiniteDump, path: Path) -> Config:
+    """The run's configuration, in the precision that the step was computed in."""
+    if config.seed != dump.seed:
+        raise ConfigError(f"{path}: of a run with seed {dump.seed}, config.toml beside it has {config.seed}")
+    if not dump.samples or len(dump.samples) % dump.micro_batch:
+        raise ConfigError(f"{path}: {len(dump.samples)} samples are no whole micro-batches of {dump.micro_batch}")
+    train = config.train.model_copy(update={"precision": dump.precision})
+    return config.model_copy(update={"train": train})
+
+
+def _newest_before(run: Path, step: int) -> Path:
+    """That of the step itself will do, too: a step that is skipped leaves the weights as they were."""
+    steps = folders.steps_in(folders.require_run(run) / "checkpoints")
+    for found in sorted((found for found in steps if found <= step), reverse=True):
+        if not folders.damages(steps[found]):
+            return steps[found]
+    raise CheckpointError(
+        f"{run}: has no whole checkpoint of step {step} or before; name another one's path by --checkpoint"
+    )
+
+
+def _whose_weights(result: Replay) -> str:
+    behind = result.dump.updates - result.updates
+    if behind == 0:
+        return "the very weights of that step"
+    return f"{abs(behind)} updates {'before' if behind > 0 else 'after'} that step: its weights were others"

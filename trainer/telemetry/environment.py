@@ -1,0 +1,34 @@
+"""What a run computes with: versions, device, host. For whoever asks later why two runs differ."""
+
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from trainer import __version__
+
+_PACKAGES = ("accelerate", "deepspeed", "numpy", "webdataset")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """For the journal, of this process; names that say what each is."""
+    found = {
+        "trainer": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "system": platform.platform(),
+        "host": socket.gethostname(),
+    }
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,49 @@
+"""What a run is doing, seen from outside: by its markers, its lock and its heartbeat."""
+
+import fcntl
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.telemetry.goodput import ENDS
+from trainer.units import in_words
+
+_FRESH = 60.0  # seconds; a heartbeat comes every ten
+
+
+def state(run: Path, heartbeat: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]]) -> str:
+    """Finished, stopped, training, starting or dead, in words."""
+    age = time.time() - heartbeat["time"] if heartbeat else None
+    owner = lock_owner(run / "lock")
+    if age is not None and heartbeat is not None and heartbeat["activity"] not in ENDS and (owner or age < _FRESH):
+        where = f"{heartbeat['activity']} on {heartbeat['host']}"
+        if age < _FRESH:
+            return f"{where}, seen {in_words(age)} ago"
+        return f"{where}, but SILENT for {in_words(age)}: hanging, or in a long save"
+    if owner:
+        return f"starting: {owner}"
+    if (run / "DONE").exists():
+        return "finished"
+    if (run / "STOPPED").exists():
+        return "stopped on request, saved; start it again to go on"
+    if age is not None:
+        return f"DEAD: last seen {in_words(age)} ago, it neither finished nor stopped"
+    if any(event["event"] == "started" for event in events):
+        return "DEAD: it neither finished nor stopped"
+    return "not started yet"
+
+
+def lock_owner(lock: Path) -> str | None:
+    """Who trains there, or None. It only asks: taking the lock, for a moment, could turn a starting job away."""
+    if not lock.exists():
+        return None
+    with lock.open("rb") as stream:
+        question = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
+        try:
+            answer = fcntl.fcntl(stream, fcntl.F_GETLK, question)
+        except OSError:  # a file system without locks
+            return None
+        kind = struct.unpack("hhqqi4x", answer)[0]
+        return stream.read().decode(errors="replace").strip() or "a process" if kind != fcntl.F_UNLCK else None

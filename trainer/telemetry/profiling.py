@@ -1,0 +1,185 @@
+"""Some steps of a run looked at closely: torch.profiler's trace, and the history of CUDA's memory.
+
+RUN/profiles/steps-10-15/rank-00000.10.pt.trace.json.gz   for Perfetto, chrome://tracing and TensorBoard's plugin
+                         rank-00000.operators.txt         operators by the time that they took
+                         rank-00000.memory.pickle         for pytorch.org/memory_viz
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from trainer.errors import ConfigError
+
+_REQUEST = re.compile(r"steps=(\d+)(?:\.\.(\d+))?(,ranks=all)?")
+_OPERATORS = 40  # rows of the table
+_MEMORY_EVENTS = 1_000_000  # allocations and frees that are kept, the last ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRange:
+    """Steps `first` to `last` of a run, both included, counted from 1; of rank 0, or of all ranks."""
+
+    first: int
+    last: int
+    all_ranks: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "steps=10..15", "steps=10" or "steps=10..15,ranks=all". Raises ConfigError for anything else."""
+        match = _REQUEST.fullmatch(text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if match is None or not 1 <= first <= last:
+            raise ConfigError(f"{text}: should be like steps=10..15, or steps=10..15,ranks=all; the first step is 1")
+        return cls(first=first, last=last, all_ranks=match[3] is not None)
+
+
+class Recorder(Protocol):
+    """What can be switched on for some steps."""
+
+    def start(self) -> None:
+        """Before the first of them."""
+
+    def begin_step(self, step: int) -> None:
+        """Before each of them."""
+
+    def save(self, stem: Path) -> None:
+        """After the last of them: switch off, and write to files whose names begin with `stem`. Raises OSError."""
+
+
+class TraceRecorder:
+    """What the host and the device do, and when."""
+
+    def __init__(self, device: torch.device) -> None:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._profile = profile(activities=activities, record_shapes=True)
+        self._order = f"self_{device.type}_time_total"
+        self._step: record_function | None = None
+        self._first = 0
+
+    def start(self) -> None:
+        """See `Recorder`."""
+        self._profile.start()
+
+    def begin_step(self, step: int) -> None:
+        """See `Recorder`; by this name TensorBoard's plugin knows a step."""
+        self._end_step()
+        self._first = self._first or step
+        self._step = record_function(f"ProfilerStep#{step}")
+        self._step.__enter__()
+
+    def save(self, stem: Path) -> None:
+        """See `Recorder`."""
+        self._end_step()
+        self._profile.stop()
+        self._profile.export_chrome_trace(f"{stem}.{self._first}.pt.trace.json.gz")
+        table = self._profile.key_averages().table(sort_by=self._order, row_limit=_OPERATORS, max_name_column_width=80)
+        Path(f"{stem}.operators.txt").write_text(table)
+
+    def _end_step(self) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+
+
+class MemoryRecorder:
+    """Every allocation of CUDA's memory and where it was made. Raises ConfigError for a run without CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ConfigError(
+                f"--memory-snapshot: records CUDA's allocator, and this run computes on the {device.type.upper()}; "
+                "leave it out, or take --profile"
+            )
+
+    def start(self) -> None:
+        """See `Recorder`."""
+        torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+
+    def begin_step(self, step: int) -> None:
+        """Steps are not told apart."""
+
+    def save(self, stem: Path) -> None:
+        """See `Recorder`."""
+        torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+class Recording:
+    """A recorder that is on during the steps of a range, or those of them that this process trains."""
+
+    def __init__(
+        self, recorder: Recorder, steps: StepRange, *, folder: Path, rank: int, say: Callable[[str], None]
+    ) -> None:
+        self._recorder = recorder
+        self._steps = steps
+        self._stem = folder / f"steps-{steps.first}-{steps.last}" / f"rank-{rank:05d}"
+        self._mine = steps.all_ranks or rank == 0
+        self._on = False
+        self._say = say
+
+    def before_step(self, step: int) -> None:
+        """Switch on or off, as `step` (from 1) is the next to be trained."""
+        if not self._mine:
+            return
+        if step > self._steps.last:
+            self.end()
+        elif step >= self._steps.first:
+            if not self._on:
+                self._recorder.start()
+                self._on = True
+            self._recorder.begin_step(step)
+
+    def end(self) -> None:
+        """Write what was recorded; nothing where nothing was. A disk that cannot be written to ends no run."""
+        if not self._on:
+            return
+        self._on = False
+        try:
+            self._stem.parent.mkdir(parents=True, exist_ok=True)
+            self._recorder.save(self._stem)
+        except (OSError, RuntimeError) as fault:  # the latter is what the profiler's C++ says of a disk
+            self._say(f"{self._stem}: not written: {fault}")
+        else:
+            self._say(f"steps {self._steps.first} to {self._steps.last} are recorded in {self._stem.parent}")
+
+
+class Recordings:
+    """All recordings of a run."""
+
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        self._recordings = recordings
+
+    def before_step(self, step: int) -> None:
+        """See `Recording`."""
+        for recording in self._recordings:
+            recording.before_step(step)
+
+    def end(self) -> None:
+        """See `Recording`; may be called again."""
+        for recording in self._recordings:
+            recording.end()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingRequest:
+    """What the command line asks for; None for nothing."""
+
+    trace: StepRange | None = None
+    memory: StepRange | None = None
+
+    def open(self, device: torch.device, *, folder: Path, rank: int, say: Callable[[str], None]) -> Recordings:
+        """Raises ConfigError where the device cannot."""
+        recorders: list[tuple[Recorder, StepRange]] = []
+        if self.trace is not None:
+            recorders.append((TraceRecorder(device), self.trace))
+        if self.memory is not None:
+            recorders.append((MemoryRecorder(device), self.memory))
+        return Recordings(
+            [Recording(recorder, steps, folder=folder, rank=rank, say=say) for recorder, steps in recorders]
+        )
