@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                                   # a size that fits the device
     python benchmarks/train_step.py --config configs/cifar10.toml --batch 128 --compile
-    python benchmarks/train_step.py --also train.activation_checkpointing=selective
+    python benchmarks/train_step.py --also train.compile=regional
 
 diffusers' unconditional example as it ships, in float32 and with --mixed_precision bf16, is what ratios are to; besides
 it the same loop with channels-last memory and, on request, compiled. Its network is ours (equal in number and shape of

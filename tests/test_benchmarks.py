@@ -12,7 +12,8 @@ import pytest
 from benchmarks.scaling import Seconds, hidden_share
 from benchmarks.scaling_model import Links, modelled, modelled_step
 from benchmarks.turns import Contender, Run, Turn, result, take_turns
-from tests.harness import REPOSITORY, environment
+from tests.harness import REPOSITORY, environment, load_config
+from trainer.engine.build import build_network
 
 TINY = [
     *("--set", "model.image_size=8", "--set", "model.base_channels=8", "--set", "model.channel_multipliers=[1, 2]"),
@@ -79,8 +80,8 @@ def test_ranks_beside_one(tmp_path: Path) -> None:
     _, found = run_benchmark("scaling", tmp_path, *TINY, *arguments)
     one, two = found["rows"]
     assert (one["bytes_per_step"], one["efficiency"]) == (0, 1)
-    parameters = 42_361
-    assert two["bytes_per_step"] == 4 * parameters
+    network = build_network(load_config(REPOSITORY / "configs" / "demo.toml", *TINY[1:8:2]))
+    assert two["bytes_per_step"] == 4 * sum(parameter.numel() for parameter in network.parameters())
     assert two["efficiency"] > 0
     assert [row["ranks"] for row in found["model"]] == [8, 16, 32]
 
