@@ -24,6 +24,7 @@ from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.signals import StopRequest
+from trainer.telemetry.profiling import RecordingRequest
 
 Batch = dict[str, torch.Tensor]
 
@@ -118,7 +119,8 @@ def training_loop(config: Config, *, steps: int, threads: int) -> Run:
     mock.patch.object(StopRequest, "install").start()  # signals belong to the main thread
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # the table's place; open as long as the process
     # A daemon, for it waits at the gate when the process is to end.
-    loop = threading.Thread(target=session.train, args=(config,), kwargs={"resume": "none"}, daemon=True)
+    options = {"resume": "none", "record": RecordingRequest()}
+    loop = threading.Thread(target=session.train, args=(config,), kwargs=options, daemon=True)
     loop.start()
 
     def run() -> int:
