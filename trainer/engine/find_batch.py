@@ -51,11 +51,13 @@ def find_batch(config: Config) -> Iterator[Trial]:
     diffusion = build_diffusion(config, strategy.device)
     world_size = strategy.accelerator.num_processes
     share = BatchLayout.plan(config.train.global_batch, world_size, None).micro_batch
+    # One for all sizes: what it hooks to the exchange between ranks can be hooked once.
+    layout = BatchLayout(global_batch=world_size, world_size=world_size, micro_batch=1)
+    train_step = TrainStep(
+        config=config, layout=layout, strategy=strategy, state=state, diffusion=diffusion, stop=StopRequest()
+    )
     for size in (n for n in range(1, share + 1) if share % n == 0):
-        layout = BatchLayout(global_batch=size * world_size, world_size=world_size, micro_batch=size)
-        train_step = TrainStep(
-            config=config, layout=layout, strategy=strategy, state=state, diffusion=diffusion, stop=StopRequest()
-        )
+        train_step.layout = BatchLayout(global_batch=size * world_size, world_size=world_size, micro_batch=size)
         seconds = _seconds_a_pass(train_step) if _is_likely_to_fit(config, strategy.device, size) else math.inf
         slowest = max(gather(seconds))
         if math.isinf(slowest):
