@@ -21,6 +21,7 @@ SMALL: dict[str, list[str]] = {
     "kernels": ["--rounds", "3"],
     "sampling": ["--rounds", "3", "--ddpm-steps", "10", "--ddim-steps", "10"],
     "scaling": ["--rounds", "3"],
+    "telemetry": ["--rounds", "3", "--no-turns"],
     "ema": ["--config", "configs/cifar10.toml", "--rounds", "5"],
     "checkpoint": ["--config", "configs/cifar10.toml", "--strategies", "ddp", "zero2"],
     "data": ["--images", "300", "--size", "128", "--rounds", "3", "--kinds", "jpeg 75 4:2:0", "webp lossless"],

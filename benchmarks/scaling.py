@@ -11,7 +11,8 @@ turns.
 
 Measured of each group: steps with gradients averaged; steps with them kept local; the same bytes all-reduced with
 nothing else to do. What the first takes longer than the second is exposed communication; the rest of the third is
-hidden behind the backward pass. Bytes are those that DistributedDataParallel hands to the network, counted by a hook.
+hidden behind the backward pass. Bytes are those that DistributedDataParallel hands to the network, counted where it
+does so.
 
 The model is `modelled_step` of scaling_model.py.
 """
@@ -30,6 +31,7 @@ from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -37,12 +39,12 @@ if not __package__:
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import ours
 from benchmarks.machine import cores, default_device, describe, synchronize
 from benchmarks.scaling_model import Links, modelled
 from trainer.config import Config
+from trainer.engine.strategies import base as strategies_base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def serve(rank: int, ranks: int, port: int, setting: Setting, pipe: Connection) 
     try:
         while True:
             if pipe.recv() == "bytes":
-                pipe.send(_bytes_per_step(network, lambda: ours.take(step, stream)))
+                pipe.send(_bytes_per_step(lambda: ours.take(step, stream)))
                 continue
             whole = timed(lambda: ours.take(step, stream), setting.steps)
             local = timed(local_step, setting.steps) if ranks > 1 else whole
@@ -113,7 +115,7 @@ def serve(rank: int, ranks: int, port: int, setting: Setting, pipe: Connection) 
             dist.destroy_process_group()
 
 
-def _bytes_per_step(network: torch.nn.Module, step: Callable[[], None]) -> int:
+def _bytes_per_step(step: Callable[[], None]) -> int:
     """Gradients that a rank gives to be averaged in one step."""
     counted = 0
 
@@ -122,9 +124,8 @@ def _bytes_per_step(network: torch.nn.Module, step: Callable[[], None]) -> int:
         counted += bucket.buffer().nbytes
         return allreduce_hook(group, bucket)
 
-    if isinstance(network, DistributedDataParallel):
-        network.register_comm_hook(None, counting)
-    step()
+    with mock.patch.object(strategies_base, "allreduce_hook", counting):
+        step()
     return counted
 
 
