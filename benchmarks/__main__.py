@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, at sizes that fit the device: minutes on a CPU.
+"""All benchmarks of speed and memory, one after the other, at sizes that fit the device: minutes on a CPU.
 
     python -m benchmarks
     python -m benchmarks train_step sampling     # only these
@@ -26,9 +26,8 @@ SMALL: dict[str, list[str]] = {
     "checkpoint": ["--config", "configs/cifar10.toml", "--strategies", "ddp", "zero2"],
     "data": ["--images", "300", "--size", "128", "--rounds", "3", "--kinds", "jpeg 75 4:2:0", "webp lossless"],
     "prepare": ["--images", "60", "--size", "128", "--rounds", "3"],
-    "objectives": ["--steps", "20", "--images", "8", "--samples", "32", "--out", "runs/objectives-small"],
 }
-ON_THE_HOST = ("checkpoint", "data", "prepare", "objectives")
+ON_THE_HOST = ("checkpoint", "data", "prepare")
 
 
 def main() -> int:
