@@ -174,9 +174,13 @@ class TrainConfig(Section):
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32. "tf32" is float32 that GPUs
     round to 10 bits before they multiply."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     """What the backward pass recomputes: "selective" all but convolutions and attention, for little time (not with
-    "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time."""
+    "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time; "budget"
+    either of as few blocks as memory_budget asks for."""
+    memory_budget: SizeField | None = None
+    """With activation_checkpointing = "budget": "40 GB" for weights, gradients and activations of a micro-batch, as
+    --dry-run foretells them; moments and averages come on top."""
     compile: Literal["none", "regional"] = "none"
     """"regional" has torch.compile fuse each residual block with its attention: less memory traffic on GPUs, for
     seconds a shape when a run first starts. Needs a C++ compiler on CPUs (docs/gpu.md)."""
@@ -198,10 +202,13 @@ class TrainConfig(Section):
             raise ValueError(f'offload_optimizer is for strategy = "zero1", "zero2" or "zero3", not "{self.strategy}"')
         if self.precision == "fp16" and self.strategy != "ddp":
             raise ValueError(f'precision = "fp16" is for strategy = "ddp"; with "{self.strategy}" take "bf16"')
-        if self.activation_checkpointing == "selective" and self.strategy == "zero3":
+        if self.activation_checkpointing in ("selective", "budget") and self.strategy == "zero3":
             raise ValueError(
-                'activation_checkpointing = "selective" would keep weights that "zero3" gathers; take "full"'
+                f'activation_checkpointing = "{self.activation_checkpointing}" would keep weights that "zero3" '
+                'gathers; take "full"'
             )
+        if (self.activation_checkpointing == "budget") != (self.memory_budget is not None):
+            raise ValueError('activation_checkpointing = "budget" and memory_budget go together')
         if self.compile_cache is not None and self.compile == "none":
             raise ValueError('compile_cache is for compile = "regional"')
         if self.ema_snapshots.count and not self.ema_sigma_rel:

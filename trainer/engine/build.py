@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trainer.config import Config, ModelConfig
+from trainer.data.stream import BatchLayout
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.reverse import ReverseProcess, ReverseVariance, output_channels
 from trainer.diffusion.schedules import make_betas
@@ -14,6 +15,7 @@ from trainer.engine.averages import profiles
 from trainer.engine.compilation import compile_stages
 from trainer.engine.optimizer import GuardedAdam
 from trainer.engine.precision import run_in
+from trainer.engine.recomputation import recompute, stage_kinds
 from trainer.engine.state import TrainState
 from trainer.engine.strategies import Strategy
 from trainer.engine.timesteps import ImportanceTimesteps, Timesteps, UniformTimesteps
@@ -90,7 +92,8 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
     """The state of a run that has not begun, spread over the ranks; the same for every number of them. Collective."""
     torch.manual_seed(config.seed)
     network = build_network(config)
-    network.checkpoint_activations(config.train.activation_checkpointing)
+    layout = BatchLayout.plan(config.train.global_batch, strategy.accelerator.num_processes, config.train.micro_batch)
+    recompute(network, stage_kinds(lambda: build_network(config), config, layout.micro_batch))
     if config.train.compile == "regional":
         compile_stages(network, config.train.compile_cache)
     strategy.prepare(network, lambda model: build_optimizer(config, model))

@@ -51,6 +51,19 @@ def training_flops(build: Callable[[], nn.Module], image_shape: tuple[int, int, 
 
 def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> Cost:
     """Cost of one forward and backward pass over `batch` images of `image_shape` (C, H, W); nothing is allocated."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build().parameters())
+    flops = training_flops(build, image_shape)
+    return Cost(
+        parameters=parameters,
+        forward_flops_per_image=flops.forward,
+        training_flops_per_image=flops.training,
+        peak_bytes=foretold_peak(build, image_shape, batch=batch, bf16=bf16),
+    )
+
+
+def foretold_peak(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> int:
+    """`Cost.peak_bytes` alone."""
     with FakeTensorMode():
         network = build()
         precision = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -59,14 +72,7 @@ def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *
             with precision:
                 loss = network(x, t).float().square().mean()
             loss.backward()
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    flops = training_flops(build, image_shape)
-    return Cost(
-        parameters=parameters,
-        forward_flops_per_image=flops.forward,
-        training_flops_per_image=flops.training,
-        peak_bytes=4 * parameters + memory.peak,
-    )
+    return 4 * sum(parameter.numel() for parameter in network.parameters()) + memory.peak
 
 
 class _PeakMemory(TorchDispatchMode):

@@ -12,8 +12,11 @@ from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_network
 from trainer.engine.cost import Cost, measure
 from trainer.engine.precision import cpu_lacks_bf16
+from trainer.engine.recomputation import recompute, stage_kinds
 from trainer.errors import TrainerError
-from trainer.models.unet import UNet
+from trainer.models.unet import ActivationCheckpointing, UNet
+
+_RECOMPUTED = {"none": "nothing", "selective": "all but what takes time", "full": "all"}
 
 
 def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, Any], TrainerError | None]:
@@ -24,7 +27,8 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
     data, fault = _open_data(config)
-    cost = measure_cost(config, layout.micro_batch)
+    kinds = stage_kinds(lambda: build_network(config), config, layout.micro_batch)
+    cost = _cost(config, layout.micro_batch, kinds)
     steps = config.train.duration.steps(layout.global_batch)
     images = steps * layout.global_batch
     averages = 1 + len(config.train.ema_sigma_rel)
@@ -42,6 +46,7 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
         "images": images,
         "epochs": images / data.order.samples if data is not None else None,
         "remarks": _remarks(config),
+        "blocks": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "memory_per_device_bytes": cost.peak_bytes + _state_bytes(config.train, cost.parameters, world_size),
         "checkpoint_bytes": checkpoint_bytes,
         "checkpoints_on_disk": _checkpoints_on_disk(config),
@@ -70,6 +75,7 @@ def as_text(plan: dict[str, Any]) -> str:
         "duration": f"{plan['steps']:,} steps = {plan['images']:,} images{epochs}",
         "memory per device": f"{as_size(plan['memory_per_device_bytes'])} (estimate: weights, gradients, Adam, EMA, "
         f"activations of {plan['micro_batch']} images)",
+        "recomputed": ", ".join(f"{_RECOMPUTED[kind]} of {count} blocks" for kind, count in plan["blocks"].items()),
         "checkpoint": as_size(plan["checkpoint_bytes"]),
         "disk": f"{as_size(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most",
         "data": f"{data['path']}: {samples}",
@@ -100,10 +106,13 @@ def _remarks(config: Config) -> list[str]:
 
 def measure_cost(config: Config, micro_batch: int) -> Cost:
     """What a forward and backward pass over a micro-batch takes, found without running it."""
+    return _cost(config, micro_batch, stage_kinds(lambda: build_network(config), config, micro_batch))
 
+
+def _cost(config: Config, micro_batch: int, kinds: list[ActivationCheckpointing]) -> Cost:
     def build() -> UNet:
         network = build_network(config)
-        network.checkpoint_activations(config.train.activation_checkpointing)
+        recompute(network, kinds)
         return network
 
     shape = (config.model.channels, config.model.image_size, config.model.image_size)

@@ -13,9 +13,10 @@ from accelerate import PartialState
 
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
-from trainer.engine.build import build_diffusion, build_state
+from trainer.engine.build import build_diffusion, build_network, build_state
 from trainer.engine.dry_run import as_size, measure_cost
 from trainer.engine.processes import gather
+from trainer.engine.recomputation import recompute, stage_kinds
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.errors import ConfigError
@@ -38,8 +39,9 @@ def find_batch(config: Config) -> Iterator[Trial]:
     """Try every micro-batch that divides a rank's share of the global batch, smallest first, until one does not fit.
 
     A trial is forward and backward passes over random images, with weights, moments and averages in memory as in
-    training. On CPUs, where too large a batch would have the process killed, one is not tried for which more memory is
-    foretold than is free. Collective; all ranks try the same sizes. Raises ConfigError for other strategies than ddp.
+    training. A size that `train.memory_budget` cannot hold is not tried; nor on CPUs, where the process would be
+    killed, one for which more memory is foretold than is free. Collective; all ranks try the same sizes. Raises
+    ConfigError for other strategies than ddp.
     """
     if config.train.strategy != "ddp":
         raise ConfigError(
@@ -47,7 +49,9 @@ def find_batch(config: Config) -> Iterator[Trial]:
             "where less is held"
         )
     strategy = DataParallel(config.train)
-    state = build_state(config, strategy)
+    # What is recomputed within a budget depends on the size, so it is set for each below, and now for the smallest.
+    smallest = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
+    state = build_state(smallest, strategy)
     diffusion = build_diffusion(config, strategy.device)
     world_size = strategy.accelerator.num_processes
     share = BatchLayout.plan(config.train.global_batch, world_size, None).micro_batch
@@ -58,6 +62,11 @@ def find_batch(config: Config) -> Iterator[Trial]:
     )
     for size in (n for n in range(1, share + 1) if share % n == 0):
         train_step.layout = BatchLayout(global_batch=size * world_size, world_size=world_size, micro_batch=size)
+        if config.train.memory_budget is not None:
+            try:
+                recompute(strategy.network, stage_kinds(lambda: build_network(config), config, size))
+            except ConfigError:
+                return
         seconds = _seconds_a_pass(train_step) if _is_likely_to_fit(config, strategy.device, size) else math.inf
         slowest = max(gather(seconds))
         if math.isinf(slowest):

@@ -1,0 +1,78 @@
+"""Which stages of the network keep their activations for the backward pass, and which compute them again.
+
+`train.activation_checkpointing` says so of all stages, or it is "budget": then as few are recomputed as make a
+micro-batch fit into `train.memory_budget`, those first that free most memory for the time that they take.
+"""
+
+import bisect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from trainer.config import Config
+from trainer.engine.cost import foretold_peak
+from trainer.errors import ConfigError
+from trainer.models.unet import ActivationCheckpointing, Stage, UNet
+
+
+def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
+    """Set what each stage of a network, which may be wrapped, does in training; in the order of `stage_kinds`."""
+    for stage, kind in zip(_stages(network), kinds, strict=True):
+        stage.activation_checkpointing = kind
+
+
+def stage_kinds(build: Callable[[], UNet], config: Config, micro_batch: int) -> list[ActivationCheckpointing]:
+    """What each stage of a built network does for micro-batches of that size, in the order of the network's modules.
+
+    Within a budget, stages become "selective" one by one, then "full", until weights, gradients and activations fit by
+    `foretold_peak`. A stage's activations grow with its width and its time with the square of it, so the narrow ones
+    come first. Raises ConfigError where the budget is too small for that micro-batch.
+    """
+    with torch.device("meta"):
+        stages = _stages(build())
+    chosen = config.train.activation_checkpointing
+    if chosen != "budget":
+        return [chosen] * len(stages)
+    assert config.train.memory_budget is not None
+    narrow_first = sorted(range(len(stages)), key=lambda place: _weights(stages[place]))
+    moves: list[tuple[int, ActivationCheckpointing]] = [
+        *((place, "selective") for place in narrow_first),
+        *((place, "full") for place in narrow_first),
+    ]
+
+    def after(count: int) -> list[ActivationCheckpointing]:
+        kinds: list[ActivationCheckpointing] = ["none"] * len(stages)
+        for place, kind in moves[:count]:
+            kinds[place] = kind
+        return kinds
+
+    def fits(count: int) -> bool:
+        return _peak(build, config, after(count), micro_batch) <= config.train.memory_budget  # type: ignore[operator]
+
+    count = bisect.bisect_left(range(len(moves) + 1), True, key=fits)
+    if count > len(moves):
+        least = _peak(build, config, after(len(moves)), micro_batch)
+        raise ConfigError(
+            f"train.memory_budget = {config.train.memory_budget}: a micro-batch of {micro_batch} takes {least} bytes "
+            "even if all is recomputed; take a smaller train.micro_batch or a strategy that shards"
+        )
+    return after(count)
+
+
+def _peak(build: Callable[[], UNet], config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
+    def build_so() -> UNet:
+        network = build()
+        recompute(network, kinds)
+        return network
+
+    shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    return foretold_peak(build_so, shape, batch=micro_batch, bf16=config.train.precision in ("bf16", "fp16"))
+
+
+def _stages(network: nn.Module) -> list[Stage]:
+    return [module for module in network.modules() if isinstance(module, Stage)]
+
+
+def _weights(stage: Stage) -> int:
+    return sum(parameter.numel() for parameter in stage.parameters())
