@@ -125,7 +125,7 @@ RECOMPUTED = overrides(train__activation_checkpointing="full")
 @pytest.mark.parametrize(
     ("strategy", "ranks", "extra"),
     [
-        ("ddp", 1, []),
+        pytest.param("ddp", 1, [], marks=pytest.mark.slow),
         *(
             pytest.param(strategy, 2, RECOMPUTED, marks=pytest.mark.slow)
             for strategy in ("zero3", "fsdp2", "ddp", "zero2", "zero1")

@@ -148,8 +148,15 @@ def job(command: list[str], run: Path) -> Iterator[tuple[subprocess.Popen[str], 
         started.wait()
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize(
+    ("number", "start_method"),
+    [
+        (signal.SIGUSR1, "fork"),
+        (signal.SIGTERM, "spawn"),
+        pytest.param(signal.SIGTERM, "fork", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "spawn", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_every_process_of_a_job(
     tmp_path: Path, dataset: Path, number: signal.Signals, start_method: str
 ) -> None:
