@@ -79,8 +79,8 @@ def with_dcp(state: TrainState, folder: Path) -> tuple[float, float, float]:
     return stall, save, load
 
 
-def measure(config: Config, strategy_name: str, folder: Path) -> list[dict[str, Any]]:
-    """Rows of the table for one strategy; run by every rank."""
+def measure(config: Config, strategy_name: str, folder: Path) -> tuple[list[dict[str, Any]], TrainState]:
+    """Rows of the table for one strategy, and what was saved; run by every rank."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train.model_copy(update={"strategy": strategy_name})
     layout = BatchLayout.plan(config.train.global_batch, ranks, 1)
@@ -118,7 +118,7 @@ def measure(config: Config, strategy_name: str, folder: Path) -> list[dict[str, 
         rows.append({"name": f"dcp, ddp x {ranks}", "gigabytes": bytes_ / 1e9, "stall": stall, "written": save})
         rows[-1] |= {"over_plain_write": save / limit, "load": load_}
     strategy.accelerator.end_training()
-    return rows
+    return rows, state
 
 
 def main() -> None:
@@ -132,10 +132,10 @@ def main() -> None:
     parser.add_argument("--as-rank-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_rank_of:
-        rows = measure(Config.load(arguments.config), arguments.as_rank_of, arguments.folder)
+        rows, _state = measure(Config.load(arguments.config), arguments.as_rank_of, arguments.folder)
         if os.environ.get("RANK", "0") == "0":
             (arguments.folder / "rows.json").write_text(json.dumps(rows))
-        return
+        os._exit(0)  # after an asynchronous save by torch, taking the state apart waits for ever now and then
 
     rows = []
     for strategy in arguments.strategies:
