@@ -15,6 +15,7 @@ import torch
 from trainer.engine.processes import each_its_own, together
 from trainer.engine.sampling import Sampler, batches_of, sample
 from trainer.errors import ConfigError, DataError
+from trainer.evaluation.draw import samples_identity
 from trainer.evaluation.feature_metrics import FeatureMetric, Reference
 from trainer.evaluation.feature_report import Report, features_about, reference_about, samples_about
 from trainer.evaluation.feature_sets import FeatureSet, bar_of
@@ -165,13 +166,9 @@ def _sample_features(
 ) -> FeatureSet | None:
     """None where a signal asked to stop first."""
     identity = {
-        "checkpoint": trained.fingerprint,
-        "weights": trained.weights,
-        "sampler": str(request.sampler),
-        "respacing": request.trained.respacing,
-        "variance": trained.config.diffusion.variance,
-        "batch": request.batch,
-        "seed": request.seed,
+        **samples_identity(
+            trained, request.sampler, respacing=request.trained.respacing, batch=request.batch, seed=request.seed
+        ),
         **_features_of(network),
     }
     features = FeatureSet(

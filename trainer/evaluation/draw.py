@@ -100,12 +100,21 @@ def _identity(trained: Trained, request: DrawRequest) -> dict[str, object]:
     count = {"count": request.count} if request.output != "folder" else {}
     return {
         **count,
+        **samples_identity(
+            trained, request.sampler, respacing=request.trained.respacing, batch=request.batch, seed=request.seed
+        ),
+        "format": request.output,
+    }
+
+
+def samples_identity(trained: Trained, sampler: object, *, respacing: str, batch: int, seed: int) -> dict[str, object]:
+    """What decides how samples come out; work on them goes on only where it is the same."""
+    return {
         "checkpoint": trained.fingerprint,
         "weights": trained.weights,
-        "sampler": str(request.sampler),
-        "respacing": request.trained.respacing,
+        "sampler": str(sampler),
+        "respacing": respacing,
         "variance": trained.config.diffusion.variance,
-        "batch": request.batch,
-        "seed": request.seed,
-        "format": request.output,
+        "batch": batch,
+        "seed": seed,
     }
