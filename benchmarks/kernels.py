@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ours, peers
-from benchmarks.machine import best_rate, copy_limit, cores, default_device, describe, peak_limit
+from benchmarks.machine import add_setting, best_rate, copy_limit, default_device, describe, peak_limit
 from benchmarks.turns import Run
 from trainer.config import Config
 from trainer.engine import step as step_module
@@ -185,13 +185,11 @@ def main() -> None:
     """Profile, print tables, write JSON."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/cifar10.toml" if on_gpu else "configs/demo.toml"))
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="overrides")
+    add_setting(parser)
     parser.add_argument("--batch", type=int, default=128 if on_gpu else 16)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=cores(), help="of a CPU")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/kernels.json"))
     arguments = parser.parse_args()
     settings = [f"train.global_batch={arguments.batch}", f"train.precision={arguments.precision}"]

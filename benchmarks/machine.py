@@ -1,5 +1,6 @@
 """What the machine gives at most: the limits that every figure is held against, and its name."""
 
+import argparse
 import os
 import platform
 import time
@@ -108,3 +109,11 @@ def _cpu_name() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """Options of what is measured, and on how much of the machine: --config, --set (`overrides`), --threads."""
+    default = Path("configs/cifar10.toml" if torch.cuda.is_available() else "configs/demo.toml")
+    parser.add_argument("--config", type=Path, default=default)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="overrides")
+    parser.add_argument("--threads", type=int, default=cores(), help="of a CPU")

@@ -27,7 +27,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor
 
-from benchmarks.machine import DTYPES, cores, default_device, describe, peak_limit
+from benchmarks.machine import DTYPES, add_setting, default_device, describe, peak_limit
 from benchmarks.peers import diffusers_network
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
@@ -199,14 +199,12 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/cifar10.toml" if on_gpu else "configs/demo.toml"))
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="overrides")
+    add_setting(parser)
     parser.add_argument("--batch", type=int, default=256 if on_gpu else 16)
     parser.add_argument("--ddpm-steps", type=int, default=1000 if on_gpu else 20, help="a divisor of the timesteps")
     parser.add_argument("--ddim-steps", type=int, default=50 if on_gpu else 10, help="a divisor of the timesteps")
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=cores(), help="of a CPU")
     parser.add_argument("--clock", choices=["cpu", "wall"], default="wall", help="of ratios")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/sampling.json"))
     arguments = parser.parse_args()
