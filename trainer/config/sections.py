@@ -186,6 +186,9 @@ class TrainConfig(Section):
     seconds a shape when a run first starts. Needs a C++ compiler on CPUs (docs/gpu.md)."""
     compile_cache: str | None = None
     """Folder for compiled code, kept for the next start; left out: TORCHINDUCTOR_CACHE_DIR, or one in ~/.cache."""
+    cuda_graphs: bool = False
+    """With compile = "regional" and strategy = "ddp": GPUs replay a compiled block as one graph, which helps small
+    micro-batches, for which the host cannot queue kernels as fast as they run."""
     max_nonfinite_steps: int = Field(default=10, ge=0)
     """Steps of a run that may be skipped and dumped for a NaN or infinity in loss or gradient; one more ends it."""
     timeout: Annotated[SecondsField, Field(gt=0)] = 600.0
@@ -211,6 +214,8 @@ class TrainConfig(Section):
             raise ValueError('activation_checkpointing = "budget" and memory_budget go together')
         if self.compile_cache is not None and self.compile == "none":
             raise ValueError('compile_cache is for compile = "regional"')
+        if self.cuda_graphs and (self.compile, self.strategy) != ("regional", "ddp"):
+            raise ValueError('cuda_graphs is for compile = "regional" with strategy = "ddp"')
         if self.ema_snapshots.count and not self.ema_sigma_rel:
             raise ValueError("ema_snapshots keeps the averages of ema_sigma_rel, which is empty")
         return self

@@ -95,6 +95,6 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
     layout = BatchLayout.plan(config.train.global_batch, strategy.accelerator.num_processes, config.train.micro_batch)
     recompute(network, stage_kinds(lambda: build_network(config), config, layout.micro_batch))
     if config.train.compile == "regional":
-        compile_stages(network, config.train.compile_cache)
+        compile_stages(network, config.train.compile_cache, cuda_graphs=config.train.cuda_graphs)
     strategy.prepare(network, lambda model: build_optimizer(config, model))
     return TrainState(strategy, profiles(config.train), build_timesteps(config, strategy.device))

@@ -23,12 +23,17 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 
 
-def compile_stages(network: UNet, cache: str | None) -> None:
+def compile_stages(network: UNet, cache: str | None, *, cuda_graphs: bool = False) -> None:
     """Have every stage of the network compiled when it first runs, in place; each shape of input on its own.
 
-    `cache`: where compiled code is kept, see `use_cache`. Raises ConfigError where the CPU's code cannot be compiled.
-    A stage that cannot be compiled as a whole is an error, never run uncompiled.
+    `cache`: where compiled code is kept, see `use_cache`. `cuda_graphs`: replay a stage's kernels as one graph, which
+    reuses the memory of its outputs and gradients. So `torch.compiler.cudagraph_mark_step_begin` has to be called
+    before each forward pass, and gradients have to be added to tensors that were there before (`GuardedAdam`).
+    Raises ConfigError where the device's code cannot be compiled. A stage that cannot be compiled as a whole is an
+    error, never run uncompiled.
     """
+    if cuda_graphs and not torch.cuda.is_available():
+        raise ConfigError("train.cuda_graphs = true: no CUDA device is here; take false")
     if not torch.cuda.is_available() and not has_compiler():
         raise ConfigError('train.compile = "regional": no C++ compiler is here; install g++, set CXX, or take "none"')
     use_cache(cache)
@@ -37,7 +42,7 @@ def compile_stages(network: UNet, cache: str | None) -> None:
         if isinstance(stage, Stage):
             # Its forward, not the module: what a strategy hooks to the module stays outside.
             stage.forward = torch.compile(  # type: ignore[method-assign]
-                stage.forward, dynamic=False, fullgraph=True, options=_OPTIONS
+                stage.forward, dynamic=False, fullgraph=True, options=_OPTIONS | {"triton.cudagraphs": cuda_graphs}
             )
 
 

@@ -27,6 +27,7 @@ class GuardedAdam(torch.optim.Adam):
     ) -> None:
         super().__init__(parameters, lr=learning_rate, betas=betas, eps=eps, fused=True)
         self.clip_norm = clip_norm
+        self._keeps_gradients = False
         self.sharded: dist.ProcessGroup | None = None
         self._loss = torch.tensor(0.0)
         self.grad_norm = torch.tensor(torch.nan)
@@ -65,6 +66,20 @@ class GuardedAdam(torch.optim.Adam):
         if self.sharded is not None:
             dist.all_reduce(squares, group=self.sharded)
         return squares.sqrt()
+
+    def keep_gradients(self) -> None:
+        """Have gradients in memory of their own from now on, zero instead of None after a step.
+
+        Otherwise autograd takes what a backward pass puts out first for the gradient, and adds to it. Where that is the
+        memory of a CUDA graph, the next micro-batch writes over it, and what was accumulated is lost without a word.
+        """
+        self._keeps_gradients = True
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.grad = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none=set_to_none and not self._keeps_gradients)
 
     def make_state(self, parameters: Iterable[torch.Tensor]) -> None:
         """Zero moments for tensors that this optimizer will step, laid out like them."""

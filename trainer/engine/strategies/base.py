@@ -94,6 +94,8 @@ class DataParallel(Strategy):
 
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+        if self.config.cuda_graphs:
+            optimizer.keep_gradients()
         self.network = self.accelerator.prepare(model)
         self.optimizer = optimizer
         self.optimizer.make_state(model.parameters())
