@@ -9,12 +9,15 @@ import gc
 import multiprocessing
 import os
 import resource
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
+
+from trainer.signals import on_parents_death
 
 Run = Callable[[], int]  # does its work once; returns the number of images
 Clock = Literal["cpu", "wall"]  # CPU time hardly feels other work on the machine; a GPU's work only the wall clock sees
@@ -121,6 +124,7 @@ def load() -> str:
 
 
 def _serve(contender: Contender, pipe: Connection) -> None:
+    on_parents_death(signal.SIGKILL)  # or a benchmark that is killed would leave it in the middle of its turn
     run = contender.make(*contender.arguments)
     gc.collect()
     gc.freeze()  # or every turn would end with a look at all that was imported

@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.scaling import Seconds, hidden_share
@@ -107,6 +111,35 @@ def give_up() -> Run:
 def test_contenders_take_turns() -> None:
     turns = take_turns({"a": Contender(make=count_to, arguments=(3,))}, rounds=2)
     assert [turn.images for turn in turns["a"]] == [3, 3]
+
+
+def never_end(told: Path) -> Run:
+    def run() -> int:
+        told.write_text(str(os.getpid()))
+        time.sleep(600)
+        return 1
+
+    return run
+
+
+def test_contenders_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    code = (
+        "from pathlib import Path; from benchmarks.turns import *; from tests.test_benchmarks import never_end\n"
+        f"take_turns({{'a': Contender(make=never_end, arguments=(Path({str(told)!r}),))}}, rounds=1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment()) as benchmark:
+        wait_until(lambda: told.exists() and told.read_text())
+        contender = psutil.Process(int(told.read_text()))
+        benchmark.kill()
+    contender.wait(timeout=30)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_contender_that_ends_is_named() -> None:
