@@ -1,12 +1,13 @@
 """The benchmarks run at a tiny size and give a table that makes sense; nothing here judges how fast anything is."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,10 @@ def test_contenders_take_turns() -> None:
     assert [turn.images for turn in turns["a"]] == [3, 3]
 
 
-def never_end(told: Path) -> Run:
+def kill_the_benchmark(told: Path) -> Run:
     def run() -> int:
         told.write_text(str(os.getpid()))
+        os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(600)
         return 1
 
@@ -125,21 +127,13 @@ def never_end(told: Path) -> Run:
 def test_contenders_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     code = (
-        "from pathlib import Path; from benchmarks.turns import *; from tests.test_benchmarks import never_end\n"
-        f"take_turns({{'a': Contender(make=never_end, arguments=(Path({str(told)!r}),))}}, rounds=1)"
+        "from pathlib import Path; from benchmarks.turns import *; from tests.test_benchmarks import *\n"
+        f"take_turns({{'a': Contender(make=kill_the_benchmark, arguments=(Path({str(told)!r}),))}}, rounds=1)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment()) as benchmark:
-        wait_until(lambda: told.exists() and told.read_text())
-        contender = psutil.Process(int(told.read_text()))
-        benchmark.kill()
-    contender.wait(timeout=30)
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(told.read_text())).wait(timeout=30)
 
 
 def test_a_contender_that_ends_is_named() -> None:

@@ -22,7 +22,8 @@ from tests.harness import (
     write_config,
 )
 from tests.networks import randomise
-from trainer.engine import compilation
+from tests.test_train_step import make_step, micro_batches
+from trainer.engine import build, compilation
 from trainer.engine.compilation import compile_stages, has_compiler, use_cache
 from trainer.engine.optimizer import GuardedAdam
 from trainer.engine.precision import multiply_float32
@@ -204,14 +205,15 @@ def test_a_compiled_network_has_the_gradients_of_an_uncompiled_one(
     assert relative_error(gradients_of_unet(kind, compiled=True, **dropped), eager) < (5e-2 if bf16 else 1e-5)
 
 
-def accumulated_over_steps(*, cuda_graphs: bool) -> list[list[Tensor]]:
-    """Gradients of all parameters after each of three steps of two micro-batches, with dropout."""
+def accumulated_over_steps(kind: ActivationCheckpointing, *, cuda_graphs: bool) -> list[Tensor]:
+    """Gradients of all parameters, flat, after each of three steps of two micro-batches, with dropout."""
     torch.manual_seed(0)
     shape = UNetConfig(image_size=16, base_channels=32, channel_multipliers=(1,), attention_resolutions=(), dropout=0.3)
     network = UNet(shape)
     randomise(network)
     network.cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
-    optimizer = GuardedAdam(network.parameters(), learning_rate=0.0, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0)
+    network.checkpoint_activations(kind)
+    optimizer = guarded_adam(network)
     if cuda_graphs:
         compile_stages(network, None, cuda_graphs=True)
         optimizer.keep_gradients()
@@ -223,19 +225,22 @@ def accumulated_over_steps(*, cuda_graphs: bool) -> list[list[Tensor]]:
                 torch.compiler.cudagraph_mark_step_begin()
             x = torch.randn(BATCH, 3, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
             network(x, torch.arange(BATCH, device="cuda")).square().mean().backward()
-        steps.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+        steps.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
         optimizer.zero_grad()
     return steps
 
 
 @pytest.mark.cuda
-def test_cuda_graphs_accumulate_the_gradients_of_an_uncompiled_network() -> None:
-    """Other timesteps, images and masks in every micro-batch, also where graphs are replayed (from the third on)."""
-    for eager, found in zip(
-        accumulated_over_steps(cuda_graphs=False), accumulated_over_steps(cuda_graphs=True), strict=True
-    ):
-        together = [torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (found, eager)]
-        assert relative_error(*together) < 1e-5
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_cuda_graphs_accumulate_the_gradients_of_an_uncompiled_network(kind: ActivationCheckpointing) -> None:
+    """Other images and masks in every micro-batch, also where graphs are replayed (from the third on)."""
+    eager, found = accumulated_over_steps("none", cuda_graphs=False), accumulated_over_steps(kind, cuda_graphs=True)
+    for one, other in zip(found, eager, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+def guarded_adam(network: nn.Module) -> GuardedAdam:
+    return GuardedAdam(network.parameters(), learning_rate=0.1, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0)
 
 
 class Replayed(torch.autograd.Function):
@@ -256,7 +261,7 @@ class Replayed(torch.autograd.Function):
 @pytest.mark.parametrize("keep", [False, True])
 def test_gradients_in_reused_memory_accumulate_where_they_are_kept_elsewhere(keep: bool) -> None:
     weight = nn.Parameter(torch.zeros(3))
-    optimizer = GuardedAdam([weight], learning_rate=0.1, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0)
+    optimizer = guarded_adam(nn.ParameterList([weight]))
     if keep:
         optimizer.keep_gradients()
     for _ in range(2):
@@ -266,6 +271,38 @@ def test_gradients_in_reused_memory_accumulate_where_they_are_kept_elsewhere(kee
         # 2 (1 + 10), unless autograd takes the first 2 in place, which is 20 when the second 20 is added.
         assert weight.grad.tolist() == [22.0 if keep else 40.0] * 3
         optimizer.zero_grad()
+
+
+def test_a_step_with_cuda_graphs_marks_each_micro_batch_and_keeps_its_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    marks: list[int] = []
+    monkeypatch.setattr(build, "compile_stages", lambda *_, cuda_graphs: asked.append(cuda_graphs))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(len(marks)))
+    chosen = ("train.micro_batch=2", "train.compile=regional", "train.cuda_graphs=true")
+    step, _ = make_step(tmp_path, *chosen)
+    assert asked == [True]
+
+    def places() -> list[int]:
+        return [p.grad.data_ptr() for p in step.strategy.network.parameters() if p.grad is not None]
+
+    at_first = places()
+    assert len(at_first) == len(list(step.strategy.network.parameters()))
+    step.update(step.backward(micro_batches(2))).read()
+    assert places() == at_first
+    assert len(marks) == step.layout.accumulation
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_inductor_is_asked_for_cuda_graphs(cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda forward, **settings: asked.append(settings["options"]) or forward)
+    network = UNet(UNetConfig(image_size=16, base_channels=32, channel_multipliers=(1,), attention_resolutions=()))
+    compile_stages(network, None, cuda_graphs=cuda_graphs)
+    assert [options["triton.cudagraphs"] for options in asked] == [cuda_graphs] * len(asked)
+    assert len(asked) == 7  # two on the way down, two in the middle, three on the way up
 
 
 def test_cuda_graphs_without_a_cuda_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

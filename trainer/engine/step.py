@@ -115,8 +115,6 @@ class TrainStep:
             batch = next(stream)
             enter("forward")
             seed_dropout(batch, self.config)
-            if self.config.train.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
             x0, position, eps = noised_inputs(batch, self.config, self.strategy.device)
             t, weight = self.state.timesteps.draw(position)
             x_t = self.diffusion.q_sample(x0, t, eps)

@@ -106,6 +106,8 @@ class DataParallel(Strategy):
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
         """See `Strategy`."""
+        if self.config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what graphs put out for the last micro-batch is done with
         return nullcontext() if is_last else self.accelerator.no_sync(self.network)
 
     def backward(self, loss: torch.Tensor) -> None:
