@@ -19,6 +19,7 @@ from trainer.engine.loop import TrainingLoop
 from trainer.engine.processes import check_alike, die_with_launcher, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
 from trainer.engine.run import RunFolder, identity
+from trainer.engine.state import TrainState
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import Strategy, make_strategy
 from trainer.engine.watchdog import Watchdog
@@ -89,21 +90,7 @@ def _train(
     together(what, folder.claim, only_rank=0)
     watchdog.folder = folder
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    snapshots = Checkpoints(folder.averages, accelerator)
-    for each in (checkpoints, snapshots):
-        each.discard_unfinished()
-    source = find_checkpoint(
-        checkpoints,
-        folder,
-        resume,
-        copies=CopyFolder(config.checkpoint.copy_to) if config.checkpoint.copy_to is not None else None,
-        identity=identity(config, data),
-        say=accelerator.print,
-    )
-    if source is not None:
-        step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
-        checkpoints.supersede(source, step)
-        snapshots.supersede_after(step, source)
+    source = _resume(config, resume, data, state, folder, checkpoints)
     for change in together(what, lambda: folder.begin(config), only_rank=0)[0]:
         accelerator.print(f"changed since the last start: {change}")
 
@@ -124,6 +111,29 @@ def _train(
     folder.event("started", step=loop.step, **about, **loop.telemetry.heartbeat.about_start(loop.step))
     loop.progress.say(_summary(loop, source))
     return _run(loop, accelerator)
+
+
+def _resume(
+    config: Config, resume: str, data: TrainingData, state: TrainState, folder: RunFolder, checkpoints: Checkpoints
+) -> Path | None:
+    """Load the checkpoint to go on from, and put aside what lies behind it; returns it, None for a new run."""
+    accelerator = state.strategy.accelerator
+    snapshots = Checkpoints(folder.averages, accelerator)
+    for each in (checkpoints, snapshots):
+        each.discard_unfinished()
+    source = find_checkpoint(
+        checkpoints,
+        folder,
+        resume,
+        copies=CopyFolder(config.checkpoint.copy_to) if config.checkpoint.copy_to is not None else None,
+        identity=identity(config, data),
+        say=accelerator.print,
+    )
+    if source is not None:
+        step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
+        checkpoints.supersede(source, step)
+        snapshots.supersede_after(step, source)
+    return source
 
 
 def _open_data(config: Config) -> TrainingData:
