@@ -1,6 +1,5 @@
 """Copies of checkpoints elsewhere: whole or no copy at all, told when they fail, and enough to go on from."""
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,20 +11,11 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from tests.copies_harness import bring_back, content, copies_of, copy_all, store
 from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
-from tests.stored import flip, write_checkpoint
-from trainer.config import CheckpointConfig
-from trainer.engine import copy_folder
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.copies import Copies
+from tests.stored import write_checkpoint
 from trainer.engine.copy_folder import CopyFolder
-from trainer.engine.processes import make_accelerator
-from trainer.engine.restoring import restore, restore_url
-from trainer.engine.resume import find_checkpoint
-from trainer.engine.run import RunFolder
-from trainer.errors import CheckpointError, ConfigError
-
-IDENTITY = {"seed": 3}
+from trainer.errors import CheckpointError
 
 
 class Breaking(LocalFileSystem):
@@ -50,42 +40,6 @@ def breaking() -> Iterator[type[Breaking]]:
     Breaking.fails_at, Breaking.written[:] = 0, []
     yield Breaking
     Breaking.fails_at = 0
-
-
-def store(run: Path, step: int, **settings: Any) -> Path:
-    return write_checkpoint(
-        run / "checkpoints", {"model/w": torch.full((300,), float(step))}, step=step, ranks=2, **settings
-    )
-
-
-def copies_of(run: Path, url: object, *, keep: int = 3, forever: tuple[int, ...] = ()) -> tuple[Copies, list[str]]:
-    lines: list[str] = []
-    run.mkdir(exist_ok=True)
-    copies = Copies(
-        CheckpointConfig(every="1 steps", copy_to=str(url), copy_keep=keep),  # type: ignore[arg-type]
-        CopyFolder(str(url)),
-        folder=RunFolder(run, writes=True),
-        accelerator=make_accelerator(),
-        identity=IDENTITY,
-        keep_forever=forever.__contains__,
-        say=lines.append,
-    )
-    return copies, lines
-
-
-def copy_all(copies: Copies, run: Path, *steps: int) -> None:
-    for step in steps:
-        copies.want(store(run, step) if not checkpoint(run, step).exists() else checkpoint(run, step))
-        copies.end()
-
-
-def bring_back(run: Path, url: object) -> Path | None:
-    checkpoints = Checkpoints(run / "checkpoints", make_accelerator())
-    return restore(CopyFolder(str(url)), checkpoints, RunFolder(run, writes=True), IDENTITY, say=print)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_copy_is_the_checkpoint_and_old_ones_go(tmp_path: Path) -> None:
@@ -184,88 +138,6 @@ def test_the_place_of_another_run_is_left_alone(tmp_path: Path) -> None:
     assert content(theirs) == before
     with pytest.raises(CheckpointError, match="belongs to another run"):
         bring_back(tmp_path / "other", place)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_folder, "_PATIENCE", copy_folder.Patience(attempts=1))
-
-
-@pytest.mark.usefixtures("impatient")
-def test_the_newest_copy_that_is_whole_is_brought_back(tmp_path: Path) -> None:
-    run, place, other = tmp_path / "run", tmp_path / "elsewhere", tmp_path / "other"
-    copies, _ = copies_of(run, place, keep=4)
-    copy_all(copies, run, 1, 2, 3, 4)
-    flip(place / "step-00000004" / "part-00001-of-00002.safetensors")
-    flip(place / "step-00000003" / "manifest.json")
-    (place / "step-00000002" / "COMPLETE").unlink()
-    assert bring_back(other, place) == checkpoint(other, 1)
-    assert content(checkpoint(other, 1)) == content(checkpoint(run, 1))
-    refused = [event for event in events(other) if event["event"] == "copy_refused"]
-    assert [event["step"] for event in refused] == [4, 3]
-    assert "sha256" in refused[0]["reason"]
-    assert [path.name for path in (other / "checkpoints").iterdir()] == ["step-00000001"]
-    flip(place / "step-00000001" / "part-00000-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds no copy that is whole \(step 4: .*step 1: "):
-        bring_back(tmp_path / "third", place)
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
-    place, other = tmp_path / "elsewhere", tmp_path / "other"
-    theirs = write_checkpoint(place, {"w": torch.zeros(2)}, step=1)
-    (place / "evil").write_text("x")
-    manifest = (theirs / "manifest.json").read_text().replace("part-00000-of-00001.safetensors", "../evil")
-    (theirs / "manifest.json").write_text(manifest)
-    (theirs / "COMPLETE").write_text(hashlib.sha256(manifest.encode()).hexdigest())
-    with pytest.raises(CheckpointError, match=r"names a file '\.\./evil', which would lie elsewhere"):
-        bring_back(other, place)
-    assert not (other / "checkpoints" / "evil").exists()
-
-
-def test_a_url_brings_one_back_and_sets_aside_what_is_newer(tmp_path: Path) -> None:
-    run, place = tmp_path / "run", tmp_path / "elsewhere"
-    copies, _ = copies_of(run, place)
-    copy_all(copies, run, 1, 2)
-    store(run, 3)
-    checkpoints, folder = Checkpoints(run / "checkpoints", make_accelerator()), RunFolder(run, writes=True)
-    url = f"file://{place}/step-00000002"
-    assert restore_url(url, checkpoints, folder, IDENTITY, say=print) == checkpoint(run, 2)
-    assert checkpoints.steps() == [1, 2]
-    assert sorted(path.name for path in (run / "checkpoints" / "superseded").iterdir()) == [
-        "step-00000002",
-        "step-00000003",
-    ]
-    assert restore_url(f"file://{place}", checkpoints, folder, IDENTITY, say=print) == checkpoint(run, 2)
-    with pytest.raises(CheckpointError, match="there is no complete copy"):
-        restore_url(f"file://{place}/step-00000009", checkpoints, folder, IDENTITY, say=print)
-
-
-def test_where_nobody_can_say_whether_there_is_a_copy_nothing_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(*_: Any, **__: Any) -> list[str]:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(LocalFileSystem, "ls", unreachable)
-    with pytest.raises(CheckpointError, match=r"cannot be listed .*no route to host"):
-        bring_back(tmp_path / "run", tmp_path / "elsewhere")
-
-
-def test_a_new_run_is_not_mixed_with_an_old_one_s_copies(tmp_path: Path) -> None:
-    place = tmp_path / "elsewhere"
-    write_checkpoint(place, {"w": torch.zeros(2)}, step=1)
-    with pytest.raises(CheckpointError, match="holds copies of an earlier run"):
-        find_checkpoint(
-            Checkpoints(tmp_path / "checkpoints", make_accelerator()),
-            RunFolder(tmp_path, writes=True),
-            "none",
-            copies=CopyFolder(str(place)),
-            identity=IDENTITY,
-            say=print,
-        )
-    with pytest.raises(ConfigError, match=r"checkpoint.copy_to = ftpx://host/run: "):
-        CopyFolder("ftpx://host/run")
 
 
 def test_a_run_copies_in_the_background_and_goes_on_from_a_copy(tmp_path: Path, dataset: Path) -> None:
