@@ -80,6 +80,10 @@ def test_networks_that_cannot_be_are_refused(config_path: Path, override: str, m
     ("arguments", "message"),
     [
         (overrides(train__global_batch=9), "train.global_batch = 9: is not divisible by 2 processes"),
+        (
+            overrides(train__strategy="hsdp", train__hsdp_shard_size=1),
+            "groups of 1 process share nothing; set train.hs",
+        ),
         (overrides(train__micro_batch=3), "train.micro_batch = 3: does not divide the 4 images of a process"),
         (overrides(train__precision="fp16"), "train.precision = 'fp16': needs a GPU"),
         (overrides(model__image_size=16), "model.image_size = 16: the images in"),

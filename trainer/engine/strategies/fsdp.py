@@ -52,6 +52,12 @@ class FullyShardedDataParallel(Strategy):
             raise ConfigError(
                 f"train.hsdp_shard_size = {size}: does not divide {ranks} processes into groups", agreed=True
             )
+        if size == 1 < ranks:
+            raise ConfigError(
+                'train.strategy = "hsdp": groups of 1 process share nothing; set train.hsdp_shard_size to at least 2, '
+                'or take "ddp" or "fsdp2"',
+                agreed=True,
+            )
         return {"parallelism_config": ParallelismConfig(dp_replicate_size=ranks // size, dp_shard_size=size)}
 
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
