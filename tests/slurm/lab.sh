@@ -29,6 +29,10 @@ bridge() { echo "slurmlab$(number)"; }
 subnet() { echo "10.213.$(number)"; }
 port() { echo $((13000 + $(number) * 100 + $1)); }
 
+# The address of a network card, fixed: after a crash and a boot with another one, a node's neighbours would look for the
+# old one for half a minute. A bridge without one of its own takes its ports', and so changes with each of them.
+mac() { printf '02:00:0a:d5:%02x:%02x' "$(number)" "$1"; }
+
 # One of this machine's cores for each node: processes that believe to have all of them get in each other's way.
 core_of() { echo $((${1#n} % $(nproc))); }
 
@@ -65,7 +69,7 @@ configure() { # NODES
   while ip link show "slurmlab$first_free" >/dev/null 2>&1; do first_free=$((first_free + 1)); done
   [ $first_free -lt 100 ] || die "a hundred labs are running: 'ip link' lists them"
   echo $first_free >"$dir/number"
-  ip link add "$(bridge)" type bridge # from here on the number is taken
+  ip link add "$(bridge)" address "$(mac 1)" type bridge # from here on the number is taken
   ip addr add "$(subnet).1/24" dev "$(bridge)"
   ip link set "$(bridge)" up
 
@@ -162,7 +166,8 @@ boot() { # NODE
     esac
   done
   echo "$inner" >"$dir/run/$node.inner"
-  ip link add "lab$(number)$node" type veth peer name "v$node" netns "$inner"
+  ip link add "lab$(number)$node" type veth \
+    peer name "v$node" address "$(mac $((10 + ${node#n})))" netns "$inner"
   ip link set "lab$(number)$node" master "$(bridge)" up
 }
 
