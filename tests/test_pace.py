@@ -1,4 +1,4 @@
-"""A slow rank is named, with its node and what it is slow at; even ranks are left in peace."""
+"""A slow rank is named, with its node and what it is slow at; even ranks are left in peace; rates are of whole steps."""
 
 import json
 import socket
@@ -61,3 +61,14 @@ def test_a_run_names_its_slow_rank_once(tmp_path: Path, dataset: Path) -> None:
     (event,) = [event for event in events(tmp_path / "run") if event["event"] == "slow_rank"]
     assert event["slow"].startswith(f"rank 1 on {socket.gethostname()}: forward pass 0.")
     assert f"slow: {event['slow']}" in said
+
+
+def test_a_rate_is_of_steps_and_all_of_their_time(tmp_path: Path, dataset: Path) -> None:
+    """The last step's too, whose verdict is read at once: no other step runs meanwhile."""
+    settings = overrides(train__duration="3 steps", log__every="1 steps")
+    arguments = ["--config", str(write_config(tmp_path, dataset)), *settings]
+    launch(1, *arguments, fault=SlowForward(rank=0, seconds=0.2))  # type: ignore[arg-type]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["train/images_per_second"] for line in lines if "train/images_per_second" in line]
+    assert len(rates) == 3
+    assert max(rates) <= 8 / 0.2  # the global batch, in the time that a forward pass takes at least

@@ -87,12 +87,12 @@ class Telemetry:
     def queued(self) -> None:
         """All of a step has been given to the device."""
         self.clock.step_ended()
+        self.stopwatch.count(self.layout.global_batch)
 
     def count(self, verdict: Verdict) -> None:
         """A step is settled; the state has its verdict."""
         if verdict.finite:
             self.state.meters.add(loss=verdict.loss, grad_norm=verdict.grad_norm, figures=verdict.figures)
-        self.stopwatch.count(self.layout.global_batch)
         self.progress.advance()
         self.beat("training")
 

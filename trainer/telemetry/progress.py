@@ -58,11 +58,12 @@ class Stopwatch:
     def __init__(self, on_change: Callable[[str], object] = lambda _: None) -> None:
         self.spent: dict[str, float] = {}  # seconds of pauses, by their reason
         self._on_change = on_change
-        self._started = time.perf_counter()
+        self._started = self._counted = time.perf_counter()
         self._images = 0
 
     def count(self, images: int) -> None:
-        """Count images as trained on."""
+        """Count images as trained on, until now."""
+        self._counted = time.perf_counter()
         self._images += images
 
     def pause(self, reason: str) -> Callable[[], None]:
@@ -74,15 +75,15 @@ class Stopwatch:
             seconds = time.perf_counter() - paused
             self.spent[reason] = self.spent.get(reason, 0.0) + seconds
             self._started += seconds
+            self._counted += seconds
             self._on_change("training")
 
         return resume
 
     def lap(self) -> Lap:
-        """What was done since the last lap."""
-        now = time.perf_counter()
-        lap = Lap(self._images, max(now - self._started, 1e-9))
-        self._started, self._images = now, 0
+        """What was counted since the last lap. The next one begins with the last count: what is done by now is its."""
+        lap = Lap(self._images, max(self._counted - self._started, 1e-9))
+        self._started, self._images = self._counted, 0
         return lap
 
 
