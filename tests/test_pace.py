@@ -1,4 +1,4 @@
-"""A slow rank is named, with its node and what it is slow at; even ranks are left in peace; rates are of whole steps."""
+"""A slow rank is named, with its node and what it is slow at; even ranks are left in peace; rates count whole steps."""
 
 import json
 import socket
