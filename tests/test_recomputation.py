@@ -73,7 +73,7 @@ def test_the_search_for_a_micro_batch_ends_where_the_budget_does(config_path: Pa
 
 def test_what_cannot_fit_is_refused_with_what_it_takes(config_path: Path) -> None:
     least = peak(config_path, "full")
-    with pytest.raises(ConfigError, match=rf"train.memory_budget = .*: a micro-batch of {BATCH} takes \d+ bytes even"):
+    with pytest.raises(ConfigError, match=rf"memory_budget: is .* MiB, but a micro-batch of {BATCH} takes .* MiB even"):
         kinds_within(config_path, least // 2)
 
 

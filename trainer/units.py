@@ -75,6 +75,11 @@ def parse_size(text: Any) -> int:
     return int(Decimal(match[1].replace("_", "")) * _BYTES[match[2]])
 
 
+def as_size(count: float) -> str:
+    """Bytes for people: "1.50 GiB", "12.3 MiB"."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 SizeField = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 

@@ -15,6 +15,7 @@ from trainer.engine.precision import cpu_lacks_bf16
 from trainer.engine.recomputation import recompute, stage_kinds
 from trainer.errors import TrainerError
 from trainer.models.unet import ActivationCheckpointing, UNet
+from trainer.units import as_size
 
 _RECOMPUTED = {"none": "nothing", "selective": "all but what takes time", "full": "all"}
 
@@ -143,8 +144,3 @@ def _checkpoints_on_disk(config: Config) -> int:
     global_batch, keep_every = config.train.global_batch, config.checkpoint.keep_every.images(config.train.global_batch)
     forever = config.train.duration.images(global_batch) // keep_every if keep_every else 0
     return config.checkpoint.keep + config.checkpoint.keep_best + forever + 1
-
-
-def as_size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -14,13 +14,14 @@ from accelerate import PartialState
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.engine.build import build_diffusion, build_network, build_state
-from trainer.engine.dry_run import as_size, measure_cost
+from trainer.engine.dry_run import measure_cost
 from trainer.engine.processes import gather
 from trainer.engine.recomputation import recompute, stage_kinds
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.errors import ConfigError
 from trainer.signals import StopRequest
+from trainer.units import as_size
 
 _PASSES = 5  # that are timed; the same on all ranks, which meet in each
 _NEAR = 0.97  # of the best speed: a smaller batch that is as fast leaves memory for other things

@@ -14,6 +14,7 @@ from trainer.config import Config
 from trainer.engine.cost import foretold_peak
 from trainer.errors import ConfigError
 from trainer.models.unet import ActivationCheckpointing, Stage, UNet
+from trainer.units import as_size
 
 
 def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
@@ -54,8 +55,8 @@ def stage_kinds(build: Callable[[], UNet], config: Config, micro_batch: int) -> 
     if count > len(moves):
         least = _peak(build, config, after(len(moves)), micro_batch)
         raise ConfigError(
-            f"train.memory_budget = {config.train.memory_budget}: a micro-batch of {micro_batch} takes {least} bytes "
-            "even if all is recomputed; take a smaller train.micro_batch or a strategy that shards"
+            f"train.memory_budget: is {as_size(config.train.memory_budget)}, but a micro-batch of {micro_batch} takes "
+            f"{as_size(least)} even if all is recomputed; take a smaller train.micro_batch or a strategy that shards"
         )
     return after(count)
 
