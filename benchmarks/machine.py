@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.turns import Run, load
+from trainer.engine.precision import cpu_lacks_bf16
 
 _REPEATS = 32  # in one measurement of a limit, so that it takes about as long as a contender's turn
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,6 +20,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def default_device() -> torch.device:
     """The first GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usual_precisions() -> list[str]:
+    """What to measure unless told: bf16 too, but not on a CPU without it, where a step can take ten times as long."""
+    return ["fp32"] if default_device().type == "cpu" and cpu_lacks_bf16() else ["fp32", "bf16"]
 
 
 def cores() -> int:

@@ -27,7 +27,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor
 
-from benchmarks.machine import DTYPES, add_setting, default_device, describe, peak_limit
+from benchmarks.machine import DTYPES, add_setting, default_device, describe, peak_limit, usual_precisions
 from benchmarks.peers import diffusers_network
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256 if on_gpu else 16)
     parser.add_argument("--ddpm-steps", type=int, default=1000 if on_gpu else 20, help="a divisor of the timesteps")
     parser.add_argument("--ddim-steps", type=int, default=50 if on_gpu else 10, help="a divisor of the timesteps")
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=usual_precisions())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=["cpu", "wall"], default="wall", help="of ratios")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/sampling.json"))

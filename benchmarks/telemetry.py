@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import usual_precisions
 from benchmarks.turns import Contender, Run, compare, load
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/telemetry.json"))
     arguments = parser.parse_args()
     batch = [f"train.global_batch={arguments.batch}", f"train.micro_batch={arguments.micro_batch}"]
-    config = Config.load(arguments.config, batch)
+    config = Config.load(arguments.config, [*batch, f"train.precision={usual_precisions()[-1]}"])
     own = own_times(config, arguments.rounds)
     shares = {name: seconds / own["whole step"] for name, seconds in own.items()}
     shares["telemetry"] = sum(shares[name] for name in METERS)
@@ -171,7 +172,8 @@ def main() -> None:
 
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     about = f"{arguments.config.stem}, batch {arguments.batch} in micro-batches of {arguments.micro_batch}, "
-    about += f"a log line every {config.log.every}, {kind}, {load()}, torch {torch.__version__}"
+    about += f"{config.train.precision}, a log line every {config.log.every}, "
+    about += f"{kind}, {load()}, torch {torch.__version__}"
     print(f"{about}\n{'own time':<28}{'ms a step':>11}{'of a step':>11}")
     for name, share in shares.items():
         print(f"{name:<28}{1e3 * share * own['whole step']:>11.3f}{share:>11.3%}")

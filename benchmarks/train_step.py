@@ -27,7 +27,7 @@ if not __package__:
 import torch
 
 from benchmarks import ours, peers
-from benchmarks.machine import add_setting, default_device, describe, peak_limit
+from benchmarks.machine import add_setting, default_device, describe, peak_limit, usual_precisions
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
 from trainer.engine.build import build_network
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setting(parser)
     parser.add_argument("--batch", type=int, default=128 if on_gpu else 16)
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16", "fp16"], default=usual_precisions())
     parser.add_argument("--steps", type=int, default=20 if on_gpu else 4, help="in a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

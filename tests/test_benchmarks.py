@@ -13,7 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from benchmarks import machine
 from benchmarks.scaling import Seconds, hidden_share
 from benchmarks.scaling_model import Links, modelled, modelled_step
 from benchmarks.turns import Contender, Run, Turn, result, take_turns
@@ -67,7 +69,7 @@ def test_a_row_of_ours_with_another_field(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sampling_draws_the_same_images(tmp_path: Path) -> None:
     steps = ("--ddpm-steps", "4", "--ddim-steps", "5", "--rounds", "1")
-    _, found = run_benchmark("sampling", tmp_path, *TINY, *steps)
+    _, found = run_benchmark("sampling", tmp_path, *TINY, *steps, "--precisions", "fp32", "bf16")
     assert [(row["sampler"], row["name"]) for row in found["rows"]] == [
         (sampler, f"{drawer}, {precision}")
         for sampler in ("ddpm", "ddim")
@@ -169,6 +171,15 @@ def test_the_model_hides_no_more_than_the_backward_pass() -> None:
     rows = modelled(3.0, 1e6, ranks_per_node=8, links=LINKS, overlap=1.0, most_nodes=64)
     assert [row["nodes"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
     assert all(row["efficiency"] == 1 for row in rows)
+
+
+@pytest.mark.parametrize(("lacks_bf16", "expected"), [(True, ["fp32"]), (False, ["fp32", "bf16"])])
+def test_bf16_is_measured_where_the_device_has_it(
+    lacks_bf16: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_lacks_bf16", lambda: lacks_bf16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.usual_precisions() == expected
 
 
 def test_an_unknown_benchmark_is_named() -> None:

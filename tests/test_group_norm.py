@@ -88,8 +88,9 @@ def test_where_torchs_is_fast_it_is_torchs(
     assert not own_calls
 
 
-def test_drawing_and_training_see_the_same_numbers() -> None:
-    layer, (x, _) = norm(16), images(16, torch.bfloat16)
+@pytest.mark.parametrize("side", [24, 32])
+def test_drawing_and_training_see_the_same_numbers(side: int) -> None:
+    layer, (x, _) = norm(16), images(16, torch.bfloat16, side)
     with torch.no_grad():
         drawn = layer(x)
     assert torch.equal(drawn, layer(x))
