@@ -235,6 +235,22 @@ def test_a_node_that_dies_before_slurm_knows_is_no_failure(cluster: Cluster, run
         job.wait_until("n2 back", cluster.idle)
 
 
+def test_a_node_that_srun_cannot_reach_is_no_failure(cluster: Cluster, runs: Path, dataset: Path) -> None:
+    """n1, where the script runs, finds no way to n2, of which the controller knows nothing; later there is one."""
+    run = Run.make(runs, dataset, "unreachable")
+    run.end_at(20)
+    address = cluster.lab("enter", "n1", "getent", "hosts", "n2").split()[0]
+    cluster.lab("enter", "n1", "ip", "route", "add", "blackhole", address)
+    try:
+        job = cluster.train(run)
+        job.wait_until("requeued", lambda: "srun could not reach a node: requeued" in job.output)
+    finally:
+        cluster.lab("enter", "n1", "ip", "route", "del", "blackhole", address)
+    assert job.wait() == "COMPLETED", job.output
+    assert job.restarts == 1
+    assert [start["step"] for start in run.events("started")] == [0]
+
+
 def test_cancelled_it_saves_and_stays_ended_and_goes_on_with_fewer_nodes(
     cluster: Cluster, runs: Path, dataset: Path, uninterrupted: Run
 ) -> None:
