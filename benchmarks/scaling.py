@@ -76,6 +76,7 @@ def serve(rank: int, ranks: int, port: int, setting: Setting, pipe: Connection) 
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["OMP_NUM_THREADS"] = str(setting.threads)  # unset, Accelerate would choose, with a warning
     overrides = [*setting.overrides, f"train.global_batch={ranks * setting.batch}"]
     config = Config.load(setting.config, overrides)
     step = ours.make_train_step(config, ranks=ranks)
