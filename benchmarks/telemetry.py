@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/out/telemetry.json"))
     arguments = parser.parse_args()
     batch = [f"train.global_batch={arguments.batch}", f"train.micro_batch={arguments.micro_batch}"]
-    config = Config.load(arguments.config, [*batch, f"train.precision={usual_precisions()[-1]}"])
+    config = Config.load(arguments.config, batch)
+    if config.train.precision == "bf16" and "bf16" not in usual_precisions():
+        config = Config.load(arguments.config, [*batch, "train.precision=fp32"])
     own = own_times(config, arguments.rounds)
     shares = {name: seconds / own["whole step"] for name, seconds in own.items()}
     shares["telemetry"] = sum(shares[name] for name in METERS)
