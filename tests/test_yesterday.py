@@ -1,0 +1,53 @@
+"""Runs and data that an earlier version wrote are still good: they resume, and are sampled, measured and exported."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.cli import main as data_prep
+from tests.harness import launch, logged
+from tests.yesterday import FOLDER, copy_run, digest, go_on, norms
+
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param(name, strategy, processes, marks=() if (name, strategy, processes) in quick else SLOW)
+    for quick in [{("plain", "ddp", 1), ("plain", "zero2", 2), ("rich", "ddp", 2)}]
+    for name in ("plain", "rich")
+    for strategy in ("ddp", "zero2")
+    for processes in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("name", "strategy", "processes"), CASES)
+def test_an_earlier_run_goes_on_as_the_earlier_version_did(
+    name: str, strategy: str, processes: int, tmp_path: Path
+) -> None:
+    """The same losses, weights, moments and averages after ten more steps: to the last bit with the same torch."""
+    expected = EXPECTED[f"{name} {strategy} {processes}"]
+    run = go_on(name, tmp_path, processes=processes, strategy=strategy)
+    losses = {step: loss for step, loss in logged(run).items() if step > 10}
+    assert losses == pytest.approx({int(step): loss for step, loss in expected["losses"].items()}, rel=1e-4)
+    assert norms(run, 20) == pytest.approx(expected["norms"], rel=1e-4)
+    if torch.__version__.partition("+")[0] == EXPECTED["torch"] and os.uname().machine == "x86_64":
+        assert digest(run, 20) == expected["sha256"]
+
+
+@pytest.mark.parametrize("name", ["plain", "rich"])
+def test_an_earlier_run_is_sampled_measured_and_exported(name: str, tmp_path: Path) -> None:
+    run, _ = copy_run(name, tmp_path)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('path = "data"', f'path = "{FOLDER / "data"}"'))
+    launch(1, "--run", str(run), "--n", "2", script="sample")
+    launch(1, "bpd", "--run", str(run), "--images", "2", script="evaluate")
+    launch(1, "export", "--run", str(run), "--out", str(tmp_path / "exported"), script="convert")
+    assert list((run / "samples").rglob("*.png"))
+    assert list((run / "evaluation").rglob("*.json"))
+    assert list((tmp_path / "exported").rglob("*.safetensors"))
+
+
+def test_earlier_shards_verify() -> None:
+    assert data_prep(["verify", str(FOLDER / "data"), "--decode", "all"]) == 0

@@ -1,0 +1,57 @@
+"""Runs that an earlier version wrote (tests/fixtures/yesterday), and what that version made of them when it went on."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.harness import REPOSITORY, environment, free_port, overrides, tensors_of
+
+FOLDER = Path(__file__).parent / "fixtures" / "yesterday"
+# Kernels that every x86 processor has: others round differently.
+PORTABLE_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
+
+
+def copy_run(name: str, folder: Path) -> tuple[Path, list[str]]:
+    """A copy of an earlier run, and the arguments that train.py is to go on with it."""
+    run = Path(shutil.copytree(FOLDER / name, folder / name))
+    paths = overrides(run_dir=run, data__path=FOLDER / "data")
+    return run, ["--config", str(run / "config.toml"), *paths]
+
+
+def go_on(name: str, folder: Path, *, processes: int, strategy: str) -> Path:
+    """The earlier run, which has ten steps, trained to step 20."""
+    run, arguments = copy_run(name, folder)
+    command = [sys.executable, "trainer/train.py", *arguments]
+    command += overrides(train__duration="20 steps", train__strategy=strategy)
+    port = str(free_port())
+    ranks = []
+    for rank in map(str, range(processes)):
+        place = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        if processes > 1:
+            place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # Processes of their own, not forks of the harness's server: kernels are chosen once a process.
+        ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment(**place, **PORTABLE_KERNELS)))
+    assert [process.wait(timeout=240) for process in ranks] == [0] * processes
+    return run
+
+
+def digest(run: Path, step: int) -> dict[str, str]:
+    """sha256 of all tensors of each kind (model, ema, optimizer.exp_avg, ...) in a checkpoint."""
+    hashes: dict[str, Any] = {}
+    for name, tensor in sorted(tensors_of(run, step).items()):
+        of_kind = hashes.setdefault(name.partition("/")[0], hashlib.sha256())
+        of_kind.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return {kind: of_kind.hexdigest() for kind, of_kind in hashes.items()}
+
+
+def norms(run: Path, step: int) -> dict[str, float]:
+    """Euclidean norm of all tensors of each kind, in float64."""
+    squares: dict[str, float] = {}
+    for name, tensor in tensors_of(run, step).items():
+        kind = name.partition("/")[0]
+        squares[kind] = squares.get(kind, 0.0) + tensor.double().square().sum().item()
+    return {kind: square**0.5 for kind, square in squares.items()}
