@@ -52,8 +52,9 @@ class DataConfig(Section):
     """Folder on a disk of each node, where shards are copied to before they are read; needed for URLs."""
     cache_size: SizeField = 200 * 10**9
     """Most that the copies in cache_dir may take: "200 GB"."""
-    workers: int = Field(default=4, ge=0)
-    """Loader processes for each rank; 0 reads and decodes in the training process."""
+    workers: int | None = Field(default=None, ge=0)
+    """Loader processes for each rank; 0 reads and decodes in the training process. Left out: 4, or as many as the rank
+    has cores, if they are fewer."""
     start_method: Literal["fork", "spawn"] = "fork"
     """How loader processes start: "spawn" takes seconds longer and shares nothing with the training process."""
     prefetch: int = Field(default=4, ge=1)

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gat
 from safetensors import SafetensorError
 
 from trainer.engine import rendezvous
+from trainer.engine.cpu_share import set_threads
 from trainer.errors import TrainerError
 from trainer.signals import on_parents_death
 
@@ -41,12 +42,10 @@ def make_accelerator(*, patience: timedelta = _PATIENCE, bucket_size: int = 25 *
 
 
 def new_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator that leaves the arithmetic to `trainer/engine/precision.py`, and threads that suit CPUs."""
-    if not torch.cuda.is_available():
-        # Launchers set OMP_NUM_THREADS=1 whatever the number of processes; more threads than cores thrash.
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
-    return Accelerator(mixed_precision="no", **settings)
+    """An Accelerator that leaves the arithmetic to `trainer/engine/precision.py`; sets torch's threads, too."""
+    accelerator = Accelerator(mixed_precision="no", **settings)
+    set_threads()  # last: Accelerate sets them too, by the cores that the machine has
+    return accelerator
 
 
 def join_group(patience: timedelta, *, alone: bool = False) -> None:
