@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from trainer.engine import rendezvous
 from trainer.engine.cpu_share import set_threads
 from trainer.errors import TrainerError
+from trainer.launcher.accelerate_environment import forget
 from trainer.signals import on_parents_death
 
 T = TypeVar("T")
@@ -51,8 +52,11 @@ def new_accelerator(**settings: Any) -> Accelerator:
 def join_group(patience: timedelta, *, alone: bool = False) -> None:
     """Make torch's process group, which Accelerate and DeepSpeed take as they find it.
 
-    `alone`: of one rank where no launcher started several; sharding libraries ask for one. Errors as `rendezvous.join`.
+    From here on they find nothing in the environment, either, of what a launcher wants of them: what was taken of it
+    is in the configuration. `alone`: of one rank where no launcher started several; sharding libraries ask for one.
+    Errors as `rendezvous.join`.
     """
+    forget(os.environ)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
