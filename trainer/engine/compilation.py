@@ -39,8 +39,8 @@ def compile_stages(network: UNet, cache: str | None, *, cuda_graphs: bool = Fals
     if not torch.cuda.is_available() and not has_compiler():
         raise ConfigError('train.compile = "regional": no C++ compiler is here; install g++, set CXX, or take "none"')
     use_cache(cache)
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # else inductor starts one for each core of the machine
-        torch._inductor.config.compile_threads = min(torch._inductor.config.compile_threads, own_cores())
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # else inductor starts 32, or as many as the machine has
+        torch._inductor.config.compile_threads = min(32, own_cores())
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
     for stage in network.modules():
         if isinstance(stage, Stage):
