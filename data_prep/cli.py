@@ -1,7 +1,6 @@
 """The command line: parse, wire, run, and say in one line what went wrong."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.build import build
+from data_prep.cores import available_cores
 from data_prep.dataset import Dataset
 from data_prep.errors import DataPrepError, InputError
 from data_prep.overview import print_contents, print_outcome
@@ -81,7 +81,7 @@ def run_verify(argv: Sequence[str]) -> int:
     """`verify DIR`: print each fault as one line; 0 where there is none, else 2."""
     parser = _dataset_parser("verify", "Check every byte of a finished dataset against its manifest and index.")
     parser.add_argument("--decode", choices=DECODE, default="sample", help="which images to decode as well")
-    parser.add_argument("--workers", type=int, default=_cores(), help="threads")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="threads")
     options = parser.parse_args(argv)
     _check_workers(options.workers)
     faults = verify(options.dir, decode=options.decode, workers=options.workers)
@@ -103,7 +103,7 @@ def run_inspect(argv: Sequence[str]) -> int:
 def run_stats(argv: Sequence[str]) -> int:
     """`stats DIR`: write stats.npz, and print its few numbers that a person can read."""
     parser = _dataset_parser("stats", "Write the pixel statistics of a finished dataset to DIR/stats.npz.")
-    parser.add_argument("--workers", type=int, default=_cores(), help="threads")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="threads")
     options = parser.parse_args(argv)
     _check_workers(options.workers)
     stats = write_stats(Dataset.open(options.dir), workers=options.workers)
@@ -134,7 +134,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--format", choices=ENCODINGS, default=Recipe.encoding, help="webp and png are lossless, jpeg is q95 4:4:4")
     add("--mode", choices=MODES, help="colour or grey (default: RGB, but L for embedded:mnist5k)")
     add("--split", choices=SPLITS, default="train", help="which part, of a source that has parts")
-    add("--workers", type=int, default=_cores(), help="processes; the bytes do not depend on it")
+    add("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
     add("--shard-samples", type=int, default=Recipe.shard_samples, help="sources to a shard")
     add("--max-reject-fraction", type=float, default=0.01, help="fail where more of the sources are unusable")
     add("--upscale", action="store_true", help="enlarge images smaller than --size instead of rejecting them")
@@ -150,7 +150,3 @@ def _dataset_parser(command: str, description: str) -> argparse.ArgumentParser:
 def _check_workers(workers: int) -> None:
     if workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

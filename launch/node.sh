@@ -24,7 +24,6 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$SLURM_GPUS_ON_NODE" -lt "$DDPM_PROCS_
 fi
 
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a process for each GPU shares the node's cores
 # The launcher kills after TERM what has not ended by then; a save may take longer than torch's 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 # NCCL's flight recorder: the last collectives of every rank, dumped when one of them times out.

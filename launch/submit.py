@@ -23,6 +23,7 @@ from trainer.config import Config
 from trainer.engine.dry_run import as_text, describe_run
 from trainer.errors import ConfigError, TrainerError, exit_clearly
 from trainer.evaluation.arguments import at_least_one
+from trainer.launcher.settle import load_settled
 from trainer.units import in_words
 
 SCRIPT = REPOSITORY / "launch" / "train.sbatch"
@@ -79,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Parse, check, submit."""
     arguments = parse_arguments()
-    config = Config.load(arguments.config, arguments.set)
+    config, _ = load_settled(arguments.config, arguments.set, {}, gpus=False)  # node.sh tells accelerate nothing
     processes = arguments.nodes * processes_per_node(arguments)
     plan, fault = describe_run(config, world_size=processes)
     print(as_text(plan))

@@ -242,3 +242,12 @@ def test_what_cannot_be_compiled_whole_is_an_error(monkeypatch: pytest.MonkeyPat
     compile_stages(network, None)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         network(torch.zeros(1, 3, 16, 16), torch.tensor([0]))
+
+
+@needs_compiler
+def test_compiling_takes_no_more_processes_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setattr(compilation, "own_cores", lambda: 3)
+    with torch._inductor.config.patch(compile_threads=32):
+        compile_stages(nn.Sequential(), None)  # type: ignore[arg-type]
+        assert torch._inductor.config.compile_threads == 3

@@ -10,6 +10,7 @@ from typing import Any
 from tests.harness import REPOSITORY, environment, free_port, overrides, tensors_of
 
 FOLDER = Path(__file__).parent / "fixtures" / "yesterday"
+_THREADS = 2  # of all processes together, when expected.json was made: sums over threads round by their number
 # Kernels that every x86 processor has: others round differently. So does oneDNN by the sizes of the processor's caches.
 PORTABLE_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 _WITHOUT_ONEDNN = "import runpy, sys, torch; torch.backends.mkldnn.enabled = False; sys.argv = sys.argv[1:]; "
@@ -54,7 +55,8 @@ def go_on(name: str, folder: Path, *, processes: int, strategy: str) -> Path:
             place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         # Processes of their own, not forks of the harness's server: kernels are chosen once a process.
-        ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment(**place, **PORTABLE_KERNELS)))
+        variables = environment(**place, **PORTABLE_KERNELS, OMP_NUM_THREADS=str(_THREADS // processes))
+        ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=variables))
     assert [process.wait(timeout=240) for process in ranks] == [0] * processes
     return run
 

@@ -9,12 +9,15 @@ if not __package__:  # run by path, Python looks in trainer/ first, where a modu
 import argparse
 import os
 
+import torch
+
 from trainer.config import Config
 from trainer.engine.dry_run import as_json, as_text, describe_run
 from trainer.engine.find_batch import find_batch, print_trials
 from trainer.engine.session import train
 from trainer.errors import exit_clearly
 from trainer.evaluation.arguments import at_least_one
+from trainer.launcher.settle import load_settled
 from trainer.telemetry.profiling import RecordingRequest, StepRange
 
 
@@ -58,11 +61,20 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def settled_configuration(arguments: argparse.Namespace) -> Config:
+    """The configuration with the launcher's word in what it leaves open; rank 0 tells what was decided."""
+    config, decisions = load_settled(arguments.config, arguments.set, os.environ, gpus=torch.cuda.is_available())
+    if os.environ.get("RANK", "0") == "0":
+        for decision in decisions:
+            print(decision, file=sys.stderr, flush=True)
+    return config
+
+
 @exit_clearly
 def main() -> int:
     """Parse, wire, run."""
     arguments = parse_arguments()
-    config = Config.load(arguments.config, arguments.set)
+    config = settled_configuration(arguments)
     trace, memory = (
         StepRange.parse(text) if text is not None else None for text in (arguments.profile, arguments.memory_snapshot)
     )

@@ -1,6 +1,6 @@
 """The sections of a configuration: every field with its type, default, bounds and meaning."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -52,8 +52,9 @@ class DataConfig(Section):
     """Folder on a disk of each node, where shards are copied to before they are read; needed for URLs."""
     cache_size: SizeField = 200 * 10**9
     """Most that the copies in cache_dir may take: "200 GB"."""
-    workers: int = Field(default=4, ge=0)
-    """Loader processes for each rank; 0 reads and decodes in the training process."""
+    workers: int | None = Field(default=None, ge=0)
+    """Loader processes for each rank; 0 reads and decodes in the training process. Left out: 4, or as many as the rank
+    has cores, if they are fewer."""
     start_method: Literal["fork", "spawn"] = "fork"
     """How loader processes start: "spawn" takes seconds longer and shares nothing with the training process."""
     prefetch: int = Field(default=4, ge=1)
@@ -164,7 +165,8 @@ class TrainConfig(Section):
     "0 steps" for none."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp"] = "ddp"
     """What ranks share: "ddp" nothing; DeepSpeed's "zero1" moments, "zero2" gradients too, "zero3" weights too; "fsdp2"
-    all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md)."""
+    all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md). "auto", or
+    left out: what `accelerate launch` was told, else what the run has had so far, else "ddp" (docs/accelerate.md)."""
     hsdp_shard_size: int | None = Field(default=None, gt=0)
     """With "hsdp": ranks in a group; left out: those of a node."""
     bucket_size: SizeField = 25 * 2**20
@@ -173,7 +175,7 @@ class TrainConfig(Section):
     """With "zero1" to "zero3": moments and master weights stay in the host's memory, and Adam runs there."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the network; weights, loss, optimizer and schedule stay in float32. "tf32" is float32 that GPUs
-    round to 10 bits before they multiply."""
+    round to 10 bits before they multiply. "auto", or left out: as for strategy, else "fp32"."""
     activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     """What the backward pass recomputes: "selective" all but convolutions and attention, for little time (not with
     "zero3"); "full" whatever lies within a residual block, for least memory and about a third more time; "budget"
@@ -196,6 +198,14 @@ class TrainConfig(Section):
     hang_timeout: SecondsField = 300.0
     """A rank that does nothing new for so long (four times as long in its first step) has hung: all ranks write their
     stacks to stderr and RUN/hangs/ and end. Should be less than timeout; "0 seconds" for never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_open(cls, raw: Any) -> Any:
+        """ "auto" is what stands for nothing: whoever had a say in it has had it."""
+        if not isinstance(raw, dict):
+            return raw
+        return {n: value for n, value in raw.items() if value != "auto" or n not in ("strategy", "precision")}
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 
+from trainer.engine.cpu_share import own_cores
 from trainer.errors import ConfigError
 from trainer.models.unet import Stage, UNet
 
@@ -37,6 +39,8 @@ def compile_stages(network: UNet, cache: str | None, *, cuda_graphs: bool = Fals
     if not torch.cuda.is_available() and not has_compiler():
         raise ConfigError('train.compile = "regional": no C++ compiler is here; install g++, set CXX, or take "none"')
     use_cache(cache)
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # else inductor starts 32, or as many as the machine has
+        torch._inductor.config.compile_threads = min(32, own_cores())
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
     for stage in network.modules():
         if isinstance(stage, Stage):

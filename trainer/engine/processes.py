@@ -13,7 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gat
 from safetensors import SafetensorError
 
 from trainer.engine import rendezvous
+from trainer.engine.cpu_share import set_threads
 from trainer.errors import TrainerError
+from trainer.launcher.accelerate_environment import forget
 from trainer.signals import on_parents_death
 
 T = TypeVar("T")
@@ -41,19 +43,20 @@ def make_accelerator(*, patience: timedelta = _PATIENCE, bucket_size: int = 25 *
 
 
 def new_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator that leaves the arithmetic to `trainer/engine/precision.py`, and threads that suit CPUs."""
-    if not torch.cuda.is_available():
-        # Launchers set OMP_NUM_THREADS=1 whatever the number of processes; more threads than cores thrash.
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
-    return Accelerator(mixed_precision="no", **settings)
+    """An Accelerator that leaves the arithmetic to `trainer/engine/precision.py`; sets torch's threads, too."""
+    accelerator = Accelerator(mixed_precision="no", **settings)
+    set_threads()  # last: Accelerate sets them too, by the cores that the machine has
+    return accelerator
 
 
 def join_group(patience: timedelta, *, alone: bool = False) -> None:
     """Make torch's process group, which Accelerate and DeepSpeed take as they find it.
 
-    `alone`: of one rank where no launcher started several; sharding libraries ask for one. Errors as `rendezvous.join`.
+    From here on they find nothing in the environment, either, of what a launcher wants of them: what was taken of it
+    is in the configuration. `alone`: of one rank where no launcher started several; sharding libraries ask for one.
+    Errors as `rendezvous.join`.
     """
+    forget(os.environ)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

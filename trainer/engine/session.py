@@ -14,6 +14,7 @@ from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_diffusion, build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.copy_folder import CopyFolder
+from trainer.engine.cpu_share import loader_processes
 from trainer.engine.garbage import collected_when_told
 from trainer.engine.loop import TrainingLoop
 from trainer.engine.processes import check_alike, die_with_launcher, together
@@ -177,7 +178,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
     stream = micro_batches(
         loop.data.dataset,
         plan,
-        workers=config.data.workers,
+        workers=loader_processes(config.data.workers),
         prefetch=config.data.prefetch,
         pin_memory=accelerator.device.type == "cuda",
         start_method=config.data.start_method,
@@ -204,7 +205,7 @@ def _prefetcher(config: DataConfig, data: TrainingData, plan: MicroBatchPlan) ->
         data.dataset.shards,
         needs=lambda micro_step: plan.shards(data.dataset, micro_step),
         micro_steps=plan.micro_steps,
-        in_hand=config.workers * config.prefetch,
+        in_hand=loader_processes(config.workers) * config.prefetch,
         budget=budget,
     )
 

@@ -1,5 +1,7 @@
 """A trained network, opened to draw from or to be judged: configuration, verified weights, reverse process."""
 
+import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from trainer.engine.processes import die_with_launcher, make_accelerator, togeth
 from trainer.engine.run import RunFolder
 from trainer.engine.sealed import COMPLETE_NAME
 from trainer.errors import CheckpointError, ConfigError
+from trainer.launcher.settle import without_effect
 from trainer.models.unet import UNet
 from trainer.signals import StopRequest
 
@@ -78,7 +81,10 @@ def open_trained(request: TrainedRequest) -> Trained:
     config = folder.load_config()
     if request.variance is not None:
         config = _with_variance(config, request.variance)
+    remark = without_effect(os.environ)
     accelerator = make_accelerator(patience=_PATIENCE)
+    if remark is not None and accelerator.is_main_process:
+        print(remark, file=sys.stderr, flush=True)
     diffusion = build_diffusion(config, accelerator.device)
     if request.respacing != "all":
         try:
