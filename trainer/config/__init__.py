@@ -41,11 +41,11 @@ class Config(Section):
     """Keys the order, flips, t, noise, dropout, initial weights and samples."""
     data: DataConfig
     model: ModelConfig
-    diffusion: DiffusionConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
