@@ -18,6 +18,7 @@ from trainer.config.sections import (
     Section,
     TrainConfig,
 )
+from trainer.config.shipped import located
 from trainer.errors import ConfigError
 
 __all__ = [
@@ -71,11 +72,11 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a TOML file and apply overrides such as "train.global_batch=64".
+        """Read a TOML file, or a shipped one by its name, and apply overrides such as "train.global_batch=64".
 
         Raises ConfigError with one line for each field that is unknown, missing or invalid.
         """
-        return cls.parse(read_toml(path), overrides, source=str(path))
+        return cls.parse(read_toml(located(path)), overrides, source=str(path))
 
     @classmethod
     def parse(cls, raw: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> Self:

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trainer.config.shipped import shipped
 from trainer.errors import ConfigError
 
 
@@ -15,6 +16,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file holds; ConfigError names it if it cannot be read."""
     try:
         return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: cannot be read: no such file; shipped by name: {', '.join(shipped())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except tomllib.TOMLDecodeError as error:
