@@ -11,7 +11,7 @@ from trainer.engine.cost import training_flops
 from trainer.errors import ConfigError
 from trainer.models.unet import UNet, UNetConfig
 
-_CPU_FLOPS = 1.5e13  # of a first run without a GPU: some minutes of two cores
+_CPU_FLOPS = 8e12  # of a first run without a GPU: three minutes of two cores that have nothing else to do
 _FEWEST_STEPS, _MOST_IMAGES = 10_000, 102_400_000  # the latter are DDPM's for CIFAR-10
 
 
@@ -106,18 +106,23 @@ def recipe(*, image_size: int, channels: int, images: int, gpu: bool) -> Setting
     published = min(_PUBLISHED, key=lambda row: max(row.side, image_size) / min(row.side, image_size))
     model = _model(published, image_size, channels, images, gpu=gpu)
     training = _on_gpu(published, images) if gpu else _on_cpu(model)
-    steps = training["train"]["duration"].value
-    training["train"]["duration"] = Setting(f"{steps} steps", training["train"]["duration"].why)
+    steps, why = training["train"]["duration"]
+    training["train"]["duration"] = Setting(f"{steps} steps", why)
+    diffusion = {"schedule": published.schedule, "variance": Setting("small", "DDPM at 256 x 256")}
+    if not gpu:
+        diffusion["timesteps"] = Setting(200, "ours: each image takes so many steps to draw; the papers' are 1000")
     flip = Setting(True, "DDPM: on all but LSUN bedroom; false where left and right differ, as in letters")
     return {
         "data": {"flip": flip} if gpu else {"flip": flip, "workers": Setting(1)},
         "model": model,
-        "diffusion": {"schedule": published.schedule, "variance": Setting("small", "DDPM at 256 x 256")},
+        "diffusion": diffusion,
         **training,
         "checkpoint": {"every": Setting(f"{min(5000, max(1, steps // 5))} steps")},
         "log": {
             "every": Setting(f"{50 if gpu else 10} steps"),
-            "samples_every": Setting(f"{min(20_000, max(1, steps // 5))} steps", "grids in RUN/samples"),
+            "samples_every": Setting(
+                f"{min(20_000, max(1, steps // 5)) if gpu else steps} steps", "grids in RUN/samples"
+            ),
             "samples": Setting(64 if gpu and image_size <= 64 else 16),
         },
     }
@@ -204,16 +209,18 @@ def _on_cpu(model: dict[str, Setting]) -> dict[str, dict[str, Setting]]:
         **{name: tuple(value) if isinstance(value, list) else value for name, (value, _) in model.items()},
         out_channels=model["channels"].value,
     )
-    side, batch = config.image_size, 16
+    side, batch = config.image_size, 8
     flops = training_flops(lambda: UNet(config), (config.channels, side, side)).training * batch
-    steps = _rounded(min(5000, max(100, _CPU_FLOPS / flops)))
+    affordable = _CPU_FLOPS / flops
+    steps = _rounded(min(5000, max(100, affordable)))
+    long = "ours: some minutes on two cores" if affordable >= 100 else "ours: too few to learn from; take a GPU"
     return {
         "optimizer": {
             "learning_rate": Setting(1e-3, "ours: a small network and a short run ask for larger steps"),
             "warmup": Setting(f"{steps // 20} steps"),
         },
         "train": {
-            "duration": Setting(steps, "ours: some minutes on two cores; raise it to go on"),
+            "duration": Setting(steps, f"{long}; raise it to go on"),
             "global_batch": Setting(batch, "ours, for a CPU"),
             **_average(steps),
         },
