@@ -7,9 +7,11 @@ appendix I.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from trainer.config import ModelConfig
+from trainer.engine.build import unet_config
 from trainer.engine.cost import training_flops
 from trainer.errors import ConfigError
-from trainer.models.unet import UNet, UNetConfig
+from trainer.models.unet import UNet
 
 _CPU_FLOPS = 8e12  # of a first run without a GPU: three minutes of two cores that have nothing else to do
 _FEWEST_STEPS, _MOST_IMAGES = 10_000, 102_400_000  # the latter are DDPM's for CIFAR-10
@@ -152,7 +154,7 @@ def _model(published: _Published, side: int, channels: int, images: int, *, gpu:
         "attention_resolutions": Setting(attention, published.who)
         if gpu
         else Setting(attention[-1:], "ours, for a CPU"),
-        "dropout": _dropout(images) if gpu else Setting(0.0, "such a run is too short to learn images by heart"),
+        "dropout": _dropout(side, images) if gpu else Setting(0.0, "such a run is too short to learn images by heart"),
     }
     if not gpu:
         settings["norm_groups"] = Setting(8, "ours: 32 would leave less than a channel to a group")
@@ -177,9 +179,9 @@ def _levels(published: _Published, side: int) -> list[int]:
     return multipliers
 
 
-def _dropout(images: int) -> Setting:
-    if images >= 100_000:
-        return Setting(0.0, "DDPM: none on LSUN, whose sets have more than 100,000 images")
+def _dropout(side: int, images: int) -> Setting:
+    if images >= 100_000 or (side > 128 and images >= 10_000):
+        return Setting(0.0, "DDPM: none on LSUN and CelebA-HQ")
     if images >= 10_000:
         return Setting(0.1, "DDPM: 0.1 on CIFAR-10, 50,000 images")
     return Setting(0.2, "ours: above DDPM's 0.1 on 50,000 images, below Improved DDPM's 0.3, for a small set")
@@ -205,10 +207,8 @@ def _on_gpu(published: _Published, images: int) -> dict[str, dict[str, Setting]]
 
 
 def _on_cpu(model: dict[str, Setting]) -> dict[str, dict[str, Setting]]:
-    config = UNetConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, (value, _) in model.items()},
-        out_channels=model["channels"].value,
-    )
+    fields = {name: value for name, (value, _) in model.items()}
+    config = unet_config(ModelConfig(**fields), "small")
     side, batch = config.image_size, 8
     flops = training_flops(lambda: UNet(config), (config.channels, side, side)).training * batch
     affordable = _CPU_FLOPS / flops
