@@ -125,3 +125,39 @@ def test_the_papers_configurations_are_listed(
     told = capsys.readouterr().out
     assert "cifar10                CIFAR-10, unconditional, L_simple: FID 3.17" in told
     assert len(told.splitlines()) == len(list((REPOSITORY / "configs").glob("*.toml")))
+
+
+@pytest.mark.parametrize("name", ['line\nrun_dir = "elsewhere"', "delete\x7f", "quote\"s'", "größe #1"])
+def test_a_folder_may_have_any_name(
+    name: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert data_prep([str(photos), f"data/{name}", "--size", "32", "--max-reject-fraction", "1"]) == 0
+    assert ask(f"data/{name}", "--for", "gpu", "--out", "out.toml", monkeypatch=monkeypatch) == 0
+    config = Config.load(Path("out.toml"))
+    assert (config.run_dir, config.data.path) == (f"runs/{name}", f"data/{name}")
+    assert "out.toml: for 8 images" in capsys.readouterr().out
+
+
+def test_a_name_that_toml_cannot_hold_leaves_no_file(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert data_prep([str(photos), "data/x", "--size", "32", "--max-reject-fraction", "1"]) == 0
+    Path("data/x").rename("data/bad\udcff")
+    capsys.readouterr()
+    assert ask("data/bad\udcff", "--for", "gpu", "--out", "out.toml", monkeypatch=monkeypatch) == 2
+    assert "out.toml: cannot be written" in capsys.readouterr().err
+    assert not Path("out.toml").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "photos/.staging"])
+def test_folders_that_cannot_be_read_or_are_unfinished_are_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = name.partition("/")[0]
+    if data != name:
+        Path(name).mkdir(parents=True)
+    assert ask(data, monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert ("unfinished; run data_prep again" if data != name else "cannot be read") in told

@@ -15,7 +15,7 @@ from trainer.config.shipped import first_comment, shipped
 from trainer.errors import ConfigError, exit_clearly
 from trainer.starting.recipe import recipe
 from trainer.starting.source import open_prepared
-from trainer.starting.template import as_toml
+from trainer.starting.template import as_toml, literal
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +55,8 @@ def main() -> int:
     what = f"{manifest.samples:,} images of {manifest.image_size} x {manifest.image_size}, {manifest.mode}"
     other = "gpu" if device == "cpu" else "cpu"
     about = [
-        f"{what}, in {arguments.data}. Written by ddpm-init for a {device.upper()}; `--for {other}` writes another.",
+        f"{what}, in {literal(str(arguments.data))}.",
+        f"Written by ddpm-init for a {device.upper()}; `--for {other}` writes another.",
         "Fields that are left out have defaults: trainer/config/sections.py.",
     ]
     text = as_toml(settings, run_dir=arguments.run_dir or Path("runs") / name, data=arguments.data, about=about)
@@ -68,8 +69,9 @@ def main() -> int:
 
 def _write(out: Path, text: str) -> None:
     try:
-        with out.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        encoded = text.encode()
+        with out.open("xb") as stream:
+            stream.write(encoded)
     except FileExistsError as error:
         raise ConfigError(f"{out}: is there already; give another name with --out") from error
     except (OSError, UnicodeEncodeError) as error:

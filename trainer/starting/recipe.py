@@ -7,11 +7,9 @@ appendix I.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trainer.config import ModelConfig
-from trainer.engine.build import unet_config
 from trainer.engine.cost import training_flops
 from trainer.errors import ConfigError
-from trainer.models.unet import UNet
+from trainer.models.unet import UNet, UNetConfig
 
 _CPU_FLOPS = 8e12  # of a first run without a GPU: three minutes of two cores that have nothing else to do
 _FEWEST_STEPS, _MOST_IMAGES = 10_000, 102_400_000  # the latter are DDPM's for CIFAR-10
@@ -207,8 +205,10 @@ def _on_gpu(published: _Published, images: int) -> dict[str, dict[str, Setting]]
 
 
 def _on_cpu(model: dict[str, Setting]) -> dict[str, dict[str, Setting]]:
-    fields = {name: value for name, (value, _) in model.items()}
-    config = unet_config(ModelConfig(**fields), "small")
+    fields: dict[str, Any] = {name: value for name, (value, _) in model.items()}
+    for name in ("channel_multipliers", "attention_resolutions"):
+        fields[name] = tuple(fields[name])
+    config = UNetConfig(**fields, out_channels=fields["channels"])
     side, batch = config.image_size, 8
     flops = training_flops(lambda: UNet(config), (config.channels, side, side)).training * batch
     affordable = _CPU_FLOPS / flops

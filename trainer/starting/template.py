@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from trainer.starting.recipe import Setting, Settings
 
@@ -15,9 +16,13 @@ def as_toml(settings: Settings, *, run_dir: Path, data: Path, about: list[str]) 
     return "\n\n".join(parts) + "\n"
 
 
+def literal(value: Any) -> str:
+    """A string, number, boolean or list of them as TOML reads it: as JSON writes it, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _table(fields: dict[str, Setting]) -> str:
-    # What JSON writes of strings, numbers, booleans and lists of them, TOML reads.
-    assignments = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, (value, _) in fields.items()]
+    assignments = [f"{name} = {literal(value)}" for name, (value, _) in fields.items()]
     width = max(34, *(len(text) for text in assignments if len(text) < 50), 0)
     lines = (f"{text:<{width}} # {why}" if why else text for text, (_, why) in zip(assignments, fields.values()))
     return "\n".join(lines)
