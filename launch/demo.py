@@ -18,7 +18,8 @@ from matplotlib import pyplot as plt
 
 _CONFIG = Path("configs/demo.toml")
 _ACCELERATE = (
-    "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "--log_dir /dev/null"
 )
 
 

@@ -59,5 +59,5 @@ trap '' USR1 # would kill the launcher and orphan its workers; ignored, it is in
 exec "$python" -m accelerate.commands.accelerate_cli launch "${several[@]}" \
   --num_machines "$DDPM_NODES" --machine_rank "$rank" --num_processes "$world" \
   --main_process_ip "$DDPM_HEAD" --main_process_port "$DDPM_PORT" \
-  --rdzv_backend static --max_restarts "${DDPM_ELASTIC_RESTARTS:-0}" --mixed_precision no --dynamo_backend no \
+  --rdzv_backend static --max_restarts "${DDPM_ELASTIC_RESTARTS:-0}" --mixed_precision no --dynamo_backend no --log_dir /dev/null \
   "$repository/trainer/train.py" "${arguments[@]}"

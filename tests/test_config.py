@@ -52,14 +52,53 @@ def test_wrong_fields_are_named(config_path: Path, override: str, message: str) 
 
 
 def test_missing_fields_and_files_are_named(config_path: Path, tmp_path: Path) -> None:
-    config_path.write_text(config_path.read_text().replace("flip = true", "").replace("ema_decay", "decay"))
-    with pytest.raises(ConfigError, match=r"data\.flip: missing; train\.decay: unknown key"):
+    config_path.write_text(config_path.read_text().replace("image_size = 8", "").replace("ema_decay", "decay"))
+    with pytest.raises(ConfigError, match=r"model\.image_size: missing; train\.decay: unknown key"):
         load_config(config_path)
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
         load_config(tmp_path / "none.toml")
     config_path.write_text("a = [")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(config_path)
+
+
+NETWORK = """
+[model]
+image_size = 8
+base_channels = 32
+channel_multipliers = [1, 2]
+attention_resolutions = []
+"""
+
+
+def test_a_folder_data_and_a_network_are_enough(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('run_dir = "run"\ndata.path = "data"\n' + NETWORK)
+    config = Config.load(path)
+    build_network(config)
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(config.to_toml())
+    assert Config.load(resolved) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'run_dir = "run"\ndata.path = "data"\n',
+            "model: missing section; it needs image_size, base_channels, channel_multipliers, attention_resolutions",
+        ),
+        ('run_dir = "run"\n' + NETWORK, "data: missing section; should have either path or [[data.mixture]]"),
+        (NETWORK, "run_dir: missing; data: missing section; should have either path or [[data.mixture]]"),
+        ('run_dir = "run"\ndata = 3\n' + NETWORK, "data = 3: should be a section: [data]"),
+    ],
+)
+def test_a_missing_section_names_what_it_needs(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        Config.load(path)
+    assert str(caught.value) == f"{path}: {message}"
 
 
 @pytest.mark.parametrize(

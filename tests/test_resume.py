@@ -47,6 +47,16 @@ def uninterrupted(runs: Path, dataset: Path) -> Path:
     return runs / "uninterrupted"
 
 
+def test_a_finished_run_started_again_says_so(runs: Path, dataset: Path) -> None:
+    arguments = ["--config", str(write_config(runs, dataset, "finished")), *overrides(train__duration="1 steps")]
+    assert "is finished" not in launch(1, *arguments)
+    told = launch(1, *arguments)
+    last = checkpoint(runs / "finished", 1)
+    assert f"finished: is finished: trained to step 1 of 1, last checkpoint {last}; to go on, raise" in told
+    assert 'for example --set train.duration="2 steps"' in told
+    assert "is finished" not in launch(1, *arguments, *overrides(train__duration="2 steps"))
+
+
 def test_stopping_and_resuming_changes_no_bit(runs: Path, dataset: Path, uninterrupted: Path) -> None:
     """N steps = k + resume + (N - k): weights, moments, EMA, learning rate and logged losses."""
     config = write_config(runs, dataset, "in_parts")

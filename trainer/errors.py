@@ -1,9 +1,11 @@
 """Faults that a user can mend: each is one clear line, never a traceback."""
 
+import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class TrainerError(Exception):
@@ -62,5 +64,18 @@ def exit_clearly(main: Callable[[], int]) -> Callable[[], int]:
             if error.is_mine_to_tell():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
+        finally:
+            remove_launcher_folders()
 
     return guarded
+
+
+def remove_launcher_folders() -> None:
+    """Remove what torchrun and `accelerate launch` leave of this rank in the temporary folder, where it is empty."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # torchelastic_.../RUN/attempt_0/RANK/error.json
+    folders = list(Path(error_file).parents)[:4]
+    if len(folders) < 4 or not folders[-1].name.startswith("torchelastic_"):
+        return
+    with contextlib.suppress(OSError):  # another rank's, or its log, is still there
+        for folder in folders:
+            folder.rmdir()

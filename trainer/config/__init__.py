@@ -41,11 +41,11 @@ class Config(Section):
     """Keys the order, flips, t, noise, dropout, initial weights and samples."""
     data: DataConfig
     model: ModelConfig
-    diffusion: DiffusionConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -71,7 +71,7 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a TOML file and apply overrides such as "train.global_batch=64".
+        """Read a TOML file, or a shipped one by its name, and apply overrides such as "train.global_batch=64".
 
         Raises ConfigError with one line for each field that is unknown, missing or invalid.
         """

@@ -3,18 +3,21 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trainer.config.shipped import located, shipped
 from trainer.errors import ConfigError
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file holds; ConfigError names it if it cannot be read."""
+    """What a TOML file holds, or a shipped one that is called `path`; ConfigError names it if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(located(path).read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: cannot be read: no such file; shipped by name: {', '.join(shipped())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except tomllib.TOMLDecodeError as error:
@@ -50,11 +53,30 @@ def explain(model: type[BaseModel], details: ErrorDetails) -> str:
         hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
         return f"{field}: unknown key; {hint}"
     if details["type"] == "missing":
-        return f"{field}: missing"
+        expected = _section(model, sections).model_fields[name].annotation
+        return f"{field}: missing section; {_needs(expected)}" if _is_section(expected) else f"{field}: missing"
+    if details["type"] == "model_type":
+        return f"{field} = {details['input']!r}: should be a section: [{field}]"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if isinstance(details["input"], dict):  # fields that do not go together
         return f"{field}: {message}"
     return f"{field} = {details['input']!r}: {message}"
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _needs(section: type[BaseModel]) -> str:
+    """What must be said in a section that was left out."""
+    required = [name for name, field in section.model_fields.items() if field.is_required()]
+    if required:
+        return f"it needs {', '.join(required)}"
+    try:
+        section()
+    except ValidationError as error:  # of several fields that are optional, one must be there
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    raise AssertionError(f"{section.__name__} needs nothing, so it should have a default")
 
 
 def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:

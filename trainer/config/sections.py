@@ -32,7 +32,7 @@ class DataConfig(Section):
     a URL of http, https, s3, gs or hf."""
     mixture: list[MixtureEntry] = []
     """Datasets that are mixed, each with its own epochs."""
-    flip: bool
+    flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     order: Literal["global", "windowed", "lanes"] = "global"
     """"global" shuffles all samples; "windowed" shuffles shards, then the samples of `window` shards at a time; "lanes"
@@ -89,7 +89,7 @@ class ModelConfig(Section):
     """Residual blocks a level going down (one more going up)."""
     attention_resolutions: list[int]
     """Sides, in pixels, of the levels whose blocks are followed by self-attention."""
-    dropout: float = Field(ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability inside residual blocks."""
     norm_groups: int = Field(default=32, gt=0)
     """Groups of every GroupNorm."""
@@ -107,7 +107,7 @@ class DiffusionConfig(Section):
     """With schedule "table": beta_t for every t."""
     prediction: Literal["eps", "x0", "mu", "v"] = "eps"
     """What the network predicts: "eps", "x0", "mu" (the posterior's mean) or "v" (Salimans and Ho 2022)."""
-    variance: Literal["small", "large", "learned", "learned-range"]
+    variance: Literal["small", "large", "learned", "learned-range"] = "small"
     """Variance of the reverse process: "small" beta~_t or "large" beta_t (section 3.2); "learned", a diagonal one, or
     "learned-range", between the two fixed ones (Nichol and Dhariwal 2021), doubles the network's output."""
     loss: Literal["mse", "bound", "hybrid"] = "mse"
@@ -133,9 +133,9 @@ class DiffusionConfig(Section):
 class OptimizerConfig(Section):
     """Adam, as in appendix B."""
 
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Learning rate after the warm-up."""
-    warmup: SpanField
+    warmup: SpanField = Span(1000, "steps")
     """Linear warm-up from 0; "0 steps" for none."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Decay rates of Adam's two moments."""
@@ -148,9 +148,9 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """How long and how."""
 
-    duration: SpanField
+    duration: SpanField = Span(500_000, "steps")
     """Length of the whole run, restarts included."""
-    global_batch: int = Field(gt=0)
+    global_batch: int = Field(default=64, gt=0)
     """Images in one optimizer step, over all ranks and accumulated micro-batches."""
     micro_batch: int | None = Field(default=None, gt=0)
     """Most images that a device holds at once; the rest of its share is accumulated. Left out: its whole share."""
@@ -234,7 +234,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When the state is saved and what is kept."""
 
-    every: SpanField
+    every: SpanField = Span(5000, "steps")
     """Between two checkpoints; "0 steps" saves only at the end or when stopped."""
     background: bool = True
     """Write while training goes on; only copying the state holds it up."""
@@ -262,9 +262,9 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """What is written while training."""
 
-    every: SpanField
+    every: SpanField = Span(50, "steps")
     """Between two lines of scalars (TensorBoard, metrics.jsonl); "0 steps" for one at the end."""
-    samples_every: SpanField
+    samples_every: SpanField = Span(5000, "steps")
     """Between two sample grids; "0 steps" for none."""
     samples: int = Field(default=64, gt=0)
     """Images in a sample grid."""

@@ -215,6 +215,11 @@ def _summary(loop: TrainingLoop, source: Path | None) -> str:
     parameters = sum(shape.numel() for shape in loop.state.shapes.values())
     origin = f"resuming from {source}" if source is not None else "starting"
     images = loop.data.order.samples
+    if source is not None and loop.step >= loop.last_step:
+        return (
+            f"{loop.folder.path}: is finished: trained to step {loop.step} of {loop.last_step}, last checkpoint "
+            f'{source}; to go on, raise train.duration, for example --set train.duration="{2 * loop.last_step} steps"'
+        )
     return (
         f"{origin}: step {loop.step} of {loop.last_step}, {parameters:,} parameters, {images:,} images, "
         f"batch {layout.global_batch} = {layout.world_size} processes x {layout.accumulation} accumulated x "

@@ -1,0 +1,87 @@
+"""`accelerate launch` with every flag given, and its workers' exit code instead of its traceback.
+
+    ddpm-launch --num_processes 8 train --config configs/lsun256.toml
+    ddpm-launch sample --run runs/lsun256 --n 50000
+
+Takes the options of `accelerate launch`, and as the script a path, -m MODULE, or one of train, sample, evaluate and
+convert. What neither the command line nor a file of `accelerate config` says is what Accelerate would take, without
+its warning of it: a process for each GPU, or one; on one machine any port that is free, and no folder in /tmp.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_SCRIPTS = ("train", "sample", "evaluate", "convert")
+_OTHER_LAUNCHES = ("cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launch and wait; returns the exit code of the worker that failed first, 128 + N after a signal N, else 0."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Ctrl-C reaches the worker too, which saves and ends; the launcher waits for that.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        launch_command(arguments)
+    except subprocess.CalledProcessError as failure:  # of one process
+        return _shell_code(failure.returncode)
+    except ChildFailedError as failure:  # of several
+        _, first = failure.get_first_failure()
+        return _shell_code(first.exitcode)
+    except SignalException as stopped:
+        return _shell_code(-stopped.sigval)
+    except (ValueError, ImportError, OSError) as error:  # flags that do not go together, a library or port there is not
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Accelerate's own arguments, with what was left open filled in; argparse ends the program where they are wrong."""
+    parser = launch_command_parser()
+    parser.prog = "ddpm-launch"
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    arguments: argparse.Namespace = parser.parse_args(argv)
+    if arguments.training_script in _SCRIPTS and not (arguments.module or arguments.no_python):
+        arguments.module = True
+        arguments.training_script = f"trainer.{arguments.training_script}"
+    if arguments.log_dir is None:
+        arguments.log_dir = os.devnull
+    if arguments.config_file is None and not os.path.isfile(default_config_file):  # noqa: PTH113 - Accelerate's str
+        _fill_in(arguments)
+    return arguments
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    if arguments.num_processes is None:
+        arguments.num_processes = max(1, torch.cuda.device_count())
+    if arguments.num_machines is None:
+        arguments.num_machines = 1
+    if arguments.mixed_precision is None:
+        arguments.mixed_precision = "no"
+    if arguments.dynamo_backend is None:
+        arguments.dynamo_backend = "no"
+    if arguments.num_processes > 1 and not any(getattr(arguments, name) for name in _OTHER_LAUNCHES):
+        arguments.multi_gpu = True  # Accelerate's word for several processes, of CPUs too
+    if arguments.main_process_port is None and arguments.num_machines == 1:
+        arguments.main_process_port = 0
+
+
+def _shell_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The way from prepared data to a first configuration."""
