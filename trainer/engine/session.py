@@ -47,6 +47,7 @@ def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
         rank=strategy.accelerator.process_index,
         world_size=layout.world_size,
         hang_timeout=config.train.hang_timeout,
+        timeout=config.train.timeout,
         stop=stop,
     )
     with watchdog:
