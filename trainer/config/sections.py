@@ -196,7 +196,7 @@ class TrainConfig(Section):
     hang_timeout: SecondsField = 300.0
     """A rank that does nothing new for so long has hung: all ranks write their stacks to stderr and RUN/hangs/ and end.
     Four times as long in its first step and for what is saved in the background; before the first step so long, or
-    timeout if it is longer, without reading, writing or computing. Should be less than timeout; "0 seconds" for never."""
+    timeout if it is longer, without reading, writing or computing. Less than timeout; "0 seconds" for never."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
