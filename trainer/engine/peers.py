@@ -70,6 +70,12 @@ class Peers:
         """Why all ranks must end, if they must."""
         return Ending(**json.loads(self._store.get("ending"))) if self._store.check(["ending"]) else None
 
+    def stop_requested(self, *, here: bool) -> bool:
+        """Whether any rank has been asked to stop; `here`: this one has, which the others are told."""
+        if here:
+            self._store.set("stop", "")
+        return here or self._store.check(["stop"])
+
     def end(self, ending: Ending) -> Ending:
         """Make all ranks end; returns the reason, which is an earlier one where another rank was faster."""
         return Ending(**json.loads(self._store.compare_set("ending", "", json.dumps(asdict(ending)))))

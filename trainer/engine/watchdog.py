@@ -187,6 +187,9 @@ class Watchdog:
 
     def _exchange(self) -> Ending | None:
         self._tell()
+        # A launcher may signal one rank alone; the others must not go on drawing for minutes that it waits for.
+        if self._peers.stop_requested(here=self._stop.signal is not None):
+            self._stop.hear()
         return self._peers.ending()
 
     def _announce(self, ending: Ending) -> Ending:
@@ -230,7 +233,7 @@ class Watchdog:
             ending = self._ask(self._peers.ending)
             if ending is not None:
                 self._end(ending)
-            if self._stop:
+            if self._stop.signal is not None:
                 raise TrainerError(f"rank {self._rank} ends with another that is gone ({reason})") from error
             time.sleep(_PULSES_SECONDS / 50)
         silent = self._peers.silent(before, self._ask(self._peers.statuses) or {})
