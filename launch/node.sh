@@ -55,6 +55,7 @@ several=()
 if [ "$world" -gt 1 ]; then several=(--multi_gpu); fi # without GPUs, too: it is what makes them one group
 echo "node $rank of $DDPM_NODES: $(hostname), $DDPM_PROCS_PER_NODE of $world processes," \
   "gloo on ${GLOO_SOCKET_IFNAME:-any interface}, meeting at $DDPM_HEAD:$DDPM_PORT"
+export DDPM_LAUNCHER_PID=$$ # workers whose parent is another have been adopted: the launcher is dead
 trap '' USR1 # would kill the launcher and orphan its workers; ignored, it is inherited, and the trainer takes it over
 exec "$python" -m accelerate.commands.accelerate_cli launch "${several[@]}" \
   --num_machines "$DDPM_NODES" --machine_rank "$rank" --num_processes "$world" \

@@ -27,6 +27,10 @@ class Outlook:
         """What is left on another number of processes, if the speed is proportional to it."""
         return self.images_left / (self.images_per_second * world_size / self.world_size)
 
+    def seconds_a_step(self, global_batch: int, world_size: int) -> float:
+        """What a step takes on another number of processes, on the same terms."""
+        return global_batch / (self.images_per_second * world_size / self.world_size)
+
 
 def measured_outlook(config: Config) -> Outlook | None:
     """The outlook of a run that has been logged, or None."""

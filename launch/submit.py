@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 
+from launch.grace import BYTES_PER_SECOND, seconds_to_stop
 from launch.outlook import measured_outlook, parse_time, stretches
 from launch.preflight import REPOSITORY, is_finished
 from launch.snapshot import take_snapshot
@@ -39,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=at_least_one, metavar="P", help="of each node (default: its GPUs, or 1)")
     parser.add_argument("--time", required=True, metavar="T", help="limit of a job as sbatch takes it: 24:00:00, 1-00")
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    parser.add_argument("--grace", type=at_least_one, default=120, metavar="SECONDS", help="to save in (default 120)")
+    parser.add_argument(
+        "--grace", type=at_least_one, metavar="SECONDS", help="to save in (default: computed, see docs/cluster.md)"
+    )
     parser.add_argument("--max-restarts", type=at_least_one, default=100, metavar="K", help="requeues (default 100)")
     parser.add_argument(
         "--elastic-restarts",
@@ -86,6 +89,7 @@ def main() -> int:
     print(as_text(plan))
     if fault is not None:
         raise fault
+    print(grace_text(config, arguments, int(plan["checkpoint_bytes"]), processes))
     print(outlook_text(config, arguments, processes))
     if is_finished(config):
         raise ConfigError(f"run_dir = {config.run_dir}: is finished; a longer train.duration would go on")
@@ -111,6 +115,20 @@ def main() -> int:
 def processes_per_node(arguments: argparse.Namespace) -> int:
     """One for each GPU unless it was said."""
     return int(arguments.processes or arguments.gpus or 1)
+
+
+def grace_text(config: Config, arguments: argparse.Namespace, checkpoint_bytes: int, processes: int) -> str:
+    """What a stop can take, beside --grace, which it decides where it was not given."""
+    outlook = measured_outlook(config)
+    step = outlook.seconds_a_step(config.train.global_batch, processes) if outlook is not None else 0.0
+    needed = seconds_to_stop(config, checkpoint_bytes, step_seconds=step)
+    if arguments.grace is None:
+        arguments.grace = needed
+    rate = f"at {BYTES_PER_SECOND / 1e6:.0f} MB/s"
+    text = f"grace        {arguments.grace} s; a stop with two checkpoints {rate} takes up to {needed} s"
+    if arguments.grace < needed:
+        text += f"\nwarning: --grace {arguments.grace}: on a slow disk the time limit may come before the save is done"
+    return text
 
 
 def outlook_text(config: Config, arguments: argparse.Namespace, processes: int) -> str:

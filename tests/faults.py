@@ -15,7 +15,7 @@ import torch
 
 from trainer.data import batches
 from trainer.diffusion import reverse
-from trainer.engine import checkpoints, processes, saving, schedule, sealed, step
+from trainer.engine import checkpoints, processes, saving, schedule, sealed, step, validation
 from trainer.evaluation import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -31,6 +31,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "check_replicas": (schedule, "check_replicas"),  # once a save on every rank
     "write": (sealed, "_write"),  # twice a save on rank 0: manifest, then marker
     "work_part": (work.Work, "save"),  # once a batch that a sampling or an evaluation finishes
+    "validate": (validation.Validation, "_score"),  # once a batch of held-out images and kind of weights
     "denoise": (reverse.ReverseProcess, "step"),  # once a denoising step
     "save_png": (outputs, "save_png"),  # once an image that is drawn into a folder
     "rename": (Path, "rename"),  # once a save on rank 0, while nothing is retired

@@ -19,8 +19,8 @@ from PIL import Image
 
 from data_prep.cli import main as data_prep
 from tests.faults import Fault
+from trainer.launcher import parent as launcher
 from trainer.config import Config
-from trainer.engine import processes as processes_module
 from trainer.engine.checkpoints import read_verified
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -155,7 +155,7 @@ def _run_rank(
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.chdir(REPOSITORY)
-    processes_module._PARENT = os.getppid()  # it was imported by the server, whose parent is another
+    launcher._parent = os.getppid()  # it was imported by the server, whose parent is another
     if fault is not None and fault.rank == rank:
         fault.inject()
     sys.argv = [f"{script}.py", *arguments]

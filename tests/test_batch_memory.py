@@ -1,11 +1,13 @@
 """The memory of batches is used again, and never while anybody still looks at it."""
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import torch
 
+from trainer.data import batch_memory
 from trainer.data.batch_memory import BatchMemory, Slot
 from trainer.data.order import GlobalOrder
 from trainer.data.shards import ShardedDataset
@@ -84,6 +86,31 @@ def test_a_shared_memory_that_is_full_is_one_line(dataset: Path, monkeypatch: py
     message = r"^/dev/shm: no room for the 6144 bytes that 1 loader processes share .*data\.workers .*data\.prefetch$"
     with pytest.raises(DataError, match=message):
         next(stream(ShardedDataset(dataset), 1, "fork"))
+
+
+def test_memory_that_cannot_be_had_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch makes a file, finds that it cannot fill it, and leaves it."""
+    mine, others = tmp_path / f"torch_{os.getpid()}_1_0", tmp_path / f"torch_{os.getpid() + 1}_1_0"
+
+    def full(*_: object, **__: object) -> None:
+        mine.touch()
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    monkeypatch.setattr(batch_memory, "_SHARED", tmp_path)
+    others.touch()
+    with pytest.raises(DataError, match="no room for the 1 bytes"):
+        BatchMemory((1,), loaders=1, slots=1)
+    assert list(tmp_path.iterdir()) == [others]
+
+
+def test_more_memory_than_there_is_is_not_even_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", never)
+    with pytest.raises(DataError, match=f"/dev/shm: no room for the {10**15} bytes"):
+        BatchMemory((10**9,), loaders=1, slots=10**6)
 
 
 def test_a_pinned_batch_is_a_copy_and_its_slot_is_free(memory: BatchMemory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import preflight, status, submit
+from launch.grace import seconds_to_stop
 from launch.interface import interface_addresses, interface_to
 from launch.outlook import Outlook, measured_outlook, parse_time, stretches
 from launch.snapshot import take_snapshot
@@ -48,6 +49,15 @@ def test_an_outlook_counts_the_jobs_that_a_run_will_take() -> None:
     assert outlook.seconds_on(16) == 5_000
     assert stretches(10_000, limit=3600, grace=100) == 3
     assert [in_words(seconds) for seconds in (8, 720, 97200, 273600)] == ["8 s", "12 min", "1 d 3 h", "3 d 4 h"]
+
+
+def test_grace_is_what_a_stop_can_take(config_path: Path) -> None:
+    """By hand: 30 s, two steps, two saves of three passes, ten that are read again, two copies at a fifth."""
+    config = load_config(config_path)  # which keeps 10
+    assert seconds_to_stop(config, 2 * 10**9) == 120  # 30 + 24 + 40
+    assert seconds_to_stop(config, 20 * 10**9, step_seconds=10) == 690  # 30 + 20 + 240 + 400
+    copied = load_config(config_path, "checkpoint.copy_to=memory://copies")
+    assert seconds_to_stop(copied, 20 * 10**9) == 1080  # 30 + 240 + 400 + 400, rounded up
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,19 @@ from pathlib import Path
 if not __package__:  # run by path, Python looks in trainer/ first, where a module could shadow a library
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from trainer.errors import exit_clearly
+from trainer.launcher.parent import end_with_launcher
+
+if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # before torch, which takes seconds
+    sys.exit(status)
+
 import argparse
 from collections.abc import Callable
 
 import torch
 
 from trainer.engine.processes import together
-from trainer.errors import ConfigError, DataError, exit_clearly
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, trained_request
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
 from trainer.evaluation.by_features import evaluate_by_features

@@ -6,10 +6,15 @@ from pathlib import Path
 if not __package__:  # run by path, Python looks in trainer/ first, where a module could shadow a library
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from trainer.errors import exit_clearly
+from trainer.launcher.parent import end_with_launcher
+
+if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # before torch, which takes seconds
+    sys.exit(status)
+
 import argparse
 from typing import get_args
 
-from trainer.errors import exit_clearly
 from trainer.evaluation.arguments import add_sampler, add_trained, at_least_one, sampler_choice, trained_request
 from trainer.evaluation.draw import DrawRequest, draw
 from trainer.evaluation.outputs import OutputFormat

@@ -1,4 +1,4 @@
-"""Signals: requests to stop, which set a flag that the loop reads once a step, and the death of a parent."""
+"""Signals: requests to stop, which set a flag that is read between two network calls, and the death of a parent."""
 
 import ctypes
 import signal
@@ -8,10 +8,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """True once SIGTERM, SIGINT or SIGUSR1 has arrived; a second SIGINT interrupts at once, as users expect."""
+    """True once SIGTERM, SIGINT or SIGUSR1 has arrived, here or on another rank; a second SIGINT interrupts at once, as
+    users expect.
+    """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # that arrived here
+        self._told = False
 
     def install(self) -> None:
         """Take over the stop signals of this process (main thread only)."""
@@ -23,8 +26,12 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
+    def hear(self) -> None:
+        """Another rank has been asked to stop."""
+        self._told = True
+
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self._told or self.signal is not None
 
 
 def on_parents_death(number: signal.Signals) -> None:

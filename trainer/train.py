@@ -6,6 +6,12 @@ from pathlib import Path
 if not __package__:  # run by path, Python looks in trainer/ first, where a module could shadow a library
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from trainer.errors import exit_clearly
+from trainer.launcher.parent import end_with_launcher
+
+if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # before torch, which takes seconds
+    sys.exit(status)
+
 import argparse
 import os
 
@@ -15,7 +21,6 @@ from trainer.config import Config
 from trainer.engine.dry_run import as_json, as_text, describe_run
 from trainer.engine.find_batch import find_batch, print_trials
 from trainer.engine.session import train
-from trainer.errors import exit_clearly
 from trainer.evaluation.arguments import at_least_one
 from trainer.launcher.settle import load_settled
 from trainer.telemetry.profiling import RecordingRequest, StepRange

@@ -196,8 +196,9 @@ class TrainConfig(Section):
     timeout: Annotated[SecondsField, Field(gt=0)] = 600.0
     """How long a rank waits for the others, to start and in every exchange, before it gives them up: "10 minutes"."""
     hang_timeout: SecondsField = 300.0
-    """A rank that does nothing new for so long (four times as long in its first step) has hung: all ranks write their
-    stacks to stderr and RUN/hangs/ and end. Should be less than timeout; "0 seconds" for never."""
+    """A rank that does nothing new for so long has hung: all ranks write their stacks to stderr and RUN/hangs/ and end.
+    Four times as long in its first step and for what is saved in the background; before the first step so long, or
+    timeout if it is longer, without reading, writing or computing. Less than timeout; "0 seconds" for never."""
 
     @model_validator(mode="before")
     @classmethod

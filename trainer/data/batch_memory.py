@@ -6,10 +6,14 @@ batch. A loader takes one of its own; it is free again when the last tensor that
 for how long. Where a user keeps more than there are slots, the loaders make new memory, as torch's own would.
 """
 
+import contextlib
+import errno
 import itertools
 import math
+import os
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +22,7 @@ from torch.utils.data import get_worker_info
 
 from trainer.errors import DataError
 
+_SHARED = Path("/dev/shm")
 _keys = itertools.count()
 _memories: "weakref.WeakValueDictionary[int, BatchMemory]" = weakref.WeakValueDictionary()
 
@@ -51,14 +56,14 @@ class BatchMemory:
         self.shape = shape
         try:
             self._pixels = _bytes((owners, slots, *shape), shared=loaders > 0)
-        except RuntimeError as error:  # torch's word for a full /dev/shm
+            # Each byte is set by its loader alone and cleared by the trainer alone, so no lock is needed.
+            self._taken = _bytes((owners, slots), shared=loaders > 0).zero_()
+        except (OSError, RuntimeError) as error:  # the latter is torch's word for a full /dev/shm
             needed = owners * slots * math.prod(shape)
             raise DataError(
                 f"/dev/shm: no room for the {needed} bytes that {loaders} loader processes share with the trainer; "
                 "take fewer data.workers or a smaller data.prefetch"
             ) from error
-        # Each byte is set by its loader alone and cleared by the trainer alone, so no lock is needed.
-        self._taken = _bytes((owners, slots), shared=loaders > 0).zero_()
         self._key = next(_keys)
         _memories[self._key] = self
 
@@ -91,5 +96,26 @@ def own_memory(shape: tuple[int, ...]) -> torch.Tensor:
 def _bytes(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
     if not shared:
         return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # as torch's own collate does
+    size = math.prod(shape)
+    _check_room(size)
+    before = _own_files()
+    try:
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")  # as torch's own collate does
+    except RuntimeError:
+        for path in _own_files() - before:  # torch leaves what it could not fill, as long as it should have been
+            path.unlink(missing_ok=True)
+        raise
     return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
+
+
+def _check_room(size: int) -> None:
+    """Raise OSError where there is less; where there is more, others may still be faster."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.statvfs(_SHARED)
+        if size > found.f_bavail * found.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_SHARED))
+
+
+def _own_files() -> set[Path]:
+    """Shared memory of this process that still has a name: torch takes it away at once, but for files by name."""
+    return set(_SHARED.glob(f"torch_{os.getpid()}_*"))

@@ -21,6 +21,7 @@ from trainer.engine.watchdog import enter
 from trainer.errors import DataError
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
+from trainer.signals import StopRequest
 
 _BATCH = 32  # one for all numbers of ranks: a network's rounding may depend on it
 
@@ -34,31 +35,37 @@ class FeatureDistance:
     it less exact, but on average neither larger nor smaller, as a Fréchet distance would be.
     """
 
-    def __init__(self, config: Config, data: TrainingData, state: TrainState, diffusion: GaussianDiffusion) -> None:
+    def __init__(
+        self, config: Config, data: TrainingData, state: TrainState, diffusion: GaussianDiffusion, stop: StopRequest
+    ) -> None:
         """Raises ConfigError where the network's packages are missing."""
         self.config = config
         self.data = data
         self.state = state
+        self.stop = stop
         self.network = EfficientNetLite0(state.strategy.device)
         steps = min(config.log.distance_steps, diffusion.timesteps)
         self.diffusion = diffusion.respaced(respaced(diffusion.timesteps, str(steps)))
         self.real: torch.Tensor | None = None  # features, once they have been needed
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float] | None:
         """validation/feature_distance, and validation/feature_distance_samples that it was measured with.
 
-        Collective; the same on all ranks. Raises DataError on all of them where a real image cannot be read.
+        Collective; the same on all ranks. None where there was a request to stop, which is heeded between two calls of
+        a network. Raises DataError on all of them where a real image cannot be read.
         """
         if self.real is None:
             self.real = self._real_features()
-        drawn = self._sample_features()
+        drawn = self._sample_features() if self.real is not None else None
+        if self.real is None or drawn is None:
+            return None
         return {
             "validation/feature_distance": squared_mmd(drawn, self.real),
             "validation/feature_distance_samples": float(len(drawn)),
         }
 
-    def _sample_features(self) -> torch.Tensor:
-        """(N, D), on every rank."""
+    def _sample_features(self) -> torch.Tensor | None:
+        """(N, D), on every rank; None after a request to stop."""
         strategy, model = self.state.strategy, self.config.model
         started = time.monotonic()
         reverse = build_reverse(
@@ -78,18 +85,21 @@ class FeatureDistance:
                 batches=batches[first : first + ranks][rank : rank + 1],
                 seed=self.config.seed,
                 on_step=lambda _: enter("validate"),
+                stop=self.stop,
             )
             own = [self._features(torch.from_numpy(pixels)) for _, pixels in drawn]
             now = time.monotonic()
-            shares = gather((own, now - begun, now - started))
-            parts += [features for of_rank, _, _ in shares for features in of_rank]
-            longest = max(longest, *(seconds for _, seconds, _ in shares))
-            if max(spent for _, _, spent in shares) + longest > self.config.log.distance_seconds:
+            shares = gather((own, now - begun, now - started, bool(self.stop)))
+            if any(stopped for *_, stopped in shares):
+                return None
+            parts += [features for of_rank, *_ in shares for features in of_rank]
+            longest = max(longest, *(seconds for _, seconds, *_ in shares))
+            if max(spent for _, _, spent, _ in shares) + longest > self.config.log.distance_seconds:
                 break
         return torch.cat(parts)
 
-    def _real_features(self) -> torch.Tensor:
-        """(N, D), on every rank; made once."""
+    def _real_features(self) -> torch.Tensor | None:
+        """(N, D), on every rank; made once. None after a request to stop."""
         accelerator = self.state.strategy.accelerator
         held_out = self.data.held_out
         everything = held_out if len(held_out) else np.arange(len(self.data.dataset))
@@ -100,13 +110,18 @@ class FeatureDistance:
         def read() -> list[tuple[int, torch.Tensor]]:
             parts = []
             for numbers in share:
+                if self.stop:
+                    break
                 enter("validate")
                 pixels, _ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
                 parts.append((numbers.start, self._features(pixels)))
             return parts
 
         own = each_its_own("the images to measure a distance to: cannot be read", read, kind=DataError)
-        parts = sorted((part for of_rank in gather(own) for part in of_rank), key=lambda part: part[0])
+        shares = gather((bool(self.stop), own))
+        if any(stopped for stopped, _ in shares):
+            return None
+        parts = sorted((part for _, of_rank in shares for part in of_rank), key=lambda part: part[0])
         real = torch.cat([features for _, features in parts])
         if len(real) < 2:
             raise DataError("log.distance_every: needs two whole real images at least", agreed=True)

@@ -84,11 +84,17 @@ class TrainingLoop:
             identity=identity(config, data),
             say=self.progress.say,
         )
-        self.validation = Validation(config, data, state, train_step.objective)
+        self.stop = train_step.stop
+        self.validation = Validation(config, data, state, train_step.objective, self.stop)
         self.distance = (
-            FeatureDistance(config, data, state, train_step.diffusion) if config.log.distance_every.count else None
+            FeatureDistance(config, data, state, train_step.diffusion, self.stop)
+            if config.log.distance_every.count
+            else None
         )
-        self.validated_step = self.measured_step = self.step
+        scores = self.saves.retention.scores.get(self.step, {})
+        # What a stop or a kill kept from being measured, after the checkpoint was written, is measured now.
+        self.validated_step = self.step if not self.step or "validation/loss" in scores else -1
+        self.measured_step = self.step if not self.step or "validation/feature_distance" in scores else -1
         self.overflows = 0  # steps in a row that loss scaling made too large
         self.pending: PendingVerdict | None = None
         self.stopping = False
@@ -100,6 +106,7 @@ class TrainingLoop:
 
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
+        self._measure_what_is_due()
         stream = self.telemetry.timed(stream)
         while self.step < self.last_step and not self.stopping:
             self.recordings.before_step(self.step + 1)
@@ -108,25 +115,23 @@ class TrainingLoop:
             self._settle()
             self.pending = self.train_step.update(loss, writing=self.saves.is_writing, copying=self.saves.is_copying)
             self.telemetry.queued()
-            if self._is_due(self.config.log.validate_every):
-                self._settle()
-                self._validate()  # before the checkpoint, which is kept or not by what comes out
-            if self._is_due(self.config.log.distance_every):
-                self._settle()
-                self._measure_distance()
             if self._is_due(self.config.checkpoint.every) or self._is_due(self.config.train.ema_snapshots):
                 self._settle()
                 with self.telemetry.pause("saving"):
                     self.saves.after_step()
+            self._measure_what_is_due()
             if self._is_due(self.config.log.samples_every):
                 self._settle()
                 if not self.stopping:
+                    self._before_minutes()
                     with self.telemetry.pause("sampling"):
                         self._draw_samples()
                         gc.collect()  # its network
             collect_after(self.step)
         self._settle()
         self.recordings.end()
+        with self.telemetry.pause("saving"):
+            self.saves.save_last()
         if self.step >= self.last_step:
             self._validate()
             self._measure_distance()
@@ -141,6 +146,19 @@ class TrainingLoop:
 
     def _is_due(self, span: Span) -> bool:
         return span.is_due(self.state.position, self.layout.global_batch)
+
+    def _measure_what_is_due(self) -> None:
+        if self._is_due(self.config.log.validate_every):
+            self._settle()
+            self._validate()
+        if self._is_due(self.config.log.distance_every):
+            self._settle()
+            self._measure_distance()
+
+    def _before_minutes(self) -> None:
+        """What is being written comes to the disk before what takes minutes, in which the run may be killed."""
+        with self.telemetry.pause("saving"):
+            self.saves.complete()
 
     def _settle(self) -> None:
         """Finish the step whose update was queued last: all ranks read the same verdict and do the same."""
@@ -189,9 +207,13 @@ class TrainingLoop:
         """Measure the loss on held-out images, if that has not been done in this step."""
         if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
             return
+        self._before_minutes()
         with self.telemetry.pause("validating"):
             started = time.perf_counter()
             values = self.validation.measure()
+            if values is None:
+                self.stopping = True
+                return
             self.validated_step = self.step
             self.saves.retention.score(self.step, values)
             self.telemetry.scalars(values)
@@ -206,9 +228,13 @@ class TrainingLoop:
         """Measure how far samples are from real images, if that has not been done in this step."""
         if self.distance is None or self.step == self.measured_step or self.stopping:
             return
+        self._before_minutes()
         with self.telemetry.pause("validating"):
             started = time.perf_counter()
             values = self.distance.measure()
+            if values is None:
+                self.stopping = True
+                return
             self.measured_step = self.step
             self.saves.retention.score(self.step, values)
             self.telemetry.scalars(values)
@@ -235,8 +261,14 @@ class TrainingLoop:
             batches=batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size],
             seed=self.config.seed,
             on_step=lambda _: enter("sample"),
+            stop=self.stop,
         )
-        parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
+        own = [(numbers.start, images) for numbers, images in drawn]
+        shares = gather((bool(self.stop), own))
+        if any(stopped for stopped, _ in shares):
+            self.stopping = True
+            return
+        parts = dict(part for _, of_rank in shares for part in of_rank)
         with self.telemetry.best_effort():
             if self.telemetry.metrics is not None:
                 picture = grid(np.concatenate([parts[first] for first in sorted(parts)]))

@@ -32,11 +32,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Status:
-    """A rank's progress as it last told it. `pulse` grows for as long as its watchdog lives."""
+    """A rank's progress as it last told it. `pulse` grows for as long as its watchdog lives; `idle`: seconds for which
+    the rank had given no sign of life; `stuck`: what does not get on behind its back, where something does not.
+    """
 
     progress: Progress
     pulse: int
     host: str
+    idle: float = 0.0
+    stuck: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,20 @@ class Peers:
         self._store = store
         self._mine = Status(Progress(), 0, host)
 
-    def tell(self, progress: Progress) -> None:
-        """Publish this rank's progress, with a sign of life."""
-        self._mine = replace(self._mine, progress=progress, pulse=self._mine.pulse + 1)
+    def tell(self, progress: Progress, *, idle: float = 0.0, stuck: str = "") -> None:
+        """Publish this rank's progress, with a sign of life of its watchdog."""
+        self._mine = replace(self._mine, progress=progress, pulse=self._mine.pulse + 1, idle=idle, stuck=stuck)
         self._store.set(f"status/{self.rank}", json.dumps(asdict(self._mine)))
 
     def ending(self) -> Ending | None:
         """Why all ranks must end, if they must."""
         return Ending(**json.loads(self._store.get("ending"))) if self._store.check(["ending"]) else None
+
+    def stop_requested(self, *, here: bool) -> bool:
+        """Whether any rank has been asked to stop; `here`: this one has, which the others are told."""
+        if here:
+            self._store.set("stop", "")
+        return here or self._store.check(["stop"])
 
     def end(self, ending: Ending) -> Ending:
         """Make all ranks end; returns the reason, which is an earlier one where another rank was faster."""
@@ -78,6 +88,19 @@ class Peers:
                 fields = json.loads(self._store.get(f"status/{rank}"))
                 found[rank] = Status(Progress(**fields.pop("progress")), **fields)
         return found
+
+    def at_work(self, before: dict[int, Status], after: dict[int, Status], patience: float) -> bool:
+        """Whether a rank that is no further than this one gave signs of life within `patience` seconds, and its
+        watchdog between two looks: then this one waits for it, and neither hangs.
+        """
+        return any(
+            rank != self.rank
+            and rank in before
+            and status.pulse > before[rank].pulse
+            and status.idle < patience
+            and status.progress.entered <= self._mine.progress.entered
+            for rank, status in after.items()
+        )
 
     def silent(self, before: dict[int, Status], after: dict[int, Status]) -> list[int]:
         """Ranks that gave no sign of life between two looks, a few pulses apart."""
@@ -104,8 +127,11 @@ class Peers:
 
 def verdict(statuses: dict[int, Status], silent: list[int], world_size: int) -> str:
     """One line on which ranks hang and which wait for them."""
+    stuck = {rank: status.stuck for rank, status in statuses.items() if status.stuck}
     if world_size == 1:
-        return f"this process hangs in {statuses[0].progress}"
+        return f"this process hangs in {stuck.get(0) or statuses[0].progress}"
+    if stuck and not silent:
+        return f"{ranks(list(stuck))} {'hangs' if len(stuck) == 1 else 'hang'} in {next(iter(stuck.values()))}"
     if silent:
         seen = [f"{statuses[r].progress} on {statuses[r].host}" for r in silent if r in statuses]
         last = f", last seen in {seen[0]}" if len(seen) == len(silent) == 1 else ""

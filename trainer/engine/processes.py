@@ -1,7 +1,6 @@
 """Processes: how many there are, that they really train together, and how they agree."""
 
 import os
-import signal
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,11 +15,9 @@ from trainer.engine import rendezvous
 from trainer.engine.cpu_share import set_threads
 from trainer.errors import TrainerError
 from trainer.launcher.accelerate_environment import forget
-from trainer.signals import on_parents_death
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=10)
-_PARENT = os.getppid()  # when this module was imported: the launcher, whatever its number
 
 
 def make_accelerator(*, patience: timedelta = _PATIENCE, bucket_size: int = 25 * 2**20) -> Accelerator:
@@ -74,18 +71,6 @@ def check_connected(accelerator: Accelerator) -> None:
         raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")
     if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
         raise TrainerError(f"{world_size} processes were launched but none shares its gradients with another")
-
-
-def die_with_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the parent dies: workers of a killed launcher would train on as orphans.
-
-    Started by hand, from a shell that may be closed, nothing is asked for.
-    """
-    if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark, accelerate's
-        return
-    on_parents_death(signal.SIGTERM)
-    if os.getppid() != _PARENT:  # it died before the call
-        raise TrainerError("the launcher is gone")
 
 
 def gather(value: Any) -> list[Any]:

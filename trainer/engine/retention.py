@@ -8,7 +8,7 @@ from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.processes import broadcast, gather
 from trainer.engine.run import RunFolder
 from trainer.engine.scores import Scores, best, read_scores, write_scores
-from trainer.engine.watchdog import wait_for
+from trainer.engine.watchdog import wait_for, watch_over
 
 
 class Retention:
@@ -72,6 +72,7 @@ class Retention:
         self._found, self._fault = {}, None
         self._check = threading.Thread(target=self._verify, args=(steps[-self.config.keep : -1],), name="retention")
         self._check.start()
+        watch_over(self._check, "save")
 
     def finish(self) -> None:
         """Wait for what `begin` has begun, and delete. Collective.

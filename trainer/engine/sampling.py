@@ -7,6 +7,7 @@ import torch
 
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.diffusion.samplers import SamplingStep, initial_noise
+from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels, to_uint8
 
 
@@ -36,10 +37,12 @@ def sample(
     batches: list[range],
     seed: int,
     on_step: Callable[[int], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> Iterator[tuple[range, Pixels]]:
     """Draw the samples of each batch of numbers; yields the numbers and (B, C, H, W) uint8 images.
 
-    `on_step` is called after each denoising step with the number of images that advanced.
+    `on_step` is called after each denoising step with the number of images that advanced. After a request to `stop`
+    nothing more comes, from the next step on.
     """
     for numbers in batches:
         index = torch.tensor(list(numbers), device=device)
@@ -49,4 +52,6 @@ def sample(
                 x = state.x
                 if on_step is not None:
                     on_step(len(numbers))
+                if stop:
+                    return
         yield numbers, to_uint8(x).cpu().numpy()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.engine import sealed
 from trainer.engine.tensor_files import SavedSlice, row_by_row_copy
-from trainer.engine.watchdog import wait_for
+from trainer.engine.watchdog import wait_for, watch_over
 from trainer.errors import CheckpointError
 
 
@@ -29,6 +29,7 @@ class Saving:
         tensors = row_by_row_copy(slices)
         self._thread = threading.Thread(target=self._write, args=(part, tensors), name=f"save {final.name}")
         self._thread.start()
+        watch_over(self._thread, "save")
 
     @property
     def is_written(self) -> bool:

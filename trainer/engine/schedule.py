@@ -75,12 +75,21 @@ class SaveSchedule:
             self.retention.finish()
             self._finish()
 
-    def end(self) -> None:
-        """Wait for what is being written, and save the last step if that has not been done."""
+    def complete(self) -> None:
+        """Wait for what is being written: before what takes minutes, in which the run may be killed."""
+        self._finish()
+
+    def save_last(self) -> None:
+        """Wait for what is being written, and save this step if that has not been done."""
         self._finish()
         if self.step > self._saved_step:
             self._save(self.checkpoints)
             self._finish()
+
+    def end(self) -> None:
+        """Save this step if that has not been done, delete what need not stay, and wait for copies."""
+        self.save_last()
+        self.retention.begin()  # again: the last step may have been measured after it was saved
         self.retention.finish()
         if self.copies is not None and self.copies.is_pending:
             self.say(f"step {self.step}: saved; waiting for the copy to {self.copies.place.url}")

@@ -17,7 +17,7 @@ from trainer.engine.copy_folder import CopyFolder
 from trainer.engine.cpu_share import loader_processes
 from trainer.engine.garbage import collected_when_told
 from trainer.engine.loop import TrainingLoop
-from trainer.engine.processes import check_alike, die_with_launcher, together
+from trainer.engine.processes import check_alike, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.state import TrainState
@@ -25,6 +25,7 @@ from trainer.engine.step import TrainStep
 from trainer.engine.strategies import Strategy, make_strategy
 from trainer.engine.watchdog import Watchdog
 from trainer.errors import ConfigError, DataError
+from trainer.launcher.parent import end_with_launcher
 from trainer.signals import StopRequest
 from trainer.telemetry.environment import environment
 from trainer.telemetry.profiling import RecordingRequest
@@ -37,7 +38,7 @@ def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
     `resume` is "auto", "none", or the path or URL of a checkpoint; `record`: steps to look at closely. Raises
     TrainerError for whatever the user can mend.
     """
-    die_with_launcher()
+    end_with_launcher()
     stop = StopRequest()
     stop.install()
     layout = BatchLayout.plan(
@@ -48,6 +49,7 @@ def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
         rank=strategy.accelerator.process_index,
         world_size=layout.world_size,
         hang_timeout=config.train.hang_timeout,
+        timeout=config.train.timeout,
         stop=stop,
     )
     with watchdog:

@@ -19,6 +19,7 @@ from trainer.engine.sampling import batches_of
 from trainer.engine.state import TrainState
 from trainer.engine.watchdog import enter
 from trainer.errors import DataError, SampleError
+from trainer.signals import StopRequest
 
 _BATCH = 16  # one for all numbers of ranks: a network's rounding may depend on it
 _QUARTILES = 4
@@ -30,20 +31,24 @@ class Validation:
     Image, t and eps of each are a function of the seed and the image's id: not of the step, the ranks or the batch.
     """
 
-    def __init__(self, config: Config, data: TrainingData, state: TrainState, objective: Objective) -> None:
+    def __init__(
+        self, config: Config, data: TrainingData, state: TrainState, objective: Objective, stop: StopRequest
+    ) -> None:
         self.config = config
         self.dataset = data.dataset
         self.state = state
         self.objective = objective
+        self.stop = stop
         count = min(config.log.validate_images, len(data.held_out))
         # Drawn at random, so that a part of them is a fair one; the same part for every seed.
         self.ids = data.held_out[sample_ids(np.arange(count), len(data.held_out), seed=0)] if count else data.held_out
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float] | None:
         """validation/loss of the raw weights and validation/ema_loss of the averaged ones, unweighted means over the
         images; and of both, as .../loss_q1 to _q4, means over the images whose t is in each quarter of the timesteps.
 
-        Collective; the same on all ranks. Raises DataError on all of them where an image cannot be read.
+        Collective; the same on all ranks. None where there was a request to stop, which is heeded between two batches.
+        Raises DataError on all of them where an image cannot be read.
         """
         batches = batches_of(len(self.ids), _BATCH)
         accelerator = self.state.strategy.accelerator
@@ -55,11 +60,16 @@ class Validation:
 
             def score(network: torch.nn.Module = network, parts: list[Any] = parts) -> None:
                 for numbers in share:
+                    if self.stop:
+                        break
                     enter("validate")
                     parts.append((numbers.start, *self._score(network, self.ids[numbers.start : numbers.stop])))
 
             together("the held-out images: cannot be read", score, kind=DataError)
-            values |= self._means(name, sorted(part for of_rank in gather(parts) for part in of_rank))
+            shares = gather((bool(self.stop), parts))
+            if any(stopped for stopped, _ in shares):
+                return None
+            values |= self._means(name, sorted(part for _, of_rank in shares for part in of_rank))
         return values
 
     @torch.no_grad()

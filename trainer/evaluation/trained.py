@@ -15,10 +15,11 @@ from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.engine.build import build_diffusion, build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints, read_weights
-from trainer.engine.processes import die_with_launcher, make_accelerator, together
+from trainer.engine.processes import make_accelerator, together
 from trainer.engine.run import RunFolder
 from trainer.engine.sealed import COMPLETE_NAME
 from trainer.errors import CheckpointError, ConfigError
+from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
 from trainer.models.unet import UNet
 from trainer.signals import StopRequest
@@ -74,7 +75,7 @@ def open_trained(request: TrainedRequest) -> Trained:
 
     Raises TrainerError where the run or the checkpoint cannot be used, ConfigError where the request does not fit it.
     """
-    die_with_launcher()
+    end_with_launcher()
     stop = StopRequest()
     stop.install()
     folder = RunFolder(request.run, writes=False)
