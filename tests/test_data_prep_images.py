@@ -206,3 +206,59 @@ def test_metadata_of_the_source_is_not_stored(encoding: str) -> None:
     )
     assert b"secret" in data
     assert b"secret" not in convert(data, Recipe(image_size=SIDE, transform="area", encoding=encoding)).data
+
+
+EXIF_OF_NO_TIFF = b"Exif\0\0" + b"no TIFF header and no orientation"
+
+
+@pytest.mark.parametrize("transform", ["ddpm", "source"])
+@pytest.mark.parametrize(
+    ("encoding", "options"),
+    [("JPEG", {"quality": 95, "dpi": (72, 72)}), ("WEBP", {"lossless": True}), ("PNG", {})],
+    ids=["JPEG", "WEBP", "PNG"],
+)
+def test_damaged_exif_beside_good_pixels_keeps_the_image(
+    encoding: str, options: dict[str, object], transform: str
+) -> None:
+    plain = file_of(Image.fromarray(noise(SIDE, SIDE)), encoding, **options)
+    data = file_of(Image.fromarray(noise(SIDE, SIDE)), encoding, exif=EXIF_OF_NO_TIFF, **options)
+    assert EXIF_OF_NO_TIFF[6:] in data
+    np.testing.assert_array_equal(prepared(data, transform=transform), np.asarray(Image.open(io.BytesIO(plain))))
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes, *, damage: int = 0) -> bytes:
+    """The PNG with one more chunk behind its IHDR; `damage` is added to the chunk's checksum."""
+    checksum = zlib.crc32(kind + content) + damage & 0xFFFFFFFF
+    return png[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + png[33:]
+
+
+TEXT_BOMB = b"k\0\0" + zlib.compress(bytes(1 << 21), 9)
+
+
+@pytest.mark.parametrize("transform", ["ddpm", "source"])
+@pytest.mark.parametrize(
+    ("kind", "content", "damage"),
+    [(b"tEXt", b"k\0v", 1), (b"iCCP", b"x", 0), (b"zTXt", TEXT_BOMB, 0)],
+    ids=["checksum", "profile", "text that unpacks to more than Pillow takes"],
+)
+def test_a_damaged_chunk_beside_the_pixels_of_a_png_keeps_the_image(
+    kind: bytes, content: bytes, damage: int, transform: str
+) -> None:
+    pixels = noise(SIDE, SIDE)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = with_chunk(file_of(Image.fromarray(pixels), "PNG", exif=exif), kind, content, damage=damage)
+    np.testing.assert_array_equal(prepared(data, transform=transform), pixels[::-1, ::-1])
+
+
+@pytest.mark.parametrize("transform", ["ddpm", "source"])
+@pytest.mark.parametrize("at", [-20, 45])
+def test_a_damaged_chunk_of_a_pngs_pixels_is_rejected(at: int, transform: str) -> None:
+    data = bytearray(file_of(Image.fromarray(noise(SIDE, SIDE)), "PNG"))
+    data[at] ^= 1
+    assert reason(bytes(data), transform=transform) == "truncated or corrupt"
+
+
+@pytest.mark.parametrize("encoding", ["PNG", "GIF", "TIFF", "WEBP", "AVIF"])
+def test_a_file_cut_within_its_header_is_said_to_be_cut(encoding: str) -> None:
+    assert reason(file_of(Image.fromarray(noise(SIDE, SIDE)), encoding)[:40]) == "truncated or corrupt"
