@@ -154,9 +154,20 @@ def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterat
     """Position in the plan's source and member of each image that is good; the others are added to `rejects`."""
     for i, name in enumerate(plan.source.names):
         try:
-            yield i, convert(plan.source.read(i), recipe)
+            yield i, member_of(plan, i, recipe)
         except Reject as reject:
             rejects.append(Rejected(name=name, reason=reject.reason, detail=reject.detail))
+
+
+def member_of(plan: ShardPlan, i: int, recipe: Recipe) -> Member:
+    """What becomes of the plan's image `i`. Raises Reject, InputError, and DataPrepError where memory does not do."""
+    try:
+        return convert(plan.source.read(i), recipe)
+    except MemoryError as error:
+        raise DataPrepError(
+            f"{plan.source.names[i]}: not enough memory for this image; run again to go on from here, with fewer "
+            "--workers"
+        ) from error
 
 
 class HashedStream:
