@@ -8,7 +8,7 @@ import PIL
 from PIL import Image, features
 
 from data_prep.errors import InputError, Reject
-from data_prep.images import UPRIGHT, check_size, faults_are_rejects, open_image, orientation, to_mode, upright
+from data_prep.images import UPRIGHT, check_size, faults_are_rejects, load, open_image, orientation, to_mode, upright
 from data_prep.jpeg import JPEG_MAGIC
 from data_prep.png import PNG_MAGIC, without_metadata
 from data_prep.recipe import Encoding, Recipe
@@ -73,7 +73,7 @@ def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
         try:
             image = open_image(data, recipe)
             if not data.startswith(JPEG_MAGIC):  # of those it is known that they are whole, so that some need no more
-                image.load()
+                load(image, data)
             extension = _kept_extension(image, data, recipe)
             return (image if extension is not None else upright(image)), extension
         except (Reject, InputError, MemoryError):
@@ -81,7 +81,10 @@ def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
         except Exception:  # Pillow's, which for damage beside the pixels says the same as for damage within them
             if not data.startswith(PNG_MAGIC):
                 raise
-            return upright(open_image(without_metadata(data), recipe)), None
+            plain = without_metadata(data)
+            image = open_image(plain, recipe)
+            load(image, plain)
+            return upright(image), None
 
 
 def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | None:

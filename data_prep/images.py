@@ -15,6 +15,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffI
 from data_prep.arrays import NPY_MAGIC, image_of_npy
 from data_prep.errors import InputError, Reject
 from data_prep.jpeg import JPEG_MAGIC, jpeg_fault
+from data_prep.png import PNG_MAGIC, png_fault
 from data_prep.recipe import Mode, Recipe
 
 BACKGROUND = "white"  # what shows through transparent pixels
@@ -81,6 +82,13 @@ def open_image(data: bytes, recipe: Recipe) -> Image.Image:
     if data.startswith(JPEG_MAGIC) and (fault := jpeg_fault(data)) is not None:
         raise Reject("truncated or corrupt", fault)
     return image
+
+
+def load(image: Image.Image, data: bytes) -> None:
+    """Decode the file `data` to its last pixel. Raises Reject where rows are missing, and whatever Pillow does."""
+    image.load()
+    if data.startswith(PNG_MAGIC) and (fault := png_fault(data, image)) is not None:
+        raise Reject("truncated or corrupt", fault)
 
 
 def upright(image: Image.Image) -> Image.Image:

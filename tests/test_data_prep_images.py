@@ -10,7 +10,10 @@ from PIL import Image, TiffTags
 
 from data_prep.convert import convert, encode
 from data_prep.errors import Reject
+from data_prep.png import png_fault
 from data_prep.recipe import Recipe
+from trainer.data.decode import decode
+from trainer.errors import SampleError
 
 SIDE = 16
 
@@ -257,6 +260,37 @@ def test_a_damaged_chunk_of_a_pngs_pixels_is_rejected(at: int, transform: str) -
     data = bytearray(file_of(Image.fromarray(noise(SIDE, SIDE)), "PNG"))
     data[at] ^= 1
     assert reason(bytes(data), transform=transform) == "truncated or corrupt"
+
+
+def png_of_rows(rows: int, mode: str = "RGB", *, last: int = 255) -> bytes:
+    """A PNG of SIDE rows, of which only `rows` have data, in a zlib stream that says it is finished."""
+    depth, colours, length = {"RGB": (8, 2, 3 * SIDE), "L": (8, 0, SIDE), "1": (1, 0, SIDE // 8)}[mode]
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, colours, 0, 0, 0)
+    pixels = (b"\0" + b"\xff" * length) * (rows - 1) + b"\0" + bytes([last]) * length
+    png = file_of(Image.new("L", (1, 1)), "PNG")[:8]
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + content)
+        png += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+    return png
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+def test_a_png_whose_data_end_early_is_no_black_area(mode: str) -> None:
+    for rows in (1, SIDE // 2, SIDE - 1):
+        for transform in ("ddpm", "source"):
+            assert reason(png_of_rows(rows, mode), transform=transform) == "truncated or corrupt"
+        with pytest.raises(SampleError, match=r"bytes of pixels|is a 1 image"):
+            decode(png_of_rows(rows, mode), SIDE, "RGB", crop=True)
+    prepared(png_of_rows(SIDE, mode, last=0))
+    prepared(png_of_rows(SIDE, mode, last=255))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+def test_a_black_png_is_whole(mode: str) -> None:
+    """Of several pieces to unpack, and compressed a thousandfold."""
+    black = Image.new(mode, (1501, 1499))
+    assert png_fault(data := file_of(black, "PNG"), black) is None
+    assert png_fault(data[:-12], black) is None  # without its end mark
 
 
 @pytest.mark.parametrize("encoding", ["PNG", "GIF", "TIFF", "WEBP", "AVIF"])

@@ -177,6 +177,13 @@ def test_what_libjpeg_says_of_the_pixels_is_a_damaged_sample(encoded: bytes) -> 
         decode(encoded, 24, "L")
 
 
+def test_a_png_with_a_transparent_colour_is_refused_like_one_with_alpha() -> None:
+    """data_prep lays it over white; here a colour would show that nobody sees."""
+    encoded = saved(Image.new("RGB", (24, 24), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    with pytest.raises(SampleError, match="is RGB with a transparent colour; data_prep converts such"):
+        decode(encoded, 24, "RGB")
+
+
 @pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "GIF"])
 def test_other_formats_are_refused_before_their_decoders_see_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An EPS would start Ghostscript."""

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_prep.format import FormatError, center_crop_box
 from data_prep.jpeg import JPEG_MAGIC, NEEDS_SIMPLEJPEG, hole_of_zeros, jpeg_fault
+from data_prep.png import PNG_MAGIC, png_fault
 from trainer.errors import DataError, SampleError
 
 try:
@@ -118,7 +119,11 @@ def _decode_by_pillow(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, 
             box = _box(image.width, image.height, len(out), image.mode, crop=crop)
             if image.mode not in accepted:
                 raise SampleError(f"is a {image.mode} image, not {mode}; data_prep converts such")
+            if "transparency" in image.info:
+                raise SampleError(f"is {image.mode} with a transparent colour; data_prep converts such")
             image.load()
+            if encoded.startswith(PNG_MAGIC) and (fault := png_fault(encoded, image)) is not None:
+                raise SampleError(f"cannot be decoded ({fault})")
             found = image if image.mode == mode else image.convert(mode)
             out[:] = np.asarray(found if image.width == image.height else found.crop(box)).reshape(out.shape)
     except SampleError:
