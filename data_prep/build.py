@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from data_prep.output import begin_or_resume, check_ours, check_same_run, claime
 from data_prep.recipe import Recipe
 from data_prep.sources import Source
 from data_prep.workers import write_shards
-from data_prep.writer import ShardPlan, ShardResult, load_result
+from data_prep.writer import ShardPlan, ShardResult, is_whole, load_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
         # Not asked of a finished dataset; but what two versions of Pillow write halves of is no function of its source.
         begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
         plans = plan_shards(source, recipe.shard_samples)
-        missing = [plan for plan in plans if load_result(plan, out, staging) is None]
+        missing = _missing(plans, out, staging, workers)
         if missing:
             _check_room(missing, recipe, out, begun=len(missing) < len(plans))
             _write(missing, recipe, out, staging, workers, total=len(source.names))
@@ -94,6 +95,23 @@ def plan_shards(source: Source, shard_samples: int) -> list[ShardPlan]:
         ShardPlan(number=number, first_key=start, source=source.part(start, start + shard_samples))
         for number, start in enumerate(range(0, len(source.names), shard_samples))
     ]
+
+
+def _missing(plans: list[ShardPlan], out: Path, staging: Path, workers: int) -> list[ShardPlan]:
+    """The shards that are still to be written, or are to be written anew for having changed since: that is told."""
+    begun = [plan for plan in plans if (staging / plan.result_name).exists()]
+    with (
+        ThreadPoolExecutor(workers) as pool,  # hashing lets other threads run
+        tqdm(total=len(begun), desc="checking what is there", unit="shard", disable=None, leave=False) as progress,
+    ):
+        whole = set()
+        for plan, good in zip(begun, pool.map(lambda plan: is_whole(plan, out, staging), begun)):
+            progress.update()
+            if good:
+                whole.add(plan.number)
+            elif (out / plan.tar_name).exists():
+                tqdm.write(f"{out / plan.tar_name}: changed since it was written; it will be written anew")
+    return [plan for plan in plans if plan.number not in whole]
 
 
 def _parameters(source: Source, recipe: Recipe) -> dict[str, Any]:

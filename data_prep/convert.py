@@ -7,7 +7,10 @@ from typing import Any
 import PIL
 from PIL import Image, features
 
-from data_prep.images import check_size, faults_are_rejects, open_image, to_mode, turn_upright
+from data_prep.errors import InputError, Reject
+from data_prep.images import UPRIGHT, check_size, faults_are_rejects, load, open_image, orientation, to_mode, upright
+from data_prep.jpeg import JPEG_MAGIC
+from data_prep.png import PNG_MAGIC, without_metadata
 from data_prep.recipe import Encoding, Recipe
 from data_prep.transforms import TRANSFORMS
 
@@ -18,8 +21,6 @@ SAVE_OPTIONS: dict[Encoding, dict[str, Any]] = {
 }
 
 KEPT_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = 1
 PNG_DEPTH_AT = 24  # the bit depth in the IHDR chunk, which is always the first
 
 
@@ -41,10 +42,7 @@ def convert(found: bytes | Image.Image, recipe: Recipe) -> Member:
     anything that is not wholly and exactly an image.
     """
     if isinstance(found, bytes):
-        with faults_are_rejects(found):
-            image = open_image(found, recipe)
-            extension = _kept_extension(image, found, recipe)
-            turn_upright(image)  # which decodes it, so that kept bytes are known to be whole
+        image, extension = _read(found, recipe)
         if extension is not None:
             return Member(data=found, extension=extension, width=image.width, height=image.height, kept=True)
     else:
@@ -69,13 +67,32 @@ def encode(image: Image.Image, encoding: Encoding) -> bytes:
     return stream.getvalue()
 
 
+def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
+    """The upright image in a file that is whole, and the member's extension where the bytes are kept."""
+    with faults_are_rejects(data):
+        try:
+            image = open_image(data, recipe)
+            if not data.startswith(JPEG_MAGIC):  # of those it is known that they are whole, so that some need no more
+                load(image, data)
+            extension = _kept_extension(image, data, recipe)
+            return (image if extension is not None else upright(image)), extension
+        except (Reject, InputError, MemoryError):
+            raise
+        except Exception:  # Pillow's, which for damage beside the pixels says the same as for damage within them
+            if not data.startswith(PNG_MAGIC):
+                raise
+            plain = without_metadata(data)
+            image = open_image(plain, recipe)
+            load(image, plain)
+            return upright(image), None
+
+
 def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | None:
     """The member's extension where these bytes give every reader the wanted pixels by a mere crop, or else None."""
     if not recipe.keeps_bytes or min(image.size) != recipe.image_size or image.mode != recipe.mode:
         return None
     deep = image.format == "PNG" and data[PNG_DEPTH_AT] != 8
-    turned = image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT
-    if deep or turned or image.has_transparency_data or getattr(image, "n_frames", 1) > 1:
+    if deep or orientation(image) != UPRIGHT or image.has_transparency_data or getattr(image, "n_frames", 1) > 1:
         return None
     return KEPT_EXTENSIONS.get(str(image.format))
 

@@ -25,6 +25,8 @@ from data_prep.format import (
     load_manifest,
     sha256_of,
 )
+from data_prep.jpeg import JPEG_MAGIC, jpeg_fault
+from data_prep.png import PNG_MAGIC, png_fault
 
 MAX_OFFSET = 2**62  # beyond what the kernel's type of offsets or any file holds
 
@@ -126,6 +128,10 @@ def decode_member(data: bytes, manifest: Manifest) -> Image.Image:
         image.load()
     except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
         raise FormatError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+    fault = jpeg_fault(data) if data.startswith(JPEG_MAGIC) else None
+    fault = png_fault(data, image) if data.startswith(PNG_MAGIC) else fault
+    if fault is not None:
+        raise FormatError(f"cannot be decoded ({fault})")
     if image.mode not in (mode, "RGB"):  # WebP has no grey, so that grey comes back as three equal channels
         raise FormatError(f"is {image.mode}, the manifest says {mode}")
     if image.size != (size, size):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.convert import convert
 from data_prep.errors import InputError, Reject
 from data_prep.format import INDEX_DTYPE
 from data_prep.images import pillow_is_quiet
 from data_prep.recipe import Recipe
-from data_prep.writer import ShardPlan
+from data_prep.writer import ShardPlan, member_of
 
 TRIALS = 32  # the sizes of photos scatter by about half their mean, so the mean of 32 is good to a tenth
 TOLERANCE = 0.8  # what needs this part of the estimate may be begun: an estimate must not refuse what would fit
@@ -31,7 +30,8 @@ class Room:
 def check_room(missing: Sequence[ShardPlan], recipe: Recipe, out: Path) -> Room:
     """Estimate from a few images, evenly spaced, what the missing shards will take.
 
-    Raises InputError where that cannot fit, or where the source fails as a whole.
+    Raises InputError where that cannot fit, or where the source fails as a whole, and DataPrepError where memory does
+    not do for an image.
     """
     ends = np.cumsum([len(plan.source.names) for plan in missing])
     total = int(ends[-1])
@@ -61,6 +61,6 @@ def readable(count: int) -> str:
 
 def _bytes_of(plan: ShardPlan, i: int, recipe: Recipe) -> int:
     try:
-        return len(convert(plan.source.read(i), recipe).data) + BYTES_BESIDE_AN_IMAGE
+        return len(member_of(plan, i, recipe).data) + BYTES_BESIDE_AN_IMAGE
     except Reject:
         return 0

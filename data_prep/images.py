@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from data_prep.arrays import NPY_MAGIC, image_of_npy
-from data_prep.errors import Reject
+from data_prep.errors import InputError, Reject
+from data_prep.jpeg import JPEG_MAGIC, jpeg_fault
+from data_prep.png import PNG_MAGIC, png_fault
 from data_prep.recipe import Mode, Recipe
 
 BACKGROUND = "white"  # what shows through transparent pixels
@@ -22,6 +24,18 @@ BACKGROUND = "white"  # what shows through transparent pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 TIFF_BLACK_IS_ZERO = 1
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = 1
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @contextmanager
@@ -38,10 +52,11 @@ def faults_are_rejects(data: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
-        raise Reject("not an image", f"begins with {data[:16]!r}") from error
+        reason = "truncated or corrupt" if _known_format(data) else "not an image"
+        raise Reject(reason, f"begins with {data[:16]!r}") from error
     except Image.DecompressionBombError as error:
         raise Reject("decompression bomb", str(error)) from error
-    except (Reject, MemoryError):
+    except (Reject, InputError, MemoryError):
         raise
     except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
         raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
@@ -64,13 +79,40 @@ def open_image(data: bytes, recipe: Recipe) -> Image.Image:
         raise Reject("decompression bomb", f"{image.width}x{image.height} pixels")
     check_size(image, recipe)  # before the pixels are decoded, as it is a thousand times cheaper
     _check_depth(image)
+    if data.startswith(JPEG_MAGIC) and (fault := jpeg_fault(data)) is not None:
+        raise Reject("truncated or corrupt", fault)
     return image
 
 
-def turn_upright(image: Image.Image) -> None:
-    """Decode the image to its last pixel, and turn it as its EXIF orientation says."""
+def load(image: Image.Image, data: bytes) -> None:
+    """Decode the file `data` to its last pixel. Raises Reject where rows are missing, and whatever Pillow does."""
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if data.startswith(PNG_MAGIC) and (fault := png_fault(data, image)) is not None:
+        raise Reject("truncated or corrupt", fault)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image decoded to its last pixel, and turned as its EXIF orientation says."""
+    image.load()
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1..8; UPRIGHT where there is none or the EXIF is damaged: the pixels are good without.
+
+    A PNG must have been loaded, for its EXIF may lie behind its pixels.
+    """
+    try:
+        found = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # a TIFF within the file, of which Pillow says as many things as of files
+        return UPRIGHT
+    return found if found in TURNS else UPRIGHT
+
+
+def _known_format(data: bytes) -> bool:
+    """Whether the file begins as one of FORMATS does."""
+    return any(accept is not None and accept(data[:16]) for _, accept in map(Image.OPEN.__getitem__, FORMATS))
 
 
 def check_size(image: Image.Image, recipe: Recipe) -> None:

@@ -114,10 +114,17 @@ def check_same_run(out: Path, begun: dict[str, Any], asked: dict[str, Any]) -> N
 
 
 def begin_or_resume(out: Path, staging: Path, asked: dict[str, Any]) -> None:
-    """Note what this run was asked for, or check that the run being resumed was asked for the same."""
+    """Note what this run was asked for, or check that the run being resumed was asked for the same.
+
+    Raises InputError where it was not, or where that can no longer be read.
+    """
     note = staging / BEGUN_NAME
     if note.exists():
-        check_same_run(out, json.loads(note.read_text()), asked)
+        try:
+            begun = dict(json.loads(note.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{note}: cannot be read ({error}); remove {out} and run again") from error
+        check_same_run(out, begun, asked)
         return
     with whole_file(note, staging) as stream:
         stream.write(json.dumps(asked).encode())

@@ -12,6 +12,9 @@ from data_prep.format import center_crop_box
 from data_prep.recipe import Transform
 
 Resampling = Image.Resampling
+Box = tuple[int, int, int, int]
+
+MOST_PIXELS = 1 << 26  # of an enlarged image: a line of one pixel's width would take gigabytes, nearly all cropped away
 
 
 def ddpm(image: Image.Image, size: int) -> Image.Image:
@@ -35,9 +38,12 @@ def adm(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
     target = round(image.width * scale), round(image.height * scale)
+    middle = center_crop_box(*target, size)
+    if target[0] * target[1] > MOST_PIXELS:
+        return _resize_part(image, target, middle)
     if image.size != target:
         image = image.resize(target, Resampling.BICUBIC)
-    return image.crop(center_crop_box(*image.size, size))
+    return image.crop(middle)
 
 
 # What "source" cannot keep as it is, it makes as DDPM would have.
@@ -53,3 +59,14 @@ TRANSFORMS: dict[Transform, Callable[[Image.Image, int], Image.Image]] = {
 def _resize_square(image: Image.Image, size: int, resampling: Resampling) -> Image.Image:
     square = image.crop(center_crop_box(*image.size, min(image.size)))
     return square if square.size == (size, size) else square.resize((size, size), resampling)
+
+
+def _resize_part(image: Image.Image, target: tuple[int, int], box: Box) -> Image.Image:
+    """`image.resize(target).crop(box)` without the rest.
+
+    Values may differ by 1, and by more where bicubic overshoots black or white between Pillow's two passes.
+    """
+    per_pixel = image.width / target[0], image.height / target[1]
+    left, top, right, bottom = box
+    source = left * per_pixel[0], top * per_pixel[1], right * per_pixel[0], bottom * per_pixel[1]
+    return image.resize((right - left, bottom - top), Resampling.BICUBIC, box=source)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.convert import Member, convert
-from data_prep.errors import Reject
-from data_prep.format import ShardRecord, crc32, member_name
+from data_prep.errors import DataPrepError, Reject
+from data_prep.format import ShardRecord, crc32, member_name, sha256_of
 from data_prep.images import pillow_is_quiet
 from data_prep.output import whole_file
 from data_prep.recipe import Recipe
@@ -103,17 +103,24 @@ def write_shard(plan: ShardPlan, recipe: Recipe, out: Path, staging: Path) -> in
             samples = _write_tar(tar, chain([first], members), plan)
         record = ShardRecord(name=plan.tar_name, samples=len(samples), bytes=tar.size, sha256=tar.digest.hexdigest())
     result = ShardResult(record=record, samples=samples, rejects=rejects)
+    content = json.dumps(result.to_dict()).encode()
     with whole_file(staging / plan.result_name, staging) as stream:
-        stream.write(json.dumps(result.to_dict()).encode())
+        stream.write(_digest_line(content) + content)
     return result.sources
 
 
 def load_result(plan: ShardPlan, out: Path, staging: Path) -> ShardResult | None:
-    """The result of a shard that is whole already, or None where it is still to be written."""
+    """The result of a shard that is there already, or None where it is still to be written.
+
+    Of the tar only the size is looked at; see `is_whole`.
+    """
     path = staging / plan.result_name
     if not path.exists():
         return None
-    raw = json.loads(path.read_text())
+    digest, _, content = path.read_bytes().partition(b"\n")
+    if digest + b"\n" != _digest_line(content):
+        return None
+    raw = json.loads(content)
     record = None if raw["record"] is None else ShardRecord(**raw["record"])
     if record is not None:
         tar_path = out / record.name
@@ -126,13 +133,41 @@ def load_result(plan: ShardPlan, out: Path, staging: Path) -> ShardResult | None
     )
 
 
+def is_whole(plan: ShardPlan, out: Path, staging: Path) -> bool:
+    """Whether a shard is there and every byte of it is as it was written. Raises DataPrepError where the disk fails."""
+    result = load_result(plan, out, staging)
+    if result is None or result.record is None:
+        return result is not None
+    try:
+        return sha256_of(out / result.record.name) == result.record.sha256
+    except OSError as error:
+        raise DataPrepError(
+            f"{out / result.record.name}: cannot be read ({error.strerror}); remove it and run again"
+        ) from error
+
+
+def _digest_line(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
 def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, Member]]:
     """Position in the plan's source and member of each image that is good; the others are added to `rejects`."""
     for i, name in enumerate(plan.source.names):
         try:
-            yield i, convert(plan.source.read(i), recipe)
+            yield i, member_of(plan, i, recipe)
         except Reject as reject:
             rejects.append(Rejected(name=name, reason=reject.reason, detail=reject.detail))
+
+
+def member_of(plan: ShardPlan, i: int, recipe: Recipe) -> Member:
+    """What becomes of the plan's image `i`. Raises Reject, InputError, and DataPrepError where memory does not do."""
+    try:
+        return convert(plan.source.read(i), recipe)
+    except MemoryError as error:
+        raise DataPrepError(
+            f"{plan.source.names[i]}: not enough memory for this image; run again to go on from here, with fewer "
+            "--workers"
+        ) from error
 
 
 class HashedStream:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_prep.build import plan_shards
 from data_prep.disk import Room, check_room
@@ -20,6 +21,7 @@ from data_prep.format import sha256_of
 from data_prep.output import claimed, whole_file
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
+from data_prep.transforms import TRANSFORMS
 from data_prep.writer import load_result, write_shard
 from tests.data_prep_harness import (
     BIG_OPTIONS,
@@ -28,6 +30,7 @@ from tests.data_prep_harness import (
     children_of,
     command,
     data_prep,
+    error_line,
     failing_run,
     is_alive,
     wait_until,
@@ -270,3 +273,16 @@ def test_a_dying_worker_is_one_line_and_the_run_can_go_on(big: Path, prepared_bi
     assert "a worker process died" in stderr
     assert data_prep(big, tmp_path, *BIG_OPTIONS) == 0
     assert bytes_of(tmp_path) == bytes_of(prepared_big)
+
+
+def test_an_image_for_which_memory_does_not_do_is_one_line_that_names_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here while the room is estimated; the workers call the same function."""
+
+    def exhausted(_: Image.Image, __: int) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setitem(TRANSFORMS, "ddpm", exhausted)
+    assert data_prep(photos, tmp_path / "out", *PHOTO_OPTIONS, "--transform", "ddpm") == 1
+    assert "bird/0.png: not enough memory for this image" in error_line(capsys)

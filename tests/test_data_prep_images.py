@@ -10,7 +10,10 @@ from PIL import Image, TiffTags
 
 from data_prep.convert import convert, encode
 from data_prep.errors import Reject
+from data_prep.png import png_fault
 from data_prep.recipe import Recipe
+from trainer.data.decode import decode
+from trainer.errors import SampleError
 
 SIDE = 16
 
@@ -206,3 +209,90 @@ def test_metadata_of_the_source_is_not_stored(encoding: str) -> None:
     )
     assert b"secret" in data
     assert b"secret" not in convert(data, Recipe(image_size=SIDE, transform="area", encoding=encoding)).data
+
+
+EXIF_OF_NO_TIFF = b"Exif\0\0" + b"no TIFF header and no orientation"
+
+
+@pytest.mark.parametrize("transform", ["ddpm", "source"])
+@pytest.mark.parametrize(
+    ("encoding", "options"),
+    [("JPEG", {"quality": 95, "dpi": (72, 72)}), ("WEBP", {"lossless": True}), ("PNG", {})],
+    ids=["JPEG", "WEBP", "PNG"],
+)
+def test_damaged_exif_beside_good_pixels_keeps_the_image(
+    encoding: str, options: dict[str, object], transform: str
+) -> None:
+    plain = file_of(Image.fromarray(noise(SIDE, SIDE)), encoding, **options)
+    data = file_of(Image.fromarray(noise(SIDE, SIDE)), encoding, exif=EXIF_OF_NO_TIFF, **options)
+    assert EXIF_OF_NO_TIFF[6:] in data
+    np.testing.assert_array_equal(prepared(data, transform=transform), np.asarray(Image.open(io.BytesIO(plain))))
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes, *, damage: int = 0) -> bytes:
+    """The PNG with one more chunk behind its IHDR; `damage` is added to the chunk's checksum."""
+    checksum = zlib.crc32(kind + content) + damage & 0xFFFFFFFF
+    return png[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + png[33:]
+
+
+TEXT_BOMB = b"k\0\0" + zlib.compress(bytes(1 << 21), 9)
+
+
+@pytest.mark.parametrize("transform", ["ddpm", "source"])
+@pytest.mark.parametrize(
+    ("kind", "content", "damage"),
+    [(b"tEXt", b"k\0v", 1), (b"iCCP", b"x", 0), (b"zTXt", TEXT_BOMB, 0)],
+    ids=["checksum", "profile", "text that unpacks to more than Pillow takes"],
+)
+def test_a_damaged_chunk_beside_the_pixels_of_a_png_keeps_the_image(
+    kind: bytes, content: bytes, damage: int, transform: str
+) -> None:
+    pixels = noise(SIDE, SIDE)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = with_chunk(file_of(Image.fromarray(pixels), "PNG", exif=exif), kind, content, damage=damage)
+    np.testing.assert_array_equal(prepared(data, transform=transform), pixels[::-1, ::-1])
+
+
+@pytest.mark.parametrize("transform", ["ddpm", "source"])
+@pytest.mark.parametrize("at", [-20, 45])
+def test_a_damaged_chunk_of_a_pngs_pixels_is_rejected(at: int, transform: str) -> None:
+    data = bytearray(file_of(Image.fromarray(noise(SIDE, SIDE)), "PNG"))
+    data[at] ^= 1
+    assert reason(bytes(data), transform=transform) == "truncated or corrupt"
+
+
+def png_of_rows(rows: int, mode: str = "RGB", *, last: int = 255) -> bytes:
+    """A PNG of SIDE rows, of which only `rows` have data, in a zlib stream that says it is finished."""
+    depth, colours, length = {"RGB": (8, 2, 3 * SIDE), "L": (8, 0, SIDE), "1": (1, 0, SIDE // 8)}[mode]
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, colours, 0, 0, 0)
+    pixels = (b"\0" + b"\xff" * length) * (rows - 1) + b"\0" + bytes([last]) * length
+    png = file_of(Image.new("L", (1, 1)), "PNG")[:8]
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + content)
+        png += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+    return png
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+def test_a_png_whose_data_end_early_is_no_black_area(mode: str) -> None:
+    for rows in (1, SIDE // 2, SIDE - 1):
+        for transform in ("ddpm", "source"):
+            assert reason(png_of_rows(rows, mode), transform=transform) == "truncated or corrupt"
+        with pytest.raises(SampleError, match=r"bytes of pixels|is a 1 image"):
+            decode(png_of_rows(rows, mode), SIDE, "RGB", crop=True)
+    prepared(png_of_rows(SIDE, mode, last=0))
+    prepared(png_of_rows(SIDE, mode, last=255))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+def test_a_black_png_is_whole(mode: str) -> None:
+    """Of several pieces to unpack, and compressed a thousandfold."""
+    black = Image.new(mode, (1501, 1499))
+    assert png_fault(data := file_of(black, "PNG"), black) is None
+    assert png_fault(data[:-12], black) is None  # without its end mark
+
+
+@pytest.mark.parametrize("encoding", ["PNG", "GIF", "TIFF", "WEBP", "AVIF"])
+def test_a_file_cut_within_its_header_is_said_to_be_cut(encoding: str) -> None:
+    assert reason(file_of(Image.fromarray(noise(SIDE, SIDE)), encoding)[:40]) == "truncated or corrupt"

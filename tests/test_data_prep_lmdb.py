@@ -3,7 +3,10 @@
 import hashlib
 import json
 import pickle
+import re
 import stat
+import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from data_prep.dataset import Dataset
 from data_prep.errors import InputError, Reject
 from data_prep.format import load_manifest
 from data_prep.sources import open_source
-from tests.data_prep_harness import data_prep, error_line, file_of, noise
+from tests.data_prep_harness import command, data_prep, error_line, file_of, noise
 
 SIDE = 16
 
@@ -102,6 +105,54 @@ def test_an_incomplete_download_is_one_line(tmp_path: Path, capsys: pytest.Captu
     (root / "data.mdb").write_bytes(b"<html>404</html>" * 1000)
     assert data_prep(root, tmp_path / "out") == 2
     assert "not a readable LMDB" in error_line(capsys)
+
+
+PAGE = 4096
+BRANCH, LEAF = 1, 2
+
+
+def pages_of(data: bytes, kind: int) -> list[int]:
+    """The numbers of the pages of a kind, by LMDB's page header: its own number, padding, flags."""
+    headers = [struct.unpack_from("<QHH", data, at) for at in range(0, len(data), PAGE)]
+    return [page for page, (own, _, flags) in enumerate(headers) if own == page > 1 and flags == kind]
+
+
+@pytest.mark.parametrize("kind", [BRANCH, LEAF], ids=["branch", "leaf"])
+def test_a_hole_in_the_tree_is_one_line(tmp_path: Path, kind: int) -> None:
+    """LMDB ends a process that comes to such a page."""
+    root = lsun(tmp_path / "dining_room", [bytes(100)] * 200)
+    data = bytearray((root / "data.mdb").read_bytes())
+    page = pages_of(data, kind)[-1]
+    data[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
+    (root / "data.mdb").write_bytes(data)
+    done = subprocess.run(
+        command(root, tmp_path / "out", "--size", SIDE), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*data\.mdb: (damaged|cannot be read) \(.*\).*\n", done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_cannot_be_reached_are_told_not_left_out(tmp_path: Path) -> None:
+    root = lsun(tmp_path / "bridge", [bytes(100)] * 200)
+    data = bytearray((root / "data.mdb").read_bytes())
+    page = pages_of(data, LEAF)[0]
+    lower = struct.unpack_from("<H", data, page * PAGE + 12)[0]
+    struct.pack_into("<H", data, page * PAGE + 12, lower - 2)  # one entry less
+    (root / "data.mdb").write_bytes(data)
+    with pytest.raises(InputError, match=r"damaged \(199 of 200 keys can be reached\); fetch it again"):
+        open_source(str(root))
+
+
+def test_a_hole_in_a_value_is_a_reject(tmp_path: Path) -> None:
+    values = [file_of(noise(64, 64, seed=i), "PNG") for i in range(3)]  # each on pages of its own
+    root = lsun(tmp_path / "church", values)
+    data = (root / "data.mdb").read_bytes()
+    at = data.index(values[1][-4000:-3000])
+    (root / "data.mdb").write_bytes(data[:at] + bytes(1000) + data[at + 1000 :])
+    assert data_prep(root, tmp_path / "out", "--size", SIDE, "--max-reject-fraction", 0.5) == 0
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["name"], reject["reason"]) == (keys(2)[1], "truncated or corrupt")
 
 
 def test_a_folder_of_databases_names_one(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.data_prep_harness import (
     children_of,
     command,
     data_prep,
+    error_line,
     is_alive,
     wait_until,
 )
@@ -58,6 +59,35 @@ def test_a_lost_tar_is_written_again_on_resume(photos: Path, prepared_photos: Pa
     os.truncate(tmp_path / "shard-000001.tar", 512)
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
     assert bytes_of(tmp_path) == bytes_of(prepared_photos)
+
+
+@pytest.mark.parametrize("damaged", ["shard-000000.tar", ".staging/shard-000000.json"])
+def test_what_changed_in_an_unfinished_folder_is_written_again_on_resume(
+    photos: Path, prepared_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    strict = [*PHOTO_OPTIONS[:-1], "0"]
+    assert data_prep(photos, tmp_path, *strict, "--workers", 1) == 1  # complete but for the manifest
+    untouched = (tmp_path / "shard-000001.tar").stat().st_mtime_ns
+    content = bytearray((tmp_path / damaged).read_bytes())
+    content[1500 if damaged.endswith(".tar") else -20] ^= 1
+    (tmp_path / damaged).write_bytes(content)
+    capsys.readouterr()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 0
+    assert f"{tmp_path / 'shard-000000.tar'}: changed since it was written" in capsys.readouterr().out
+    assert bytes_of(tmp_path) == bytes_of(prepared_photos)
+    assert (tmp_path / "shard-000001.tar").stat().st_mtime_ns == untouched
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff\xfe"])
+def test_a_note_of_what_was_begun_that_cannot_be_read_is_one_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    strict = [*PHOTO_OPTIONS[:-1], "0"]
+    assert data_prep(photos, tmp_path, *strict, "--workers", 1) == 1
+    (tmp_path / ".staging" / "begun.json").write_bytes(content)
+    capsys.readouterr()
+    assert data_prep(photos, tmp_path, *PHOTO_OPTIONS) == 2
+    assert re.search(r"^error: .*begun\.json: cannot be read \(.*\); remove .* and run again$", error_line(capsys))
 
 
 def test_rerun_of_a_finished_dataset_does_nothing_and_says_so(

@@ -67,6 +67,35 @@ def test_each_transform_gives_the_pixels_of_whom_it_is_named_after(
     np.testing.assert_array_equal(converted(pixels, transform), reference(pixels))
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 2)])
+def test_a_line_is_enlarged_in_bounded_memory(
+    transform: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(image: Image.Image, size: tuple[int, int], *arguments: object, **options: object) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    recipe = Recipe(image_size=128, transform=transform, encoding="png", upscale=True)
+    member = convert(file_of(Image.fromarray(pixels_of_noise(*shape, seed=0)), "PNG"), recipe)
+    assert Image.open(io.BytesIO(member.data)).size == (128, 128)
+    assert max(made) <= 1 << 26
+
+
+@pytest.mark.parametrize("shape", [(5, 300), (301, 4), (3, 3), (7, 11)])
+def test_the_middle_of_a_line_is_enlarged_as_all_of_it(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = file_of(Image.fromarray(96 + pixels_of_noise(*shape, seed=0) // 4), "PNG")  # bicubic stays within 0..255
+    recipe = Recipe(image_size=SIDE, transform="adm", encoding="png", upscale=True)
+    whole = np.asarray(Image.open(io.BytesIO(convert(data, recipe).data))).astype(int)
+    monkeypatch.setattr("data_prep.transforms.MOST_PIXELS", 0)
+    part = np.asarray(Image.open(io.BytesIO(convert(data, recipe).data))).astype(int)
+    assert np.abs(whole - part).max() <= 1
+
+
 def test_area_is_the_mean_of_the_area() -> None:
     pixels = pixels_of_noise(48, 61, seed=0)
     assert np.abs(converted(pixels, "area") - area_mean(pixels)).max() < 1  # Pillow rounds rows, then columns

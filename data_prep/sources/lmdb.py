@@ -3,10 +3,15 @@
 Keys are 40 hexadecimal digits in ASCII, values are JPEG or WebP whatever the documentation says; neither is relied on.
 """
 
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,6 +21,7 @@ from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, needed_module
 
 DATA_NAME = "data.mdb"
+STDERR = 2
 LOSSLESS = "surrogateescape"  # so that any key has a name, and any name gives back its key
 
 
@@ -33,10 +39,21 @@ class LmdbSource:
 
     @classmethod
     def open(cls, root: Path) -> Self:
-        """List the keys (550,000 a second). Raises InputError where the database cannot be read, or lmdb is missing."""
+        """List the keys (550,000 a second). Raises InputError where the database cannot be read, or lmdb is missing.
+
+        That is done in a process of its own: where a page of the tree is damaged or missing, LMDB ends the process.
+        Afterwards each has been read once, and what is left to read are the values, which may be anything.
+        """
         root = root.resolve()
-        with _reading(root) as transaction:
-            rows = [(bytes(key).decode(errors=LOSSLESS), len(value)) for key, value in transaction.cursor()]
+        needed_module("lmdb")
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_keep_silent) as pool:
+            try:
+                rows = pool.submit(_rows, root).result()
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f"{root / DATA_NAME}: damaged (reading its keys ended the process that did it); fetch it again"
+                ) from error
         return cls(root, [name for name, _ in rows], fingerprint_of(rows))
 
     def label(self, i: int) -> int:  # noqa: ARG002, D102 - see Source
@@ -55,6 +72,23 @@ class LmdbSource:
 
     def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
         return replace(self, names=self.names[start:stop])
+
+
+def _keep_silent() -> None:
+    """Let LMDB's last words and those of an interrupted child go nowhere: the parent says in one line what happened."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
+
+
+def _rows(root: Path) -> list[tuple[str, int]]:
+    """Name and length of each value. Raises InputError where their number is not the one that the database states."""
+    with _reading(root) as transaction:
+        expected = transaction.stat()["entries"]
+        found = islice(transaction.cursor(), expected + 1)  # pages that lead back to one another would never end
+        rows = [(bytes(key).decode(errors=LOSSLESS), len(value)) for key, value in found]
+    if len(rows) != expected:
+        count = "more than" if len(rows) > expected else f"{len(rows)} of"
+        raise InputError(f"{root / DATA_NAME}: damaged ({count} {expected} keys can be reached); fetch it again")
+    return rows
 
 
 @contextmanager

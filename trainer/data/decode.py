@@ -1,9 +1,10 @@
 """Encoded bytes to pixels.
 
-JPEGs are decoded by simplejpeg and lossless WebPs by webp where these are installed (the extra `fast`), by Pillow
-otherwise, and everything else by Pillow. simplejpeg and Pillow wrap libjpeg-turbo and agree to the last bit; that other
-versions do is no law, so `jpeg_signature` goes into what a run is: a resume whose pixels would differ is refused.
-What the fast decoders refuse Pillow decides, so that which images are whole does not depend on what is installed.
+JPEGs are decoded by simplejpeg, lossless WebPs by webp where that is installed (the extra `fast`), and everything else
+by Pillow. simplejpeg and Pillow wrap libjpeg-turbo and agree to the last bit; that other versions do is no law, so
+`jpeg_signature` goes into what a run is: a resume whose pixels would differ is refused.
+What the fast decoders refuse Pillow decides, so that which images are whole does not depend on what is installed; but
+only simplejpeg passes on what libjpeg says of a JPEG that is not, and without it none is taken.
 """
 
 import base64
@@ -16,7 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_prep.format import FormatError, center_crop_box
-from trainer.errors import SampleError
+from data_prep.jpeg import JPEG_MAGIC, NEEDS_SIMPLEJPEG, hole_of_zeros, jpeg_fault
+from data_prep.png import PNG_MAGIC, png_fault
+from trainer.errors import DataError, SampleError
 
 try:
     import simplejpeg
@@ -27,7 +30,6 @@ try:
 except ImportError:
     webp = None  # type: ignore[assignment]
 
-_JPEG_MAGIC = b"\xff\xd8\xff"
 _WEBP_LOSSLESS = re.compile(rb"RIFF.{4}WEBPVP8L.{4}\x2f(.{4})", re.DOTALL)  # of nothing but the pixels
 _FORMATS = ("JPEG", "PNG", "WEBP")  # others' decoders, and what they start (Ghostscript), never see the bytes
 _FAST_COLOURS = {"RGB": {"YCbCr", "RGB"}, "L": {"Gray"}}  # whatever needs a conversion is Pillow's
@@ -58,11 +60,15 @@ def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: 
     `crop`: the image was taken as found, with a shorter side of `size`; its middle square is cut out, and a grey image
     becomes a colour one. Otherwise it must be of that size and mode: nothing is resized or converted here, for that was
     data_prep's work. Raises SampleError where it is something else, or cannot be decoded to its end; then `out` holds
-    anything.
+    anything. Raises DataError for a JPEG where simplejpeg is missing.
     """
-    fast = _decode_jpeg if encoded.startswith(_JPEG_MAGIC) else _decode_webp
-    if not fast(out, encoded, mode, crop=crop):
-        _decode_by_pillow(out, encoded, mode, crop=crop)
+    is_jpeg = encoded.startswith(JPEG_MAGIC)
+    fast = _decode_jpeg if is_jpeg else _decode_webp
+    if fast(out, encoded, mode, crop=crop):
+        return
+    if is_jpeg and (fault := jpeg_fault(encoded)) is not None:
+        raise SampleError(f"cannot be decoded ({fault})")
+    _decode_by_pillow(out, encoded, mode, crop=crop)
 
 
 def jpeg_signature() -> str:
@@ -88,6 +94,8 @@ def _decode_webp(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop:
 def _decode_jpeg(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
     """Like `decode_into`; False where it is a case for Pillow."""
     if simplejpeg is None:
+        raise DataError(NEEDS_SIMPLEJPEG)
+    if hole_of_zeros(encoded) is not None:
         return False
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -99,7 +107,7 @@ def _decode_jpeg(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop:
             simplejpeg.decode_jpeg(encoded, wanted, buffer=out)  # no copy
         else:
             out[:] = simplejpeg.decode_jpeg(encoded, wanted)[top:bottom, left:right]
-    except ValueError:  # simplejpeg's only one; it refuses stray bytes, too, that are not the image's
+    except ValueError:  # simplejpeg's only one; it refuses stray bytes between segments, too
         return False
     return True
 
@@ -111,7 +119,11 @@ def _decode_by_pillow(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, 
             box = _box(image.width, image.height, len(out), image.mode, crop=crop)
             if image.mode not in accepted:
                 raise SampleError(f"is a {image.mode} image, not {mode}; data_prep converts such")
+            if "transparency" in image.info:
+                raise SampleError(f"is {image.mode} with a transparent colour; data_prep converts such")
             image.load()
+            if encoded.startswith(PNG_MAGIC) and (fault := png_fault(encoded, image)) is not None:
+                raise SampleError(f"cannot be decoded ({fault})")
             found = image if image.mode == mode else image.convert(mode)
             out[:] = np.asarray(found if image.width == image.height else found.crop(box)).reshape(out.shape)
     except SampleError:
