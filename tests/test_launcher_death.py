@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests.harness import REPOSITORY, environment
-from trainer.launcher import parent as launcher
 from trainer.errors import TrainerError
+from trainer.launcher import parent as launcher
 
 WORKER = 'export DDPM_LAUNCHER_PID=$$; "$PYTHON" "$SCRIPT" --config "$CONFIG" --run "$CONFIG" >/dev/null & echo $!'
 
