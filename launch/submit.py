@@ -21,6 +21,7 @@ from launch.preflight import REPOSITORY, is_finished
 from launch.snapshot import take_snapshot
 from trainer.config import Config
 from trainer.engine.dry_run import as_text, describe_run
+from trainer.engine.run_dir import check_run_dir
 from trainer.errors import ConfigError, TrainerError, exit_clearly
 from trainer.evaluation.arguments import at_least_one
 from trainer.units import in_words
@@ -86,6 +87,7 @@ def main() -> int:
     if fault is not None:
         raise fault
     print(outlook_text(config, arguments, processes))
+    check_run_dir(Path(config.run_dir))
     if is_finished(config):
         raise ConfigError(f"run_dir = {config.run_dir}: is finished; a longer train.duration would go on")
 
