@@ -228,7 +228,7 @@ def test_half_a_configuration_is_never_seen(run: Path) -> None:
 
 def test_an_output_that_takes_nothing_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress(total=1, done=0, unit="step", title="training", visible=True)
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         progress.say("a line")
         monkeypatch.undo()

@@ -161,6 +161,7 @@ class SaveSchedule:
             self.say(f"step {self.step}: {fault}")
 
     def _failed(self, fault: CheckpointError) -> None:
+        together(str(self.folder.path), self.folder.check_that_it_is_there, only_rank=0)
         self.folder.event("checkpoint_failed", step=self.step, reason=str(fault))
         if self.config.checkpoint.on_failure == "stop":
             raise fault
