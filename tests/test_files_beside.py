@@ -152,13 +152,11 @@ def test_folders_in_the_place_of_files_mute_only_those(run: Path, dataset: Path)
 
 
 def test_zeros_that_a_power_failure_left_hide_no_line_that_follows(tmp_path: Path) -> None:
-    for step in (1, 2):
-        metrics = Metrics(tmp_path, step - 1)
-        metrics.scalars(step, {"loss": 1.0})
-        metrics.close()
-        path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "events.jsonl"
+    for name in ("started", "stopped"):
+        RunFolder(tmp_path, writes=True).event(name)
         path.write_bytes(path.read_bytes() + bytes(4096))
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert [event["event"] for event in read_events(tmp_path)] == ["started", "stopped"]
 
 
 @contextmanager
