@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,8 +36,8 @@ class Outlook:
 def measured_outlook(config: Config) -> Outlook | None:
     """The outlook of a run that has been logged, or None."""
     run, global_batch = Path(config.run_dir), config.train.global_batch
-    records = [record for record in read_metrics(run / "logs") if record.get("train/images_per_second")]
-    starts = [event for event in read_events(run) if event["event"] == "started"]
+    records = [record for record in read_metrics(run / "logs") if has_speed(record)]
+    starts = [event for event in read_events(run) if event["event"] == "started" and "world_size" in event]
     if not records or not starts:
         return None
     done = int(records[-1]["step"]) * global_batch
@@ -45,6 +46,12 @@ def measured_outlook(config: Config) -> Outlook | None:
         images_per_second=median(record["train/images_per_second"] for record in records[-_LATEST:]),
         world_size=int(starts[-1]["world_size"]),
     )
+
+
+def has_speed(record: Mapping[str, float]) -> bool:
+    """Whether a logged line says how fast the training was."""
+    speed = record.get("train/images_per_second", 0.0)
+    return math.isfinite(speed) and speed > 0
 
 
 def parse_time(text: str) -> int:

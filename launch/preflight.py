@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from trainer.config import Config
+from trainer.engine.run_dir import check_run_dir, marked_step
+from trainer.engine.sealed import DamagedError, read_manifest
 from trainer.errors import exit_clearly
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,6 +29,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[])
     arguments, _ = parser.parse_known_args()  # the rest is for the trainer
     config = Config.load(arguments.config, arguments.set)
+    check_run_dir(Path(config.run_dir))
     report()
     print(Path(config.run_dir).absolute())
     print("finished" if is_finished(config) else "unfinished")
@@ -34,13 +37,19 @@ def main() -> int:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run has been trained for all of its duration; a duration that has grown since asks for more."""
-    try:
-        first, *_ = (Path(config.run_dir) / "DONE").read_text().splitlines()
-        done = int(first.removeprefix("step "))
-    except (OSError, ValueError):
+    """Whether the run has been trained for all of its duration, and the checkpoint of its end is there.
+
+    A duration that has grown since asks for more.
+    """
+    run = Path(config.run_dir)
+    done = marked_step(run / "DONE")
+    if done is None or done < config.train.duration.steps(config.train.global_batch):
         return False
-    return done >= config.train.duration.steps(config.train.global_batch)
+    try:
+        read_manifest(run / "checkpoints" / f"step-{done:08d}")
+    except (DamagedError, OSError):
+        return False
+    return True
 
 
 def report() -> None:

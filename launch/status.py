@@ -17,6 +17,7 @@ from launch.outlook import measured_outlook
 from trainer.config import Config
 from trainer.engine import sealed
 from trainer.errors import ConfigError, exit_clearly
+from trainer.telemetry.files import read_bytes
 from trainer.telemetry.goodput import Goodput, add_up, read_events
 from trainer.telemetry.heartbeat import read_heartbeat
 from trainer.telemetry.liveness import state
@@ -56,7 +57,7 @@ def describe(run: Path, *, verify: bool = True) -> dict[str, str]:
     queued = in_queue(job) if job is not None else None
     told = f"; job {job}: {queued}" if queued else ""
     rows = {"run": str(run), "state": f"{state(run, heartbeat, events)}{told}"}
-    step = max([int(record["step"]) for record in records] + [int(heartbeat["step"]) if heartbeat else 0])
+    step = max([int(record["step"]) for record in records] + [heartbeat["step"] if heartbeat else 0])
     last = config.train.duration.steps(config.train.global_batch)
     rows["step"] = f"{step:,} of {last:,} ({step / last:.1%}), {step * config.train.global_batch:,} images"
     if records:
@@ -81,7 +82,10 @@ def job_of(run: Path, heartbeat: dict[str, Any] | None) -> str | None:
     if attempt:
         return str(attempt).partition(".")[0]
     submitted = sorted(run.glob("submissions/*/jobs.txt"), key=lambda path: path.stat().st_mtime)
-    return submitted[-1].read_text().split()[0] if submitted else None
+    try:
+        return read_bytes(submitted[-1]).decode().split()[0] if submitted else None
+    except (OSError, UnicodeDecodeError, IndexError):
+        return None
 
 
 def in_queue(job: str) -> str | None:

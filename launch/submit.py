@@ -22,6 +22,7 @@ from launch.preflight import REPOSITORY, is_finished
 from launch.snapshot import take_snapshot
 from trainer.config import Config
 from trainer.engine.dry_run import as_text, describe_run
+from trainer.engine.run_dir import check_run_dir
 from trainer.errors import ConfigError, TrainerError, exit_clearly
 from trainer.evaluation.arguments import at_least_one
 from trainer.launcher.settle import load_settled
@@ -91,6 +92,7 @@ def main() -> int:
         raise fault
     print(grace_text(config, arguments, int(plan["checkpoint_bytes"]), processes))
     print(outlook_text(config, arguments, processes))
+    check_run_dir(Path(config.run_dir))
     if is_finished(config):
         raise ConfigError(f"run_dir = {config.run_dir}: is finished; a longer train.duration would go on")
 

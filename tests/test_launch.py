@@ -17,6 +17,7 @@ from launch.outlook import Outlook, measured_outlook, parse_time, stretches
 from launch.snapshot import take_snapshot
 from tests.faults import Fault
 from tests.harness import REPOSITORY, checkpoint, events, launch, load_config, overrides, write_config
+from tests.stored import write_checkpoint
 from trainer.config import Config
 from trainer.engine.run import RunFolder
 from trainer.errors import ConfigError
@@ -111,6 +112,8 @@ def test_finished_means_the_whole_duration(died: Path, tmp_path: Path) -> None:
     config = load_config(run / "config.toml", f"run_dir={run}")
     assert not preflight.is_finished(config)
     (run / "DONE").write_text("step 20\nattempt 4711.0\n")
+    assert not preflight.is_finished(config)  # what it speaks of is not there
+    write_checkpoint(run / "checkpoints", {}, step=20)
     assert preflight.is_finished(config)
     assert not preflight.is_finished(load_config(run / "config.toml", f"run_dir={run}", "train.duration=21 steps"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from trainer.config.reading import apply_override, explain, read_toml
 from trainer.config.sections import (
@@ -46,6 +46,13 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("run_dir")
+    @classmethod
+    def _is_a_path(cls, run_dir: str) -> str:
+        if not run_dir.strip() or "\0" in run_dir:  # "" would be the folder that one happens to be in
+            raise ValueError("should be the path of a folder")
+        return run_dir
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -138,10 +138,12 @@ class TrainingLoop:
         with self.telemetry.pause("saving"):
             self.saves.end()
         finished = self.step >= self.last_step
-        self.telemetry.close("finished" if finished else "stopped")
-        # Last, and no rank ends before: a launcher that sees one of them end may kill the others.
+        self.telemetry.end("finished" if finished else "stopped")
         marker = self.folder.done if finished else self.folder.stopped
         together(f"{marker}: cannot be written", lambda: self.folder.mark(marker, self.step), only_rank=0)
+        self.telemetry.close()  # after the marker, for a tracker that never answers
+        # No rank ends before: a launcher that sees one of them end may kill the others.
+        self.accelerator.wait_for_everyone()
         return finished
 
     def _is_due(self, span: Span) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.engine.checkpoints import Checkpoints, open_verified
 from trainer.engine.copy_folder import CopyFolder
+from trainer.engine.past import check_that_it_is_new
 from trainer.engine.processes import broadcast, together
 from trainer.engine.restoring import is_url, list_copies, restore, restore_url
 from trainer.engine.run import RunFolder, check_identity
@@ -25,7 +26,7 @@ def find_checkpoint(
     """The verified checkpoint that `resume` ("auto", "none", a path or a URL) asks for; None to start.
 
     Where "auto" finds none here, it is fetched from the `copies`. Raises CheckpointError on all ranks where there is
-    none such, or where a new run would mix with an old one.
+    none such, where a new run would mix with an old one, or where "auto" finds none in a folder that tells of some.
     """
     if resume == "auto":
         newest, damaged = checkpoints.recover()
@@ -33,7 +34,10 @@ def find_checkpoint(
             folder.event("quarantined", checkpoint=path.name, reason=reason)
             say(f"{path}: damaged: {reason}; moved to quarantine/")
         if newest is None and copies is not None:
-            return restore(copies, checkpoints, folder, identity, say=say)
+            newest = restore(copies, checkpoints, folder, identity, say=say)
+        if newest is None:
+            what = f"run_dir = {folder.path}: cannot be read"
+            together(what, lambda: check_that_it_is_new(folder), kind=CheckpointError, only_rank=0)
         return newest
     if resume == "none":
         if broadcast(bool(checkpoints.steps() or any(checkpoints.folder.glob("quarantine/*")))):

@@ -9,6 +9,7 @@ RUN/nonfinite/       batches whose loss or gradient was not finite
 RUN/hangs/           stacks of the ranks of a run that hung
 RUN/events.jsonl     starts, resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks
 RUN/indexes/         of tars that came without one
+RUN/lock             held by the job that trains here
 RUN/heartbeat.json   what the run is doing now
 RUN/DONE             written when the whole duration has been trained
 RUN/STOPPED          written when it was stopped on request and its state saved; gone with the next start
@@ -16,28 +17,39 @@ RUN/STOPPED          written when it was stopped on request and its state saved;
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT, TrainingData
 from trainer.diffusion.reverse import is_learned
+from trainer.engine.run_dir import check_run_dir
 from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.telemetry.files import AppendedFile, BestEffort, read_bytes, write_whole
+from trainer.telemetry.goodput import JOURNAL_NAME
 from trainer.telemetry.heartbeat import attempt
+from trainer.telemetry.progress import print_line
 
 _PATIENCE_SECONDS = 20
 UNDECIDED = "undecided"  # in the identity of imported weights: the first training run decides
 
 
 class RunFolder:
-    """Paths of a run, its lock and its journal. Rank 0 alone writes."""
+    """Paths of a run, its lock and its journal. Rank 0 alone writes.
 
-    def __init__(self, path: Path, *, writes: bool) -> None:
+    What only tells of the run, journal, configuration and markers, raises nothing where it cannot be written: `say`
+    takes a line about it.
+    """
+
+    def __init__(self, path: Path, *, writes: bool, say: Callable[[str], None] = print_line) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
@@ -47,17 +59,20 @@ class RunFolder:
         self.done = path / "DONE"
         self.stopped = path / "STOPPED"
         self.config = path / "config.toml"
+        self.best_effort = BestEffort(say)
         self._writes = writes
         self._lock: IO[str] | None = None
+        self._journals: dict[str, AppendedFile] = {}
 
     def claim(self) -> None:
         """Make the folder and lock it for this process's life; the kernel frees the lock of a process that died.
 
         Waits a little for the workers of a killed launcher, which save before they end. Raises TrainerError where
-        another job goes on training there.
+        another job goes on training there, ConfigError where the folder is something else than a run's.
         """
+        check_run_dir(self.path)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("a+")
+        self._lock = (self.path / "lock").open("a+", errors="replace")
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
@@ -69,9 +84,36 @@ class RunFolder:
                     owner = self._lock.read().strip()
                     raise TrainerError(f"run_dir = {self.path}: another job trains there ({owner})") from None
                 time.sleep(0.2)
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        with contextlib.suppress(OSError):  # it is locked; who did it need not be known, on a full disk
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
+
+    @property
+    def has_vanished(self) -> bool:
+        """Whether the folder that was claimed is no more: deleted, moved, unmounted, or made anew by another job."""
+        if self._lock is None:
+            return False
+        try:
+            (self.path / "lock").stat()
+            return os.fstat(self._lock.fileno()).st_nlink == 0  # there is another one
+        except (FileNotFoundError, NotADirectoryError):
+            return not self.checkpoints.is_dir()
+        except OSError:  # a file system that does not answer right now says nothing
+            return False
+
+    def check_that_it_is_there(self) -> None:
+        """Raise TrainerError where the folder has vanished: what would be written would make a half of one anew."""
+        if self.has_vanished:
+            raise TrainerError(self.vanished)
+
+    @property
+    def vanished(self) -> str:
+        """What to say then."""
+        return (
+            f"run_dir = {self.path}: has vanished while the run was training (deleted, moved or unmounted), so nothing "
+            "can be saved there any more; bring it back, and start again to go on from its last checkpoint"
+        )
 
     def load_config(self) -> Config:
         """The configuration that was saved with the run. Raises ConfigError where there is none."""
@@ -85,17 +127,26 @@ class RunFolder:
         Returns what has changed since the last start, a line a field.
         """
         changes = self._changes(config)
-        self.config.write_text(config.to_toml())
-        self.done.unlink(missing_ok=True)
-        self.stopped.unlink(missing_ok=True)
+        with self.best_effort.writing(self.config):
+            self.save_config(config)
+        for marker in (self.done, self.stopped):
+            with self.best_effort.writing(marker):
+                marker.unlink(missing_ok=True)
         if changes:
             self.event("configuration", changes=changes)
         return changes
 
+    def save_config(self, config: Config) -> None:
+        """Write the resolved configuration. Raises OSError."""
+        write_whole(self.config, config.to_toml())
+
     def _changes(self, config: Config) -> list[str]:
         try:
-            before = _flat(tomllib.loads(self.config.read_text()))
-        except (OSError, tomllib.TOMLDecodeError):
+            before = _flat(tomllib.loads(read_bytes(self.config).decode()))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, RecursionError) as fault:
+            self.best_effort.say(f"{self.config}: cannot be read ({fault}), so nobody knows what has changed since")
             return []
         now = _flat(tomllib.loads(config.to_toml()))
         return [
@@ -105,22 +156,35 @@ class RunFolder:
         ]
 
     def mark(self, marker: Path, step: int) -> None:
-        """Write DONE or STOPPED for whoever started this: how the launcher exits says nothing after a signal."""
+        """Write DONE or STOPPED for whoever started this: how the launcher exits says nothing after a signal.
+
+        To be called when the state of `step` is saved. Waits a little for a full disk; without the marker, the next
+        start finds the checkpoint and ends as this one did.
+        """
         by = f"attempt {attempt()}\n" if attempt() is not None else ""
-        marker.write_text(f"step {step}\n{by}")
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        with self.best_effort.writing(marker):
+            while True:
+                try:
+                    return write_whole(marker, f"step {step}\n{by}")
+                except OSError:
+                    if marker.is_dir() or self.has_vanished or time.monotonic() > deadline:
+                        raise
+                time.sleep(0.5)
 
     def event(self, name: str, **details: Any) -> None:
         """Append a line to the journal; a journal that cannot be written is no reason to stop."""
         if self._writes:
-            self._append("events.jsonl", name, details)
+            self._append(JOURNAL_NAME, name, details)
 
     def event_here(self, rank: int, name: str, **details: Any) -> None:
         """Like `event`, of what this rank alone has seen; other ranks than 0 have journals of their own."""
-        self._append("events.jsonl" if self._writes else f"events-rank-{rank:05d}.jsonl", name, details)
+        self._append(JOURNAL_NAME if self._writes else f"events-rank-{rank:05d}.jsonl", name, details)
 
     def _append(self, journal: str, name: str, details: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError), (self.path / journal).open("a") as stream:
-            stream.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
+        file = self._journals.setdefault(journal, AppendedFile(self.path / journal))
+        with self.best_effort.writing(file.path):
+            file.append_json({"time": round(time.time(), 3), "event": name, **details})
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,14 +214,33 @@ def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path | str) -> None:
-    """Raise CheckpointError with the differences where a checkpoint belongs to another run."""
+    """Raise CheckpointError with the differences where a checkpoint belongs to another run.
+
+    A field that the saved identity lacks is of a later version than the one that saved it, which did what is the
+    field's default now.
+    """
     on_any_data = saved.get(DATA_FINGERPRINT) == UNDECIDED
+    known = {name: saved[name] if name in saved else _default(name) for name in current | saved}
     differences = [
-        f"{name}: {saved.get(name)} in the checkpoint, {current.get(name)} now"
-        for name in current | saved
-        if saved.get(name) not in (current.get(name), UNDECIDED) and not (on_any_data and name.startswith("data"))
+        f"{name}: {value} in the checkpoint, {current.get(name)} now"
+        for name, value in known.items()
+        if value not in (current.get(name), UNDECIDED) and not (on_any_data and name.startswith("data"))
     ]
     if differences:
         raise CheckpointError(
             f"{checkpoint}: belongs to another run: {'; '.join(differences)}; restore these, or choose another run_dir"
         )
+
+
+def _default(name: str) -> Any:
+    """Of a field of the configuration, by its dotted name; None for what has none, or is no field."""
+    *sections, field = name.split(".")
+    model: Any = Config
+    for section in sections:
+        model = model.model_fields[section].annotation if section in model.model_fields else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return None
+    if field not in model.model_fields:
+        return None
+    default = model.model_fields[field].get_default(call_default_factory=True)
+    return None if default is PydanticUndefined else default

@@ -1,14 +1,16 @@
 """When a run saves: checkpoints and snapshots of averages, written while training goes on, agreed by all ranks."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
+from trainer.engine import sealed
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.consistency import check_replicas
 from trainer.engine.copies import Copies
 from trainer.engine.copy_folder import CopyFolder
-from trainer.engine.processes import broadcast
+from trainer.engine.processes import broadcast, together
 from trainer.engine.retention import Retention
 from trainer.engine.run import RunFolder
 from trainer.engine.saving import Saving
@@ -39,6 +41,7 @@ class SaveSchedule:
         self.say = say
         self._saving: tuple[Checkpoints, Saving, int] | None = None
         self._saved_step = self.step
+        self._is_last = False  # whether the save is the last of this process
         self.retention = Retention(
             config, checkpoints, folder, step=self.step, is_needed=self._is_needed_for_copies, say=say
         )
@@ -72,7 +75,7 @@ class SaveSchedule:
         if self.copies is not None:  # before anything new is begun, of which the numbers say nothing
             self.copies.poll(ranks_copying)
         if ranks_writing == 0:
-            self.retention.finish()
+            self._retire()
             self._finish()
 
     def complete(self) -> None:
@@ -80,17 +83,26 @@ class SaveSchedule:
         self._finish()
 
     def save_last(self) -> None:
-        """Wait for what is being written, and save this step if that has not been done."""
+        """Wait for what is being written, and save this step if that has not been done.
+
+        Raises CheckpointError on all ranks where its checkpoint is not there afterwards, whatever
+        `checkpoint.on_failure` says: nothing comes that could be tried again.
+        """
         self._finish()
-        if self.step > self._saved_step:
+        # Not there: deleted since, or the run went on from elsewhere and has trained nothing. Step 0 needs none.
+        if self.step > self._saved_step or (self.step > 0 and not self.checkpoints.exists(self.step)):
+            self._is_last = True
             self._save(self.checkpoints)
             self._finish()
+        if self.step > 0:
+            path = self.checkpoints.path(self.step)
+            together(f"{path}: is not whole", lambda: _check_there(path), kind=CheckpointError, only_rank=0)
 
     def end(self) -> None:
         """Save this step if that has not been done, delete what need not stay, and wait for copies."""
         self.save_last()
         self.retention.begin()  # again: the last step may have been measured after it was saved
-        self.retention.finish()
+        self._retire()
         if self.copies is not None and self.copies.is_pending:
             self.say(f"step {self.step}: saved; waiting for the copy to {self.copies.place.url}")
             self.copies.end()
@@ -100,6 +112,7 @@ class SaveSchedule:
         self._finish()
         if where is self.checkpoints and where.exists(self.step):
             return
+        together(str(self.folder.path), self.folder.check_that_it_is_there, only_rank=0)
         check_replicas(self.state.strategy, self.step)
         contents = self.state.contents() if where is self.checkpoints else self.state.snapshot_contents()
         try:
@@ -110,7 +123,7 @@ class SaveSchedule:
         self._saving = where, saving, self.step
         if not self.config.checkpoint.background:
             self._finish()
-            self.retention.finish()
+            self._retire()
 
     def _finish(self) -> None:
         if self._saving is None:
@@ -149,8 +162,29 @@ class SaveSchedule:
     def _is_needed_for_copies(self, step: int) -> bool:
         return self.copies is not None and self.copies.needs(step)
 
+    def _retire(self) -> None:
+        """Delete what need not stay; what cannot be deleted is told, for what has been saved is saved."""
+        try:
+            self.retention.finish()
+        except CheckpointError as fault:
+            self.say(f"step {self.step}: {fault}")
+
     def _failed(self, fault: CheckpointError) -> None:
+        together(str(self.folder.path), self.folder.check_that_it_is_there, only_rank=0)
         self.folder.event("checkpoint_failed", step=self.step, reason=str(fault))
         if self.config.checkpoint.on_failure == "stop":
             raise fault
+        if self._is_last:
+            saved = f"step {self._saved_step} is the last that is saved" if self._saved_step else "nothing is saved"
+            raise CheckpointError(f"{fault}; the run ends at step {self.step}, and {saved}", agreed=True) from fault
         self.say(f"step {self.step}: {fault}; training goes on, as checkpoint.on_failure says")
+
+
+def _check_there(path: Path) -> None:
+    """Raise CheckpointError where a checkpoint, whose bytes were verified when they were written, is not complete."""
+    try:
+        for record in sealed.read_manifest(path)["files"]:
+            if (path / record.name).stat().st_size != record.bytes:
+                raise sealed.DamagedError(f"{record.name} has not the size that was written")
+    except (sealed.DamagedError, OSError) as fault:
+        raise CheckpointError(f"{path}: is not whole, so the run has not ended well: {fault}") from fault

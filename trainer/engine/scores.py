@@ -4,26 +4,39 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from trainer.telemetry.files import number, read_object, write_whole
+from trainer.telemetry.metrics import read_metrics
 
 SCORES_NAME = "scores.json"
 Scores = dict[int, dict[str, float]]
 
 
 def read_scores(checkpoints: Path) -> Scores:
-    """Metrics by step; nothing where there is no such file or it is damaged: it only says what is worth keeping."""
-    try:
-        content = json.loads((checkpoints / SCORES_NAME).read_text())
-        return {int(step): {str(name): float(value) for name, value in of.items()} for step, of in content.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    """Metrics by step. Where the file is missing or damaged they are those that the logs beside the checkpoints have;
+    entries that are none are left out.
+    """
+    content = read_object(checkpoints / SCORES_NAME)
+    if content is None:
+        logged = read_metrics(checkpoints.parent / "logs")
+        return {int(record["step"]): found for record in logged if (found := _validation(record))}
+    scores = {int(step): _scores_of(of) for step, of in content.items() if step.isascii() and step.isdigit()}
+    return {step: of for step, of in scores.items() if of}
+
+
+def _validation(record: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name.startswith("validation/")}
+
+
+def _scores_of(values: Any) -> dict[str, float]:
+    found = {name: number(value) for name, value in values.items()} if isinstance(values, dict) else {}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def write_scores(checkpoints: Path, scores: Scores) -> None:
     """The file appears whole or not at all. Raises OSError."""
-    path = checkpoints / SCORES_NAME
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(scores, indent=1) + "\n")
-    fresh.replace(path)
+    write_whole(checkpoints / SCORES_NAME, json.dumps(scores, indent=1) + "\n")
 
 
 def best(scores: Mapping[int, Mapping[str, float]], steps: Iterable[int], *, metric: str, count: int) -> list[int]:

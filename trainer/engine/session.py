@@ -20,6 +20,7 @@ from trainer.engine.loop import TrainingLoop
 from trainer.engine.processes import check_alike, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
 from trainer.engine.run import RunFolder, identity
+from trainer.engine.run_dir import check_run_dir
 from trainer.engine.state import TrainState
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import Strategy, make_strategy
@@ -73,6 +74,8 @@ def _train(
         say=accelerator.print,
     )
     check_trackers(config)
+    run = Path(config.run_dir)
+    together(f"run_dir = {run}: cannot be read", lambda: check_run_dir(run), kind=ConfigError, only_rank=0)
     data = _open_data(config)
     # The parts of the configuration that may differ between restarts must not differ between ranks.
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
@@ -88,7 +91,7 @@ def _train(
     )
     strategy.warm_up(train_step.rehearse)
 
-    folder = RunFolder(Path(config.run_dir), writes=accelerator.is_main_process)
+    folder = RunFolder(run, writes=accelerator.is_main_process)
     what = f"run_dir = {folder.path}: cannot be written"
     together(what, folder.claim, only_rank=0)
     watchdog.folder = folder
@@ -136,6 +139,8 @@ def _resume(
         step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
         checkpoints.supersede(source, step)
         snapshots.supersede_after(step, source)
+    else:
+        snapshots.supersede_after(0, Path("its beginning"))  # what a start before this one has left
     return source
 
 

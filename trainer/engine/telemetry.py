@@ -16,6 +16,7 @@ from trainer.engine.run import RunFolder
 from trainer.engine.state import TrainState
 from trainer.engine.verdict import Verdict
 from trainer.engine.watchdog import enter
+from trainer.errors import TrainerError
 from trainer.telemetry.device import device_memory, device_peak, host_memory
 from trainer.telemetry.goodput import add_up, read_starts
 from trainer.telemetry.heartbeat import Heartbeat
@@ -59,9 +60,10 @@ class Telemetry:
         ).training
         self.peak = device_peak(self._device, config.train.precision)
         writes = state.strategy.accelerator.is_main_process
-        self.metrics = Metrics(folder.logs, self.step, trackers) if writes else None
         self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)
-        self.heartbeat = Heartbeat(folder.path, writes=writes)  # what was before it is the start-up
+        self.metrics = Metrics(folder.logs, self.step, trackers, say=self.progress.say) if writes else None
+        # What was before it is the start-up.
+        self.heartbeat = Heartbeat(folder.path, writes=writes, best_effort=folder.best_effort)
         self.stopwatch = Stopwatch(self.beat)
         self.pace = Pace(self._device)
         self.pace.watch(state.strategy.network)
@@ -105,7 +107,10 @@ class Telemetry:
         self.clock.start()
 
     def log(self) -> None:
-        """Write the scalars of the steps since the last call. Collective; waits for the device."""
+        """Write the scalars of the steps since the last call. Collective; waits for the device.
+
+        Raises TrainerError on all ranks where the run's folder has vanished.
+        """
         enter("log")
         images, seconds = self.stopwatch.lap()
         rate = images / seconds
@@ -130,9 +135,8 @@ class Telemetry:
 
     def scalars(self, values: Mapping[str, float]) -> None:
         """Record scalars of this step."""
-        with self.best_effort():
-            if self.metrics is not None:
-                self.metrics.scalars(self.step, dict(values))
+        if self.metrics is not None:
+            self.metrics.scalars(self.step, dict(values))
 
     def beat(self, activity: str) -> None:
         """Tell those outside what the run is doing."""
@@ -143,11 +147,14 @@ class Telemetry:
             spent={**self.stopwatch.spent, "data": self.pace.waited},
         )
 
-    def close(self, end: str) -> None:
-        """Bring everything to the disk; `end` is "finished" or "stopped"."""
+    def end(self, end: str) -> None:
+        """Tell how the training ended: "finished" or "stopped", and saved."""
         self.folder.event(end, step=self.step, seconds=self.seconds)
         self.beat(end)
         self.progress.close()
+
+    def close(self) -> None:
+        """Bring everything to the disk and to the trackers, which may take their time."""
         if self.metrics is not None:
             self.metrics.close()
 
@@ -163,10 +170,14 @@ class Telemetry:
         """What ranks have to be asked for: once, together."""
         waited, self._waited = self.pace.waited - self._waited, self.pace.waited
         own = torch.tensor(
-            [waited / seconds, host_memory(), *device_memory(self._device)], dtype=torch.float64, device=self._device
+            [waited / seconds, host_memory(), *device_memory(self._device), float(self.folder.has_vanished)],
+            dtype=torch.float64,
+            device=self._device,
         )
         rows = gather_numbers(torch.cat([own, self.state.averages.squared_distance().to(self._device)]))
-        waits, host, allocated, reserved, distance, weights = zip(*rows, strict=True)
+        waits, host, allocated, reserved, vanished, distance, weights = zip(*rows, strict=True)
+        if any(vanished):
+            raise TrainerError(self.folder.vanished, agreed=True)
         values = {
             "time/data_wait_fraction": min(max(waits), 1.0),
             "device/host_memory_bytes": max(host),

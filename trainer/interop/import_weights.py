@@ -79,7 +79,7 @@ def make_run(
     state = build_state(config, DataParallel(plain))
     state.set_weights(weights)
     folder = RunFolder(path, writes=True)
-    folder.begin(config)
+    folder.save_config(config)
     saved = Checkpoints(folder.checkpoints, accelerator).save(state.contents(), step=0, identity=identity(config, None))
     folder.event(event, step=0, checkpoint=saved.name, **details)
 

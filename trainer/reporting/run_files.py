@@ -36,7 +36,7 @@ class RunFiles:
     @property
     def step(self) -> int:
         """Optimizer steps done, as far as has been told."""
-        told = [int(self.heartbeat["step"])] if self.heartbeat else []
+        told = [self.heartbeat["step"]] if self.heartbeat else []
         return max([0, *told, *(int(record["step"]) for record in self.records[-1:])])
 
     @property
@@ -62,7 +62,7 @@ def read_run(run: Path) -> RunFiles:
         path=run,
         config=Config.load(configs[0]),
         state=state(run, heartbeat, events),
-        records=[one for one in read_metrics(run / "logs") if isinstance(one, dict) and "step" in one],
+        records=read_metrics(run / "logs"),
         events=sorted(told, key=lambda event: event["time"]),
         starts=[event for event in events if event["event"] == "started"],
         goodput=add_up(events, heartbeat),

@@ -71,7 +71,8 @@ def key_facts(run: RunFiles) -> list[Fact]:
         facts.append(
             Fact(name="Best validation loss", value=short(best[0]), note=f"averaged weights, step {best[1]:,}")
         )
-    if speed := [one["train/images_per_second"] for one in run.records if one.get("train/images_per_second")]:
+    speeds = [one.get("train/images_per_second", 0.0) for one in run.records]
+    if speed := [one for one in speeds if math.isfinite(one) and one > 0]:
         latest = median(speed[-_LATEST:])
         left = (run.last_step * train.global_batch - images) / latest
         facts.append(

@@ -6,15 +6,18 @@ RUN/events.jsonl has what is needed:
   {"event": "stopped" or "finished", "time": ..., "step": ..., "seconds": {"startup": ..., "training": ..., ...}}
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.telemetry.files import count, number, numbers, read_lines
+
 ENDS = ("stopped", "finished")  # of a start that ended as it should; another one died
 PARTS = ("training", "data", "startup", "saving", "validating", "sampling", "redone", "waiting")
 _THROWN_AWAY = {"training", "data"}  # by a fault, with the steps behind the last checkpoint
+JOURNAL_NAME = "events.jsonl"
+_END_OF_TIME = 32503680000.0  # the year 3000
 Event = Mapping[str, Any]
 
 
@@ -54,28 +57,54 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The journal of a run, oldest first; a line cut by a kill is left out."""
-    return read_journal(run / "events.jsonl")
+    return read_journal(run / JOURNAL_NAME)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The same of any rank's file; nothing where there is none."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            found.append(event)
-    return found
+    """The same of any rank's file; nothing where there is none.
+
+    Each has an "event" and its "time". Lines without, and fields that are not what they should be, are left out.
+    """
+    return [_understood(event) for event in read_lines(path) if is_event(event)]
+
+
+def is_event(record: Mapping[str, Any]) -> bool:
+    """Whether it says what happened and when."""
+    return isinstance(record.get("event"), str) and is_time(record.get("time"))
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value can be seconds since 1970, of our millennium."""
+    seconds = number(value)
+    return seconds is not None and 0 <= seconds < _END_OF_TIME
+
+
+def _understood(event: dict[str, Any]) -> dict[str, Any]:
+    kept = {**event, **{name: numbers(event[name]) for name in _TABLES if event.get(name) is not None}}
+    return {name: value for name, value in kept.items() if value is None or _FIELDS.get(name, _anything)(value)}
+
+
+def _anything(_: Any) -> bool:
+    return True
+
+
+def _is_count(value: Any) -> bool:
+    return count(value) is not None
+
+
+_TABLES = ("seconds", "seconds_before")
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "lost_steps"), _is_count),
+    "world_size": lambda value: bool(count(value)),
+    **dict.fromkeys(("startup_seconds", "last_seen"), is_time),
+}
 
 
 def add_up(events: Sequence[Event], heartbeat: Event | None) -> Goodput:
     """Where the time went; the heartbeat tells of the start that has not ended yet, or never will."""
     result = Goodput()
     starts = [event for event in events if event["event"] == "started"]
-    for number, start in enumerate(starts):
-        following = starts[number + 1] if number + 1 < len(starts) else None
+    for start, following in zip(starts, [*starts[1:], None]):
         until = following["time"] if following is not None else float("inf")
         end = next((e for e in events if e["event"] in ENDS and start["time"] <= e["time"] < until), None)
         result.starts += 1
@@ -85,11 +114,12 @@ def add_up(events: Sequence[Event], heartbeat: Event | None) -> Goodput:
             result.stopped += end["event"] == "stopped"
         elif following is not None:
             result.died += 1
-            lost = int(following.get("lost_steps", 0))
+            lost = int(following.get("lost_steps") or 0)
         _take_out_what_was_lost(seconds, lost, trained=lost + _steps_kept(start, following))
         result.lost_steps += lost
         if following is not None:
-            seconds["waiting"] = max(0.0, following["time"] - following.get("startup_seconds", 0.0) - last_seen)
+            began = following["time"] - (following.get("startup_seconds") or 0.0)
+            seconds["waiting"] = max(0.0, began - last_seen)
         for name, value in seconds.items():
             result.seconds[name] = result.seconds.get(name, 0.0) + value
     return result
@@ -100,16 +130,18 @@ def _of_one_start(
 ) -> tuple[dict[str, float], float]:
     """Its seconds by activity, and when it was last seen alive."""
     if end is not None:
-        return dict(end.get("seconds", {})), end["time"]
+        return dict(end.get("seconds") or {}), end["time"]
     if following is not None and following.get("last_seen"):
         return dict(following.get("seconds_before") or {}), following["last_seen"]
     if following is None and heartbeat is not None and heartbeat["time"] >= start["time"]:
         return dict(heartbeat["seconds"]), heartbeat["time"]
-    return {"startup": start.get("startup_seconds", 0.0)}, start["time"]
+    return {"startup": start.get("startup_seconds") or 0.0}, start["time"]
 
 
 def _steps_kept(start: Event, following: Event | None) -> int:
-    return max(0, int(following["step"]) - int(start["step"])) if following is not None else 0
+    if following is None:
+        return 0
+    return max(0, int(following.get("step") or 0) - int(start.get("step") or 0))
 
 
 def _take_out_what_was_lost(seconds: dict[str, float], lost: int, *, trained: int) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.telemetry.goodput import ENDS
+from trainer.telemetry.files import BestEffort, count, numbers, read_object, write_whole
+from trainer.telemetry.goodput import ENDS, is_time
 
 HEARTBEAT_NAME = "heartbeat.json"
 _EVERY = 10.0  # seconds between two that say nothing new
@@ -34,19 +35,21 @@ def process_age() -> float:
 
 
 def read_heartbeat(run: Path) -> dict[str, Any] | None:
-    """The last one, or None where there is none that can be read."""
-    try:
-        beat = json.loads((run / HEARTBEAT_NAME).read_text())
-    except (OSError, ValueError):
+    """The last one, or None where there is none that can be understood: whatever it lacks is of no use."""
+    beat = read_object(run / HEARTBEAT_NAME)
+    if beat is None or not is_time(beat.get("time")) or count(beat.get("step")) is None:
         return None
-    return beat if isinstance(beat, dict) else None
+    if not all(isinstance(beat.get(name), str) for name in ("activity", "host")):
+        return None
+    return {**beat, "step": count(beat["step"]), "seconds": numbers(beat.get("seconds"))}
 
 
 class Heartbeat:
     """Writer of a run's heartbeat; only rank 0 `writes`. A heartbeat that cannot be written is no reason to stop."""
 
-    def __init__(self, run: Path, *, writes: bool) -> None:
+    def __init__(self, run: Path, *, writes: bool, best_effort: BestEffort) -> None:
         self.path = run / HEARTBEAT_NAME
+        self._best_effort = best_effort
         self.previous = read_heartbeat(run) if writes else None
         self._writes = writes
         self._began = time.monotonic()
@@ -73,10 +76,8 @@ class Heartbeat:
             "process": os.getpid(),
             "seconds": self.seconds(spent),
         }
-        fresh = self.path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):
-            fresh.write_text(json.dumps(content) + "\n")
-            fresh.replace(self.path)
+        with self._best_effort.writing(self.path):
+            write_whole(self.path, json.dumps(content) + "\n", durable=False)
 
     def seconds(self, spent: Mapping[str, float]) -> dict[str, float]:
         """Where the time of this process went: startup, training, and what was `spent` otherwise."""
@@ -92,7 +93,7 @@ class Heartbeat:
         told: dict[str, Any] = {"attempt": attempt(), "startup_seconds": round(self._startup, 3)}
         before = self.previous
         if before is not None and before.get("activity") not in ENDS:
-            told["lost_steps"] = max(0, int(before.get("step", 0)) - step)
-            told["last_seen"] = before.get("time")
-            told["seconds_before"] = before.get("seconds")
+            told["lost_steps"] = max(0, before["step"] - step)
+            told["last_seen"] = before["time"]
+            told["seconds_before"] = before["seconds"]
         return told

@@ -37,9 +37,13 @@ def state(run: Path, heartbeat: Mapping[str, Any] | None, events: Sequence[Mappi
 
 def lock_owner(lock: Path) -> str | None:
     """Who trains there, or None. It only asks: taking the lock, for a moment, could turn a starting job away."""
-    if not lock.exists():
+    if not lock.is_file():
         return None
-    with lock.open("rb") as stream:
+    try:
+        stream = lock.open("rb")
+    except OSError:  # another user's, which may not be read
+        return None
+    with stream:
         question = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
         try:
             answer = fcntl.fcntl(stream, fcntl.F_GETLK, question)

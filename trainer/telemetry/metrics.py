@@ -1,79 +1,122 @@
 """Scalars and pictures of a run: TensorBoard, and the same scalars as one JSON object a line."""
 
-import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.tensorboard import SummaryWriter
 
+from trainer.telemetry.files import (
+    AppendedFile,
+    BestEffort,
+    count,
+    number,
+    parse_object,
+    read_bytes,
+    read_lines,
+    write_whole,
+)
+from trainer.telemetry.progress import print_line
+from trainer.telemetry.tensorboard import EventFile
 from trainer.telemetry.trackers import Trackers
 
 METRICS_NAME = "metrics.jsonl"
 
 
 class Metrics:
-    """Writer of RUN/logs; one process of a run holds it.
+    """Writer of RUN/logs; one process of a run holds it. Nothing that it cannot write raises.
 
     `step` is where the run goes on: what was logged behind it belongs to work that was lost and will be done again.
-    The `trackers` are told the same.
+    The `trackers` are told the same. `say` takes a line about what cannot be read or written.
     """
 
-    def __init__(self, folder: Path, step: int, trackers: Trackers | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / METRICS_NAME
-        _drop_behind(self._path, step)
-        self._lines = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+    def __init__(
+        self, folder: Path, step: int, trackers: Trackers | None = None, *, say: Callable[[str], None] = print_line
+    ) -> None:
+        self._folder = folder
+        self._best_effort = BestEffort(say)
+        self._lines = AppendedFile(folder / METRICS_NAME)
+        self._events = EventFile(folder, goes_on_at=step + 1)
         self._trackers = trackers
-        self._last: tuple[int, int, dict[str, float]] | None = None  # step, where its line begins, values
+        self._last: tuple[int, dict[str, float]] | None = None
+        self._drop_behind: int | None = step  # until it has been done
+        self._tell_what_is_unreadable()
+        with self._best_effort.writing(self._lines.path):
+            self._prepare()
+        with self._best_effort.writing(self._folder / "events.out.tfevents"):
+            self._events.flush()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record scalars of one step; a step that comes twice in a row has one line all the same."""
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-        if self._last is not None and self._last[0] == step:
-            _, begin, before = self._last
-            values = {**before, **values}
-            self._lines.truncate(begin)
-        else:
-            begin = self._lines.seek(0, os.SEEK_END)
-        self._last = step, begin, values
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        with self._best_effort.writing(self._folder / "events.out.tfevents"):
+            self._events.scalars(step, values)
+        again = self._last is not None and self._last[0] == step
+        merged = {**self._last[1], **values} if self._last is not None and again else values
+        self._last = step, merged
+        with self._best_effort.writing(self._lines.path):
+            self._prepare()
+            (self._lines.replace_last_json if again else self._lines.append_json)({"step": step, **merged})
         if self._trackers is not None:
-            self._trackers.scalars(step, values)
+            self._trackers.scalars(step, merged)
 
     def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """Record an (H, W, C) picture."""
-        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        with self._best_effort.writing(self._folder / "events.out.tfevents"):
+            self._events.picture(step, name, pixels)
         if self._trackers is not None:
             self._trackers.picture(step, name, pixels)
 
     def close(self) -> None:
-        """Bring everything to the disk."""
-        self._lines.close()
-        self._tensorboard.close()
+        """Bring to the disk what could not be written before, and tell the trackers the end."""
+        with self._best_effort.writing(self._folder / "events.out.tfevents"):
+            self._events.flush()
         if self._trackers is not None:
             self._trackers.close()
 
+    def _prepare(self) -> None:
+        self._folder.mkdir(exist_ok=True)  # not its parents: a run's folder that has vanished is not made anew
+        if self._drop_behind is not None:
+            _drop_behind(self._lines.path, self._drop_behind)
+            self._drop_behind = None
+
+    def _tell_what_is_unreadable(self) -> None:
+        path = self._lines.path
+        try:
+            *lines, _ = read_bytes(path).split(b"\n")  # the last may have been cut by a kill
+        except FileNotFoundError:
+            return
+        except OSError as fault:
+            self._best_effort.say(f"{path}: cannot be read ({fault.strerror}); the run goes on")
+            return
+        if unreadable := sum(_step_of(line) is None for line in lines):
+            self._best_effort.say(f"{path}: {unreadable} of {len(lines)} lines cannot be read and count for nothing")
+
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All recorded scalars of RUN/logs, oldest first; a line cut by a kill is left out."""
-    path = folder / METRICS_NAME
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """All recorded scalars of RUN/logs in the order of their steps; of a step the last line counts.
+
+    Each has a whole "step"; lines without, values that are no numbers, and a line cut by a kill are left out.
+    """
+    records: dict[int, dict[str, float]] = {}
+    for record in read_lines(folder / METRICS_NAME):
+        if (step := count(record.get("step"))) is not None:
+            values = {name: value for name in record if (value := number(record[name])) is not None}
+            records[step] = {**values, "step": step}
+    return [records[step] for step in sorted(records)]
+
+
+def _step_of(line: bytes) -> int | None:
+    record = parse_object(line)
+    return count(record.get("step")) if record is not None else None
 
 
 def _drop_behind(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        fresh.replace(path)
+    """Raises OSError. Lines that cannot be read stay as they are, for whoever wants to mend them."""
+    try:
+        *lines, cut = read_bytes(path).split(b"\n")
+    except FileNotFoundError:
+        return
+    lines += [cut] if _step_of(cut) is not None else []
+    kept = [line for line in lines if (_step_of(line) or 0) <= step]
+    if len(kept) < len(lines) or cut:
+        write_whole(path, b"".join(line + b"\n" for line in kept))

@@ -42,5 +42,9 @@ def save_png(path: Path, pixels: Pixels) -> None:
     """Write an (H, W, C) picture; it appears under its name whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".tmp-{os.getpid()}")
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(fresh, format="png")
-    fresh.replace(path)
+    try:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(fresh, format="png")
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

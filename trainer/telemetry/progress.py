@@ -1,5 +1,6 @@
 """What a person at the terminal sees."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ class Progress:
         self._bar = tqdm(
             total=total, initial=done, unit=unit, desc=title, disable=not (visible and on_terminal), dynamic_ncols=True
         )
-        self._print: Callable[[str], object] = self._bar.write if on_terminal else _print_line
+        self._print: Callable[[str], object] = self._bar.write if on_terminal else print_line
 
     def advance(self, count: int = 1) -> None:
         """Count finished work."""
@@ -30,12 +31,13 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line above the bar, or into the log."""
         if self._visible:
-            self._print(line)
+            with contextlib.suppress(OSError):
+                self._print(line)
 
     def log(self, line: str) -> None:
         """Print a line where there is no bar that says the same."""
         if self._visible and self._bar.disable:
-            _print_line(line)
+            print_line(line)
 
     def close(self) -> None:
         """End the bar."""
@@ -87,5 +89,12 @@ class Stopwatch:
         return lap
 
 
-def _print_line(line: str) -> None:
-    print(line, flush=True)
+def print_line(line: str) -> None:
+    """On the standard output. One that takes nothing, a file on a full disk or a pipe that nobody reads, ends nothing;
+    characters that its encoding lacks are escaped.
+    """
+    with contextlib.suppress(OSError):
+        try:
+            print(line, flush=True)
+        except UnicodeEncodeError:
+            print(line.encode("ascii", "backslashreplace").decode(), flush=True)

@@ -3,8 +3,10 @@
 RUN/wandb/id    the run's id at Weights & Biases, which every start of the run goes on with
 """
 
+import contextlib
 import importlib.util
 import os
+import re
 import secrets
 import tomllib
 from collections.abc import Callable, Sequence
@@ -16,8 +18,10 @@ from accelerate.tracking import GeneralTracker, WandBTracker
 
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.telemetry.files import BestEffort, read_bytes, write_whole
 
 _PROJECT = "ddpm-trainer"  # where WANDB_PROJECT names no other
+_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
 class Trackers:
@@ -43,7 +47,7 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 action(tracker)
-            except Exception as fault:  # whatever other people's programs raise
+            except (Exception, SystemExit) as fault:  # whatever other people's programs raise
                 self._trackers.remove(tracker)
                 self._say(f"log.trackers: {tracker.name} has failed and is told no more: {fault}")
 
@@ -60,20 +64,33 @@ def open_trackers(config: Config, run: Path, say: Callable[[str], None]) -> Trac
 
     Raises ConfigError where one does not start, OSError where the run's folder cannot be written to.
     """
-    return Trackers([_open_wandb(config, run) for name in config.log.trackers if name == "wandb"], say)
+    return Trackers([_open_wandb(config, run, say) for name in config.log.trackers if name == "wandb"], say)
 
 
-def _open_wandb(config: Config, run: Path) -> WandBTracker:
-    import wandb
+def run_id(folder: Path, say: Callable[[str], None]) -> str:
+    """The id that the run has at Weights & Biases; a new one, which is told, where that cannot be read.
 
-    folder = run / "wandb"
+    Raises OSError where the folder cannot be made.
+    """
     folder.mkdir(exist_ok=True)
     path = folder / "id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
+    if os.path.lexists(path):
+        with contextlib.suppress(OSError):
+            if _ID.fullmatch(found := read_bytes(path).strip()):
+                return found.decode()
+        say(f"{path}: holds no id that can be read; a new run begins at Weights & Biases")
+    fresh = secrets.token_hex(4)
+    with BestEffort(say).writing(path):
+        write_whole(path, f"{fresh}\n")
+    return fresh
+
+
+def _open_wandb(config: Config, run: Path, say: Callable[[str], None]) -> WandBTracker:
+    import wandb
+
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT", _PROJECT),
-        id=path.read_text().strip(),
+        id=run_id(run / "wandb", say),
         resume="allow",
         name=os.environ.get("WANDB_NAME", run.resolve().name),
         dir=str(run),

@@ -1,0 +1,72 @@
+"""What a folder is, before anything is written there: whether it may be a run's, and what its markers say."""
+
+import os
+import re
+from pathlib import Path
+
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.telemetry.files import read_bytes
+
+# What nobody else has: a start makes the first ones, submitting a job or reading tars the last ones.
+_OURS = ("events.jsonl", "heartbeat.json", "submissions", "indexes")
+_CHECKPOINTS = re.compile(r"step-\d{8,}|quarantine|superseded|scores\.json|\.staging-.*")
+# What the shell or the system has put there before the run begins.
+_HARMLESS = re.compile(r"\..*|lost\+found|nohup\.out|.*\.(?:log|out|err)|(?!config\.toml$).*\.toml|slurm|wandb")
+_MOST_NAMED = 3
+_MOST_BYTES = 200  # of a marker
+
+
+def check_run_dir(path: Path) -> None:
+    """Raise ConfigError where the folder holds other things than a run. Logs, dot files and TOML files do not count."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise ConfigError(f"run_dir = {path}: is no folder; choose another")
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as fault:
+        raise ConfigError(f"run_dir = {path}: cannot be read ({fault.strerror})") from fault
+    foreign = [name for name in names if not _HARMLESS.fullmatch(name)]
+    if not foreign or is_run_dir(path):
+        return
+    named = ", ".join(repr(name) for name in foreign[:_MOST_NAMED])
+    more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
+    raise ConfigError(
+        f"run_dir = {path}: holds {named}{more} but no run, and a run would write among them; "
+        "choose a folder that is new or empty"
+    )
+
+
+def is_run_dir(path: Path) -> bool:
+    """Whether a run was begun, submitted or imported there, however damaged it is now."""
+    if any((path / name).exists() for name in _OURS) or _is_lock(path / "lock") or _is_config(path / "config.toml"):
+        return True
+    checkpoints = path / "checkpoints"
+    return checkpoints.is_dir() and any(_CHECKPOINTS.fullmatch(entry.name) for entry in checkpoints.iterdir())
+
+
+def _is_lock(path: Path) -> bool:
+    """A run's says who holds it, or nothing."""
+    try:
+        with path.open("rb") as stream:
+            return path.is_file() and stream.read(8) in (b"", b"process ")
+    except OSError:
+        return False
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        Config.load(path)
+    except ConfigError:
+        return False
+    return True
+
+
+def marked_step(marker: Path) -> int | None:
+    """Of a DONE or STOPPED; None where there is none that can be read."""
+    try:
+        first, *_ = read_bytes(marker)[:_MOST_BYTES].decode(errors="replace").splitlines()
+        return int(first.removeprefix("step "))
+    except (OSError, ValueError):
+        return None
