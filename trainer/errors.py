@@ -4,6 +4,9 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
+
+_LONGEST_VALUE = 120
 
 
 class TrainerError(Exception):
@@ -49,6 +52,12 @@ class ConversionError(TrainerError):
 
 class NonFiniteError(TrainerError):
     """Training diverged: more steps than allowed had a loss or a gradient that was not finite."""
+
+
+def brief(value: Any) -> str:
+    """A value of somebody else's in a message: as Python writes it, which is printable, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def exit_clearly(main: Callable[[], int]) -> Callable[[], int]:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, brief
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def explain(model: type[BaseModel], details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if isinstance(details["input"], dict):  # fields that do not go together
         return f"{field}: {message}"
-    return f"{field} = {details['input']!r}: {message}"
+    return f"{field} = {brief(details['input'])}: {message}"
 
 
 def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:
