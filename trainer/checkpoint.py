@@ -18,7 +18,7 @@ import argparse
 import json
 from typing import Any
 
-from trainer.errors import CheckpointError, exit_clearly
+from trainer.errors import CheckpointError, exit_clearly, printable
 from trainer.inspection import compare, describe, folders, listing
 
 
@@ -102,7 +102,7 @@ def diff(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace, content: Any, text: str) -> None:
-    print(json.dumps(content, indent=1) if arguments.json else text)
+    print(json.dumps(content, indent=1) if arguments.json else printable(text))  # names may be others'
 
 
 @exit_clearly

@@ -60,7 +60,8 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
         "--respacing",
         default="all",
         metavar="SPEC",
-        help="timesteps: all (default), 50 (evenly), 10,15,25 (of each third), ddim50, quadratic50, trailing50",
+        help="timesteps: all (default), 50 (evenly), 10,15,25 (of each third), ddim50, quadratic50 (may be fewer: "
+        "none is visited twice), trailing50",
     )
     parser.add_argument(
         "--variance", choices=["small", "large"], help="of the reverse process, where the run's network gives none"

@@ -151,8 +151,8 @@ def _model_section(read: Mapping[str, Any], source: str) -> dict[str, Any]:
 def scheduler_settings(config: Config) -> dict[str, Any]:
     """The scheduler_config.json of the DDPMScheduler whose steps are those of our ancestral sampler.
 
-    DDIMScheduler reads it too. It asks for "leading" timesteps, the only ones whose distance its step() takes for
-    granted; over all T steps every spacing is the same.
+    DDIMScheduler reads it too. It asks for "leading" timesteps, the only ones that have the distance which its
+    step() takes for granted whatever their number; over all T steps every spacing is the same.
     """
     process = config.diffusion
     for field, value, known in (
