@@ -1,5 +1,6 @@
 """Numbers that no run can have are refused when the configuration is read, each by its name."""
 
+import argparse
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests.harness import write_config
 from trainer.config import Config
 from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError
+from trainer.evaluation.arguments import at_least_one
 
 
 @pytest.mark.parametrize(
@@ -78,9 +80,16 @@ def test_a_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     ["{0000000000..9999999999}.tar", "{0..9999}{0..9999}{0..9999}.tar", "{0..9999999999999999999999}.tar"],
 )
 @pytest.mark.parametrize("place", ["shards/", "https://127.0.0.1:9/"])
-def test_a_pattern_of_more_shards_than_anybody_has_is_refused_at_once(
-    tmp_path: Path, pattern: str, place: str
-) -> None:
-    config = Config.load(write_config(tmp_path, tmp_path), [f"data.path={place}{pattern}", f"data.cache_dir={tmp_path}"])
+def test_a_pattern_of_more_shards_than_anybody_has_is_refused_at_once(tmp_path: Path, pattern: str, place: str) -> None:
+    overrides = [f"data.path={place}{pattern}", f"data.cache_dir={tmp_path}"]
+    config = Config.load(write_config(tmp_path, tmp_path), overrides)
     with pytest.raises((ConfigError, DataError), match=r"stands for more than 1,000,000 shards"):
         open_training_data(config, index_folder=None)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1000000000000", "9" * 4000])
+def test_a_count_on_the_command_line_has_bounds(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as fault:
+        at_least_one(text)
+    assert "should be from 1 to 100,000,000" in str(fault.value)
+    assert len(str(fault.value)) < 200

@@ -182,7 +182,7 @@ def weights_with(value: Tensor) -> dict[str, Tensor]:
 def test_finiteness_is_that_of_the_numbers_that_are_kept() -> None:
     """float64 has 1e39, float32 has not."""
     fit(weights_with(torch.tensor(1e38, dtype=torch.float64)), SMALL, source="there")
-    with pytest.raises(ConversionError, match="there: conv_in.bias: holds NaN or infinity, as float32"):
+    with pytest.raises(ConversionError, match=r"there: conv_in.bias: holds NaN or infinity, as float32"):
         fit(weights_with(torch.tensor(1e39, dtype=torch.float64)), SMALL, source="there")
 
 

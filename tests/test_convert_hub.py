@@ -44,7 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.repositories.append(json.loads(body))
             return self._answer(200, {"url": f"{self.server.url}/me/{json.loads(body)['name']}"})
         if "/preupload/" in self.path:
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"], **mode} for file in json.loads(body)["files"]]
             return self._answer(200, {"files": files})
         if "/commit/" in self.path:
             lines = [json.loads(line)["value"] for line in body.splitlines() if b'"file"' in line[:40]]

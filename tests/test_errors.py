@@ -33,7 +33,8 @@ def run(body: str, *, reader: str = "cat", **variables: str) -> tuple[int, str, 
         env=environment(**variables),
     )
     passed = subprocess.run(["sh", "-c", reader], stdin=program.stdout, capture_output=True, check=False)
-    assert program.stdout is not None and program.stderr is not None
+    assert program.stdout is not None
+    assert program.stderr is not None
     program.stdout.close()
     told = program.stderr.read().decode()
     program.stderr.close()
@@ -53,7 +54,10 @@ def test_a_pipe_that_is_closed_is_no_failure_to_tell_of(body: str) -> None:
     assert told == ""
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, {}])
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, ASCII, {}])
 def test_a_name_that_a_locale_cannot_print_is_printed_otherwise(locale: dict[str, str]) -> None:
     code, passed, told = run(r"print('caf\udce9 \u2192'); raise ConfigError('run \udce9')", **locale)
     assert (code, told) == (2, "error: run \\udce9\n")
@@ -69,7 +73,6 @@ def test_escape_sequences_of_others_are_not_printed_raw(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == (
         "error: tensor \\x1b]0;owned\\x07\\x9b31m\\nerror: another\\r line \\u202e café\n"
     )
-
 
 
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def test_defaults_go_together_with_any_respacing(figure: Any) -> None:
 
 def test_a_figure_says_what_made_it(figure: Any, tmp_path: Path) -> None:
     for name in ("one", "other"):
-        Image.new("RGB", (8, 8), name == "one" and "red" or "blue").save(tmp_path / f"{name}.png")
+        Image.new("RGB", (8, 8), "red" if name == "one" else "blue").save(tmp_path / f"{name}.png")
     files = [str(tmp_path / "one.png"), str(tmp_path / "other.png")]
     notes = figure("interpolate", "--files", *files, "--respacing", "4", "--variance", "large", "--seed", "7")
     assert notes["files"] == files
@@ -57,7 +57,8 @@ def test_no_figure_replaces_another(figure: Any, tmp_path: Path) -> None:
         for name in ("one.png", "other.png"):
             Image.new("RGB", (8, 8), colour).save(tmp_path / folder / name)
     for folder in ("a", "b"):  # files of the same names
-        figure("interpolate", "--respacing", "2", "--files", tmp_path / folder / "one.png", tmp_path / folder / "other.png")
+        files = [tmp_path / folder / name for name in ("one.png", "other.png")]
+        figure("interpolate", "--respacing", "2", "--files", *files)
     for options in ([], ["--rows", "2"], ["--every", "2"], ["--respacing", "3"], ["--variance", "large"]):
         figure("progressive", "--respacing", "2", "--rows", "1", *options)
 

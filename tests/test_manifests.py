@@ -201,7 +201,7 @@ def test_where_nothing_else_is_whole_a_disk_that_fails_gives_no_checkpoint_up(
 ) -> None:
     unreadable(newest(run) / "manifest.json")
     flip(run / "checkpoints" / "step-00000002" / "part-00000-of-00001.safetensors")
-    with pytest.raises(CheckpointError, match="step-00000004: cannot be verified: .*Input/output error"):
+    with pytest.raises(CheckpointError, match=r"step-00000004: cannot be verified: .*Input/output error"):
         at(run).recover()
     assert newest(run).is_dir()
     assert not (run / "checkpoints" / "quarantine").exists()

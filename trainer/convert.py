@@ -94,7 +94,9 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.command == "export":
         command = shlex.join(["python", "trainer/convert.py", *sys.argv[1:]])
-        fields = {name: getattr(arguments, name) for name in ("run", "checkpoint", "weights", "out", "license", "grid", "hub")}
+        fields = {
+            name: getattr(arguments, name) for name in ("run", "checkpoint", "weights", "out", "license", "grid", "hub")
+        }
         export(ExportRequest(**fields, command=command))
     elif arguments.command == "average":
         average(

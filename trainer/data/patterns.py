@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from trainer.errors import ConfigError
 
@@ -19,7 +19,7 @@ def expand(pattern: str) -> list[str]:
         if _count(pattern) > MOST_SHARDS:
             raise ConfigError(f"data.path = {pattern}: stands for more than {MOST_SHARDS:,} shards")
         return list(braceexpand(pattern))
-    except (UnbalancedBracesError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"data.path = {pattern}: its braces do not match") from error
 
 

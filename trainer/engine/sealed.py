@@ -12,8 +12,9 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 COMPLETE_NAME = "COMPLETE"
@@ -134,7 +135,7 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and name.isprintable()
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     """A regular file; a link would lead elsewhere, and reading a FIFO or a device may never end."""
     try:
         mode = path.lstat().st_mode

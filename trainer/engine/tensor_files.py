@@ -18,7 +18,7 @@ from trainer.errors import CheckpointError
 
 _SLICE = re.compile(r"(.+)\[(\d{1,18}):(\d{1,18})\]")
 _TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-_MOST_HEADER_BYTES = 1 << 24  # names and shapes of a hundred thousand tensors; others' may be made to be parsed for long
+_MOST_HEADER_BYTES = 1 << 24  # of a hundred thousand tensors; a larger one is made to be parsed for long
 
 
 class SavedSlice(NamedTuple):

@@ -7,7 +7,7 @@ OUT/fid-....json            the number, and all conventions that it depends on; 
 
 import os
 import re
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -89,8 +89,7 @@ def _judge(trained: Trained, sampler: Sampler, request: FeatureRequest, metric: 
         name = f"{name}-against-{_slug(opened.name)}-{opened.fingerprint[:8]}"
     if isinstance(opened, ReferenceImages):
         name = f"{name}-n-{opened.count}"
-    chosen = asdict(metric) if is_dataclass(metric) and not isinstance(metric, type) else {}
-    name = "-".join([name, *(f"{_slug(setting)}-{value}" for setting, value in chosen.items())])
+    name = "-".join([name, *(f"{_slug(setting)}-{value}" for setting, value in vars(metric).items())])
     report = Report(title=metric.title(network.convention), numbers=numbers, settings=metric.about(), about=about)
     path = out / f"{name}.json"
     together(f"{path}: cannot be written", lambda: report.write(path), only_rank=0)

@@ -1,4 +1,4 @@
-"""The files of a figure: a picture and a JSON beside it that says what made them, named so that none replaces another."""
+"""The files of a figure: a picture, and a JSON that says what made it; named so that none replaces another."""
 
 import hashlib
 import json

@@ -117,7 +117,7 @@ def interpolations(
     """Figures 8 and 9: both images noised for t steps with the same noise, mixed, denoised; t = 0 mixes pixels.
 
     images: in pairs. A row is a pair at one t (None: half of the steps; the paper: 500; or 1000, 875, ..., 0): the one
-    image, the mixtures by `lambdas` (0.1 to 0.9), the other image. Raises ConfigError where an image is without another.
+    image, the mixtures by `lambdas` (0.1 to 0.9), the other image. Raises ConfigError where an image is left over.
     """
     if len(images.pixels) % 2:
         raise ConfigError(f"interpolate: takes images in pairs, got {len(images.pixels)}")

@@ -248,8 +248,8 @@ def _read_betas(settings: Mapping[str, Any], source: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConversionError(f"{source}: describes no betas ({error})") from error
     raise ConversionError(
-        f"{source}: beta_schedule = {brief(read['beta_schedule'])}: should be linear, scaled_linear or squaredcos_cap_v2, "
-        "or trained_betas should be given"
+        f"{source}: beta_schedule = {brief(read['beta_schedule'])}: should be linear, scaled_linear or "
+        "squaredcos_cap_v2, or trained_betas should be given"
     )
 
 

@@ -32,6 +32,7 @@ def push(folder: Path, name: str, *, message: str) -> str:
         if token := get_token():
             reason = reason.replace(token, "(token)")
         raise ConversionError(
-            f"--push-to-hub {name}: not uploaded ({reason}); {folder} is whole, upload it by `hf upload {name} {folder}`"
+            f"--push-to-hub {name}: not uploaded ({reason}); {folder} is whole, upload it by "
+            f"`hf upload {name} {folder}`"
         ) from None
     return str(repository)
