@@ -3,6 +3,7 @@
 import sys
 
 from data_prep.cli import main
+from trainer.errors import exit_clearly
 
 if __name__ == "__main__":  # worker processes import this file too
-    sys.exit(main())
+    sys.exit(exit_clearly(main)())

@@ -184,3 +184,17 @@ def test_a_run_under_zero2_on_two_ranks_is_compared_with_one_under_ddp_on_one(
     assert not any(found[what] for what in ("identity", "only_in_first", "only_in_second", "other_shape"))
     assert all(one["largest"] < 1e-5 for one in found["different"].values())
     assert "zero2@2" in tell("list", tmp_path / "other")
+
+
+def test_verify_tells_of_weights_that_are_not_finite(run: Path, tell: Any) -> None:
+    write_checkpoint(run / "checkpoints", {"model/w": torch.ones(2), "ema/w": torch.tensor([1, math.nan])}, step=8)
+    write_checkpoint(run / "checkpoints", {"model/w": torch.ones(2), "timesteps/x": torch.tensor(math.inf)}, step=9)
+    *_, eight, nine = tell("verify", run, expect=1).splitlines()
+    assert eight.endswith("step-00000008: whole; ema/w holds NaN or infinity (1 of 2 tensors of weights do)")
+    assert nine.endswith("step-00000009: whole")
+
+
+def test_escape_sequences_in_a_checkpoint_are_not_printed_raw(run: Path, tell: Any) -> None:
+    write_checkpoint(run / "checkpoints", {"model/\x1b[31mw": torch.ones(2)}, step=8, identity={"seed\x1b]0;": 3})
+    for command in (["inspect", run, "--tensors"], ["diff", run, checkpoint(run, 2)], ["list", run]):
+        assert "\x1b" not in tell(*command, expect=1 if command[0] == "diff" else 0)

@@ -1,13 +1,15 @@
 """Shorter chains: the published spacings, and the same q at the timesteps that are kept."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from tests.diffusion_reference import linear
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.respacing import respaced
+from trainer.diffusion.respacing import asked_for, respaced
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.diffusion.schedules import make_betas
 
@@ -128,3 +130,31 @@ def test_original_timesteps_must_fit_the_betas() -> None:
     for original in (torch.arange(3), torch.arange(4.0)):
         with pytest.raises(ValueError, match=r"original_timesteps: must be \(4,\) int64"):
             GaussianDiffusion(make_betas("linear", 4), original)
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked", "given"),
+    [
+        ("quadratic40", 40, 39),
+        ("quadratic1000", 1000, 688),
+        ("50", 50, 50),
+        ("10,15,25", 50, 50),
+        ("ddim50", 50, 50),
+        ("trailing48", 48, 48),
+        ("all", 1000, 1000),
+    ],
+)
+def test_what_was_asked_for_can_be_told_from_what_is_given(spec: str, asked: int, given: int) -> None:
+    assert (asked_for(1000, spec), len(respaced(1000, spec))) == (asked, given)
+
+
+def test_ddim_of_diffusers_knows_trailing_timesteps_where_their_number_divides_t() -> None:
+    """What docs/equations.md says of it: it goes back by T // S, whatever it was told to visit."""
+    for count in (10, 30, 40, 50, 60, 250, 300, 333):
+        scheduler = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
+        scheduler.set_timesteps(count)
+        visited = scheduler.timesteps.tolist()
+        wrong = sum(t - 1000 // count != after for t, after in pairwise(visited))
+        assert (wrong == 0) == (1000 % count == 0)
+        assert count != 30 or wrong == 10
+        assert count != 60 or visited[-1] - 1000 // count == 0  # it should be -1, clean data

@@ -1,7 +1,7 @@
 """Look at checkpoints: `python -m trainer.checkpoint list runs/lsun256`.
 
 list      what there is: when it was saved, by what, whether it is whole, why it is kept, what was set aside
-verify    read every byte; exit code 1 where any is damaged
+verify    read every byte; exit code 1 where any is damaged or its weights are not finite
 inspect   one checkpoint: counters, identity, tensors
 diff      what two checkpoints do not have in common; exit code 1 where they are not equal
 
@@ -18,7 +18,7 @@ import argparse
 import json
 from typing import Any
 
-from trainer.errors import CheckpointError, exit_clearly
+from trainer.errors import CheckpointError, exit_clearly, printable
 from trainer.inspection import compare, describe, folders, listing
 
 
@@ -70,7 +70,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Print a line for each folder; 1 where one is damaged."""
+    """Print a line for each folder; 1 where one is damaged, or holds weights that nothing can be drawn from."""
     paths: list[Path] = []
     for run in arguments.runs:
         single = arguments.step is not None or not (run / "checkpoints").is_dir()
@@ -79,9 +79,12 @@ def verify(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{', '.join(map(str, arguments.runs))}: holds no checkpoint")
     found = {}
     for path in paths:
-        found[str(path)] = faults = folders.damages(path)
+        damages = folders.damages(path)
+        useless = [] if damages else describe.unusable_weights(path)
+        found[str(path)] = damages or useless
         if not arguments.json:
-            print(f"{path}: damaged: {'; '.join(faults)}" if faults else f"{path}: whole", flush=True)
+            state = f"damaged: {'; '.join(damages)}" if damages else "; ".join(["whole", *useless])
+            print(printable(f"{path}: {state}"), flush=True)
     if arguments.json:
         print(json.dumps(found, indent=1))
     return 1 if any(found.values()) else 0
@@ -102,7 +105,7 @@ def diff(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace, content: Any, text: str) -> None:
-    print(json.dumps(content, indent=1) if arguments.json else text)
+    print(json.dumps(content, indent=1) if arguments.json else printable(text))  # names may be others'
 
 
 @exit_clearly

@@ -42,6 +42,15 @@ def parse_arguments() -> argparse.Namespace:
     out.add_argument(
         "--license", type=license_identifier, metavar="NAME", help="of the weights, for the model card: apache-2.0, ..."
     )
+    out.add_argument(
+        "--grid", type=Path, metavar="PNG", help="samples for the model card (default: the newest drawn while training)"
+    )
+    out.add_argument(
+        "--push-to-hub",
+        dest="hub",
+        metavar="NAME",
+        help="upload the folder to that repository of the Hugging Face Hub, as `hf auth login` or HF_TOKEN permit",
+    )
 
     into = commands.add_parser("import", help="make a run's folder, to draw from or to train further")
     into.add_argument(
@@ -85,7 +94,9 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.command == "export":
         command = shlex.join(["python", "trainer/convert.py", *sys.argv[1:]])
-        fields = {name: getattr(arguments, name) for name in ("run", "checkpoint", "weights", "out", "license")}
+        fields = {
+            name: getattr(arguments, name) for name in ("run", "checkpoint", "weights", "out", "license", "grid", "hub")
+        }
         export(ExportRequest(**fields, command=command))
     elif arguments.command == "average":
         average(

@@ -37,6 +37,7 @@ from trainer.evaluation.by_features import evaluate_by_features
 from trainer.evaluation.feature_arguments import add_features, feature_request
 from trainer.evaluation.feature_metrics import FrechetMetric, KernelMetric, ManifoldMetric, ScoreMetric
 from trainer.evaluation.figures import (
+    FigureImages,
     FigureRequest,
     interpolations,
     progressive_generation,
@@ -84,16 +85,18 @@ def parse_arguments() -> argparse.Namespace:
 
     figure6 = add("progressive", progressive)
     figure6.add_argument("--rows", type=at_least_one, default=4, help="samples (default 4)")
-    figure6.add_argument("--every", type=at_least_one, default=50, help="steps between estimates (default 50)")
+    figure6.add_argument("--every", type=at_least_one, help="steps between estimates (default: a 20th of all)")
 
     figure7 = add("shared-latents", shared)
     figure7.add_argument("--rows", type=at_least_one, default=2, help="latents (default 2)")
-    figure7.add_argument("--splits", type=at_least_one, nargs="+", default=[1000, 750, 500, 250], metavar="T")
+    figure7.add_argument("--splits", type=at_least_one, nargs="+", metavar="T", help="default: all steps, 3/4, ...")
     figure7.add_argument("--variants", type=at_least_one, default=3, help="samples of each split (default 3)")
 
     figure9 = add("interpolate", interpolate)
     _add_images(figure9)
-    figure9.add_argument("--timesteps", type=int, nargs="+", default=[500], metavar="T", help="figure 9: 1000 875 .. 0")
+    figure9.add_argument(
+        "--timesteps", type=int, nargs="+", metavar="T", help="default: half of all steps; figure 9: 1000 875 .. 0"
+    )
     figure9.add_argument("--mixtures", type=at_least_one, default=9, help="evenly between two (default 9: 0.1 to 0.9)")
 
     _add_images(add("reconstruct", reconstruct))
@@ -153,12 +156,10 @@ def interpolate(arguments: argparse.Namespace) -> None:
     """Figures 8 and 9: images noised for --timesteps steps, mixed in pairs, denoised."""
     trained = open_trained(trained_request(arguments))
     images = _images(arguments, trained)
-    if len(images) % 2:
-        raise ConfigError(f"interpolate: takes images in pairs, got {len(images)}")
     interpolations(
         trained,
-        _figure(arguments, rows=len(images) // 2),
-        pairs=list(zip(images[::2], images[1::2], strict=True)),
+        _figure(arguments, rows=len(images.pixels)),
+        images=images,
         timesteps=arguments.timesteps,
         lambdas=[k / (arguments.mixtures + 1) for k in range(1, arguments.mixtures + 1)],
     )
@@ -168,11 +169,11 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     """DDIM, section 5.4: images, their latents, and the images made from these."""
     trained = open_trained(trained_request(arguments))
     images = _images(arguments, trained)
-    reconstructions(trained, _figure(arguments, rows=len(images)), images=images)
+    reconstructions(trained, _figure(arguments, rows=len(images.pixels)), images=images)
 
 
 def _figure(arguments: argparse.Namespace, rows: int) -> FigureRequest:
-    return FigureRequest(rows=rows, seed=arguments.seed, out=arguments.out)
+    return FigureRequest(trained=trained_request(arguments), rows=rows, seed=arguments.seed, out=arguments.out)
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -181,9 +182,10 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=at_least_one, default=4, metavar="N", help="of the shards (default 4)")
 
 
-def _images(arguments: argparse.Namespace, trained: Trained) -> torch.Tensor:
+def _images(arguments: argparse.Namespace, trained: Trained) -> FigureImages:
     if arguments.files is not None:
-        return load_files(arguments.files, trained.config.model)
+        pixels = load_files(arguments.files, trained.config.model)
+        return FigureImages(pixels=pixels, source={"files": [str(path) for path in arguments.files]})
     loaded: list[torch.Tensor] = []
 
     def load() -> None:
@@ -191,7 +193,8 @@ def _images(arguments: argparse.Namespace, trained: Trained) -> torch.Tensor:
         loaded.append(images.load(range(arguments.images)))
 
     together("the images: cannot be read", load, kind=DataError)
-    return loaded[0]
+    where = str(arguments.data or trained.config.data.where)
+    return FigureImages(pixels=loaded[0], source={"data": where, "images": arguments.images})
 
 
 @exit_clearly

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6}
+_MOST_COUNTED = 10**12  # times the largest global batch it is still an int64, which positions are
 _SPAN = re.compile(r"\s*([\d_]+(?:\.\d+)?)\s*([kM]?)\s*(steps?|images?)\s*")
 
 
@@ -28,6 +29,8 @@ class Span:
             raise ValueError('a span of training is written like "5000 steps", "2.4M steps" or "51.2M images"')
         number, suffix, unit = match.groups()
         count = Decimal(number.replace("_", "")) * _SUFFIXES[suffix]
+        if count > _MOST_COUNTED:
+            raise ValueError(f"should be at most {_MOST_COUNTED:,} {unit}")
         if count != int(count):
             raise ValueError(f"{count} {unit} is no whole number of {unit}")
         return cls(int(count), "steps" if unit.startswith("step") else "images")
@@ -80,7 +83,7 @@ def as_size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-SizeField = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+SizeField = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10**18)]
 
 
 _TIME_UNITS = {"second": 1, "minute": 60, "hour": 3600}
@@ -96,7 +99,10 @@ def parse_seconds(text: Any) -> float:
 
 
 SecondsField = Annotated[
-    float, BeforeValidator(parse_seconds), PlainSerializer(lambda seconds: f"{Decimal(str(seconds)):f} seconds")
+    float,
+    BeforeValidator(parse_seconds),
+    Field(le=10**8),
+    PlainSerializer(lambda seconds: f"{Decimal(str(seconds)):f} seconds"),
 ]
 
 

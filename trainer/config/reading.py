@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.config.shipped import located, shipped
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, brief
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def explain(model: type[BaseModel], details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if isinstance(details["input"], dict):  # fields that do not go together
         return f"{field}: {message}"
-    return f"{field} = {details['input']!r}: {message}"
+    return f"{field} = {brief(details['input'])}: {message}"
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

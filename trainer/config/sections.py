@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer.units import SecondsField, SizeField, Span, SpanField
 
@@ -11,8 +11,24 @@ class Section(BaseModel):
     """A table of the file: unknown keys are errors, values are not coerced, nothing changes afterwards."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _is_writable(cls, value: Any) -> Any:
+        """Everything goes into config.toml, which is UTF-8: no name with bytes that are none."""
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError("should be UTF-8, as config.toml is") from error
+        return value
 
 
 class MixtureEntry(Section):
@@ -37,27 +53,27 @@ class DataConfig(Section):
     order: Literal["global", "windowed", "lanes"] = "global"
     """"global" shuffles all samples; "windowed" shuffles shards, then the samples of `window` shards at a time; "lanes"
     does so in each of `lanes` parts of the dataset, so that a node reads only its parts (docs/stream.md)."""
-    window: int = Field(default=16, gt=0)
+    window: int = Field(default=16, gt=0, le=1_000_000)
     """Shards whose samples are shuffled together in the orders "windowed" and "lanes"."""
-    lanes: int = Field(default=8, gt=0)
+    lanes: int = Field(default=8, gt=0, le=1_000_000)
     """Parts of the dataset in the order "lanes"; must divide train.global_batch, and should be a multiple of the number
     of nodes."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the images that is never trained on."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a damaged image does: "raise" ends the run, "skip" trains on the next whole one instead."""
-    max_bad_samples: int = Field(default=100, ge=0)
+    max_bad_samples: int = Field(default=100, ge=0, le=10**12)
     """Damaged images that a process may meet under "skip"; one more ends the run."""
     cache_dir: str | None = None
     """Folder on a disk of each node, where shards are copied to before they are read; needed for URLs."""
     cache_size: SizeField = 200 * 10**9
     """Most that the copies in cache_dir may take: "200 GB"."""
-    workers: int | None = Field(default=None, ge=0)
+    workers: int | None = Field(default=None, ge=0, le=1024)
     """Loader processes for each rank; 0 reads and decodes in the training process. Left out: 4, or as many as the rank
     has cores, if they are fewer."""
     start_method: Literal["fork", "spawn"] = "fork"
     """How loader processes start: "spawn" takes seconds longer and shares nothing with the training process."""
-    prefetch: int = Field(default=4, ge=1)
+    prefetch: int = Field(default=4, ge=1, le=10_000)
     """Micro-batches that each loader process keeps ready."""
 
     @model_validator(mode="after")
@@ -77,28 +93,28 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The UNet of Ho et al. 2020, appendix B."""
 
-    image_size: int = Field(gt=0)
+    image_size: int = Field(gt=0, le=16_384)
     """Side of the square images in pixels; must be the dataset's."""
-    channels: int = Field(default=3, gt=0)
+    channels: int = Field(default=3, gt=0, le=1024)
     """Channels of the images: 3 for RGB, 1 for grey; must be the dataset's."""
-    base_channels: int = Field(gt=0)
+    base_channels: int = Field(gt=0, le=65_536)
     """Channels at full resolution."""
-    channel_multipliers: list[int] = Field(min_length=1)
+    channel_multipliers: list[Annotated[int, Field(le=1024)]] = Field(min_length=1, max_length=16)
     """Channels of each resolution level as a multiple of base_channels; each level halves the side."""
-    blocks_per_level: int = Field(default=2, gt=0)
+    blocks_per_level: int = Field(default=2, gt=0, le=64)
     """Residual blocks a level going down (one more going up)."""
-    attention_resolutions: list[int]
+    attention_resolutions: list[Annotated[int, Field(le=16_384)]] = Field(max_length=16)
     """Sides, in pixels, of the levels whose blocks are followed by self-attention."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability inside residual blocks."""
-    norm_groups: int = Field(default=32, gt=0)
+    norm_groups: int = Field(default=32, gt=0, le=65_536)
     """Groups of every GroupNorm."""
 
 
 class DiffusionConfig(Section):
     """The forward process, what the network predicts of it, and the loss (Ho et al. 2020, table 2)."""
 
-    timesteps: int = Field(default=1000, gt=1)
+    timesteps: int = Field(default=1000, gt=1, le=1_000_000)
     """T, the number of noise levels."""
     schedule: Literal["linear", "cosine", "sqrt-linear", "sigmoid", "table"] = "linear"
     """beta_t: "linear" 1e-4 to 0.02 (Ho et al. 2020; times 1000 / T), "cosine" (Nichol and Dhariwal 2021),
@@ -141,7 +157,7 @@ class OptimizerConfig(Section):
     """Decay rates of Adam's two moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     """The gradient's global norm is clipped to this; inf never clips."""
 
 
@@ -150,15 +166,15 @@ class TrainConfig(Section):
 
     duration: SpanField = Span(500_000, "steps")
     """Length of the whole run, restarts included."""
-    global_batch: int = Field(default=64, gt=0)
+    global_batch: int = Field(default=64, gt=0, le=2**22)
     """Images in one optimizer step, over all ranks and accumulated micro-batches."""
-    micro_batch: int | None = Field(default=None, gt=0)
+    micro_batch: int | None = Field(default=None, gt=0, le=2**22)
     """Most images that a device holds at once; the rest of its share is accumulated. Left out: its whole share."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, applied every step."""
     ema_warmup: bool = False
     """Let the decay grow as 1 - (1 + n)^(-2/3) with the n-th update until it is ema_decay: short runs forget sooner."""
-    ema_sigma_rel: list[Annotated[float, Field(gt=0, lt=0.28)]] = []
+    ema_sigma_rel: list[Annotated[float, Field(gt=0, lt=0.28)]] = Field(default=[], max_length=64)
     """Widths, relative to the run's length, of further averages with a power-function profile (Karras et al. 2024)."""
     ema_snapshots: SpanField = Span(0, "steps")
     """Between two snapshots of the averages of ema_sigma_rel, from which one of any width can be made afterwards;
@@ -167,7 +183,7 @@ class TrainConfig(Section):
     """What ranks share: "ddp" nothing; DeepSpeed's "zero1" moments, "zero2" gradients too, "zero3" weights too; "fsdp2"
     all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md). "auto", or
     left out: what `accelerate launch` was told, else what the run has had so far, else "ddp" (docs/accelerate.md)."""
-    hsdp_shard_size: int | None = Field(default=None, gt=0)
+    hsdp_shard_size: int | None = Field(default=None, gt=0, le=1_000_000)
     """With "hsdp": ranks in a group; left out: those of a node."""
     bucket_size: SizeField = 25 * 2**20
     """With "ddp": bytes of gradients that ranks sum in one exchange, while others are still computed."""
@@ -191,7 +207,7 @@ class TrainConfig(Section):
     cuda_graphs: bool = False
     """With compile = "regional" and strategy = "ddp": GPUs replay a compiled block as one graph, which helps small
     micro-batches, for which the host cannot queue kernels as fast as they run."""
-    max_nonfinite_steps: int = Field(default=10, ge=0)
+    max_nonfinite_steps: int = Field(default=10, ge=0, le=10**12)
     """Steps of a run that may be skipped and dumped for a NaN or infinity in loss or gradient; one more ends it."""
     timeout: Annotated[SecondsField, Field(gt=0)] = 600.0
     """How long a rank waits for the others, to start and in every exchange, before it gives them up: "10 minutes"."""
@@ -242,11 +258,11 @@ class CheckpointConfig(Section):
     on_failure: Literal["stop", "continue"] = "stop"
     """What a checkpoint that cannot be written (no space, say) does: "stop" ends the run, "continue" tries again when
     the next one is due. Older checkpoints stay in either case."""
-    keep: int = Field(default=3, gt=0)
+    keep: int = Field(default=3, gt=0, le=10**9)
     """Newest checkpoints that are kept."""
     keep_every: SpanField = Span(0, "steps")
     """Besides the newest, one for every such span is kept for ever; "0 steps" for none."""
-    keep_best: int = Field(default=0, ge=0)
+    keep_best: int = Field(default=0, ge=0, le=10**9)
     """Checkpoints with the lowest best_metric, which are kept besides the newest."""
     best_metric: Literal["validation/ema_loss", "validation/loss", "validation/feature_distance"] = (
         "validation/ema_loss"
@@ -256,7 +272,7 @@ class CheckpointConfig(Section):
     copy_to: str | None = None
     """Where each checkpoint is copied to, in the background, once it is complete: a folder on another disk, or a URL
     (s3, gs and whatever fsspec writes to). A run that has lost its folder goes on from there."""
-    copy_keep: int = Field(default=3, gt=0)
+    copy_keep: int = Field(default=3, gt=0, le=10**9)
     """Newest copies that are kept, besides those that are kept for ever."""
 
 
@@ -267,20 +283,20 @@ class LogConfig(Section):
     """Between two lines of scalars (TensorBoard, metrics.jsonl); "0 steps" for one at the end."""
     samples_every: SpanField = Span(5000, "steps")
     """Between two sample grids; "0 steps" for none."""
-    samples: int = Field(default=64, gt=0)
+    samples: int = Field(default=64, gt=0, le=65_536)
     """Images in a sample grid."""
     validate_every: SpanField = Span(0, "steps")
     """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""
-    validate_images: int = Field(default=1024, gt=0)
+    validate_images: int = Field(default=1024, gt=0, le=10**9)
     """Most held-out images that are measured, always the same."""
     trackers: list[Literal["wandb"]] = []
     """Who else is told the scalars, pictures and configuration: "wandb" is Weights & Biases (docs/report.md)."""
     distance_every: SpanField = Span(0, "steps")
     """Between two measurements of how far samples of the averaged weights are from real images, by features of
     EfficientNet-Lite0 (docs/evaluation.md); "0 steps" for none."""
-    distance_samples: int = Field(default=256, ge=2)
+    distance_samples: int = Field(default=256, ge=2, le=10**6)
     """Samples that are drawn for it, and real images, held-out ones where there are any."""
-    distance_steps: int = Field(default=25, ge=2)
+    distance_steps: int = Field(default=25, ge=2, le=1_000_000)
     """Steps of DDIM by which they are drawn."""
     distance_seconds: Annotated[SecondsField, Field(gt=0)] = 60.0
     """How long drawing them may take: when it is over, the samples that there are must do."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from braceexpand import braceexpand
 
 from data_prep.format import INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
 from trainer.config import Config, DataConfig
@@ -22,6 +21,7 @@ from trainer.data.joined import JoinedDatasets
 from trainer.data.lanes import LanesOrder
 from trainer.data.mixture import MixtureOrder, member_seed
 from trainer.data.order import GlobalOrder, Order, Selected
+from trainer.data.patterns import expand
 from trainer.data.shards import ShardedDataset
 from trainer.data.split import is_held_out
 from trainer.data.tars import TarDataset
@@ -156,7 +156,7 @@ class _Opener:
     def _open_local(self, path: str) -> IndexedDataset:
         folder = Path(path)
         if _names_tars(path):
-            return self._tars(path, [_local_shard(Path(name)) for name in braceexpand(path)])
+            return self._tars(path, [_local_shard(Path(name)) for name in expand(path)])
         ours = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME, _UNFINISHED))
         tars = sorted(folder.glob("*.tar"))
         if tars and not ours:
@@ -167,7 +167,7 @@ class _Opener:
         if self.cache is None:
             raise ConfigError(f"data.path = {url}: needs data.cache_dir, a folder on a disk of each node")
         if _names_tars(url):
-            return self._tars(url, [self._remote_shard(name) for name in braceexpand(url)])
+            return self._tars(url, [self._remote_shard(name) for name in expand(url)])
         url = url.rstrip("/")
         if exists(f"{url}/{MANIFEST_NAME}", self.patience):
             return self._remote_manifest(url, self.cache)

@@ -45,6 +45,13 @@ def respaced(timesteps: int, spec: str) -> Tensor:
     return torch.tensor(steps, dtype=torch.int64)
 
 
+def asked_for(timesteps: int, spec: str) -> int:
+    """How many timesteps `spec` names; "quadratic..." may give fewer, since none is visited twice."""
+    if spec == "all":
+        return timesteps
+    return sum(int(count) for count in re.findall(r"\d+", spec))
+
+
 def _by_section(timesteps: int, counts: list[int], spec: str) -> list[int]:
     """Improved DDPM's striding, with its rounding: half to even, of a running sum."""
     size, longer = divmod(timesteps, len(counts))

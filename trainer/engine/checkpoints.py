@@ -19,14 +19,14 @@ import torch
 from accelerate import Accelerator
 
 from trainer import __version__
-from trainer.engine import sealed
+from trainer.engine import manifests, sealed
+from trainer.engine.manifests import FORMAT_VERSION
 from trainer.engine.processes import broadcast, together
 from trainer.engine.saving import Saving
 from trainer.engine.state import Contents
 from trainer.engine.tensor_files import TensorReader
 from trainer.errors import CheckpointError
 
-FORMAT_VERSION = 2
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -108,21 +108,30 @@ class Checkpoints:
     def damage_of_own_share(self, path: Path) -> str | None:
         """What `verify` does on each rank; not collective. Raises OSError where the file system fails."""
         try:
-            for record in sealed.read_manifest(path)["files"][self.rank :: self.world_size]:
+            for record in manifests.read(path)["files"][self.rank :: self.world_size]:
                 sealed.verify_file(path, record)
         except sealed.DamagedError as fault:
             return str(fault)
         return None
 
     def find_verified(self) -> tuple[Path | None, dict[Path, str]]:
-        """The newest checkpoint that is whole, or None, and the newer ones that are not, with the reason of each."""
+        """The newest checkpoint that is whole, or None, and the newer ones that are not, with the reason of each.
+
+        Raises CheckpointError where none is whole but one cannot be read: it may be, when the disk is back.
+        """
         damaged: dict[Path, str] = {}
+        unreadable: CheckpointError | None = None
         for step in reversed(broadcast(self.steps())):
             path = self.path(step)
-            reason = self.verify(path)
+            try:
+                reason = self.verify(path)
+            except CheckpointError as error:
+                unreadable, reason = unreadable or error, str(error)
             if reason is None:
                 return path, damaged
             damaged[path] = reason
+        if unreadable is not None:
+            raise unreadable
         return None, damaged
 
     def choose(self, path: Path | None) -> Path:
@@ -143,7 +152,7 @@ class Checkpoints:
         newest, damaged = self.find_verified()
         for path, reason in damaged.items():
             self._set_aside(path, "quarantine", reason)
-        quarantined = broadcast(len(list(self.folder.glob("quarantine/*"))))
+        quarantined = broadcast(sum(path.suffix != ".REASON" for path in self.folder.glob("quarantine/*")))
         if newest is None and quarantined:
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items()) or "see REASON in each"
             raise CheckpointError(
@@ -198,9 +207,14 @@ class Checkpoints:
             while target.exists():
                 target, copy = parent / f"{path.name}.{copy}", copy + 1
             path.rename(target)
-            (target / "REASON").write_text(reason + "\n")
+            reason_file(target).write_text(reason + "\n")
 
         together(f"{path}: cannot be moved to {where}/", move, kind=CheckpointError, only_rank=0)
+
+
+def reason_file(aside: Path) -> Path:
+    """Where it is written why this was set aside: in the folder, or beside what is none."""
+    return aside / "REASON" if aside.is_dir() else aside.with_name(f"{aside.name}.REASON")
 
 
 def open_verified(path: Path) -> tuple[TensorReader, dict[str, Any]]:
@@ -208,7 +222,10 @@ def open_verified(path: Path) -> tuple[TensorReader, dict[str, Any]]:
 
     Raises CheckpointError where the format is another or its files do not make up its tensors.
     """
-    manifest = sealed.read_manifest(path)
+    try:
+        manifest = manifests.read(path)
+    except (sealed.DamagedError, OSError) as fault:
+        raise CheckpointError(f"{path}: {fault}") from fault
     if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version is {manifest['format_version']}, this program reads {FORMAT_VERSION}"
@@ -228,7 +245,7 @@ def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The network's state dict, averaged ("ema", "ema-<sigma_rel>") or raw ("model"), and the manifest of a verified
-    checkpoint. Raises CheckpointError where it has no such weights.
+    checkpoint. Raises CheckpointError where it has no such weights, or where one of them is not finite.
     """
     reader, manifest = open_verified(path)
     kinds = {name.partition("/")[0] for name in reader.shapes}
@@ -237,7 +254,15 @@ def read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[s
         raise CheckpointError(f"{path}: has no weights {kind!r}, but {', '.join(known)}", agreed=True)
     prefix = f"{kind}/"
     names = [name for name in reader.shapes if name.startswith(prefix)]
-    return {name.removeprefix(prefix): reader.whole(name) for name in names}, manifest
+    return {name.removeprefix(prefix): _usable(reader.whole(name), f"{path}: {name}") for name in names}, manifest
+
+
+def _usable(weight: torch.Tensor, where: str) -> torch.Tensor:
+    if not weight.is_floating_point():
+        raise CheckpointError(f"{where}: {weight.dtype}, weights are floating point numbers", agreed=True)
+    if not bool(weight.float().isfinite().all()):  # as float32, which is what a network has
+        raise CheckpointError(f"{where}: holds NaN or infinity; take an older checkpoint", agreed=True)
+    return weight
 
 
 def _make_empty(folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.engine import sealed
+from trainer.engine import manifests, sealed
 from trainer.engine.checkpoints import STEP_NAME, Checkpoints
 from trainer.engine.copy_folder import CopyFolder, words
 from trainer.engine.processes import together
@@ -97,7 +97,7 @@ def _fetch(place: CopyFolder, step: int, checkpoints: Checkpoints, identity: dic
         try:
             for name in (sealed.MANIFEST_NAME, sealed.COMPLETE_NAME):
                 place.download(step, name, staging / name)
-            manifest = sealed.read_manifest(staging)
+            manifest = manifests.read(staging)
         except (DataError, sealed.DamagedError) as error:
             return str(error)
         check_identity(manifest["identity"], identity, place.where(step))
@@ -105,7 +105,7 @@ def _fetch(place: CopyFolder, step: int, checkpoints: Checkpoints, identity: dic
 
     def own_share() -> str | None:
         try:
-            for record in sealed.read_manifest(staging)["files"][checkpoints.rank :: checkpoints.world_size]:
+            for record in manifests.read(staging)["files"][checkpoints.rank :: checkpoints.world_size]:
                 path = staging / record.name
                 place.download(step, record.name, path, size=record.bytes, sha256=record.sha256)
                 sealed.fsync(path)

@@ -8,13 +8,26 @@ place as the last act, so a folder under its final name was finished; whatever i
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 COMPLETE_NAME = "COMPLETE"
+_MOST_BYTES = 1 << 26  # of a manifest of thousands of ranks; reading a file without end would never end
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,34 +60,90 @@ def seal(staging: Path, final: Path, files: Sequence[FileRecord], content: dict[
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest's content with "files" as a list of FileRecord.
+    """The manifest's content with "files" as a list of FileRecord, each of a file that lies in the folder itself.
 
-    Raises DamagedError where the manifest or the marker is missing, or the one is not of the other, and OSError where
-    they cannot be read: that may be the file system's fault, and no reason to give a checkpoint up.
+    Whoever made a manifest can make its marker too, so nothing that it says is taken for granted. Raises DamagedError
+    where one of both is missing, is no regular file, is not of the other, or says what no manifest can, and OSError
+    where they cannot be read: that may be the file system's fault, and no reason to give a checkpoint up.
     """
-    try:
-        manifest = (folder / MANIFEST_NAME).read_bytes()
-        marker = (folder / COMPLETE_NAME).read_bytes().decode(errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedError(f"{Path(error.filename).name} is missing") from error
+    manifest = read_file(folder / MANIFEST_NAME)
+    marker = read_file(folder / COMPLETE_NAME).decode(errors="replace").strip()
     if hashlib.sha256(manifest).hexdigest() != marker:
         raise DamagedError(f"{COMPLETE_NAME} does not belong to this {MANIFEST_NAME}: one of them was changed")
-    content = json.loads(manifest)
-    content["files"] = [FileRecord(**file) for file in content["files"]]
+    try:
+        content = json.loads(manifest)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or lists in lists without end
+        raise DamagedError(f"{MANIFEST_NAME}: no JSON that can be read ({error})") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{MANIFEST_NAME}: should be an object, is a {type(content).__name__}")
+    content["files"] = _records(content.get("files"))
     return content
+
+
+def read_file(path: Path) -> bytes:
+    """A small file of a sealed folder. Raises DamagedError where it is missing, no regular file or too large to be
+    one; OSError as `read_manifest`.
+    """
+    with _open(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise DamagedError(f"{path.name} has {size} bytes, more than any that this program writes")
+        return stream.read()
 
 
 def verify_file(folder: Path, record: FileRecord) -> None:
     """Raise DamagedError where the file is not, byte for byte, the one that was sealed; OSError as `read_manifest`."""
-    path = folder / record.name
-    try:
-        size = path.stat().st_size
+    with _open(folder / record.name) as stream:
+        size = os.fstat(stream.fileno()).st_size
         if size != record.bytes:
             raise DamagedError(f"{record.name} has {size} bytes, the manifest says {record.bytes}")
-        if _sha256(path) != record.sha256:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != record.sha256:
             raise DamagedError(f"{record.name} differs from its sha256 in the manifest")
-    except FileNotFoundError as error:
-        raise DamagedError(f"{record.name} is missing") from error
+
+
+def verify_size(folder: Path, record: FileRecord) -> None:
+    """Like `verify_file`, of the length alone: no byte is read."""
+    with _open(folder / record.name) as stream:
+        size = os.fstat(stream.fileno()).st_size
+    if size != record.bytes:
+        raise DamagedError(f"{record.name} has {size} bytes, the manifest says {record.bytes}")
+
+
+def _records(files: Any) -> list[FileRecord]:
+    if not isinstance(files, list):
+        raise DamagedError(f'{MANIFEST_NAME}: "files" should be a list')
+    records: list[FileRecord] = []
+    seen = {MANIFEST_NAME, COMPLETE_NAME}
+    for number, file in enumerate(files):
+        where = f"{MANIFEST_NAME}: files[{number}]"
+        if not isinstance(file, dict) or file.keys() != {"name", "bytes", "sha256"}:
+            raise DamagedError(f"{where} should have name, bytes and sha256")
+        name, size, sha256 = file["name"], file["bytes"], file["sha256"]
+        if not isinstance(name, str) or not _is_plain(name):
+            raise DamagedError(f"{where}: name {name!r} should be that of a file in this folder")
+        if name in seen:
+            raise DamagedError(f"{where}: {name!r} is listed twice")
+        if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise DamagedError(f"{where}: {name!r} should have a number of bytes and 64 hexadecimal digits of sha256")
+        seen.add(name)
+        records.append(FileRecord(name=name, bytes=size, sha256=sha256))
+    return records
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names something in the folder that it is looked up in, and nowhere else."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
+
+
+def _open(path: Path) -> BufferedReader:
+    """A regular file; a link would lead elsewhere, and reading a FIFO or a device may never end."""
+    try:
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            raise DamagedError(f"{path.name} is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}, should be a file")
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{path.name} is missing") from error
 
 
 def fsync(path: Path) -> None:

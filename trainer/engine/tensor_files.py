@@ -4,6 +4,7 @@ A tensor that a rank holds whole is stored under its name, as any program reads 
 "name[start:stop]", elements counted row by row. Nothing says in which file a tensor lies but the files themselves.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from trainer.errors import CheckpointError
 
-_SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+_SLICE = re.compile(r"(.+)\[(\d{1,18}):(\d{1,18})\]")
+_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+_MOST_HEADER_BYTES = 1 << 24  # of a hundred thousand tensors; a larger one is made to be parsed for long
 
 
 class SavedSlice(NamedTuple):
@@ -46,16 +49,21 @@ class _Stored:
 class TensorReader:
     """The tensors of a set of files, of which each is read where and as far as it is asked for.
 
-    `shapes`: what the files must hold. Raises CheckpointError where a tensor has a gap or an overlap.
+    `shapes`: what the files must hold. Raises CheckpointError where a file is no safetensors file, or a tensor has
+    another shape, a type that no state has, a gap or an overlap.
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Mapping[str, torch.Size]) -> None:
         self.shapes = dict(shapes)
         self._stored: dict[str, list[_Stored]] = {name: [] for name in shapes}
         for path in paths:
-            file = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118  # no dict
-                self._add(key, file, path)
+            check_header(path)
+            try:
+                file = safe_open(path, framework="pt")
+                for key in file.keys():  # noqa: SIM118  # no dict
+                    self._add(key, file, path)
+            except (OSError, SafetensorError, ValueError) as error:
+                raise CheckpointError(f"{path.name}: no tensors that can be read ({error})") from error
         for name, parts in self._stored.items():
             parts.sort(key=lambda part: part.start)
             ends = [0, *(part.stop for part in parts)]
@@ -69,6 +77,12 @@ class TensorReader:
         if name not in self.shapes:
             raise CheckpointError(f"{path.name}: holds {name}, which the manifest does not know")
         start, stop = (int(match[2]), int(match[3])) if match else (0, self.shapes[name].numel())
+        stored = file.get_slice(key)
+        if stored.get_dtype() not in _TYPES:
+            raise CheckpointError(f"{path.name}: {key}: of type {stored.get_dtype()}, which no state has")
+        shape = list(stored.get_shape())
+        if shape != ([stop - start] if match else list(self.shapes[name])):
+            raise CheckpointError(f"{path.name}: {key}: shape {shape}, the manifest says {list(self.shapes[name])}")
         if start < stop or not self.shapes[name].numel():
             self._stored[name].append(_Stored(start, stop, file, key, match is None))
 
@@ -84,6 +98,20 @@ class TensorReader:
     def whole(self, name: str) -> torch.Tensor:
         """A tensor in its shape."""
         return self.read(name, 0, self.shapes[name].numel()).view(self.shapes[name])
+
+
+def check_header(path: Path) -> None:
+    """Raise CheckpointError where a file cannot be in the format of safetensors, before its header is read."""
+    try:
+        with path.open("rb") as stream:
+            size, start = os.fstat(stream.fileno()).st_size, stream.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read ({error})") from error
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise CheckpointError(f"{path.name}: no safetensors file: {size} bytes, its header would take {length}")
+    if length > _MOST_HEADER_BYTES:
+        raise CheckpointError(f"{path.name}: a header of {length} bytes; of a network's tensors it is far smaller")
 
 
 def _read_part(part: _Stored, shape: torch.Size, start: int, stop: int) -> torch.Tensor:

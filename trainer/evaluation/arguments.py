@@ -6,25 +6,29 @@ from pathlib import Path
 from typing import get_args
 
 from trainer.engine.averages import power_name
+from trainer.errors import brief
 from trainer.evaluation.samplers import SamplerChoice, SamplerName
 from trainer.evaluation.trained import TrainedRequest
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
+_MOST_COUNTED = 10**8  # images, whose batches are listed in memory
 
 
 def at_least_one(text: str) -> int:
     """An argument that counts."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: should be at least 1")
+    if not 1 <= value <= _MOST_COUNTED:
+        raise argparse.ArgumentTypeError(f"{brief(value)}: should be from 1 to {_MOST_COUNTED:,}")
     return value
 
 
 def at_least_two(text: str) -> int:
     """As many as a standard error needs."""
     value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value}: should be at least 2, for a standard error")
+    if not 2 <= value <= _MOST_COUNTED:
+        raise argparse.ArgumentTypeError(
+            f"{brief(value)}: should be from 2, for a standard error, to {_MOST_COUNTED:,}"
+        )
     return value
 
 
@@ -60,7 +64,8 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
         "--respacing",
         default="all",
         metavar="SPEC",
-        help="timesteps: all (default), 50 (evenly), 10,15,25 (of each third), ddim50, quadratic50, trailing50",
+        help="timesteps: all (default), 50 (evenly), 10,15,25 (of each third), ddim50, quadratic50 (may be fewer: "
+        "none is visited twice), trailing50",
     )
     parser.add_argument(
         "--variance", choices=["small", "large"], help="of the reverse process, where the run's network gives none"

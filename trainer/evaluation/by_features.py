@@ -87,6 +87,9 @@ def _judge(trained: Trained, sampler: Sampler, request: FeatureRequest, metric: 
     name = f"{metric.name}-{samples.work.folder.name.removeprefix('samples-')}-n-{request.samples}"
     if opened is not None:
         name = f"{name}-against-{_slug(opened.name)}-{opened.fingerprint[:8]}"
+    if isinstance(opened, ReferenceImages):
+        name = f"{name}-n-{opened.count}"
+    name = "-".join([name, *(f"{_slug(setting)}-{value}" for setting, value in vars(metric).items())])
     report = Report(title=metric.title(network.convention), numbers=numbers, settings=metric.about(), about=about)
     path = out / f"{name}.json"
     together(f"{path}: cannot be written", lambda: report.write(path), only_rank=0)

@@ -28,7 +28,7 @@ class Report:
         versions = {name: _version(name) for name in ("ddpm-trainer", "torch", "torch-fidelity")}
         content = {"metric": self.title, **self.numbers, **self.settings, **self.about, "versions": versions}
         fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        fresh.write_text(json.dumps(content, indent=1) + "\n")
         fresh.replace(path)
 
     def line(self) -> str:

@@ -3,11 +3,12 @@
 The rows of a figure are shared out over the processes; the same seed gives the same figure on any number of them.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from trainer.diffusion.reverse import ReverseProcess
 from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, initial_noise, interpolate
 from trainer.engine.processes import together
 from trainer.errors import ConfigError
-from trainer.evaluation.trained import Trained
-from trainer.telemetry.pictures import Pixels, save_png, tile, to_uint8
+from trainer.evaluation.figure_files import FigureFile
+from trainer.evaluation.trained import Trained, TrainedRequest
+from trainer.telemetry.pictures import Pixels, tile, to_uint8
 
 Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and what is to be said of it
 
@@ -31,16 +33,26 @@ class _StopAskedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class FigureRequest:
-    """How many rows, from which seed, and where the picture goes (None: into the run's folder)."""
+    """How many rows, of which network, from which seed, and where the picture goes (None: into the run's folder)."""
 
+    trained: TrainedRequest
     rows: int
     seed: int
     out: Path | None
 
 
-def progressive_generation(trained: Trained, request: FigureRequest, *, every: int) -> Path:
-    """Figure 6: the estimate of x_0 every `every` steps of the reverse process, one sample a row."""
+@dataclass(frozen=True, kw_only=True)
+class FigureImages:
+    """Real images, (N, C, H, W) in [-1, 1], and where they come from, as the figure's JSON has it."""
+
+    pixels: torch.Tensor
+    source: dict[str, Any]
+
+
+def progressive_generation(trained: Trained, request: FigureRequest, *, every: int | None) -> Path:
+    """Figure 6: the estimate of x_0 every `every` steps of the reverse process (None: 20 of them), one sample a row."""
     diffusion = trained.reverse.diffusion
+    every = every or max(1, diffusion.timesteps // 20)
 
     def row(number: int, on_step: Callable[[], object]) -> Row:
         index = torch.tensor([number], device=trained.device)
@@ -53,15 +65,17 @@ def progressive_generation(trained: Trained, request: FigureRequest, *, every: i
                 timesteps.append(state.original_t)
         return torch.cat(estimates), {"sample": number, "estimated_at_t": timesteps}
 
-    return _draw(trained, request, "progressive", row, steps=diffusion.timesteps)
+    return _draw(trained, request, "progressive", row, steps=diffusion.timesteps, options={"every": every})
 
 
-def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence[int], variants: int) -> Path:
-    """Figure 7: samples that share x_t and go separate ways from there, t in `splits` (the paper: 1000, 750, 500, 250).
+def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence[int] | None, variants: int) -> Path:
+    """Figure 7: samples that share x_t and go separate ways from there, t in `splits` (None: all steps of the process,
+    3/4, 1/2 and 1/4 of them; the paper's 1000, 750, 500, 250).
 
     A row holds x_0 of one latent: for each split, `variants` samples.
     """
     diffusion = trained.reverse.diffusion
+    splits = splits or sorted({max(1, diffusion.timesteps * quarters // 4) for quarters in (1, 2, 3, 4)}, reverse=True)
     for split in splits:
         if not 0 < split <= diffusion.timesteps:
             raise ConfigError(f"--splits {split}: should be 1 to {diffusion.timesteps}, the steps of the process")
@@ -88,30 +102,34 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
         return torch.cat(images), {"latent": number, "splits": sorted(splits, reverse=True), "variants": variants}
 
     steps = diffusion.timesteps - min(splits) + sum(splits)
-    return _draw(trained, request, "shared-latents", row, steps=steps)
+    options = {"splits": sorted(splits, reverse=True), "variants": variants}
+    return _draw(trained, request, "shared-latents", row, steps=steps, options=options)
 
 
 def interpolations(
     trained: Trained,
     request: FigureRequest,
     *,
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    timesteps: Sequence[int],
+    images: FigureImages,
+    timesteps: Sequence[int] | None,
     lambdas: Sequence[float],
 ) -> Path:
     """Figures 8 and 9: both images noised for t steps with the same noise, mixed, denoised; t = 0 mixes pixels.
 
-    pairs: (C, H, W) in [-1, 1] each. A row is a pair at one t (the paper: 500; or 1000, 875, ..., 0): the one image,
-    the mixtures by `lambdas` (0.1 to 0.9), the other image.
+    images: in pairs. A row is a pair at one t (None: half of the steps; the paper: 500; or 1000, 875, ..., 0): the one
+    image, the mixtures by `lambdas` (0.1 to 0.9), the other image. Raises ConfigError where an image is left over.
     """
+    if len(images.pixels) % 2:
+        raise ConfigError(f"interpolate: takes images in pairs, got {len(images.pixels)}")
     diffusion = trained.reverse.diffusion
+    timesteps = timesteps or [diffusion.timesteps // 2]
     for t in timesteps:
         if not 0 <= t <= diffusion.timesteps:
             raise ConfigError(f"--timesteps {t}: should be 0 to {diffusion.timesteps}, the steps of the process")
 
     def row(number: int, on_step: Callable[[], object]) -> Row:
         pair, t = divmod(number, len(timesteps))
-        one, other = (image.to(trained.device)[None] for image in pairs[pair])
+        one, other = (image[None] for image in images.pixels[2 * pair : 2 * pair + 2].to(trained.device))
 
         def counted(reverse: ReverseProcess, x: torch.Tensor, **chain: Any) -> Iterator[SamplingStep]:
             for state in ancestral(reverse, x, **chain):
@@ -131,26 +149,24 @@ def interpolations(
         notes = {"pair": pair, "t": timesteps[t], "lambdas": list(lambdas)}
         return torch.cat((one, mixtures[:, 0], other)), notes
 
-    rows = FigureRequest(rows=len(pairs) * len(timesteps), seed=request.seed, out=request.out)
     return _draw(
         trained,
-        rows,
+        replace(request, rows=len(images.pixels) // 2 * len(timesteps)),
         f"interpolation-t-{'-'.join(map(str, timesteps))}",
         row,
-        steps=sum(timesteps) // max(1, len(timesteps)),
+        steps=sum(timesteps) // len(timesteps),
+        options={"timesteps": list(timesteps), "lambdas": list(lambdas)},
+        images=images,
     )
 
 
-def reconstructions(trained: Trained, request: FigureRequest, *, images: torch.Tensor) -> Path:
-    """DDIM, section 5.4: image, its latent x_T by the deterministic process run backwards, the image made from it.
-
-    images: (N, C, H, W) in [-1, 1].
-    """
+def reconstructions(trained: Trained, request: FigureRequest, *, images: FigureImages) -> Path:
+    """DDIM, section 5.4: image, its latent x_T by the deterministic process run backwards, the image made from it."""
     diffusion = trained.reverse.diffusion
 
     def row(number: int, on_step: Callable[[], object]) -> Row:
         index = torch.tensor([number], device=trained.device)
-        image = latent = images[number : number + 1].to(trained.device)
+        image = latent = images.pixels[number : number + 1].to(trained.device)
         for state in ddim_invert(trained.reverse, image):
             latent = state.x
             on_step()
@@ -161,8 +177,18 @@ def reconstructions(trained: Trained, request: FigureRequest, *, images: torch.T
         error = (x - image).square().mean().item()
         return torch.cat((image, (latent / 3).clamp(-1, 1), x.clamp(-1, 1))), {"image": number, "mse": error}
 
-    rows = FigureRequest(rows=len(images), seed=request.seed, out=request.out)
-    return _draw(trained, rows, "reconstruction", row, steps=2 * diffusion.timesteps)
+    rows = replace(request, rows=len(images.pixels))
+    return _draw(trained, rows, "reconstruction", row, steps=2 * diffusion.timesteps, images=images)
+
+
+def _made_by(request: FigureRequest, options: Mapping[str, Any], images: FigureImages | None) -> dict[str, Any]:
+    about: dict[str, Any] = {"seed": request.seed, **options}
+    if images is not None:
+        pixels = images.pixels.cpu().contiguous().numpy().tobytes()
+        about |= {**images.source, "pixels_sha256": hashlib.sha256(pixels).hexdigest()}
+    else:
+        about["number_of_rows"] = request.rows
+    return about
 
 
 def _draw(
@@ -172,13 +198,17 @@ def _draw(
     row: Callable[[int, Callable[[], object]], Row],
     *,
     steps: int,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    images: FigureImages | None = None,
 ) -> Path:
-    """Make all rows, every rank its share, and let rank 0 write the picture and the numbers. Returns the picture."""
+    """Make all rows, every rank its share, and let rank 0 write the picture and the numbers. Returns the picture.
+
+    Raises ConfigError where another figure is there already.
+    """
     accelerator = trained.accelerator
-    default = f"{name}-step-{trained.step:08d}-{trained.weights}-seed-{request.seed}.png"
-    path = request.out or trained.folder.path / "evaluation" / default
-    if path.suffix != ".png":
-        raise ConfigError(f"--out {path}: should end in .png; the numbers go into a .json beside it")
+    file = FigureFile(trained, request.trained, name=name, made_by=_made_by(request, options, images), out=request.out)
+    path = file.path
+    together(f"{path}: cannot be read", file.check, kind=ConfigError, only_rank=0)
     share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=steps * len(share), desc=name, disable=None if accelerator.is_main_process else True)
 
@@ -205,10 +235,8 @@ def _draw(
 
     def write() -> None:
         columns = made[0][1].shape[0]
-        images = rearrange(np.stack([images for _, images, _ in made]), "r k c h w -> (r k) c h w")
-        save_png(path, tile(images, columns=columns))
-        notes = {"checkpoint": str(trained.checkpoint), "weights": trained.weights, "seed": request.seed}
-        path.with_suffix(".json").write_text(json.dumps({**notes, "rows": [n for _, _, n in made]}, indent=1) + "\n")
+        drawn = rearrange(np.stack([images for _, images, _ in made]), "r k c h w -> (r k) c h w")
+        file.write(tile(drawn, columns=columns), rows=[notes for _, _, notes in made])
         print(f"{len(made)} rows in {path}")
 
     together(f"{path}: cannot be written", write, only_rank=0)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from trainer.config import Config
-from trainer.diffusion.respacing import respaced
+from trainer.diffusion.respacing import asked_for, respaced
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.engine.build import build_diffusion, build_reverse, build_trained
 from trainer.engine.checkpoints import Checkpoints, read_weights
@@ -93,6 +93,13 @@ def open_trained(request: TrainedRequest) -> Trained:
         except ValueError as error:
             raise ConfigError(f"--respacing: {error}") from error
 
+    asked = asked_for(config.diffusion.timesteps, request.respacing)
+    if diffusion.timesteps < asked and accelerator.is_main_process:
+        print(
+            f"--respacing {request.respacing}: {diffusion.timesteps} steps, for {asked - diffusion.timesteps} of "
+            f"{asked} fall on a timestep that is visited already",
+            file=sys.stderr,
+        )
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = checkpoints.choose(request.checkpoint)
     opened: list[tuple[UNet, int]] = []

@@ -12,7 +12,7 @@ from trainer.engine.tensor_files import TensorReader
 from trainer.errors import CheckpointError
 from trainer.inspection import folders
 from trainer.inspection.listing import written_by
-from trainer.inspection.tensors import statistics
+from trainer.inspection.tensors import is_finite, statistics
 from trainer.inspection.text import size, table
 
 
@@ -24,6 +24,17 @@ def open_whole(path: Path) -> tuple[TensorReader, dict[str, Any]]:
     if faults := folders.damages(path):
         raise CheckpointError(f"{path}: damaged: {'; '.join(faults)}")
     return open_verified(path)
+
+
+def unusable_weights(path: Path) -> list[str]:
+    """Of a folder whose files are whole: what makes its weights or averages of no use, for nothing can be drawn from
+    them. Raises CheckpointError as `open_whole`.
+    """
+    reader, _ = open_verified(path)
+    kinds = {name: name.partition("/")[0] for name in reader.shapes}
+    names = [name for name, kind in kinds.items() if kind == "model" or kind.startswith("ema")]
+    bad = [name for name in names if not is_finite(reader, name)]
+    return [f"{bad[0]} holds NaN or infinity ({len(bad)} of {len(names)} tensors of weights do)"] if bad else []
 
 
 def describe(path: Path, *, tensors: bool) -> dict[str, Any]:

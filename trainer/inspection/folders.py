@@ -1,12 +1,11 @@
 """Finding sealed folders, checkpoints and snapshots of averages alike, and saying what is wrong with one."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.engine import sealed
+from trainer.engine import manifests, sealed
 from trainer.engine.checkpoints import STEP_NAME
 from trainer.errors import CheckpointError
 
@@ -61,45 +60,29 @@ def damages(folder: Path) -> list[str]:
 
 def visible_damages(folder: Path) -> list[str]:
     """Like `damages`, but of the files only whether they are there and how long they are: bytes are not read."""
-    return _faults(folder, _check_size)
+    return _faults(folder, sealed.verify_size)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that has been found whole. Raises CheckpointError where it cannot be had."""
     try:
-        return sealed.read_manifest(folder)
+        return manifests.read(folder)
     except (sealed.DamagedError, OSError) as fault:
         raise CheckpointError(f"{folder}: {fault}") from fault
 
 
-def read_loosely(folder: Path) -> dict[str, Any]:
-    """What the manifest says, proven or not; nothing where it cannot be read."""
-    try:
-        content = json.loads((folder / sealed.MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def size_on_disk(folder: Path) -> int:
-    """Bytes of its files."""
+    """Bytes of its files, or its own where it is none."""
+    if not folder.is_dir():
+        return folder.lstat().st_size
     with os.scandir(folder) as entries:
         return sum(entry.stat().st_size for entry in entries if entry.is_file())
-
-
-def _check_size(folder: Path, record: sealed.FileRecord) -> None:
-    try:
-        size = (folder / record.name).stat().st_size
-    except FileNotFoundError as error:
-        raise sealed.DamagedError(f"{record.name} is missing") from error
-    if size != record.bytes:
-        raise sealed.DamagedError(f"{record.name} has {size} bytes, the manifest says {record.bytes}")
 
 
 def _faults(folder: Path, check: Callable[[Path, sealed.FileRecord], None]) -> list[str]:
     faults = []
     try:
-        for record in sealed.read_manifest(folder)["files"]:
+        for record in manifests.read(folder)["files"]:
             try:
                 check(folder, record)
             except sealed.DamagedError as fault:

@@ -5,6 +5,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from trainer.engine import manifests, sealed
+from trainer.engine.checkpoints import reason_file
 from trainer.engine.run import RunFolder
 from trainer.engine.scores import best, read_scores
 from trainer.engine.sealed import COMPLETE_NAME
@@ -76,6 +78,7 @@ def list_run(run: Path, *, quick: bool) -> Listing:
                 for where in ("quarantine", "superseded")
                 for parent in (run / "checkpoints", run / folders.SNAPSHOTS)
                 for path in sorted((parent / where).glob("step-*"))
+                if path.suffix != ".REASON"
             ],
         )
     except OSError as error:
@@ -115,7 +118,7 @@ def written_by(strategy: str | None, world_size: int | None) -> str:
 
 
 def _listed(path: Path, step: int, quick: bool, marks: list[str]) -> Listed:
-    manifest = folders.read_loosely(path)
+    manifest = manifests.read_unproven(path)
     marker = path / COMPLETE_NAME
     faults = folders.visible_damages(path) if quick else folders.damages(path)
     return Listed(
@@ -133,8 +136,8 @@ def _listed(path: Path, step: int, quick: bool, marks: list[str]) -> Listed:
 
 def _reason(path: Path) -> str:
     try:
-        return (path / "REASON").read_text().strip()
-    except FileNotFoundError:
+        return sealed.read_file(reason_file(path)).decode(errors="replace").strip()
+    except (sealed.DamagedError, OSError):
         return "no reason is given"
 
 

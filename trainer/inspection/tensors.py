@@ -49,6 +49,11 @@ def statistics(reader: TensorReader, name: str) -> Statistics:
     return Statistics(norm=math.sqrt(squares), minimum=minimum, maximum=maximum, nans=nans)
 
 
+def is_finite(reader: TensorReader, name: str) -> bool:
+    """Whether all elements of one tensor are, as float32; read through until one is not."""
+    return all(bool(piece.float().isfinite().all()) for piece in _pieces(reader, name))
+
+
 def difference(one: TensorReader, other: TensorReader, name: str) -> Difference:
     """Read a tensor of two checkpoints side by side; both have it, in one shape."""
     equal, largest, scale = True, 0.0, 0.0

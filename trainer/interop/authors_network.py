@@ -21,7 +21,7 @@ def model_section(tensors: Mapping[str, Tensor], image_size: int | None, *, sour
     first = _shape(tensors, "conv_in.weight", source)
     levels = list(itertools.takewhile(lambda i: f"down.{i}.block.0.conv1.weight" in tensors, itertools.count()))
     widths = [_shape(tensors, f"down.{level}.block.0.conv1.weight", source)[0] for level in levels]
-    if not levels or any(width % first[0] for width in widths):
+    if not levels or not first[0] or any(width % first[0] for width in widths):
         raise ConversionError(
             f"{source}: no state dict in the layout of pytorch_diffusion (down.0.block.0.conv1.weight, ...), whose "
             "levels are multiples of conv_in wide; a diffusers model is given as its folder, with its config.json"

@@ -21,7 +21,7 @@ from trainer.interop.layouts import fit
 from trainer.interop.staging import new_folder
 from trainer.units import Span
 
-_POWER_NAME = re.compile(r"ema-([0-9.e-]+)")
+_POWER_NAME = re.compile(r"ema-(\d*\.?\d+(?:e-\d+)?)")  # as power_name writes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,8 @@ def _sums(found: list[_Snapshot], weights: torch.Tensor) -> Iterator[tuple[str, 
     for name in [name.removeprefix(first) for name in found[0].reader.shapes if name.startswith(first)]:
         total = torch.zeros(found[0].reader.shapes[first + name], dtype=torch.float64)
         for one, weight in zip(found, weights.tolist(), strict=True):
+            if one.reader.shapes.get(f"{one.name}/{name}") != total.shape:
+                raise ConversionError(f"{one.name}/{name}: not in every snapshot, or of another shape")
             total.add_(one.reader.whole(f"{one.name}/{name}").double(), alpha=weight)
         yield name, total.float()
 

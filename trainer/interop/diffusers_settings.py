@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.diffusion.schedules import ScheduleName, cosine_betas, make_betas
-from trainer.errors import ConversionError
+from trainer.errors import ConversionError, brief
 from trainer.models.layers import GROUP_NORM_EPS
 from trainer.models.unet import UNetConfig
 
@@ -48,6 +48,8 @@ _READ: dict[str, Any] = {
     "dropout": 0.0,
     "norm_num_groups": 32,
 }
+_MOST_LEVELS = 16
+_MOST_TIMESTEPS = 1_000_000
 _WITHOUT_EFFECT = {"num_train_timesteps"}  # on the embedding that is in use
 _DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
 _UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
@@ -97,23 +99,23 @@ def model_section(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]
     Raises ConversionError that names the setting where this network has no such thing.
     """
     if settings.get("_class_name") != "UNet2DModel":
-        raise ConversionError(f"{source}: _class_name = {settings.get('_class_name')!r}: should be 'UNet2DModel'")
+        raise ConversionError(f"{source}: _class_name = {brief(settings.get('_class_name'))}: should be 'UNet2DModel'")
     _refuse_others(settings, _FIXED, source)
     known = _FIXED.keys() | _READ.keys() | _WITHOUT_EFFECT
     for field, value in settings.items():
         if field not in known and not field.startswith("_") and value is not None:
-            raise ConversionError(f"{source}: {field} = {value!r}: a setting that this network does not have")
+            raise ConversionError(f"{source}: {field} = {brief(value)}: a setting that this network does not have")
 
     read = {field: settings.get(field, default) for field, default in _READ.items()}
     try:
         return _model_section(read, source)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ConversionError(f"{source}: describes no UNet2DModel ({error})") from error
 
 
 def _model_section(read: Mapping[str, Any], source: str) -> dict[str, Any]:
     def refuse(field: str, right: str) -> ConversionError:
-        return ConversionError(f"{source}: {field} = {read[field]!r}: {right}")
+        return ConversionError(f"{source}: {field} = {brief(read[field])}: {right}")
 
     size = read["sample_size"]
     if isinstance(size, list) and len(set(size)) == 1:
@@ -123,6 +125,8 @@ def _model_section(read: Mapping[str, Any], source: str) -> dict[str, Any]:
     if read["out_channels"] not in (read["in_channels"], 2 * read["in_channels"]):
         raise refuse("out_channels", f"should be in_channels, {read['in_channels']}, or twice as many")
     widths = list(read["block_out_channels"])
+    if len(widths) > _MOST_LEVELS:
+        raise refuse("block_out_channels", f"should be at most {_MOST_LEVELS}, one a level")
     if any(width % widths[0] for width in widths):
         raise refuse("block_out_channels", f"each should be a multiple of the first, {widths[0]}")
     if list(read["down_block_types"]) != [kind for kind in read["down_block_types"] if kind in _DOWN_BLOCKS]:
@@ -147,8 +151,8 @@ def _model_section(read: Mapping[str, Any], source: str) -> dict[str, Any]:
 def scheduler_settings(config: Config) -> dict[str, Any]:
     """The scheduler_config.json of the DDPMScheduler whose steps are those of our ancestral sampler.
 
-    DDIMScheduler reads it too. It asks for "leading" timesteps, the only ones whose distance its step() takes for
-    granted; over all T steps every spacing is the same.
+    DDIMScheduler reads it too. It asks for "leading" timesteps, the only ones that have the distance which its
+    step() takes for granted whatever their number; over all T steps every spacing is the same.
     """
     process = config.diffusion
     for field, value, known in (
@@ -191,8 +195,8 @@ def diffusion_section(settings: Mapping[str, Any], *, source: str) -> dict[str, 
 def _ours(names: Mapping[str, str], field: str, settings: Mapping[str, Any], default: str, source: str) -> str:
     theirs = settings.get(field, default)
     ours = {value: name for name, value in names.items()}
-    if theirs not in ours:
-        raise ConversionError(f"{source}: {field} = {theirs!r}: should be one of {', '.join(ours)}")
+    if not isinstance(theirs, str) or theirs not in ours:
+        raise ConversionError(f"{source}: {field} = {brief(theirs)}: should be one of {', '.join(ours)}")
     return ours[theirs]
 
 
@@ -200,7 +204,7 @@ def _refuse_others(settings: Mapping[str, Any], fixed: Mapping[str, tuple[Any, A
     for field, (needed, default) in fixed.items():
         value = settings.get(field, default)
         if value != needed:
-            found = f"{field} = {value!r}" if field in settings else f"{field} is left out, which means {value!r}"
+            found = f"{field} = {brief(value)}" if field in settings else f"{field} is left out, which means {value!r}"
             raise ConversionError(f"{source}: {found}: should be {needed!r}")
 
 
@@ -221,9 +225,20 @@ def _beta_settings(betas: Tensor) -> dict[str, Any]:
 def _read_betas(settings: Mapping[str, Any], source: str) -> Tensor:
     read = {field: settings.get(field, default) for field, default in _BETAS.items()}
     timesteps, start, end = (read[field] for field in ("num_train_timesteps", "beta_start", "beta_end"))
+    if type(timesteps) is not int or not 1 < timesteps <= _MOST_TIMESTEPS:
+        raise ConversionError(
+            f"{source}: num_train_timesteps = {brief(timesteps)}: should be a whole number from 2 to {_MOST_TIMESTEPS}"
+        )
+    table = settings.get("trained_betas")
+    for field, value in (("beta_start", start), ("beta_end", end)):
+        if type(value) not in (int, float) or not 0 < value < 1:
+            raise ConversionError(f"{source}: {field} = {brief(value)}: should be a number above 0 and below 1")
     try:
-        if settings.get("trained_betas") is not None:
-            return torch.tensor(settings["trained_betas"], dtype=torch.float64)
+        if table is not None:
+            betas = torch.tensor(table, dtype=torch.float64)
+            if betas.ndim != 1 or not 1 < len(betas) <= _MOST_TIMESTEPS:
+                raise ValueError(f"trained_betas should be a list of 2 to {_MOST_TIMESTEPS} numbers")
+            return betas
         if read["beta_schedule"] == "linear":
             return _evenly(start, end, timesteps)
         if read["beta_schedule"] == "scaled_linear":
@@ -233,8 +248,8 @@ def _read_betas(settings: Mapping[str, Any], source: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConversionError(f"{source}: describes no betas ({error})") from error
     raise ConversionError(
-        f"{source}: beta_schedule = {read['beta_schedule']!r}: should be linear, scaled_linear or squaredcos_cap_v2, "
-        "or trained_betas should be given"
+        f"{source}: beta_schedule = {brief(read['beta_schedule'])}: should be linear, scaled_linear or "
+        "squaredcos_cap_v2, or trained_betas should be given"
     )
 
 

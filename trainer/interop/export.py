@@ -1,21 +1,30 @@
 """A run's weights as a folder that diffusers.DDPMPipeline and DDIMPipeline load."""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 from trainer.engine.build import unet_config
 from trainer.engine.checkpoints import Checkpoints, read_weights
 from trainer.engine.processes import make_accelerator
 from trainer.engine.run import RunFolder
+from trainer.errors import ConversionError
+from trainer.inspection.text import size
 from trainer.interop.diffusers_settings import scheduler_settings, unet_settings
+from trainer.interop.hub import check_name, push
 from trainer.interop.layouts import DIFFUSERS, fit, to_layout
 from trainer.interop.model_card import model_card
 from trainer.interop.staging import new_folder
 
+GRID_NAME = "samples.png"
+_GRID_OF_STEP = re.compile(r"step-(\d{8,})\.png")
 _MODEL_INDEX = {
     "_class_name": "DDPMPipeline",
     "scheduler": ["diffusers", "DDPMScheduler"],
@@ -25,21 +34,30 @@ _MODEL_INDEX = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """Which weights of which run, and where to put them; `command` and `license` are for the model card."""
+    """Which weights of which run, and where to put them; `command`, `license` and `grid` are for the model card.
+
+    grid: a picture of samples, None for the newest that training drew of these weights; hub: a repository's name, or
+    None.
+    """
 
     run: Path
     checkpoint: Path | None
     weights: str
     out: Path
     license: str | None
+    grid: Path | None
+    hub: str | None
     command: str
 
 
 def export(request: ExportRequest) -> None:
-    """Write model_index.json, unet/, scheduler/ and README.md.
+    """Write model_index.json, unet/, scheduler/, README.md and samples.png, print what that is, and upload it if asked.
 
-    Raises TrainerError where run or checkpoint cannot be used, diffusers has no such network, or `out` exists.
+    Raises TrainerError where run or checkpoint cannot be used, diffusers has no such network, `out` exists, or the
+    upload fails.
     """
+    if request.hub is not None:
+        check_name(request.hub)
     run = RunFolder(request.run, writes=False)
     config = run.load_config()
     network = unet_config(config.model, config.diffusion.variance)
@@ -58,6 +76,9 @@ def export(request: ExportRequest) -> None:
         _write_json(folder / "unet" / "config.json", settings)
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(folder / "model_index.json", _MODEL_INDEX)
+        grid = request.grid or _newest_grid(run, request.weights, manifest["step"])
+        if grid is not None:
+            _copy_picture(grid, folder / GRID_NAME)
         card = model_card(
             config,
             manifest,
@@ -65,10 +86,46 @@ def export(request: ExportRequest) -> None:
             weights=request.weights,
             parameters=sum(tensor.numel() for tensor in weights.values()),
             license_name=request.license,
+            grid=GRID_NAME if grid is not None else None,
             command=request.command,
         )
         (folder / "README.md").write_text(card)
-    print(f"{request.weights} weights of {checkpoint} in {request.out}")
+    print(_summary(request, checkpoint, manifest, weights, grid))
+    if request.hub is not None:
+        message = f"{request.weights} weights of step {manifest['step']}"
+        print(f"uploaded to {push(request.out, request.hub, message=message)}")
+
+
+def _newest_grid(run: RunFolder, weights: str, step: int) -> Path | None:
+    """Of the averaged weights, not after that step; training draws none of others."""
+    if weights != "ema":
+        return None
+    grids = {int(match[1]): path for path in run.samples.glob("*.png") if (match := _GRID_OF_STEP.fullmatch(path.name))}
+    return max(((at, path) for at, path in grids.items() if at <= step), default=(0, None))[1]
+
+
+def _copy_picture(path: Path, target: Path) -> None:
+    try:
+        with Image.open(path) as image:
+            image.convert("L" if image.mode == "L" else "RGB").save(target)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConversionError(f"{path}: not an image that can be read ({error})") from error
+
+
+def _summary(
+    request: ExportRequest, checkpoint: Path, manifest: dict[str, Any], weights: Mapping[str, Tensor], grid: Path | None
+) -> str:
+    """What was exported from where, file by file, and what to do with it."""
+    files = sorted(path for path in request.out.rglob("*") if path.is_file())
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    rows = {
+        "weights": f"{request.weights} of {checkpoint}, step {manifest['step']:,}, {parameters:,} parameters, float32",
+        "grid": str(grid) if grid is not None else "none; --grid names a picture of samples for the model card",
+        "licence": request.license or "not stated; --license names one",
+        "files": ", ".join(f"{path.relative_to(request.out)} ({size(path.stat().st_size)})" for path in files),
+        "load": f'DDPMPipeline.from_pretrained("{request.out}")',
+    }
+    return "\n".join([f"exported to {request.out}", *(f"  {name:<8} {text}" for name, text in rows.items())])
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -146,9 +146,10 @@ def _checked(tensor: Tensor, shape: torch.Size, *, where: str) -> Tensor:
         raise ConversionError(f"{where}: shape {tuple(tensor.shape)}, the network has {tuple(shape)}")
     if not tensor.is_floating_point():
         raise ConversionError(f"{where}: {tensor.dtype}, weights are floating point numbers")
-    if not bool(tensor.isfinite().all()):
-        raise ConversionError(f"{where}: holds NaN or infinity")
-    return tensor.reshape(shape).float().contiguous()
+    kept = tensor.reshape(shape).float().contiguous()
+    if not bool(kept.isfinite().all()):  # as it is kept: float64 has numbers that float32 has not
+        raise ConversionError(f"{where}: holds NaN or infinity, as float32")
+    return kept
 
 
 def _shapes(config: UNetConfig) -> UNet:

@@ -23,9 +23,12 @@ def model_card(
     weights: str,
     parameters: int,
     license_name: str | None,
+    grid: str | None,
     command: str,
 ) -> str:
-    """Markdown with the metadata that the Hugging Face Hub reads; `manifest` is the checkpoint's."""
+    """Markdown with the metadata that the Hugging Face Hub reads; `manifest` is the checkpoint's, `grid` a picture of
+    samples beside the card.
+    """
     front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: diffusers", "tags:"]
     front += [f"- {tag}" for tag in ("diffusers", "ddpm", "unconditional-image-generation")]
     rows = [f"| {name} | {value} |" for name, value in _facts(config, manifest, checkpoint, weights, parameters)]
@@ -41,6 +44,7 @@ def model_card(
             "A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020) that draws "
             f"{size} x {size} {kind} images.",
             "",
+            *([f"![Samples]({grid})", ""] if grid is not None else []),
             f"Licence of the weights: {license_name or 'not stated; ask who gave them to you'}.",
             "",
             "| | |",

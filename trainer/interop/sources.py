@@ -4,6 +4,7 @@ Nothing of another's file is executed: safetensors where there is one, and of a 
 """
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.config import ModelConfig
+from trainer.config.reading import explain
 from trainer.engine.build import unet_config
 from trainer.engine.checkpoints import Checkpoints, read_weights
 from trainer.engine.run import UNDECIDED, RunFolder
 from trainer.engine.sealed import MANIFEST_NAME
-from trainer.errors import ConfigError, ConversionError
+from trainer.engine.tensor_files import check_header
+from trainer.errors import CheckpointError, ConfigError, ConversionError, brief
 from trainer.interop.authors_network import diffusion_section as authors_diffusion
 from trainer.interop.authors_network import model_section as authors_model
 from trainer.interop.diffusers_settings import diffusion_section, model_section
@@ -29,6 +32,7 @@ from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from
 from trainer.models.unet import UNetConfig
 
 _DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_MOST_SETTINGS_BYTES = 1 << 25  # a table of a million betas
 _DATA_PARALLEL = "module."  # torch.nn.DataParallel's prefix of every name
 
 
@@ -112,8 +116,7 @@ def _network(model: dict[str, Any], diffusion: dict[str, Any], path: Path) -> UN
     try:
         return unet_config(ModelConfig.model_validate(model), diffusion.get("variance", "small"))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConversionError(f"{path}: model.{first['loc'][0]} = {first['input']!r}: {first['msg']}") from error
+        raise ConversionError(f"{path}: model.{explain(ModelConfig, error.errors()[0])}") from error
     except ConfigError as error:
         raise ConversionError(f"{path}: {error}") from error
 
@@ -125,13 +128,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
+            check_header(path)
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise ConversionError(f"{path}: cannot be read ({error})") from error
     except Exception as error:  # whatever a hostile or broken pickle provokes; it is refused before it runs
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{path}: no pickle that holds only tensors, so it is not loaded ({reason})") from error
+        what = "tensors of a known type" if path.suffix == ".safetensors" else "pickle that holds only tensors"
+        raise ConversionError(f"{path}: no {what}, so it is not loaded ({reason})") from error
     return _as_state_dict(content, path)
 
 
@@ -140,14 +145,18 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         raise ConversionError(f"{path}: holds a {type(content).__name__}, should be a state dict: names and tensors")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ConversionError(f"{path}: {name}: a {type(value).__name__}; a state dict holds tensors only")
+            shown = name if isinstance(name, str) else brief(name)
+            raise ConversionError(f"{path}: {shown}: a {type(value).__name__}; a state dict holds tensors only")
     return dict(content)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = path.stat()  # of what a link leads to: caches of the Hub are made of links
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_SETTINGS_BYTES:
+            raise ConversionError(f"{path}: no file of settings ({found.st_size} bytes)")
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: holds no settings")

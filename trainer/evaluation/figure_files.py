@@ -1,0 +1,81 @@
+"""The files of a figure: a picture, and a JSON that says what made it; named so that none replaces another."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError
+from trainer.evaluation.trained import Trained, TrainedRequest
+from trainer.telemetry.pictures import Pixels, save_png
+
+_LONGEST_PART = 48  # of a name, of which file systems take 255 bytes in all
+
+
+class FigureFile:
+    """NAME-step-...-WEIGHTS[-RESPACING][-VARIANCE][-FILES]-seed-N-DIGEST.png, by default in RUN/evaluation.
+
+    made_by: whatever else decided what it shows. All of it goes into the digest, so that two figures of one name are
+    the same figure. Raises ConfigError where `out` is no name of a picture.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        request: TrainedRequest,
+        *,
+        name: str,
+        made_by: Mapping[str, Any],
+        out: Path | None,
+    ) -> None:
+        self.about: dict[str, Any] = {
+            "figure": name,
+            "checkpoint": str(trained.checkpoint),
+            "step": trained.step,
+            "weights": trained.weights,
+            "respacing": request.respacing,
+            "steps": trained.reverse.diffusion.timesteps,
+            "variance": trained.config.diffusion.variance,
+            **made_by,
+        }
+        content = {**self.about, "checkpoint": trained.fingerprint}  # wherever it lies
+        self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        parts = [name, f"step-{trained.step:08d}", trained.weights]
+        if request.respacing != "all":
+            parts.append(request.respacing)
+        if request.variance is not None:
+            parts.append(request.variance)
+        if "files" in made_by:
+            parts.append("-".join(Path(file).stem for file in made_by["files"]))
+        parts += [f"seed-{made_by['seed']}", self.digest]
+        self.path = out or trained.folder.path / "evaluation" / f"{'-'.join(map(_slug, parts))}.png"
+        self.numbers = self.path.with_suffix(".json")
+        if self.path.suffix != ".png":
+            raise ConfigError(f"--out {out}: should end in .png; the numbers go into a .json beside it")
+
+    def check(self) -> None:
+        """Raise ConfigError where another figure, or what is none, would be overwritten."""
+        if not self.path.exists() and not self.numbers.exists():
+            return
+        try:
+            made = json.loads(self.numbers.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            made = None
+        if not isinstance(made, dict) or made.get("digest") != self.digest:
+            raise ConfigError(
+                f"--out {self.path}: is there already, and another request made it (see {self.numbers}); "
+                "choose another name",
+                agreed=True,
+            )
+
+    def write(self, picture: Pixels, *, rows: Sequence[Mapping[str, Any]]) -> None:
+        """picture: as `save_png` takes it; rows: what is to be said of each."""
+        save_png(self.path, picture)
+        content = {**self.about, "digest": self.digest, "rows": list(rows)}
+        self.numbers.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _slug(part: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.+]+", "-", part)[:_LONGEST_PART].strip("-.")
