@@ -11,6 +11,7 @@ from data_prep.dataset import Dataset
 from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
 from data_prep.sources import open_source
+from data_prep.sources.rules import SIDECAR
 from tests.data_prep_harness import data_prep, file_of, noise
 from tests.test_data_prep_tfrecords import write
 
@@ -63,7 +64,7 @@ def test_no_labels_are_none_and_others_make_another_source(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_another_dataset_json_is_a_file_like_others(tmp_path: Path, kind: str) -> None:
+def test_another_dataset_json_has_no_labels_and_is_left_out(tmp_path: Path, kind: str) -> None:
     path = edm(tmp_path / "a", kind, None)
     if kind == "folder":
         (path / "dataset.json").write_text('{"license": "CC0"}')
@@ -71,7 +72,10 @@ def test_another_dataset_json_is_a_file_like_others(tmp_path: Path, kind: str) -
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("dataset.json", '["labels"]')
             archive.writestr(NAMES[0], b"x")
-    assert "dataset.json" in open_source(str(path)).names
+    source = open_source(str(path))
+    assert "dataset.json" not in source.names
+    assert source.left_out == {SIDECAR: 1}
+    assert list(source.classes) == (["00000", "00001"] if kind == "folder" else [])
 
 
 @pytest.mark.parametrize(
