@@ -24,19 +24,23 @@ WITHOUT = "--labels none does without"
 Value = int | str | None
 
 
+class UnreadableError(ValueError):
+    """A file of labels, or of captions alone, that is damaged; the message is a line for a person."""
+
+
 def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None:
     """The label of each file that a label file lists, by its path relative to that file's folder.
 
     name: the label file's own, JSON_NAME or one of METADATA_NAMES; data: its content. None where it is a file of
-    another kind that happens to be called so, or has no column of labels. Raises InputError, which begins with
-    `where`, where it cannot be read or has something else for a label.
+    another kind that happens to be called so, or has no column of labels. Raises UnreadableError where it is damaged,
+    and InputError where it has something else for a label; both begin with `where`.
     """
     if name == JSON_NAME:
         return _labels_of_json(data, where) if is_labels_json(data) else None
     try:
         rows = list(_csv_rows(data) if name.endswith(".csv") else _jsonl_rows(data))
     except (ValueError, csv.Error, RecursionError) as error:
-        raise InputError(f"{where}: cannot be read ({error}); mend it, or {WITHOUT}") from error
+        raise UnreadableError(f"{where}: cannot be read ({error}), so that no label is taken from it") from error
     column = next((column for column in LABEL_COLUMNS if any(column in row for row in rows)), None)
     if column is None:
         return None

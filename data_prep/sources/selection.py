@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from data_prep.format import UNLABELLED
 from data_prep.sources.base import Wanted, classes_of_values, labels_from_folders
-from data_prep.sources.label_files import JSON_NAME, METADATA_NAMES, listed_labels, values_of
+from data_prep.sources.label_files import JSON_NAME, METADATA_NAMES, UnreadableError, listed_labels, values_of
 from data_prep.sources.rules import MASK, has_image_suffix, masks_among, rule_against
 from data_prep.sources.splits import Split, chosen_of, left_out_by_split, splits_of_images
 
@@ -59,11 +59,11 @@ def select(
         positions = [positions[i] for i in chosen]
         left_out.update(left_out_by_split(splits, wanted.split))
     labelling = Labelling(labels=[UNLABELLED] * len(positions))
+    notices = _split_notices(splits, chosen)
     if wanted.labels == "auto":
-        labelling = _listed(names, positions, where, read) or _by_folders(
-            [names[position] for position in positions], pool, depth, shards
-        )
-    notices = [*_split_notices(splits, chosen), *labelling.notices]
+        listed, faults = _listed(names, positions, where, read)
+        labelling = listed or _by_folders([names[position] for position in positions], pool, depth, shards)
+        notices += [*faults, *labelling.notices]
     return Selection(positions=positions, labelling=labelling, left_out=left_out, notices=notices)
 
 
@@ -90,23 +90,33 @@ def _split_notices(splits: Sequence[Split | None], chosen: list[int] | None) -> 
     return [f"reads all splits: {told}"] if len(counts) > 1 else []
 
 
-def _listed(names: Sequence[str], positions: Sequence[int], where: str, read: Read) -> Labelling | None:
-    """Labels from the label file that lies nearest to the images, in a folder that holds all of them."""
+def _listed(
+    names: Sequence[str], positions: Sequence[int], where: str, read: Read
+) -> tuple[Labelling | None, list[str]]:
+    """Labels from the label file that lies nearest to the images, in a folder that holds all of them.
+
+    The second is a line for each such file that is damaged.
+    """
     chosen = [names[position] for position in positions]
+    faults: list[str] = []
     for folder, position in _label_files(names, chosen):
         data = read(position)
         if data is None:
             continue
         place = f"{where}: {names[position]}"
-        listed = listed_labels(PurePosixPath(names[position]).name, data, place)
+        try:
+            listed = listed_labels(PurePosixPath(names[position]).name, data, place)
+        except UnreadableError as error:
+            faults.append(str(error))
+            continue
         if listed is None:
             continue
         below = [name[len(folder) :] for name in names if name.startswith(folder)]
         values, notice = values_of(listed, below, [name[len(folder) :] for name in chosen], place)
         classes, labels = classes_of_values(values)
         file = (position, hashlib.sha256(data).hexdigest())
-        return Labelling(classes=classes, labels=labels, file=file, notices=[notice] if notice else [])
-    return None
+        return Labelling(classes=classes, labels=labels, file=file, notices=[notice] if notice else []), faults
+    return None, faults
 
 
 def _label_files(names: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[str, int]]:
