@@ -150,6 +150,16 @@ def test_a_split_without_class_folders_has_no_labels(tmp_path: Path, kind: str) 
 
 
 @anywhere
+def test_a_part_beside_splits_is_left_out_and_alone_a_class(tmp_path: Path, kind: str) -> None:
+    names = ["test/1.png", "train/2.png", "unlabeled/3.png", "teaser.png"]
+    source = open_source(str(make(tmp_path / "1", kind, names)))
+    assert source.names == ["train/2.png"]
+    assert source.left_out == {"images of split test": 1, "images outside the splits": 2}
+    source = open_source(str(make(tmp_path / "2", kind, names[1:3])))
+    assert source.classes == ["train", "unlabeled"]
+
+
+@anywhere
 def test_file_names_tell_splits_where_all_do(tmp_path: Path, kind: str) -> None:
     names = ["test-0001.png", "train-0001.png", "train-0002.png"]
     path = make(tmp_path / "1", kind, names)
@@ -204,6 +214,13 @@ def test_splits_are_for_sources_that_have_them(tmp_path: Path, capsys: pytest.Ca
     assert "--split validation is for sources that have splits; this is lmdb" in error_line(capsys)
     assert data_prep(tmp_path / "church", tmp_path / "out", "--split", "tran") == 2
     assert "--split: 'tran' is none of train, validation, test, all" in error_line(capsys)
+
+
+def test_a_tar_of_a_folder_by_a_dot_is_read_as_one_without(tmp_path: Path) -> None:
+    """`tar -cf in.tar .` writes `./` before each name."""
+    labels = {"./dataset.json": b'{"labels": [["train/1.png", 4]]}'}
+    source = open_source(str(make(tmp_path, "tar", ["./train/1.png", "./val/2.png"], labels)))
+    assert labels_of(source) == {"./train/1.png": "4"}
 
 
 # Links

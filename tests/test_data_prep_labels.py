@@ -177,7 +177,7 @@ def test_labels_of_files_that_are_not_there_are_told_or_refused(tmp_path: Path, 
     ("name", "content"),
     [
         ("metadata.csv", "file_name,text,label\na/1.png,x,owl\nb/2.png,y,cat\nb/3.png,z,\n"),
-        ("metadata.csv", "\ufefffile_name,label\r\na/1.png,owl\r\nb\\2.png,cat\r\n"),
+        ("metadata.csv", "\ufefffile_name,label\r\n./a/1.png,owl\r\nb\\2.png,cat\r\n"),
         ("metadata.jsonl", '{"file_name": "a/1.png", "label": "owl"}\n\n{"file_name": "b/2.png", "label": "cat"}'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Sources that earlier versions prepared, or were killed in: same names, order, labels and identity, so that they go on.
+"""Sources that earlier versions prepared, or were killed in: the same names, labels and identity, so that they go on.
 
 The identities were noted with the version before rules told which files are images.
 """

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
-from data_prep.sources.rules import has_image_suffix
+from data_prep.sources.rules import has_image_suffix, parts_of
 from data_prep.sources.splits import Split
 
 MAX_FILE_BYTES = 256 * 1024**2  # no image worth a sample is larger; a file is held in memory whole
@@ -92,13 +92,13 @@ def labels_from_folders(names: Sequence[str], among: Sequence[str] | None = None
     file of another kind beside the class folders does no harm. `among`: names whose folders count, where they are more
     than `names`, as for a split in which a class is missing.
     """
-    images = [PurePosixPath(name).parts for name in among or names if has_image_suffix(name)]
+    images = [parts_of(name) for name in among or names if has_image_suffix(name)]
     depth = 0
     while images and all(len(parts) > depth + 1 for parts in images):
         classes = sorted({parts[depth] for parts in images})
         if len(classes) > 1:
             position = {(*images[0][:depth], name): label for label, name in enumerate(classes)}
-            return classes, [position.get(PurePosixPath(name).parts[: depth + 1], UNLABELLED) for name in names]
+            return classes, [position.get(parts_of(name)[: depth + 1], UNLABELLED) for name in names]
         depth += 1
     return [], [UNLABELLED] * len(names)
 

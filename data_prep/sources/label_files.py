@@ -14,6 +14,7 @@ import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.sources.base import LABEL_COLUMNS, classes_of_values
+from data_prep.sources.rules import parts_of
 
 JSON_NAME = "dataset.json"
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -44,7 +45,7 @@ def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None
     column = next((column for column in LABEL_COLUMNS if any(column in row for row in rows)), None)
     if column is None:
         return None
-    labels = {str(row[FILE_COLUMN]).replace("\\", "/"): row.get(column) for row in rows if row.get(FILE_COLUMN)}
+    labels = {_path(str(row[FILE_COLUMN])): row.get(column) for row in rows if row.get(FILE_COLUMN)}
     wrong = next((label for label in labels.values() if not isinstance(label, int | str | None)), None)
     if wrong is not None:
         raise InputError(f"{where}: {json.dumps(wrong)} in column {column} is no label; {WITHOUT}")
@@ -112,13 +113,18 @@ def _labels_of_json(data: bytes, where: str) -> dict[str, Value]:
     """From `{"labels": [["00000/img00000000.png", 6], ...]}`, or with null for the list."""
     listed = json.loads(data)["labels"] or []
     try:
-        numbers: dict[str, Value] = {name.replace("\\", "/"): label for name, label in listed}
+        numbers: dict[str, Value] = {_path(name): label for name, label in listed}
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: `labels` must be a list of [name, class number]; {WITHOUT}") from error
     wrong = next((label for label in numbers.values() if type(label) is not int or label < 0), None)
     if wrong is not None:
         raise InputError(f"{where}: {json.dumps(wrong)} is no class number; {WITHOUT}")
     return numbers
+
+
+def _path(name: str) -> str:
+    """As the names of files are written: with `/` between its parts and nothing before them."""
+    return "/".join(parts_of(name.replace("\\", "/")))
 
 
 def _csv_rows(data: bytes) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -33,7 +32,7 @@ BY_PRODUCT = "hidden files, thumbnails and trash"
 SIDECAR = "labels, captions, metadata and notes"
 MEDIA = "videos and sounds"
 MASK = "masks and the like beside their images"
-PACKED = "archives and databases that are not read"
+PACKED = "archives and databases that are not read in place"
 SPECIAL = "pipes and devices"
 LINK = "links to folders that are read already"
 
@@ -50,9 +49,20 @@ _MASK_FOLDER = re.compile(
 _IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "photos"})
 
 
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts of a relative path with `/`, as pathlib sees them, in a fifth of its time: there may be millions."""
+    return tuple(part for part in name.split("/") if part not in ("", "."))
+
+
+def suffix_of(name: str) -> str:
+    """What pathlib calls the suffix of a path with `/`, in small letters."""
+    stem, dot, end = name[name.rfind("/") + 1 :].rpartition(".")
+    return (dot + end).lower() if stem and end else ""
+
+
 def has_image_suffix(name: str) -> bool:
     """Whether the name ends as an image's does."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def is_by_product(part: str) -> bool:
@@ -68,13 +78,12 @@ def rule_against(name: str) -> str | None:
 
     A name without a suffix, or with one that is not known, is a candidate: its content decides.
     """
-    path = PurePosixPath(name)
-    suffix = path.suffix.lower()
-    if any(is_by_product(part) for part in path.parts):
+    if any(is_by_product(part) for part in parts_of(name)):
         return BY_PRODUCT
+    suffix = suffix_of(name)
     if suffix in IMAGE_SUFFIXES:
         return None
-    if suffix in SIDECAR_SUFFIXES or (not suffix and path.name.casefold() in SIDECAR_NAMES):
+    if suffix in SIDECAR_SUFFIXES or (not suffix and name[name.rfind("/") + 1 :].casefold() in SIDECAR_NAMES):
         return SIDECAR
     if suffix in MEDIA_SUFFIXES:
         return MEDIA
@@ -89,7 +98,7 @@ def masks_among(names: Sequence[str]) -> frozenset[str]:
     if not suspects:
         return frozenset()
     stems = {_stem(name) for name in names if has_image_suffix(name)}
-    folders = {part for name in names for part in PurePosixPath(name).parts if part.lower() in _IMAGE_FOLDERS}
+    folders = {part for name in names for part in parts_of(name) if part.lower() in _IMAGE_FOLDERS}
     return frozenset(name for name in suspects if has_image_suffix(name) and _image_stems(name, folders) & stems)
 
 
@@ -104,4 +113,4 @@ def _image_stems(mask: str, folders: Iterable[str]) -> set[str]:
 
 
 def _stem(name: str) -> str:
-    return name[: len(name) - len(PurePosixPath(name).suffix)]
+    return name[: len(name) - len(suffix_of(name))]

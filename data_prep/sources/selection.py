@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from data_prep.format import UNLABELLED
 from data_prep.sources.base import Wanted, classes_of_values, labels_from_folders
 from data_prep.sources.label_files import JSON_NAME, METADATA_NAMES, UnreadableError, listed_labels, values_of
-from data_prep.sources.rules import MASK, has_image_suffix, masks_among, rule_against
+from data_prep.sources.rules import MASK, has_image_suffix, masks_among, parts_of, rule_against
 from data_prep.sources.splits import Split, chosen_of, left_out_by_split, splits_of_images
 
 Read = Callable[[int], bytes | None]
@@ -79,7 +79,7 @@ def _splits(pool: Sequence[str]) -> tuple[list[Split | None], int]:
 
 
 def _start(name: str, depth: int) -> tuple[str, ...]:
-    return PurePosixPath(name).parts[:depth]
+    return parts_of(name)[:depth]
 
 
 def _split_notices(splits: Sequence[Split | None], chosen: list[int] | None) -> list[str]:
@@ -144,10 +144,10 @@ def _by_folders(chosen: Sequence[str], pool: Sequence[str], depth: int, shards: 
     """Labels from folders, which are the same classes in each split."""
     among: list[str] | None = None
     if depth:
-        parts = [PurePosixPath(name).parts for name in pool if has_image_suffix(name)]
+        parts = [parts_of(name) for name in pool if has_image_suffix(name)]
         flat = {each[:depth] for each in parts if len(each) <= depth + 1}  # ImageNet's val is one heap
         among = [_without(each, depth) for each in parts if each[:depth] not in flat]
-        chosen = [_without(PurePosixPath(name).parts, depth) for name in chosen]
+        chosen = [_without(parts_of(name), depth) for name in chosen]
     classes, labels = labels_from_folders(chosen, among)
     if classes and shards.issuperset(classes):
         return Labelling(labels=[UNLABELLED] * len(chosen))

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from typing import Literal, get_args
 
 from data_prep.errors import InputError
+from data_prep.sources.rules import parts_of
 
 Split = Literal["train", "validation", "test", "all"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -17,6 +18,7 @@ WORDS: dict[str, Split] = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }
 # fmt: on
+COMPANIONS = frozenset({"unlabeled", "unlabelled", "extra"})  # beside splits a part of its own, alone a class
 _WORD = "|".join(sorted(WORDS, key=len, reverse=True))
 _WHAT = r"sets?|images?|imgs?|photos?|data|split"
 _FOLDER = re.compile(rf"(?:(?:{_WHAT})[-_. ])?({_WORD})(?:[-_. ]?(?:{_WHAT}|\d{{2,4}}))*", re.IGNORECASE)
@@ -55,7 +57,7 @@ def splits_of_images(images: Sequence[str]) -> tuple[list[Split | None], int]:
     and `bus` stays a class; a single folder around everything is looked into. In one folder without others, file names
     tell them, where all of them do and not the same.
     """
-    paths = [PurePosixPath(name).parts for name in images]
+    paths = [parts_of(name) for name in images]
     best: tuple[list[Split | None], int] = ([None] * len(paths), 0)
     depth = 0
     while paths:
@@ -63,7 +65,8 @@ def splits_of_images(images: Sequence[str]) -> tuple[list[Split | None], int]:
         if not tops:
             found = [_split_at_start(parts[depth]) for parts in paths]
             return (found, 0) if None not in found and len(set(found)) > 1 else best
-        if all(split_of_folder(top) for top in tops):
+        told = {split_of_folder(top) for top in tops if top.lower() not in COMPANIONS}
+        if None not in told and (len(told) > 1 or len(tops) == 1):
             best = [split_of_folder(p[depth]) if len(p) > depth + 1 else None for p in paths], depth + 1
         if len(tops) > 1 or any(len(parts) == depth + 1 for parts in paths):
             break

@@ -10,6 +10,7 @@ from data_prep.errors import Reject
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, is_safe
 from data_prep.sources.label_files import MAX_BYTES
+from data_prep.sources.rules import parts_of
 from data_prep.sources.selection import select
 from data_prep.sources.webdataset import Member, crowded, labels_beside, sorted_out
 from data_prep.tars import content
@@ -43,7 +44,7 @@ class TarSource:
         archives = [sorted_out(path, number) for number, path in enumerate(paths)]
         members = [member for archive in archives for member in archive.candidates]
         chosen = select(
-            [member.name if is_safe(member.name) else "" for member in members],
+            ["/".join(parts_of(member.name)) if is_safe(member.name) else "" for member in members],
             wanted,
             str(paths[0] if len(paths) == 1 else paths[0].parent),
             lambda position: _label_file(paths, members[position]),
