@@ -99,6 +99,29 @@ def test_what_is_no_image_by_its_name_is_left_out_and_counted(tmp_path: Path, ki
         assert source.fingerprint == alone.fingerprint
 
 
+def test_the_top_of_a_disk_is_read_though_lost_and_found_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make(tmp_path, "folder", ["a.png", "lost+found/b.png", "pets/c.png"])
+    scandir = os.scandir
+
+    def closed(name: str) -> None:
+        def listed(path: str | Path) -> object:
+            if Path(path).name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", listed)
+
+    closed("lost+found")
+    source = open_source(str(root))
+    assert source.names == ["a.png", "pets/c.png"]
+    assert source.left_out == {BY_PRODUCT: 1}
+    closed("pets")
+    with pytest.raises(InputError, match=r"pets: cannot be listed \(Permission denied\)"):
+        open_source(str(root))
+
+
 @anywhere
 def test_masks_lie_in_a_folder_of_their_own(tmp_path: Path, kind: str) -> None:
     names = ["JPEGImages/a.jpg", "JPEGImages/b.jpg", "SegmentationClass/a.png", "SegmentationClass/b.png"]
