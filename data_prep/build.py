@@ -241,6 +241,7 @@ def _check_rejects(merged: Merged, read: int, max_reject_fraction: float, out: P
 
 
 def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Manifest:
+    left_out = {rule: count for rule, count in sorted(source.left_out.items()) if count}
     return Manifest(
         image_size=recipe.image_size,
         mode=recipe.mode,
@@ -257,5 +258,6 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Mani
         report={
             "kept": merged.kept,
             "shorter_sides": {str(side): count for side, count in sorted(merged.shorter_sides.items())},
+            **({"left_out": left_out} if left_out else {}),
         },
     )

@@ -11,9 +11,9 @@ from data_prep.build import build
 from data_prep.cores import available_cores
 from data_prep.dataset import Dataset
 from data_prep.errors import DataPrepError, InputError
-from data_prep.overview import print_contents, print_outcome
+from data_prep.overview import left_out_line, print_contents, print_outcome
 from data_prep.recipe import ENCODINGS, MODES, TRANSFORMS, Recipe
-from data_prep.sources import SPLITS, open_source
+from data_prep.sources import LABELS, SPLITS, Split, open_source, split_called
 from data_prep.stats import write_stats
 from data_prep.verify import DECODE, verify
 
@@ -59,9 +59,15 @@ def run_build(argv: Sequence[str]) -> int:
     _check_workers(options.workers)
     if options.out.resolve().is_relative_to(Path(options.src).resolve()):
         raise InputError(f"{options.out}: lies in the source folder; give a folder outside it")
-    source = open_source(options.src, size=options.size, split=options.split)
-    if source.notice:
-        print(source.notice)
+    source = open_source(
+        options.src,
+        size=options.size,
+        split=options.split,
+        labels=options.labels,
+        image_column=options.image_column,
+    )
+    for line in [*(source.notice or "").splitlines(), *left_out_line(source.left_out)]:
+        print(f"note: {line}", file=sys.stderr)
     recipe = Recipe(
         image_size=options.size,
         transform=options.transform,
@@ -129,11 +135,13 @@ def _build_parser() -> argparse.ArgumentParser:
         help="LSUN's LMDB, a folder, .zip, .tar, .tfrecords, .parquet, CIFAR-10 (see docs/data.md)",
     )
     add("out", metavar="OUT", type=Path, help="a new or empty folder, or one to resume")
-    add("--size", type=int, default=Recipe.image_size, help="side of the square images in pixels")
+    add("--size", type=_side, default=Recipe.image_size, help="side of the square images in pixels")
     add("--transform", choices=TRANSFORMS, default=Recipe.transform, help="whose way to that size (see docs/data.md)")
     add("--format", choices=ENCODINGS, default=Recipe.encoding, help="webp and png are lossless, jpeg is q95 4:4:4")
     add("--mode", choices=MODES, help="colour or grey (default: RGB, but L for embedded:mnist5k)")
-    add("--split", choices=SPLITS, default="train", help="which part, of a source that has parts")
+    add("--split", type=_split, default="train", help=f"which part, of a source that has parts: {', '.join(SPLITS)}")
+    add("--labels", choices=LABELS, default="auto", help="none: leave labels unread")
+    add("--image-column", metavar="NAME", help="of a parquet file with several (default: the one called image)")
     add("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
     add("--shard-samples", type=int, default=Recipe.shard_samples, help="sources to a shard")
     add("--max-reject-fraction", type=float, default=0.01, help="fail where more of the sources are unusable")
@@ -145,6 +153,26 @@ def _dataset_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"python -m data_prep {command}", description=description, formatter_class=Formatter)
     parser.add_argument("dir", metavar="DIR", type=Path, help="a folder that data_prep has finished")
     return parser
+
+
+def _side(text: str) -> int:
+    """The side of a square; `24x24` is one, too."""
+    width, _, height = text.lower().partition("x")
+    if height and width.isdecimal() and height.isdecimal() and int(width) != int(height):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not supported, as images are square; give one side, such as {width}"
+        )
+    try:
+        return int(width if width == height else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no side in pixels; give a number such as 256") from error
+
+
+def _split(text: str) -> Split:
+    split = split_called(text)
+    if split is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SPLITS)}")
+    return split
 
 
 def _check_workers(workers: int) -> None:

@@ -75,7 +75,8 @@ class Manifest:
     "jpeg" or "source" (see the module); `source` says what was read (kind, count of files, fingerprint) and `transform`
     how it was brought to size. `options` are data_prep's further options that decided the bytes; a reader has no use
     for them, nor for `report`, which tells a person what was found: "kept", the number of samples whose bytes are the
-    source's, and "shorter_sides", how many sources had a shorter side of {"256": 256..511, ...} pixels.
+    source's, "shorter_sides", how many sources had a shorter side of {"256": 256..511, ...} pixels, and "left_out", how
+    many files were no candidates by which rule, where there were any.
     """
 
     image_size: int

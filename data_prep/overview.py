@@ -1,6 +1,7 @@
 """What a person is told: at the end of a run, and about a dataset that lies there."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
     manifest = outcome.manifest
     if outcome.already_finished:
         print(f"{out}: already finished, nothing to do")
-    print(f"read      {manifest.samples + manifest.rejected}")
+    left_out = _left_out(manifest)
+    print(f"read      {manifest.samples + manifest.rejected + sum(left_out.values())}")
     print(f"written   {manifest.samples} images of {len(manifest.classes) or 'no'} classes")
     _print_kept(manifest)
     print(f"rejected  {manifest.rejected}")
     for reason, count in outcome.reasons.most_common():
         print(f"          {count} {reason}")
+    _print_left_out(left_out)
     _print_sizes(manifest)
     _print_shards(manifest)
     print(f"look at   {out / CONTACT_SHEET_NAME}")
@@ -45,6 +48,7 @@ def print_contents(dataset: Dataset) -> None:
     _print_kept(manifest)
     print(f"source    {source.get('kind')} of {source.get('files')}, fingerprint {str(source.get('fingerprint'))[:16]}")
     print(f"rejected  {manifest.rejected}")
+    _print_left_out(_left_out(manifest))
     _print_sizes(manifest)
     _print_shards(manifest)
     if len(dataset.index):
@@ -55,6 +59,24 @@ def print_contents(dataset: Dataset) -> None:
     _print_classes(dataset)
     print(f"identity  {manifest.fingerprint[:16]}")
     print(f"look at   {_existing_contact_sheet(dataset)}")
+
+
+def left_out_line(left_out: Mapping[str, int]) -> list[str]:
+    """One line on what is left out by rule, or none."""
+    told = ", ".join(f"{count} {rule}" for rule, count in left_out.items() if count)
+    return [f"leaves out {told}"] if told else []
+
+
+def _left_out(manifest: Manifest) -> dict[str, int]:
+    """By rule; a dataset of earlier versions does not tell."""
+    found: dict[str, int] = manifest.report.get("left_out", {})
+    return found
+
+
+def _print_left_out(left_out: Mapping[str, int]) -> None:
+    print(f"left out  {sum(left_out.values())}")
+    for rule, count in left_out.items():
+        print(f"          {count} {rule}")
 
 
 def _print_kept(manifest: Manifest) -> None:

@@ -1,10 +1,14 @@
-"""Tar archives as sources: their entries, or what is wrong with the file."""
+"""Tar archives as sources: their entries, their bytes, or what is wrong with the file."""
 
 import os
+from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.tar_headers import Member, TarError, walk
+
+CACHED_ARCHIVES = 8
 
 
 def entries(path: Path) -> list[Member]:
@@ -22,3 +26,20 @@ def entries(path: Path) -> list[Member]:
         raise InputError(f"{path}: {error}; restore the file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def content(path: Path, offset: int, length: int) -> bytes:
+    """`length` bytes of the archive from `offset` on. Raises InputError where they are no longer there."""
+    try:
+        data = os.pread(_opened(path).fileno(), length, offset)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; the source must stay as it is during a run") from error
+    if len(data) != length:
+        raise InputError(f"{path}: has become shorter; the source must stay as it is during a run")
+    return data
+
+
+@lru_cache(maxsize=CACHED_ARCHIVES)
+def _opened(path: Path) -> FileIO:
+    """Open once a process; the file closes when the cache lets go of it."""
+    return FileIO(path)

@@ -98,7 +98,8 @@ def test_nothing_written_is_an_error_whatever_the_fraction(tmp_path: Path, one_e
     ("arguments", "named"),
     [
         (["--size", "0"], "--size 0"),
-        (["--size", "big"], "--size"),
+        (["--size", "big"], "--size: 'big' is no side in pixels; give a number such as 256"),
+        (["--size", "24x16"], "--size: 24x16 is not supported, as images are square; give one side, such as 24"),
         (["--shard-samples", "0"], "--shard-samples 0"),
         (["--workers", "0"], "--workers 0"),
         (["--max-reject-fraction", "1.5"], "--max-reject-fraction 1.5"),

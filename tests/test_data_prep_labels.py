@@ -1,6 +1,7 @@
 """Labels from the files that published datasets bring along: EDM's dataset.json, ProGAN's .labels."""
 
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from data_prep.dataset import Dataset
 from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
-from data_prep.sources import open_source
+from data_prep.sources import Source, open_source
+from data_prep.sources.rules import SIDECAR
 from tests.data_prep_harness import data_prep, file_of, noise
 from tests.test_data_prep_tfrecords import write
 
@@ -63,7 +65,7 @@ def test_no_labels_are_none_and_others_make_another_source(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_another_dataset_json_is_a_file_like_others(tmp_path: Path, kind: str) -> None:
+def test_another_dataset_json_has_no_labels_and_is_left_out(tmp_path: Path, kind: str) -> None:
     path = edm(tmp_path / "a", kind, None)
     if kind == "folder":
         (path / "dataset.json").write_text('{"license": "CC0"}')
@@ -71,7 +73,10 @@ def test_another_dataset_json_is_a_file_like_others(tmp_path: Path, kind: str) -
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("dataset.json", '["labels"]')
             archive.writestr(NAMES[0], b"x")
-    assert "dataset.json" in open_source(str(path)).names
+    source = open_source(str(path))
+    assert "dataset.json" not in source.names
+    assert source.left_out == {SIDECAR: 1}
+    assert list(source.classes) == (["00000", "00001"] if kind == "folder" else [])
 
 
 @pytest.mark.parametrize(
@@ -125,3 +130,119 @@ def test_progan_labels_that_do_not_fit_are_named(tmp_path: Path, labels: np.ndar
         np.save(stream, labels, allow_pickle=True)
     with pytest.raises(InputError, match=rf"celebahq-rxx\.labels: .*{message}"):
         open_source(str(tmp_path / "celebahq-r03.tfrecords"))
+
+
+def folder_or_zip(root: Path, kind: str, files: dict[str, bytes]) -> str:
+    root.mkdir()
+    if kind == "zip":
+        with zipfile.ZipFile(root / "in.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return str(root / "in.zip")
+    for name, content in files.items():
+        (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "in" / name).write_bytes(content)
+    return str(root / "in")
+
+
+def found(source: Source) -> list[str | None]:
+    labels = [source.label(i) for i in range(len(source.names))]
+    return [None if label == UNLABELLED else source.classes[label] for label in labels]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_labels_lie_under_a_wrapper_with_names_relative_to_it(tmp_path: Path, kind: str) -> None:
+    listed = json.dumps({"labels": [[name, 1] for name in NAMES[:4]]}).encode()
+    files = {f"ffhq/{name}": b"x" for name in NAMES} | {"ffhq/dataset.json": listed, "LICENSE": b"CC0"}
+    source = open_source(folder_or_zip(tmp_path / "a", kind, files))
+    assert found(source) == ["1"] * 4 + [None] * 2
+    assert list(source.classes) == ["0", "1"]
+    assert source.left_out == {SIDECAR: 2}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_labels_of_files_that_are_not_there_are_told_or_refused(tmp_path: Path, kind: str) -> None:
+    path = edm(tmp_path / "a", kind, [[NAMES[0], 1], ["gone.png", 2], ["gone too.png", 2]])
+    source = open_source(str(path))
+    assert found(source) == ["1"] + [None] * 5
+    assert "dataset.json: 2 of its 3 names are no file's, such as 'gone too.png'" in source.notice
+    path = edm(tmp_path / "b", kind, [[name.replace("png", "jpg"), 1] for name in NAMES])
+    with pytest.raises(
+        InputError, match=r"dataset\.json: none of its 6 names is a file's .* --labels none does without"
+    ):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_name,text,label\na/1.png,x,owl\nb/2.png,y,cat\nb/3.png,z,\n"),
+        ("metadata.csv", "\ufefffile_name,label\r\n./a/1.png,owl\r\nb\\2.png,cat\r\n"),
+        ("metadata.jsonl", '{"file_name": "a/1.png", "label": "owl"}\n\n{"file_name": "b/2.png", "label": "cat"}'),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("wrapper", ["", "pets/"])
+def test_hugging_faces_metadata_are_understood(
+    tmp_path: Path, kind: str, wrapper: str, name: str, content: str
+) -> None:
+    files = {f"{wrapper}{image}": b"x" for image in ("a/1.png", "b/2.png", "b/3.png")}
+    source = open_source(folder_or_zip(tmp_path / "1", kind, files | {wrapper + name: content.encode()}))
+    assert (found(source), list(source.classes)) == (["owl", "cat", None], ["cat", "owl"])
+    assert source.left_out == {SIDECAR: 1}
+    other = content.replace("owl", "elk").encode()
+    assert open_source(folder_or_zip(tmp_path / "2", kind, files | {wrapper + name: other})).fingerprint != (
+        source.fingerprint
+    )
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_metadata_may_have_numbers_captions_alone_or_be_damaged(tmp_path: Path, kind: str) -> None:
+    files = {"a/1.png": b"x", "b/2.png": b"x"}
+    for name, content, expected, notice in [
+        ("metadata.csv", b"file_name,label\na/1.png,1\nb/2.png,10\n", ["1", "10"], None),
+        ("metadata.csv", b"file_name,text\na/1.png,an owl\n", ["a", "b"], None),
+        ("metadata.jsonl", b'{"file_name": "a/1.png", "text": "an owl"}', ["a", "b"], None),
+        ("metadata.jsonl", b'{"file_name": "a/1.png", "la', ["a", "b"], "metadata.jsonl: cannot be read"),
+        ("metadata.csv", b"\xff\xfef\0", ["a", "b"], "metadata.csv: cannot be read"),
+    ]:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        source = open_source(folder_or_zip(place, kind, files | {name: content}))
+        assert found(source) == expected
+        assert source.left_out == {SIDECAR: 1}
+        assert notice in source.notice if notice else source.notice is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_an_accented_letter_is_one_however_it_is_written(tmp_path: Path, kind: str) -> None:
+    """A Mac's disk and its zips take letters apart, Linux keeps them together."""
+    composed, apart = "caf\u00e9/1.png", "cafe\u0301/1.png"
+    labels = json.dumps({"labels": [[composed, 3]]}).encode()
+    assert found(open_source(folder_or_zip(tmp_path / "1", kind, {apart: b"x", "dataset.json": labels}))) == ["3"]
+
+
+def test_class_folders_in_a_zip_of_windows(tmp_path: Path) -> None:
+    names = ["pets\\cat\\1.png", "pets\\dog\\2.png", "pets\\"]
+    source = open_source(folder_or_zip(tmp_path / "a", "zip", dict.fromkeys(names, b"x")))
+    assert list(source.names) == ["pets/cat/1.png", "pets/dog/2.png"]
+    assert found(source) == ["cat", "dog"]
+    assert source.read(1) == b"x"
+
+
+def test_without_labels_nothing_about_them_stops_a_run(tmp_path: Path) -> None:
+    listed = [[NAMES[0], "no number"]]
+    path = edm(tmp_path / "a", "folder", listed)
+    source = open_source(str(path), labels="none")
+    assert (list(source.names), found(source), list(source.classes)) == (NAMES, [None] * 6, [])
+    part = pickle.loads(pickle.dumps(source.part(2, 4)))  # noqa: S301 - our own, on its way to a worker
+    assert (part.names, part.label(0), part.read(1)) == (NAMES[2:4], UNLABELLED, source.read(3))
+    out = tmp_path / "out"
+    assert data_prep(path, out, "--size", 8, "--workers", 1, "--labels", "none") == 0
+    assert Dataset.open(out).manifest.classes == []
+    assert data_prep(path, out, "--size", 8, "--workers", 1) == 2
+
+
+def test_what_is_prepared_with_labels_is_not_resumed_without(tmp_path: Path) -> None:
+    path = edm(tmp_path / "a", "folder", [[name, 1] for name in NAMES])
+    with_labels, without = open_source(str(path)), open_source(str(path), labels="none")
+    assert with_labels.fingerprint != without.fingerprint

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,77 @@ def test_a_second_file_without_images_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1, 2]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b\.parquet: has no column of \{bytes, path\}; its columns are id"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"),
+    [
+        (pa.array(["owl", "cat", None], pa.large_string()), ["cat", "owl"], [1, 0, UNLABELLED]),
+        (pa.array(["owl", "cat", None], pa.string_view()), ["cat", "owl"], [1, 0, UNLABELLED]),
+        (pa.array(["owl", "cat", "owl"]).dictionary_encode(), ["cat", "owl"], [1, 0, 1]),
+        (pa.array([2, 0, 2]).dictionary_encode(), ["0", "1", "2"], [2, 0, 2]),
+        (pa.array([2, 0, 1], pa.uint8()), ["0", "1", "2"], [2, 0, 1]),
+        (pa.array([True, False, None]), ["false", "true"], [1, 0, UNLABELLED]),
+    ],
+)
+def test_labels_are_read_of_any_type(tmp_path: Path, labels: pa.Array, classes: list[str], expected: list[int]) -> None:
+    source = open_source(str(write(tmp_path / "a.parquet", jpegs(3), labels=labels)))
+    assert (source.classes, [source.label(i) for i in range(3)]) == (classes, expected)
+    assert source.notice is None
+
+
+@pytest.mark.parametrize("labels", [pa.array([0.5, 1.0]), pa.array([[1], [2]]), pa.array([{"a": 1}, {"a": 2}])])
+def test_a_column_that_holds_no_labels_is_told(tmp_path: Path, labels: pa.Array) -> None:
+    path = write(tmp_path / "a.parquet", jpegs(2), labels=labels)
+    source = open_source(str(path))
+    assert (source.classes, source.label(0)) == ([], UNLABELLED)
+    assert re.fullmatch(r"column label is of \S.*, which are no labels: the images have none", source.notice)
+    assert open_source(str(path), labels="none").notice is None
+
+
+def with_columns(path: Path, *names: str) -> Path:
+    """Row i of column k holds `jpegs(1, 10 * k + i)`."""
+    columns = {
+        name: pa.array([{"bytes": data, "path": None} for data in jpegs(2, 10 * k)], IMAGE)
+        for k, name in enumerate(names)
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_of_several_columns_of_images_the_one_called_image_or_wanted_is_read(tmp_path: Path) -> None:
+    path = with_columns(tmp_path / "a.parquet", "mask", "image")
+    source = open_source(str(path))
+    assert [source.read(i) for i in range(2)] == jpegs(2, 10)
+    assert source.notice == "reads column image of mask, image; see --image-column"
+    masks = open_source(str(path), image_column="mask")
+    assert [masks.read(i) for i in range(2)] == jpegs(2)
+    assert masks.fingerprint != source.fingerprint
+    with pytest.raises(InputError, match="has no column of images text; it has mask, image"):
+        open_source(str(path), image_column="text")
+    path = with_columns(tmp_path / "b.parquet", "left", "right")
+    with pytest.raises(InputError, match=r"has 2 columns of images; say --image-column left or right"):
+        open_source(str(path))
+    out = tmp_path / "out"
+    assert data_prep(path, out, "--size", 16, "--workers", 1, "--image-column", "right") == 0
+    assert data_prep(path, out, "--size", 16, "--workers", 1, "--image-column", "left") == 2
+
+
+def test_an_image_in_a_struct_or_as_plain_bytes_is_read(tmp_path: Path) -> None:
+    nested = pa.array([{"image": {"bytes": data, "path": "x.jpg"}, "id": 1} for data in jpegs(2)] + [None])
+    pq.write_table(pa.table({"sample": nested}), tmp_path / "nested.parquet")
+    source = open_source(str(tmp_path / "nested.parquet"))
+    assert [source.read(i) for i in range(2)] == jpegs(2)
+    assert list(source.names) == ["x.jpg", "x.jpg", "nested.parquet:0:2"]
+    with pytest.raises(Reject, match="no bytes"):
+        source.read(2)
+    pq.write_table(pa.table({"jpg": jpegs(2), "txt": ["a", "b"]}), tmp_path / "plain.parquet")
+    plain = open_source(str(tmp_path / "plain.parquet"))
+    assert [plain.read(i) for i in range(2)] == jpegs(2)
+    assert list(plain.names) == ["plain.parquet:0:0", "plain.parquet:0:1"]
+
+
+def test_an_image_column_is_for_parquet(tmp_path: Path) -> None:
+    noise(8, 8, seed=0).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="--image-column image is for parquet; this is folder"):
+        open_source(str(tmp_path), image_column="image")

@@ -64,9 +64,9 @@ def labels_of(request: pytest.FixtureRequest, tmp_path: Path):
 
 
 def test_sub_folders_are_classes(labels_of) -> None:
-    classes, labels = labels_of(["dog/1.png", "cat/2.png", "cat/deep/3.png", "README.txt"])
+    classes, labels = labels_of(["dog/1.png", "cat/2.png", "cat/deep/3.png", "index.dat"])
     assert classes == ["cat", "dog"]
-    assert labels == {"README.txt": UNLABELLED, "cat/2.png": 0, "cat/deep/3.png": 0, "dog/1.png": 1}
+    assert labels == {"index.dat": UNLABELLED, "cat/2.png": 0, "cat/deep/3.png": 0, "dog/1.png": 1}
 
 
 def test_an_image_at_the_top_means_no_classes(labels_of) -> None:
@@ -76,9 +76,9 @@ def test_an_image_at_the_top_means_no_classes(labels_of) -> None:
 
 
 def test_a_single_folder_is_a_wrapper_not_a_class(labels_of) -> None:
-    classes, labels = labels_of(["pets/dog/1.png", "pets/cat/2.png", "pets/README.txt"])
+    classes, labels = labels_of(["pets/dog/1.png", "pets/cat/2.png", "pets/index.dat"])
     assert classes == ["cat", "dog"]
-    assert labels == {"pets/README.txt": UNLABELLED, "pets/cat/2.png": 0, "pets/dog/1.png": 1}
+    assert labels == {"pets/index.dat": UNLABELLED, "pets/cat/2.png": 0, "pets/dog/1.png": 1}
 
 
 def test_images_in_one_folder_have_no_classes(labels_of) -> None:
@@ -99,13 +99,13 @@ def test_hidden_files_are_no_candidates(tmp_path: Path, hidden: str) -> None:
     assert list(open_source(str(zipped(tmp_path / "in.zip", names))).names) == ["a.png"]
 
 
-def test_links_are_followed_inside_the_folder_and_refused_outside(tmp_path: Path) -> None:
+def test_links_to_files_are_followed_wherever_they_lead(tmp_path: Path) -> None:
     root = fill(tmp_path / "in", ["real.png"])
-    (tmp_path / "secret.png").write_bytes(png(9))
+    (tmp_path / "blob").write_bytes(png(9))
     (root / "inside.png").symlink_to("real.png")
-    (root / "outside.png").symlink_to("../secret.png")
+    (root / "outside.png").symlink_to("../blob")
     (root / "broken.png").symlink_to("nowhere.png")
-    (root / "ring").symlink_to(root)
+    (root / "itself.png").symlink_to("itself.png")
     source = open_source(str(root))
     got = {}
     for i, name in enumerate(source.names):
@@ -116,7 +116,8 @@ def test_links_are_followed_inside_the_folder_and_refused_outside(tmp_path: Path
     assert got == {
         "broken.png": "broken link",
         "inside.png": png(),
-        "outside.png": "link out of the folder",
+        "itself.png": "broken link",
+        "outside.png": png(9),
         "real.png": png(),
     }
 
@@ -243,11 +244,13 @@ def test_without_mlxtend_the_error_says_what_to_install(monkeypatch: pytest.Monk
 
 def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    fill(tmp_path / "notes", ["a.txt"])
     (tmp_path / "text.zip").write_text("no zip")
     zipped(tmp_path / "empty.zip", [])
     for spec, message in [
         (tmp_path / "empty", "holds no files"),
         (tmp_path / "empty.zip", "holds no files"),
+        (tmp_path / "notes", r"holds no images \(left out: 1 labels, captions, metadata and notes\); give"),
         (tmp_path / "text.zip", "neither a folder nor a readable archive"),
         (tmp_path / "nowhere", "no such file or folder"),
         ("embedded:imagenet", "no such embedded set"),

@@ -17,6 +17,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED, load_manifest
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
+from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR
 from data_prep.tars import entries
 from tests.data_prep_harness import data_prep, file_of, noise, pixels_of_noise
 
@@ -104,16 +105,24 @@ def test_without_label_files_folders_are_classes(tmp_path: Path) -> None:
     assert (source.classes, [source.label(i) for i in range(2)]) == (["cat", "dog"], [1, 0])
 
 
-def test_what_is_no_image_is_a_reject_unless_it_goes_with_one(tmp_path: Path) -> None:
-    files = [("a.png", png()), ("a.txt", b"caption"), ("b.cls", b"1"), ("README.md", b"#"), (".DS_Store", b"x")]
+def test_what_goes_with_an_image_or_is_no_image_by_its_name_is_left_out(tmp_path: Path) -> None:
+    """Content decides only where a name says nothing."""
+    files = [("a.png", png()), ("a.dat", b"1"), ("b.dat", b"1"), ("README.md", b"#"), (".DS_Store", b"x")]
     path = tarred(tmp_path / "in.tar", files)
-    assert list(open_source(str(path)).names) == ["a.png", "b.cls", "README.md"]
-    assert data_prep(path, tmp_path / "out", "--size", 8, "--max-reject-fraction", 0.7, "--workers", 1) == 0
+    source = open_source(str(path))
+    assert list(source.names) == ["a.png", "b.dat"]
+    assert source.left_out == {SIDECAR: 2, BY_PRODUCT: 1}
+    assert data_prep(path, tmp_path / "out", "--size", 8, "--max-reject-fraction", 0.5, "--workers", 1) == 0
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert [(reject["name"], reject["reason"]) for reject in rejects] == [
-        ("b.cls", "not an image"),
-        ("README.md", "not an image"),
-    ]
+    assert [(reject["name"], reject["reason"]) for reject in rejects] == [("b.dat", "not an image")]
+
+
+def test_pictures_that_go_with_an_image_are_no_images(tmp_path: Path) -> None:
+    """As the stream of tars reads them: webdataset's fields of a sample; numbers alone name images of their own."""
+    names = ["0.jpg", "0.seg.png", "0.depth.png", "0.2.png", "1.seg.png", "1.rgb.png"]
+    source = open_source(str(tarred(tmp_path / "in.tar", [(name, png()) for name in names])))
+    assert list(source.names) == ["0.jpg", "0.2.png", "1.seg.png", "1.rgb.png"]
+    assert source.left_out == {MASK: 2}
 
 
 def test_names_that_climb_and_links_are_rejected(tmp_path: Path) -> None:
@@ -197,7 +206,7 @@ def test_images_below_a_folder_of_archives_are_refused_not_left_out(
 def test_gnu_tar_and_empty_archives(tmp_path: Path) -> None:
     path = tarred(tmp_path / "gnu.tar", [("l" * 200 + ".png", png())], tarfile.GNU_FORMAT)
     assert list(open_source(str(path)).names) == ["l" * 200 + ".png"]
-    with pytest.raises(InputError, match="holds no files"):
+    with pytest.raises(InputError, match=f"holds no images .left out: 1 {BY_PRODUCT}"):
         open_source(str(tarred(tmp_path / "empty" / "a.tar", [("notes/.keep", b"")])))
 
 
@@ -207,11 +216,31 @@ def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path) -> None:
         open_source(str(path))
 
 
-@pytest.mark.parametrize("name", ["a.cls", "a.json"])
-def test_a_label_file_without_a_label_is_named(tmp_path: Path, name: str) -> None:
-    path = tarred(tmp_path / "in.tar", [("a.png", png()), (name, b"cat")])
-    with pytest.raises(InputError, match=f"in.tar: {name} holds no label"):
-        open_source(str(path))
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("b.json", b"{"),
+        ("b.json", b'{"label": [1]}'),
+        ("b.json", b"[" * 100_000),
+        ("b.cls", b""),
+        ("b.cls", b"a man\non a horse"),
+        ("b.cls", b"\xff\xfe"),
+    ],
+)
+def test_a_label_file_without_a_label_is_told_of_and_stops_nothing(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tarred(tmp_path / "in.tar", [("a.png", png()), ("a.cls", b"1"), ("b.png", png()), (name, content)])
+    source = open_source(str(path))
+    assert [source.label(i) for i in range(2)] == [1, UNLABELLED]
+    assert source.notice == f"1 label files hold no label, such as 'in.tar: {name}'; their images have none"
+
+
+def test_labels_may_be_words_but_not_among_numbers(tmp_path: Path) -> None:
+    files = [("a.png", png()), ("a.cls", b"n0144"), ("b.png", png()), ("b.cls", "\ufeffn0107\r\n".encode())]
+    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    assert (source.classes, source.label(0), source.label(1)) == (["n0107", "n0144"], 1, 0)
+    mixed = open_source(str(tarred(tmp_path / "mixed.tar", [*files[:3], ("b.cls", b"3")])))
+    assert [mixed.label(i) for i in range(2)] == [UNLABELLED, 3]
+    assert "1 label files hold a word where others hold a class number, such as 'n0144'" in mixed.notice
 
 
 # .npy

@@ -141,7 +141,7 @@ def test_embedded_digits_keep_every_pixel(
 ) -> None:
     pixels, digits = mnist
     assert data_prep("embedded:mnist5k", tmp_path, "--size", 28) == 0
-    assert "CC BY-SA 3.0" in capsys.readouterr().out
+    assert "CC BY-SA 3.0" in capsys.readouterr().err
     manifest, index = load_manifest(tmp_path), np.load(tmp_path / "index.npy")
     assert (manifest.mode, manifest.samples, manifest.rejected) == ("L", 5000, 0)
     np.testing.assert_array_equal(index["label"], digits)

@@ -1,6 +1,7 @@
 """What [data] asks for is what is trained on: mixtures, held-out images, bad samples, decoders."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,42 @@ def test_wrong_settings_are_named(config_path: Path, lines: str, message: str) -
     with pytest.raises(ConfigError) as caught:
         load_config(config_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("channels", "grey"), [(3, ""), (1, " --mode L")])
+@pytest.mark.parametrize("name", ["my photos", "photos.zip"])
+def test_images_that_are_not_prepared_are_told_how_to_be(
+    config_path: Path, tmp_path: Path, channels: int, grey: str, name: str
+) -> None:
+    source = tmp_path / name
+    if name.endswith(".zip"):
+        source.write_bytes(b"PK")
+    else:
+        (source / "@eaDir").mkdir(parents=True)
+        (source / "@eaDir" / "0.jpg").touch()
+        (source / "cats").mkdir()
+        (source / "cats" / "1.jpg").touch()
+    config = load_config(config_path, f"data.path={source}", f"model.channels={channels}")
+    with pytest.raises(DataError) as caught:
+        open_training_data(config, index_folder=None)
+    holds = "is a file" if name.endswith(".zip") else "holds cats/1.jpg"
+    out = tmp_path / f"{source.stem}-8"
+    command = f"python -m data_prep {shlex.quote(str(source))} {shlex.quote(str(out))} --size 8{grey}"
+    assert str(caught.value) == (
+        f"{source}: {holds}, which is to be prepared first: `{command}`; then data.path = {str(out)!r}"
+    )
+
+
+def test_a_folder_of_something_else_and_a_glob_are_told(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    for path, message in {
+        "notes": "holds neither prepared data nor tars nor images",
+        "*.tar": r"no such file or directory; for several tars give their folder, or \{000\.\.123\} for numbers",
+    }.items():
+        config = load_config(config_path, f"data.path={tmp_path / path}")
+        with pytest.raises(DataError, match=message):
+            open_training_data(config, index_folder=None)
 
 
 def test_settings_that_do_not_fit_the_data_are_named(config_path: Path, dataset: Path, other_dataset: Path) -> None:

@@ -2,44 +2,46 @@
 
 import zipfile
 from pathlib import Path
-from typing import Literal, get_args
 
 from data_prep.errors import InputError
 from data_prep.sources import cifar, lmdb, parquet, tar, tfrecords
-from data_prep.sources.base import Source, has_image_suffix
+from data_prep.sources.base import LABELS, Labels, Source, Wanted
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.embedded import Mnist5kSource
-from data_prep.sources.folder import FolderSource, file_names
 from data_prep.sources.lmdb import LmdbSource
-from data_prep.sources.parquet import ParquetSource
-from data_prep.sources.tar import TarSource
-from data_prep.sources.tfrecords import TfrecordsSource
-from data_prep.sources.zip import ZipSource
+from data_prep.sources.opening import KINDS, open_archives, open_folder
+from data_prep.sources.splits import SPLITS, Split, split_called
+from data_prep.sources.unlabelled import UnlabelledSource
+from data_prep.sources.walk import Listing
 
-__all__ = ["SPLITS", "Source", "Split", "open_source"]
-
-Split = Literal["train", "test", "validation"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+__all__ = ["LABELS", "SPLITS", "Labels", "Source", "Split", "open_source", "split_called"]
 
 EMBEDDED_PREFIX = "embedded:"
 KNOWN = "LSUN's LMDB, a folder of images, .zip, .tar, .tfrecords, .parquet or CIFAR-10"
+WITHOUT_SPLITS = ("lmdb", "tfrecords", "embedded")
 
 
-def open_source(spec: str, *, size: int = 256, split: Split = "train") -> Source:
-    """Open what the command line calls SRC.
+def open_source(
+    spec: str, *, size: int = 256, split: Split = "train", labels: Labels = "auto", image_column: str | None = None
+) -> Source:
+    """Open what the command line calls SRC; see `Wanted` for the others.
 
-    `size` chooses among TFRecords of several resolutions, and `split` among the parts of CIFAR-10 and of Hugging Face
-    datasets. Raises InputError where `spec` is nothing we read, holds no file at all, or has no such part.
+    Raises InputError where `spec` is nothing we read, holds no image at all, or has no such part.
     """
+    wanted = Wanted(size=size, split=split, labels=labels, image_column=image_column)
     try:
-        source = _open_embedded(spec) if spec.startswith(EMBEDDED_PREFIX) else _open_path(Path(spec), size, split)
+        source = _open_embedded(spec) if spec.startswith(EMBEDDED_PREFIX) else _open_path(Path(spec), wanted)
     except OSError as error:
         raise InputError(f"{error.filename or spec}: cannot be read ({error.strerror or error})") from error
-    if split != "train" and source.kind not in ("cifar10", "parquet"):
-        raise InputError(f"{spec}: --split {split} is for CIFAR-10 and Hugging Face parquet; this is {source.kind}")
+    if split != "train" and source.kind in WITHOUT_SPLITS:
+        raise InputError(f"{spec}: --split {split} is for sources that have splits; this is {source.kind}")
+    if image_column is not None and source.kind != "parquet":
+        raise InputError(f"{spec}: --image-column {image_column} is for parquet; this is {source.kind}")
     if not source.names:
-        raise InputError(f"{spec}: holds no files; give {KNOWN}, with images in it")
-    return source
+        told = ", ".join(f"{count} {rule}" for rule, count in source.left_out.items())
+        holds = f"holds no images (left out: {told})" if told else "holds no files"
+        raise InputError(f"{spec}: {holds}; give {KNOWN}, with images in it")
+    return UnlabelledSource(source) if labels == "none" else source
 
 
 def _open_embedded(spec: str) -> Source:
@@ -48,48 +50,23 @@ def _open_embedded(spec: str) -> Source:
     return Mnist5kSource.open()
 
 
-def _open_path(path: Path, size: int, split: Split) -> Source:
+def _open_path(path: Path, wanted: Wanted) -> Source:
     if path.is_dir():
-        return _open_folder(path, size, split)
+        return open_folder(path, wanted)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
     if path.name == lmdb.DATA_NAME:
         return LmdbSource.open(path.parent)
     if cifar.is_gzip(path):
-        return CifarSource.open(path, split)
-    if parquet.is_parquet(path):
-        return ParquetSource.open([path], split)
-    if tfrecords.is_tfrecords(path):
-        return TfrecordsSource.open([path], size)
-    if tar.is_tar(path):
-        return TarSource.open([path])
-    if zipfile.is_zipfile(path):
-        return ZipSource.open(path)
-    raise InputError(f"{path}: neither a folder nor a readable archive; give {KNOWN}")
-
-
-def _open_folder(folder: Path, size: int, split: Split) -> Source:
-    if (folder / lmdb.DATA_NAME).is_file():
-        return LmdbSource.open(folder)
-    if cifar.find_batches(folder):
-        return CifarSource.open(folder, split)
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    if shards := [path for path in files if tfrecords.is_tfrecords(path)]:
-        _check_unmixed(folder, shards[0])
-        return TfrecordsSource.open(shards, size)
-    if shards := parquet.find_files(folder):
-        _check_unmixed(folder, shards[0])
-        return ParquetSource.open(shards, split)
-    if shards := [path for path in files if path.suffix == ".tar"]:
-        _check_unmixed(folder, shards[0])
-        return TarSource.open(shards)
-    if databases := sorted(folder.glob(f"*/{lmdb.DATA_NAME}")):
-        raise InputError(f"{folder}: holds {len(databases)} LMDBs; give one of them, such as {databases[0].parent}")
-    return FolderSource.open(folder)
-
-
-def _check_unmixed(folder: Path, archive: Path) -> None:
-    """Raise InputError where images lie beside an archive or below it: one of the two would be left out unsaid."""
-    image = next((name for name in file_names(folder) if has_image_suffix(name)), None)
-    if image is not None:
-        raise InputError(f"{folder}: holds {archive.relative_to(folder)} and {image}; give a folder of one kind")
+        return CifarSource.open(path, wanted.split)
+    content = {
+        "parquet": parquet.is_parquet,
+        "tfrecords": tfrecords.is_tfrecords,
+        "tar": tar.is_tar,
+        "zip": zipfile.is_zipfile,
+    }
+    name = next((name for name, is_one in content.items() if is_one(path)), None)
+    if name is None:
+        raise InputError(f"{path}: neither a folder nor a readable archive; give {KNOWN}")
+    kind = next(kind for kind in KINDS if kind.name == name)
+    return open_archives(kind, path.parent, [path.name], wanted, Listing(path.parent))

@@ -3,26 +3,41 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
+from data_prep.sources.rules import has_image_suffix, parts_of
+from data_prep.sources.splits import Split
 
 MAX_FILE_BYTES = 256 * 1024**2  # no image worth a sample is larger; a file is held in memory whole
 
 MAX_CLASSES = 1_000_000
 
-# fmt: off
-IMAGE_SUFFIXES = frozenset({
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
-    ".jp2", ".j2k", ".avif", ".npy",
-})
-# fmt: on
+LABEL_COLUMNS = ("label", "labels", "class")
+
+Labels = Literal["auto", "none"]
+LABELS: tuple[Labels, ...] = get_args(Labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What of a source is read.
+
+    `size` chooses among TFRecords of several resolutions; `image_column` among a parquet file's columns of images, None
+    where there is one; `labels` "none" leaves labels unread, whatever is wrong with them.
+    """
+
+    size: int = 256
+    split: Split = "train"
+    labels: Labels = "auto"
+    image_column: str | None = None
 
 
 class Source(Protocol):
@@ -50,7 +65,11 @@ class Source(Protocol):
 
     @property
     def notice(self) -> str | None:
-        """Licence and origin, for a person to read."""
+        """Licence, origin, and what was chosen or ignored, for a person to read."""
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files (or rows) are no candidates, by the rule that says so; `names` has none of them."""
 
     def label(self, i: int) -> int:
         """Position of image `i`'s class in `classes`, or UNLABELLED."""
@@ -65,26 +84,21 @@ class Source(Protocol):
         """Images [start, stop) as a source of their own, renumbered from 0."""
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a path is a by-product of the desktop (.DS_Store, __MACOSX) and no candidate at all."""
-    parts = PurePosixPath(name).parts
-    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
-
-
-def labels_from_folders(names: Sequence[str]) -> tuple[list[str], list[int]]:
+def labels_from_folders(names: Sequence[str], among: Sequence[str] | None = None) -> tuple[list[str], list[int]]:
     """The class names and the label of each of `names`, from the folders right under the top.
 
     They are classes where images lie in them and none beside them. A single folder that holds everything is taken
     for a wrapper and looked into instead. Whether a file counts as an image is judged by its suffix here, so that a
-    README beside the class folders does no harm.
+    file of another kind beside the class folders does no harm. `among`: names whose folders count, where they are more
+    than `names`, as for a split in which a class is missing.
     """
-    images = [PurePosixPath(name).parts for name in names if has_image_suffix(name)]
+    images = [parts_of(name) for name in among or names if has_image_suffix(name)]
     depth = 0
     while images and all(len(parts) > depth + 1 for parts in images):
         classes = sorted({parts[depth] for parts in images})
         if len(classes) > 1:
             position = {(*images[0][:depth], name): label for label, name in enumerate(classes)}
-            return classes, [position.get(PurePosixPath(name).parts[: depth + 1], UNLABELLED) for name in names]
+            return classes, [position.get(parts_of(name)[: depth + 1], UNLABELLED) for name in names]
         depth += 1
     return [], [UNLABELLED] * len(names)
 
@@ -92,12 +106,16 @@ def labels_from_folders(names: Sequence[str]) -> tuple[list[str], list[int]]:
 def classes_of_values(values: Sequence[int | str | None]) -> tuple[list[str], list[int]]:
     """The class names and the label of each image, from numbers (which stay as they are) or from words (sorted).
 
-    None, a negative number or a word among numbers is no label. Raises InputError for numbers beyond MAX_CLASSES.
+    Truth values are words. None, a negative number or a word among numbers is no label. Raises InputError for numbers
+    beyond MAX_CLASSES.
     """
+    values = [str(value).lower() if isinstance(value, bool) else value for value in values]
     numbers = [value if isinstance(value, int) and value >= 0 else UNLABELLED for value in values]
     highest = max(numbers, default=UNLABELLED)
     if highest >= MAX_CLASSES:
-        raise InputError(f"label {highest}: not a class number, which are below {MAX_CLASSES}")
+        raise InputError(
+            f"label {highest}: not a class number, which are below {MAX_CLASSES}; --labels none does without"
+        )
     if highest != UNLABELLED:
         return [str(number) for number in range(highest + 1)], numbers
     words = sorted({value for value in values if isinstance(value, str)})
@@ -117,11 +135,6 @@ def needed_module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"this source needs {name}: pip install 'ddpm-trainer[sources]'") from error
-
-
-def has_image_suffix(name: str) -> bool:
-    """Whether the name ends as an image's does."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def fingerprint_of(rows: Iterable[Sequence[object]]) -> str:

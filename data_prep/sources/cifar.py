@@ -47,6 +47,7 @@ class CifarSource:
     kind: ClassVar[str] = "cifar10"
     natural_mode: ClassVar[Mode] = "RGB"
     notice: ClassVar[None] = None
+    left_out: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def open(cls, path: Path, split: str) -> Self:

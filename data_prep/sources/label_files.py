@@ -1,18 +1,55 @@
-"""Labels that published datasets keep in a file beside their images: EDM's and StyleGAN's `dataset.json`, ProGAN's
-`*-rxx.labels`.
+"""Labels that published datasets keep in a file beside their images: EDM's and StyleGAN's `dataset.json`, Hugging
+Face's `metadata.csv` and `metadata.jsonl`, ProGAN's `*-rxx.labels`.
 """
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.sources.base import classes_of_values
+from data_prep.sources.base import LABEL_COLUMNS, classes_of_values
+from data_prep.sources.rules import parts_of
 
 JSON_NAME = "dataset.json"
-MAX_JSON_BYTES = 1 << 30
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+FILE_COLUMN = "file_name"
+MAX_BYTES = 1 << 30
+WITHOUT = "--labels none does without"
+
+Value = int | str | None
+
+
+class UnreadableError(ValueError):
+    """A file of labels, or of captions alone, that is damaged; the message is a line for a person."""
+
+
+def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None:
+    """The label of each file that a label file lists, by its path relative to that file's folder.
+
+    name: the label file's own, JSON_NAME or one of METADATA_NAMES; data: its content. None where it is a file of
+    another kind that happens to be called so, or has no column of labels. Raises UnreadableError where it is damaged,
+    and InputError where it has something else for a label; both begin with `where`.
+    """
+    if name == JSON_NAME:
+        return _labels_of_json(data, where) if is_labels_json(data) else None
+    try:
+        rows = list(_csv_rows(data) if name.endswith(".csv") else _jsonl_rows(data))
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UnreadableError(f"{where}: cannot be read ({error}), so that no label is taken from it") from error
+    column = next((column for column in LABEL_COLUMNS if any(column in row for row in rows)), None)
+    if column is None:
+        return None
+    labels = {_path(str(row[FILE_COLUMN])): row.get(column) for row in rows if row.get(FILE_COLUMN)}
+    wrong = next((label for label in labels.values() if not isinstance(label, int | str | None)), None)
+    if wrong is not None:
+        raise InputError(f"{where}: {json.dumps(wrong)} in column {column} is no label; {WITHOUT}")
+    return labels if name.endswith(".jsonl") else _numbers_or_words(labels)
 
 
 def is_labels_json(data: bytes) -> bool:
@@ -24,21 +61,26 @@ def is_labels_json(data: bytes) -> bool:
     return isinstance(content, dict) and "labels" in content
 
 
-def labels_of_json(data: bytes, names: Sequence[str], where: str) -> tuple[list[str], list[int]]:
-    """The class names and the label of each of `names`, from `{"labels": [["00000/img00000000.png", 6], ...]}`.
+def values_of(
+    listed: Mapping[str, Value], names: Sequence[str], chosen: Sequence[str], where: str
+) -> tuple[list[Value], str | None]:
+    """The label of each of `chosen` by the file `where`, and a line where it lists files that are not among `names`.
 
-    An image that is not listed has no label, and none has where `labels` is null. Raises InputError, which begins with
-    `where`, for anything else but class numbers.
+    All are relative to the folder of that file. Two ways to write an accented letter are one. A file that is not listed
+    has no label. Raises InputError where labels are listed and not one belongs to a file.
     """
-    listed = json.loads(data)["labels"] or []
-    try:
-        numbers = {name.replace("\\", "/"): label for name, label in listed}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{where}: `labels` must be a list of [name, class number]") from error
-    wrong = next((label for label in numbers.values() if type(label) is not int or label < 0), None)
-    if wrong is not None:
-        raise InputError(f"{where}: {json.dumps(wrong)} is no class number; remove the file to do without labels")
-    return classes_of_values([numbers.get(name) for name in names])
+    by_name = {unicodedata.normalize("NFC", name): label for name, label in listed.items()}
+    unmatched = by_name.keys() - {unicodedata.normalize("NFC", name) for name in names}
+    if by_name and len(unmatched) == len(by_name):
+        example = chosen[0] if chosen else "none"
+        raise InputError(
+            f"{where}: none of its {len(by_name)} names is a file's (it lists {next(iter(by_name))!r}, there is "
+            f"{example!r}); mend it, or {WITHOUT}"
+        )
+    notice = None
+    if unmatched:
+        notice = f"{where}: {len(unmatched)} of its {len(by_name)} names are no file's, such as {min(unmatched)!r}"
+    return [by_name.get(unicodedata.normalize("NFC", name)) for name in chosen], notice
 
 
 def labels_of_progan(records: Path, count: int) -> tuple[list[str], list[int]] | None:
@@ -60,8 +102,47 @@ def labels_of_progan(records: Path, count: int) -> tuple[list[str], list[int]] |
         raise InputError(f"{path}: {shape}; there are {count} records, so it should be ({count}, classes)")
     if values.ndim == 2:
         if not (((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all()):
-            raise InputError(f"{path}: has rows without a single 1; remove it to do without labels")
+            raise InputError(f"{path}: has rows without a single 1; {WITHOUT}")
         return [str(number) for number in range(values.shape[1])], values.argmax(axis=1).tolist()
     if not np.issubdtype(values.dtype, np.integer) or (len(values) and values.min() < 0):
-        raise InputError(f"{path}: {values.dtype} that are no class numbers; remove it to do without labels")
+        raise InputError(f"{path}: {values.dtype} that are no class numbers; {WITHOUT}")
     return classes_of_values(values.tolist())
+
+
+def _labels_of_json(data: bytes, where: str) -> dict[str, Value]:
+    """From `{"labels": [["00000/img00000000.png", 6], ...]}`, or with null for the list."""
+    listed = json.loads(data)["labels"] or []
+    try:
+        numbers: dict[str, Value] = {_path(name): label for name, label in listed}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where}: `labels` must be a list of [name, class number]; {WITHOUT}") from error
+    wrong = next((label for label in numbers.values() if type(label) is not int or label < 0), None)
+    if wrong is not None:
+        raise InputError(f"{where}: {json.dumps(wrong)} is no class number; {WITHOUT}")
+    return numbers
+
+
+def _path(name: str) -> str:
+    """As the names of files are written: with `/` between its parts and nothing before them."""
+    return "/".join(parts_of(name.replace("\\", "/")))
+
+
+def _csv_rows(data: bytes) -> Iterator[dict[str, Any]]:
+    """With or without a byte order mark, with any ends of lines."""
+    return csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+
+
+def _jsonl_rows(data: bytes) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            yield row
+
+
+def _numbers_or_words(labels: Mapping[str, Any]) -> dict[str, Value]:
+    """A CSV has only words: they are numbers where all of them look so, and none where they are empty."""
+    filled = [label for label in labels.values() if label]
+    kind: Callable[[str], Value] = int if all(label.isdecimal() for label in filled) else str
+    return {name: kind(label) if label else None for name, label in labels.items()}

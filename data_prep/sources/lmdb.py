@@ -36,6 +36,7 @@ class LmdbSource:
     classes: ClassVar[list[str]] = []
     natural_mode: ClassVar[Mode] = "RGB"
     notice: ClassVar[None] = None
+    left_out: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def open(cls, root: Path) -> Self:

@@ -1,21 +1,18 @@
 """Hugging Face's image datasets as parquet: a column of {bytes, path}, and perhaps one of labels."""
 
-import json
-import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
-from data_prep.sources.base import MAX_FILE_BYTES, classes_of_values, fingerprint_of, needed_module
+from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, needed_module
+from data_prep.sources.columns import Columns, classes_of_column, find_columns, inner
 
 MAGIC = b"PAR1"
-LABEL_COLUMNS = ("label", "labels", "class")
-SPLIT_NAME = re.compile(r"(train|test|validation)(-\d+-of-\d+(-\w+)?)?\.parquet")
 ROWS_AT_ONCE = 16  # a row group may hold a gigabyte of images
 
 
@@ -43,32 +40,33 @@ class ParquetSource:
     notice: str | None
     kind: ClassVar[str] = "parquet"
     natural_mode: ClassVar[Mode] = "RGB"
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, files: Sequence[Path], split: str) -> Self:
+    def open(cls, files: Sequence[Path], wanted: Wanted) -> Self:
         """Read paths and labels, but no image. Raises InputError where a file has no images, or pyarrow is missing."""
-        chosen, notice = _of_split([path.resolve() for path in files], split)
-        tables = [_open(path) for path in chosen]
-        column, label_column = _columns(chosen[0], tables[0].schema_arrow)
-        for path, table in zip(chosen, tables):
-            if _columns(path, table.schema_arrow) != (column, label_column):
+        files = [path.absolute() for path in files]
+        tables = [_open(path) for path in files]
+        columns = find_columns(files[0], tables[0].schema_arrow, wanted)
+        for path, table in zip(files, tables):
+            if find_columns(path, table.schema_arrow, wanted) != columns:
                 raise InputError(
-                    f"{path}: has other columns of images or labels than {chosen[0].name}; give one data set"
+                    f"{path}: has other columns of images or labels than {files[0].name}; give one data set"
                 )
         places: list[Place] = []
         names: list[str] = []
-        values: list[int | str | None] = []
-        for number, (path, table) in enumerate(zip(chosen, tables)):
+        values: list[Any] = []
+        for number, (path, table) in enumerate(zip(files, tables)):
             for group in range(table.num_row_groups):
                 places.append(Place(len(names), number, group))
-                rows = _read_group(path, table, group, [f"{column}.path", *label_column])
-                paths = [row and row["path"] for row in rows[column].to_pylist()]
+                paths, found = _names_and_labels(path, table, group, columns)
                 names += [name or f"{path.name}:{group}:{i}" for i, name in enumerate(paths)]
-                values += rows[label_column[0]].to_pylist() if label_column else [None] * len(rows)
-        classes, labels = _classes(tables[0].schema_arrow, label_column, values)
-        sizes = [[path.stat().st_size, table.num_row_groups] for path, table in zip(chosen, tables)]
-        fingerprint = fingerprint_of([*sizes, *([name, label] for name, label in zip(names, labels))])
-        return cls(chosen, places, column, 0, names, labels, classes, fingerprint, notice)
+                values += found
+        classes, labels = classes_of_column(tables[0].schema_arrow, columns.label, values)
+        sizes = [[path.stat().st_size, table.num_row_groups] for path, table in zip(files, tables)]
+        chosen = [[columns.bytes]] if columns.chosen else []  # the first is not said, as in fingerprints of earlier
+        fingerprint = fingerprint_of([*sizes, *chosen, *([name, label] for name, label in zip(names, labels))])
+        return cls(files, places, columns.bytes, 0, names, labels, classes, fingerprint, columns.notice)
 
     def label(self, i: int) -> int:  # noqa: D102 - see Source
         return self.labels[i]
@@ -94,28 +92,6 @@ def is_parquet(path: Path) -> bool:
         return stream.read(len(MAGIC)) == MAGIC
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder, or of its `data/`, where Hugging Face's repositories keep them."""
-    for place in (folder, folder / "data"):
-        if files := sorted(path for path in place.glob("*.parquet") if path.is_file() and is_parquet(path)):
-            return files
-    return []
-
-
-def _of_split(files: list[Path], split: str) -> tuple[list[Path], str | None]:
-    """The files named after `split`; all of them where names tell no splits."""
-    matches = [SPLIT_NAME.fullmatch(path.name) for path in files]
-    splits = [match.group(1) if match else None for match in matches]
-    if not any(splits) and split == "train":
-        return files, None
-    chosen = [path for path, name in zip(files, splits) if name == split]
-    if not chosen:
-        known = ", ".join(sorted({name for name in splits if name})) or "none by its files' names"
-        raise InputError(f"{files[0].parent}: has no split {split}; it has {known}")
-    notice = f"reads {len(chosen)} of {len(files)} files: split {split}" if len(chosen) < len(files) else None
-    return chosen, notice
-
-
 def _open(path: Path) -> Any:
     parquet = needed_module("pyarrow.parquet")
     try:
@@ -124,42 +100,20 @@ def _open(path: Path) -> Any:
         raise InputError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
 
 
-def _columns(path: Path, schema: Any) -> tuple[str, list[str]]:
-    """The column of images, and that of labels as a list of one or none."""
-    types = needed_module("pyarrow").types
-    structs = [field for field in schema if types.is_struct(field.type)]
-    images = [field.name for field in structs if {"bytes", "path"} <= {part.name for part in field.type}]
-    if not images:
-        raise InputError(f"{path}: has no column of {{bytes, path}}; its columns are {', '.join(schema.names)}")
-    labels = [name for name in LABEL_COLUMNS if name in schema.names]
-    usable = [
-        name for name in labels if types.is_integer(schema.field(name).type) or types.is_string(schema.field(name).type)
-    ]
-    return images[0], usable[:1]
-
-
-def _read_group(path: Path, table: Any, group: int, columns: list[str]) -> Any:
+def _names_and_labels(path: Path, table: Any, group: int, columns: Columns) -> tuple[list[str | None], list[Any]]:
+    """The path, or None, and the label, or None, of each row of a group."""
+    wanted = [column for column in (columns.path, columns.label) if column is not None]
+    if not wanted:
+        count = table.metadata.row_group(group).num_rows
+        return [None] * count, [None] * count
     try:
-        return table.read_row_group(group, columns=columns)
+        rows = table.read_row_group(group, columns=wanted)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: row group {group} cannot be read ({_first_line(error)})") from error
-
-
-def _classes(schema: Any, label_column: list[str], values: list[int | str | None]) -> tuple[list[str], list[int]]:
-    """Names from Hugging Face's own metadata where they are there."""
-    classes, labels = classes_of_values(values)
-    names = _class_names(schema, label_column[0]) if label_column else []
-    if len(names) < len(classes) or not all(value is None or isinstance(value, int) for value in values):
-        return classes, labels
-    return names, labels
-
-
-def _class_names(schema: Any, column: str) -> list[str]:
-    try:
-        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError):
-        return []
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+    labels = rows[columns.label].to_pylist() if columns.label else [None] * len(rows)
+    if columns.path is None:
+        return [None] * len(rows), labels
+    return [inner(row, columns.path) for row in rows.to_pylist()], labels
 
 
 class _GroupReader:
@@ -182,8 +136,8 @@ class _GroupReader:
     def _read_batches(self) -> Iterator[list[bytes | None]]:
         table = _open(self._path)
         try:
-            for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[self._group], columns=[f"{self._column}.bytes"]):
-                yield [row["bytes"] if row else None for row in batch.column(0).to_pylist()]
+            for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[self._group], columns=[self._column]):
+                yield [inner(row, self._column) for row in batch.to_pylist()]
         except (OSError, ValueError) as error:
             raise InputError(f"{self._path}: row group {self._group} cannot be read ({_first_line(error)})") from error
         raise InputError(f"{self._path}: has lost rows; the source must stay as it is during a run")

@@ -12,8 +12,8 @@ where masked(c) = rotate_right(c, 15) + 0xa282ead8 (mod 2^32).
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -26,7 +26,7 @@ from data_prep.arrays import image_of_array
 from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
-from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, needed_module
+from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, needed_module
 from data_prep.sources.label_files import labels_of_progan
 from data_prep.sources.protobuf import WireError, bytes_and_integers
 
@@ -58,24 +58,27 @@ class TfrecordsSource:
     notice: str | None
     kind: ClassVar[str] = "tfrecords"
     natural_mode: ClassVar[Mode] = "RGB"
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, paths: Sequence[Path], size: int) -> Self:
-        """Take the files of resolution `size`, or else of the highest there is, and find their records.
+    def open(cls, paths: Sequence[Path], wanted: Wanted) -> Self:
+        """Take the files of resolution `wanted.size`, or else of the highest there is, and find their records.
 
         Raises InputError where a file is cut or damaged, or google-crc32c is missing.
         """
-        files, notice = _one_resolution([path.resolve() for path in paths], size)
+        files, notice = _one_resolution([path.absolute() for path in paths], wanted.size)
+        left_out = {"files of other resolutions": len(paths) - len(files)} if len(files) < len(paths) else {}
         records = [record for number, path in enumerate(files) for record in _frames(path, number)]
         first = {record.file: position for position, record in reversed(list(enumerate(records)))}
         names = [f"{files[record.file].name}:{i - first[record.file]}" for i, record in enumerate(records)]
         rows: list[list[object]] = [[name, record.offset, record.length] for name, record in zip(names, records)]
         classes, labels = list[str](), [UNLABELLED] * len(records)
-        found = labels_of_progan(files[0], len(records)) if len(files) == 1 else None
+        labelled = len(files) == 1 and wanted.labels == "auto"
+        found = labels_of_progan(files[0], len(records)) if labelled else None
         if found is not None:
             classes, labels = found
             rows.append([classes, labels])
-        return cls(files, records, names, labels, classes, fingerprint_of(rows), notice)
+        return cls(files, records, names, labels, classes, fingerprint_of(rows), notice, left_out)
 
     def label(self, i: int) -> int:  # noqa: D102 - see Source
         return self.labels[i]

@@ -3,16 +3,18 @@
 import lzma
 import stat
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Self
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
-from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, is_hidden, is_safe, labels_from_folders
-from data_prep.sources.label_files import JSON_NAME, MAX_JSON_BYTES, is_labels_json, labels_of_json
+from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, is_safe
+from data_prep.sources.label_files import MAX_BYTES
+from data_prep.sources.selection import select
 
 ENCRYPTED_FLAG = 0x1
 UNIX_MODE_SHIFT = 16
@@ -28,33 +30,31 @@ class ZipSource:
     labels: list[int]
     classes: list[str]
     fingerprint: str
+    notice: str | None
+    left_out: Mapping[str, int]
     kind: ClassVar[str] = "zip"
     natural_mode: ClassVar[Mode] = "RGB"
-    notice: ClassVar[None] = None
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read the archive's directory. Raises InputError where it has none that can be read."""
-        path = path.resolve()
+    def open(cls, path: Path, wanted: Wanted) -> Self:
+        """Read the archive's directory. Raises InputError where it has none that can be read, or as `select` does."""
+        path = path.absolute()
         entries = _archive(path).infolist()
-        listed = sorted(
-            (entry.filename, position)
-            for position, entry in enumerate(entries)
-            if not entry.is_dir() and not is_hidden(entry.filename)
+        listed = sorted((_name(entry), at) for at, entry in enumerate(entries) if not _name(entry).endswith("/"))
+        chosen = select(
+            [name if is_safe(name) else "" for name, _ in listed],
+            wanted,
+            str(path),
+            lambda position: _label_file(path, entries[listed[position][1]]),
         )
-        data = _labels_json(path)
-        if data is not None:
-            listed = [(name, position) for name, position in listed if name != JSON_NAME]
-        names = [name for name, _ in listed]
-        positions = [position for _, position in listed]
-        if data is not None:
-            classes, labels = labels_of_json(data, names, f"{path}: {JSON_NAME}")
-        else:
-            classes, labels = labels_from_folders([name if is_safe(name) else "" for name in names])
-        chosen = [entry for entry in entries if entry.filename == JSON_NAME] if data is not None else []
-        chosen += [entries[position] for position in positions]
-        fingerprint = fingerprint_of([entry.filename, entry.file_size, entry.CRC] for entry in chosen)
-        return cls(path, names, positions, labels, classes, fingerprint)
+        labelling = chosen.labelling
+        taken = [] if labelling.file is None else [labelling.file[0]]
+        rows = [entries[listed[position][1]] for position in (*taken, *chosen.positions)]
+        names = [listed[position][0] for position in chosen.positions]
+        positions = [listed[position][1] for position in chosen.positions]
+        fingerprint = fingerprint_of([_name(entry), entry.file_size, entry.CRC] for entry in rows)
+        notice = "\n".join(chosen.notices) or None
+        return cls(path, names, positions, labelling.labels, labelling.classes, fingerprint, notice, chosen.left_out)
 
     def label(self, i: int) -> int:  # noqa: D102 - see Source
         return self.labels[i]
@@ -83,20 +83,23 @@ class ZipSource:
             names=self.names[start:stop],
             positions=self.positions[start:stop],
             labels=self.labels[start:stop],
+            notice=None,
         )
 
 
-def _labels_json(path: Path) -> bytes | None:
-    """The archive's `dataset.json` where that is a list of labels."""
-    archive = _archive(path)
-    found = [entry for entry in archive.infolist() if entry.filename == JSON_NAME]
-    if len(found) != 1 or found[0].file_size > MAX_JSON_BYTES or found[0].flag_bits & ENCRYPTED_FLAG:
+def _name(entry: ZipInfo) -> str:
+    """The entry's name with `/` between its parts, as Windows does not write it; a name that climbs out stays."""
+    return entry.filename.replace("\\", "/") if is_safe(entry.filename) else entry.filename
+
+
+def _label_file(path: Path, entry: ZipInfo) -> bytes | None:
+    """The content of a file of labels; None where it cannot be one. Raises InputError where it is damaged."""
+    if entry.file_size > MAX_BYTES or entry.flag_bits & ENCRYPTED_FLAG:
         return None
     try:
-        data = archive.read(found[0])
+        return _archive(path).read(entry)
     except (BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OSError) as error:
-        raise InputError(f"{path}: {JSON_NAME} cannot be read ({error}); fetch the file again") from error
-    return data if is_labels_json(data) else None
+        raise InputError(f"{path}: {entry.filename} cannot be read ({error}); --labels none does without") from error
 
 
 @lru_cache(maxsize=1)

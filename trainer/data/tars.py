@@ -139,15 +139,17 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.NDArray[np.void]]:
     """Walk all shards. Returns the number of samples of each, and the index, (N,) TAR_DTYPE.
 
-    Says, in one line, which images are left out: it is the only one of all processes and starts that meets them.
+    Says, in one line each, which images and labels are left out: it is the only one of all processes and starts that
+    meets them.
     """
-    parts, left_out = [], []
+    parts, left_out, without_number = [], [], []
     for shard in tqdm(shards, desc="indexing tars", unit="tar", disable=None, leave=False):
         descriptor = files.open(shard)
         try:
-            rows, others = _samples(descriptor, walk(descriptor))
+            rows, others, words = _samples(descriptor, walk(descriptor))
             parts.append(rows)
             left_out += [f"{shard.url}: {name}" for name in others]
+            without_number += [f"{shard.url}: {name}" for name in words]
         except TarError as error:
             raise DataError(f"{shard.url}: {error}; restore it or leave it out") from error
         except (ValueError, OverflowError) as error:
@@ -161,18 +163,24 @@ def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.N
             "(data_prep reads more)",
             file=sys.stderr,
         )
+    if without_number:
+        count = f"{len(without_number)} labels are" if len(without_number) > 1 else "a label is"
+        tqdm.write(
+            f"{without_number[0]}: {count} no class numbers and left out (data_prep reads words)", file=sys.stderr
+        )
     return [len(part) for part in parts], np.concatenate([np.empty(0, TAR_DTYPE), *parts])
 
 
-def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np.void], list[str]]:
+def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
     """Webdataset's rule: a sample is what shares a name up to its first dot, and its image is the one called .jpg etc.
 
     Beyond that rule, images that would have been lost are samples of their own: `a.1.jpg` and `a.2.jpg` where there
-    is no `a.jpg`, and images without an extension. Returns the index's rows, and the names of the images that are left
-    out for all that: of other formats, links, sparse files.
+    is no `a.jpg`, and images without an extension. Returns the index's rows, the names of the images that are left out
+    for all that (of other formats, links, sparse files), and those of the `.cls` that hold no number.
     """
     samples: dict[str, dict[str, Member]] = {}
     left_out: list[str] = []
+    without_number: list[str] = []
     for member in members:
         folder, _, base = member.name.rpartition("/")
         key, _, extension = base.partition(".")
@@ -188,13 +196,16 @@ def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np
     rows = []
     for fields in samples.values():
         label = _label(descriptor, fields["cls"]) if "cls" in fields else UNLABELLED
+        if label is None:
+            without_number.append(fields["cls"].name)
+            label = UNLABELLED
         images = _images(descriptor, fields)
         if not images:
             left_out += [member.name for extension, member in fields.items() if _is_image(extension)]
         for image in images:
             name = int.from_bytes(hashlib.sha256(image.name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
             rows.append((image.offset, image.length, label, name))
-    return np.array(rows, dtype=TAR_DTYPE), left_out
+    return np.array(rows, dtype=TAR_DTYPE), left_out, without_number
 
 
 def _is_image(extension: str) -> bool:
@@ -215,9 +226,11 @@ def _images(descriptor: int, fields: dict[str, Member]) -> list[Member]:
     return [bare] if os.pread(descriptor, 8, bare.offset).startswith(_IMAGE_MAGIC) else []
 
 
-def _label(descriptor: int, member: Member) -> int:
+def _label(descriptor: int, member: Member) -> int | None:
+    """The number in a `.cls`; None where it holds none, or one that is no class."""
     text = os.pread(descriptor, min(member.length, 32), member.offset)
     try:
-        return int(text)
-    except ValueError as error:
-        raise ValueError(f"{member.name} holds {text!r}, not the number of a class") from error
+        label = int(text)
+    except ValueError:
+        return None
+    return label if abs(label) <= np.iinfo(np.int32).max else None

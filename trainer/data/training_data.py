@@ -25,10 +25,12 @@ from trainer.data.patterns import expand
 from trainer.data.shards import ShardedDataset
 from trainer.data.split import is_held_out
 from trainer.data.tars import TarDataset
+from trainer.data.unprepared import check_prepared
 from trainer.data.windowed import WindowedOrder
 from trainer.errors import ConfigError, DataError
 
 DATA_FINGERPRINT = "data (manifest)"  # its name in a run's identity
+_WILDCARDS = set("*?[")
 _UNFINISHED = ".staging"  # data_prep's, in a folder that has no manifest yet
 
 
@@ -161,6 +163,8 @@ class _Opener:
         tars = sorted(folder.glob("*.tar"))
         if tars and not ours:
             return self._tars(path, [_local_shard(tar) for tar in tars])
+        if not ours:
+            check_prepared(folder, image_size=self.model.image_size, channels=self.model.channels)
         return ShardedDataset(folder, files=self.cache)
 
     def _open_remote(self, url: str) -> IndexedDataset:
@@ -208,7 +212,8 @@ def _local_shard(path: Path) -> Shard:
     try:
         found = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        hint = "; for several tars give their folder, or {000..123} for numbers" if _WILDCARDS & set(str(path)) else ""
+        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}{hint}") from error
     return _shard(str(path), found.st_size, str(found.st_mtime_ns))
 
 

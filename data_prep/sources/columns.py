@@ -1,0 +1,132 @@
+"""Which columns of a parquet file hold the images and their labels."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.sources.base import LABEL_COLUMNS, Wanted, classes_of_values, needed_module
+
+IMAGE_COLUMN = "image"
+BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Where in a row the encoded image, the name it had and its label are; a dot leads into a struct.
+
+    `chosen` says that it is not the first column of images; `notice` is a line for a person.
+    """
+
+    bytes: str
+    path: str | None
+    label: str | None
+    chosen: bool
+    notice: str | None
+
+
+def find_columns(path: Path, schema: Any, wanted: Wanted) -> Columns:
+    """The columns of a file with this Arrow schema.
+
+    Raises InputError, which names the file `path`, where there is no column of images, not the one that is wanted, or
+    several of which none is called `image`.
+    """
+    structs = list(_structs(schema, ""))
+    binaries = [] if structs else list(_binaries(schema))
+    images = [name for name, _ in structs] or binaries
+    name = _image_column(path, schema, images, wanted.image_column)
+    label, notice = _label_column(schema) if wanted.labels == "auto" else (None, None)
+    notices = [notice] if notice else []
+    if len(images) > 1:
+        notices.append(f"reads column {name} of {', '.join(images)}; see --image-column")
+    return Columns(
+        bytes=name if binaries else f"{name}.bytes",
+        path=f"{name}.path" if dict(structs).get(name) else None,
+        label=label,
+        chosen=name != images[0],
+        notice="\n".join(notices) or None,
+    )
+
+
+def inner(row: Any, column: str) -> Any:
+    """What stands in a row, a dictionary, under a column's name with dots; None where something on the way is null."""
+    if column in row:  # a column's own name may have dots
+        return row[column]
+    for part in column.split("."):
+        row = row.get(part) if row else None
+    return row
+
+
+def classes_of_column(schema: Any, column: str | None, values: Sequence[Any]) -> tuple[list[str], list[int]]:
+    """The class names and the label of each row: by Hugging Face's own metadata where numbers have names there."""
+    classes, labels = classes_of_values(values)
+    names = _class_names(schema, column) if column else []
+    if len(names) < len(classes) or not all(value is None or type(value) is int for value in values):
+        return classes, labels
+    return names, labels
+
+
+def _structs(fields: Any, prefix: str) -> Iterator[tuple[str, bool]]:
+    """(name, whether it has a path) of each struct that holds an image's bytes, at any depth."""
+    types = needed_module("pyarrow").types
+    for field in fields:
+        if not types.is_struct(field.type):
+            continue
+        parts = {part.name: part.type for part in field.type}
+        if "bytes" in parts and _is_binary(parts["bytes"]):
+            yield prefix + field.name, "path" in parts and _is_text(parts["path"])
+        else:
+            yield from _structs(field.type, f"{prefix}{field.name}.")
+
+
+def _binaries(schema: Any) -> Iterator[str]:
+    """Columns of plain bytes that are called as images are, as img2dataset writes them."""
+    for field in schema:
+        if field.name.lower() in BINARY_NAMES and _is_binary(field.type):
+            yield field.name
+
+
+def _image_column(path: Path, schema: Any, images: Sequence[str], wanted: str | None) -> str:
+    if wanted is not None and wanted not in images:
+        known = f"it has {', '.join(images)}" if images else f"its columns are {', '.join(schema.names)}"
+        raise InputError(f"{path}: has no column of images {wanted}; {known}")
+    if not images:
+        raise InputError(f"{path}: has no column of {{bytes, path}}; its columns are {', '.join(schema.names)}")
+    if wanted is None and len(images) > 1 and IMAGE_COLUMN not in images:
+        raise InputError(f"{path}: has {len(images)} columns of images; say --image-column {' or '.join(images)}")
+    if wanted is not None:
+        return wanted
+    return images[0] if len(images) == 1 else IMAGE_COLUMN
+
+
+def _label_column(schema: Any) -> tuple[str | None, str | None]:
+    """The column of labels, and a line where there is one of a kind that is not read."""
+    types = needed_module("pyarrow").types
+    found = [schema.field(name) for name in LABEL_COLUMNS if name in schema.names]
+    for field in found:
+        kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+        if types.is_integer(kind) or types.is_boolean(kind) or _is_text(kind):
+            return field.name, None
+    if not found:
+        return None, None
+    return None, f"column {found[0].name} is of {found[0].type}, which are no labels: the images have none"
+
+
+def _is_binary(kind: Any) -> bool:
+    types = needed_module("pyarrow").types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    types = needed_module("pyarrow").types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _class_names(schema: Any, column: str) -> list[str]:
+    try:
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []

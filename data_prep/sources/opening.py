@@ -1,0 +1,158 @@
+"""What lies in a folder: a published data set, archives of one kind, or images."""
+
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from data_prep.errors import InputError
+from data_prep.format import INDEX_NAME, MANIFEST_NAME
+from data_prep.sources import cifar, lmdb, parquet, tfrecords
+from data_prep.sources.base import Wanted
+from data_prep.sources.cifar import CifarSource
+from data_prep.sources.folder import FolderSource
+from data_prep.sources.lmdb import LmdbSource
+from data_prep.sources.parquet import ParquetSource
+from data_prep.sources.rules import SIDECAR, has_image_suffix
+from data_prep.sources.splits import chosen_of, split_of_file
+from data_prep.sources.tar import TarSource
+from data_prep.sources.tfrecords import TfrecordsSource
+from data_prep.sources.walk import Listing, list_files
+from data_prep.sources.zip import ZipSource
+
+FURTHER = "archives in further folders"
+
+ArchiveSource = ParquetSource | TarSource | TfrecordsSource | ZipSource
+FolderContent = LmdbSource | CifarSource | FolderSource | ArchiveSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of archive: what its files end with, how its content is told, and whether it may hold splits inside."""
+
+    name: str
+    ending: str
+    is_one: Callable[[Path], bool]
+    has_splits: bool
+
+
+KINDS = [
+    Kind(name="tfrecords", ending="", is_one=lambda path: tfrecords.is_tfrecords(path), has_splits=False),
+    Kind(name="parquet", ending=".parquet", is_one=parquet.is_parquet, has_splits=False),
+    Kind(name="tar", ending=".tar", is_one=lambda _: True, has_splits=True),
+    Kind(name="zip", ending=".zip", is_one=zipfile.is_zipfile, has_splits=True),
+]
+
+
+def open_folder(folder: Path, wanted: Wanted) -> FolderContent:
+    """Open what lies in `folder`.
+
+    Raises InputError where that is of several kinds, of which all but one would be left out, or cannot be read.
+    """
+    if (folder / lmdb.DATA_NAME).is_file():
+        return LmdbSource.open(folder)
+    if cifar.find_batches(folder):
+        return CifarSource.open(folder, wanted.split)
+    if (folder / MANIFEST_NAME).is_file() and (folder / INDEX_NAME).is_file():
+        raise InputError(f"{folder}: is prepared already; data.path = {str(folder)!r} trains on it")
+    folder = _revision(folder)
+    listing = list_files(folder)
+    shards = _without_shard_metadata(listing)
+    found = [(kind, archives) for kind in KINDS if (archives := _of_kind(kind, listing))]
+    image = next((name for name in listing.names if has_image_suffix(name)), None)
+    if found and (len(found) > 1 or image is not None):
+        other = image or found[1][1][0]
+        raise InputError(f"{folder}: holds {found[0][1][0]} and {other}; give a folder of one kind")
+    if found:
+        kind, archives = found[0]
+        nearest = _nearest(archives)
+        listing.left_out[FURTHER] += len(archives) - len(nearest)
+        listing.left_out.update(_sidecars(listing, archives))
+        return open_archives(kind, folder, nearest, wanted, listing)
+    if databases := sorted(folder.glob(f"*/{lmdb.DATA_NAME}")):
+        raise InputError(f"{folder}: holds {len(databases)} LMDBs; give one of them, such as {databases[0].parent}")
+    return FolderSource.open(listing, wanted, shards=shards)
+
+
+def open_archives(kind: Kind, folder: Path, names: Sequence[str], wanted: Wanted, listing: Listing) -> ArchiveSource:
+    """Open the archives of the split that is wanted, told by their names relative to `folder`.
+
+    What was left out of `listing` counts as left out of the source. Raises InputError where there is no such split, or
+    the archives cannot be read.
+    """
+    splits = [split_of_file(name) for name in names]
+    chosen = list(range(len(names)))
+    if any(splits) or not kind.has_splits:
+        found = chosen_of(splits, wanted.split, str(folder))
+        if found is None and kind.name == "parquet" and wanted.split in splits:
+            found = [position for position, split in enumerate(splits) if split == wanted.split]
+        if found is not None:
+            chosen, wanted = found, replace(wanted, split="all")
+    left_out = Counter(f"files of split {splits[i]}" for i in set(range(len(names))) - set(chosen))
+    taken = [names[i] for i in chosen]
+    source = _opened(kind, [folder / name for name in taken], taken, wanted)
+    notices = [f"reads {len(taken)} of {len(names)} files: split {splits[chosen[0]]}"] if left_out else []
+    notices = [*listing.notices, *notices, *([source.notice] if source.notice else [])]
+    total = Counter(source.left_out) + listing.left_out + left_out
+    return replace(source, notice="\n".join(notices) or None, left_out=total)
+
+
+def _opened(kind: Kind, paths: list[Path], titles: Sequence[str], wanted: Wanted) -> ArchiveSource:
+    if kind.name == "tfrecords":
+        return TfrecordsSource.open(paths, wanted)
+    if kind.name == "parquet":
+        return ParquetSource.open(paths, wanted)
+    if kind.name == "tar":
+        return TarSource.open(paths, wanted, titles=titles)
+    if len(paths) > 1:
+        raise InputError(f"{paths[0].parent}: holds {len(paths)} zips; give one of them, such as {paths[0]}")
+    return ZipSource.open(paths[0], wanted)
+
+
+def _revision(folder: Path) -> Path:
+    """The files of a data set in Hugging Face's cache: of the branch main, or of the only revision that is there."""
+    revisions = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
+    if not revisions or not (folder / "blobs").is_dir():
+        return folder
+    main = folder / "refs" / "main"
+    named = folder / "snapshots" / main.read_text().strip() if main.is_file() else revisions[0]
+    if len(revisions) > 1 and named not in (revisions if main.is_file() else []):
+        raise InputError(f"{folder}: holds {len(revisions)} snapshots; give one of them, such as {revisions[0]}")
+    return named if named in revisions else revisions[0]
+
+
+def _without_shard_metadata(listing: Listing) -> frozenset[str]:
+    """Leave out img2dataset's parquet, which tells of the tar or the folder of its name.
+
+    Returns those folders' names.
+    """
+    tables = [name for name in listing.names if name.endswith(".parquet")]
+    if not tables:
+        return frozenset()
+    tars = {name.removesuffix(".tar") for name in listing.names if name.endswith(".tar")}
+    folders = {str(PurePosixPath(name).parent) for name in listing.names}
+    shards = {name.removesuffix(".parquet") for name in tables}
+    about = tables if shards & tars else [name for name in tables if name.removesuffix(".parquet") in folders]
+    if about:
+        listing.names = sorted(set(listing.names) - set(about))
+        listing.left_out[SIDECAR] += len(about)
+    return frozenset(PurePosixPath(shard).name for shard in shards & folders)
+
+
+def _of_kind(kind: Kind, listing: Listing) -> list[str]:
+    root = listing.root
+    return [n for n in listing.names if n.endswith(kind.ending) and (root / n).is_file() and kind.is_one(root / n)]
+
+
+def _nearest(archives: list[str]) -> list[str]:
+    """Those at the top, else in `data/`, where Hugging Face's repositories keep them, else all."""
+    for folder in (".", "data"):
+        if found := [name for name in archives if str(PurePosixPath(name).parent) == folder]:
+            return found
+    return archives
+
+
+def _sidecars(listing: Listing, archives: Sequence[str]) -> Counter[str]:
+    """What lies beside archives is no image, and is left out whatever it is."""
+    return Counter({SIDECAR: len(listing.names) - len(archives)})

@@ -1,0 +1,159 @@
+"""From the names of all files of a folder or an archive to its images, their split and their labels."""
+
+import hashlib
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from data_prep.format import UNLABELLED
+from data_prep.sources.base import Wanted, classes_of_values, labels_from_folders
+from data_prep.sources.label_files import JSON_NAME, METADATA_NAMES, UnreadableError, listed_labels, values_of
+from data_prep.sources.rules import MASK, has_image_suffix, masks_among, parts_of, rule_against
+from data_prep.sources.splits import Split, chosen_of, left_out_by_split, splits_of_images
+
+Read = Callable[[int], bytes | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """Class names, and the label of each image; `file` is the position and the sha256 of the file that they are from.
+
+    `notices` are lines for a person.
+    """
+
+    classes: list[str] = field(default_factory=list)
+    labels: list[int]
+    file: tuple[int, str] | None = None
+    notices: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The candidates, by their positions among all names, with their labels; and what was left out and why."""
+
+    positions: list[int]
+    labelling: Labelling
+    left_out: Counter[str]
+    notices: list[str]
+
+
+def select(
+    names: Sequence[str], wanted: Wanted, where: str, read: Read, *, shards: frozenset[str] = frozenset()
+) -> Selection:
+    """Choose among `names`, paths with `/` relative to the top, or "" for one that must not be taken for a path.
+
+    where: the source, for messages; read: gives the content of a file by its position, None where that is too large or
+    no plain file; shards: folders that are parts of a download and no classes. Raises InputError where the split that
+    is wanted is not there, or labels cannot be read.
+    """
+    masks = masks_among(names)
+    rules = [MASK if name in masks else rule_against(name) for name in names]
+    positions = [position for position, rule in enumerate(rules) if rule is None]
+    left_out = Counter(rule for rule in rules if rule)
+    pool = [names[position] for position in positions]
+    splits, depth = _splits(pool)
+    chosen = chosen_of(splits, wanted.split, where)
+    if chosen is not None:
+        positions = [positions[i] for i in chosen]
+        left_out.update(left_out_by_split(splits, wanted.split))
+    labelling = Labelling(labels=[UNLABELLED] * len(positions))
+    notices = _split_notices(splits, chosen)
+    if wanted.labels == "auto":
+        listed, faults = _listed(names, positions, where, read)
+        labelling = listed or _by_folders([names[position] for position in positions], pool, depth, shards)
+        notices += [*faults, *labelling.notices]
+    return Selection(positions=positions, labelling=labelling, left_out=left_out, notices=notices)
+
+
+def _splits(pool: Sequence[str]) -> tuple[list[Split | None], int]:
+    """The split of each name, judged by those of images; see `splits_of_images`. The depth is 0 for a single split."""
+    images = [name for name in pool if has_image_suffix(name)]
+    splits, depth = splits_of_images(images)
+    if len(images) < len(pool):
+        of_image = dict(zip(images, splits))
+        of_folder = {_start(name, depth): split for name, split in of_image.items()} if depth else {}
+        splits = [of_image.get(name) or of_folder.get(_start(name, depth)) for name in pool]
+    return splits, depth if len({split for split in splits if split}) > 1 else 0
+
+
+def _start(name: str, depth: int) -> tuple[str, ...]:
+    return parts_of(name)[:depth]
+
+
+def _split_notices(splits: Sequence[Split | None], chosen: list[int] | None) -> list[str]:
+    counts = Counter(split for split in splits if split)
+    told = ", ".join(f"{split} {count}" for split, count in sorted(counts.items()))
+    if chosen is not None:
+        return [f"reads {len(chosen)} images, for the names of folders or files tell splits: {told}; see --split"]
+    return [f"reads all splits: {told}"] if len(counts) > 1 else []
+
+
+def _listed(
+    names: Sequence[str], positions: Sequence[int], where: str, read: Read
+) -> tuple[Labelling | None, list[str]]:
+    """Labels from the label file that lies nearest to the images, in a folder that holds all of them.
+
+    The second is a line for each such file that is damaged.
+    """
+    chosen = [names[position] for position in positions]
+    faults: list[str] = []
+    for folder, position in _label_files(names, chosen):
+        data = read(position)
+        if data is None:
+            continue
+        place = f"{where}: {names[position]}"
+        try:
+            listed = listed_labels(PurePosixPath(names[position]).name, data, place)
+        except UnreadableError as error:
+            faults.append(str(error))
+            continue
+        if listed is None:
+            continue
+        below = [name[len(folder) :] for name in names if name.startswith(folder)]
+        values, notice = values_of(listed, below, [name[len(folder) :] for name in chosen], place)
+        classes, labels = classes_of_values(values)
+        file = (position, hashlib.sha256(data).hexdigest())
+        return Labelling(classes=classes, labels=labels, file=file, notices=[notice] if notice else []), faults
+    return None, faults
+
+
+def _label_files(names: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """(folder, position) of the files that may hold labels, the nearest first; `folder` ends with a slash or is empty.
+
+    An archive may hold several entries of one name; then nobody knows which is meant.
+    """
+    wanted = (JSON_NAME, *METADATA_NAMES)
+    found = [(name, position) for position, name in enumerate(names) if name.endswith(wanted)]
+    images = [name for name in chosen if has_image_suffix(name)] or chosen
+    if not found or not images:
+        return
+    often = Counter(name for name, _ in found)
+    folder = posixpath.commonpath([posixpath.dirname(min(images)), posixpath.dirname(max(images))])
+    while True:
+        prefix = f"{folder}/" if folder else ""
+        for name in wanted:
+            yield from ((prefix, at) for path, at in found if path == prefix + name and often[path] == 1)
+        if not folder:
+            return
+        folder = posixpath.dirname(folder)
+
+
+def _by_folders(chosen: Sequence[str], pool: Sequence[str], depth: int, shards: frozenset[str]) -> Labelling:
+    """Labels from folders, which are the same classes in each split."""
+    among: list[str] | None = None
+    if depth:
+        parts = [parts_of(name) for name in pool if has_image_suffix(name)]
+        flat = {each[:depth] for each in parts if len(each) <= depth + 1}  # ImageNet's val is one heap
+        among = [_without(each, depth) for each in parts if each[:depth] not in flat]
+        chosen = [_without(parts_of(name), depth) for name in chosen]
+    classes, labels = labels_from_folders(chosen, among)
+    if classes and shards.issuperset(classes):
+        return Labelling(labels=[UNLABELLED] * len(chosen))
+    return Labelling(classes=classes, labels=labels)
+
+
+def _without(parts: tuple[str, ...], depth: int) -> str:
+    """A path without the folder that tells its split."""
+    return "/".join(parts[: depth - 1] + parts[depth:])

@@ -1,0 +1,149 @@
+"""Which members of a tar go together: webdataset takes all with the same name up to its first dot for one sample."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data_prep.sources.base import classes_of_values
+from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR, has_image_suffix, rule_against
+from data_prep.sources.selection import Labelling
+from data_prep.tar_headers import Kind
+from data_prep.tars import content, entries
+
+MAX_LABEL_BYTES = 1024**2
+LONGEST_WORD = 200  # characters of a class name; what is longer is a caption
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in archive number `archive`: `length` bytes from `offset` on."""
+
+    name: str
+    archive: int
+    offset: int
+    length: int
+    kind: Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """What an archive holds: candidates for images, files that go with one by their names, and what was left out."""
+
+    candidates: list[Member]
+    fields: dict[str, Member]
+    left_out: Counter[str]
+
+
+def sorted_out(path: Path, archive: int) -> Archive:
+    """The members of archive number `archive`. Raises InputError where it is damaged or cut.
+
+    Every image is a candidate of its own, `a.1.jpg` and `a.2.jpg` two of them; but beside `a.jpg`, `a.seg.png` is a
+    picture that goes with it.
+    """
+    members = [Member(m.name, archive, m.offset, m.length, m.kind) for m in entries(path) if m.kind != "folder"]
+    visible = [member for member in members if rule_against(member.name) != BY_PRODUCT]
+    images = [member.name for member in visible if has_image_suffix(member.name)]
+    keys = {key_of(name) for name in images}
+    plain = {key_of(name) for name in images if _extension(name).count(".") == 0}
+    left_out = Counter({BY_PRODUCT: len(members) - len(visible)})
+    candidates: list[Member] = []
+    fields: dict[str, Member] = {}
+    for member in visible:
+        if _is_field(member.name) and key_of(member.name) in keys:
+            fields[member.name] = member
+            left_out[SIDECAR] += 1
+        elif _is_picture_beside(member.name) and key_of(member.name) in plain:
+            left_out[MASK] += 1
+        else:
+            candidates.append(member)
+    return Archive(candidates=candidates, fields=fields, left_out=+left_out)
+
+
+def key_of(name: str) -> str:
+    """Webdataset's key of a name: up to the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def labels_beside(images: Sequence[Member], archives: Sequence[Archive], paths: Sequence[Path]) -> Labelling:
+    """Each image's `.cls`, or `label` in its `.json`: `a.1.cls` goes before `a.cls` for `a.1.jpg`.
+
+    An image whose file holds no label has none, and neither has one with a word among numbers; a line tells of both.
+    """
+    values: list[int | str | None] = []
+    wrong: list[str] = []
+    for image in images:
+        file = _label_file(image, archives[image.archive].fields)
+        value = None
+        if file is not None:
+            try:
+                value = _label(paths[image.archive], file)
+            except (ValueError, RecursionError):
+                wrong.append(f"{paths[image.archive].name}: {file.name}")
+        values.append(value)
+    notices = [_without_label(wrong, "hold no label")] if wrong else []
+    words = [value for value in values if isinstance(value, str)]
+    if words and any(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
+        notices.append(_without_label(words, "hold a word where others hold a class number"))
+    classes, labels = classes_of_values(values)
+    return Labelling(classes=classes, labels=labels, notices=notices)
+
+
+def crowded(names: Iterable[str]) -> list[str]:
+    """A line where keys hold several images, because webdataset itself would make fewer samples of these files."""
+    counts = Counter(key_of(name) for name in names)
+    keys = [key for key, images in counts.items() if images > 1]
+    if not keys:
+        return []
+    return [
+        f"{len(keys)} webdataset keys hold several images ({keys[0]!r} holds {counts[keys[0]]}); "
+        "each image becomes a sample of its own"
+    ]
+
+
+def _without_label(found: Sequence[str], fault: str) -> str:
+    return f"{len(found)} label files {fault}, such as {found[0]!r}; their images have none"
+
+
+def _extension(name: str) -> str:
+    """All behind the first dot of a name's last part, as webdataset sees it."""
+    return name.rpartition("/")[2].partition(".")[2]
+
+
+def _is_field(name: str) -> bool:
+    """Whether a name has an extension, but no image's."""
+    return "." in name.rpartition("/")[2] and not has_image_suffix(name)
+
+
+def _is_picture_beside(name: str) -> bool:
+    """Whether an image's extension has a word before the last dot, as in `.seg.png`, and not just a number."""
+    before = _extension(name).split(".")[:-1]
+    return has_image_suffix(name) and any(not part.isdecimal() for part in before)
+
+
+def _label_file(image: Member, fields: dict[str, Member]) -> Member | None:
+    if not has_image_suffix(image.name):
+        return None
+    stems = dict.fromkeys([str(PurePosixPath(image.name).with_suffix("")), key_of(image.name)])
+    names = [stem + suffix for stem in stems for suffix in (".cls", ".json")]
+    found = next((fields[name] for name in names if name in fields), None)
+    return found if found and found.kind == "file" and found.length <= MAX_LABEL_BYTES else None
+
+
+def _label(path: Path, member: Member) -> int | str | None:
+    """Raises ValueError where the file holds something else than a label, RecursionError for a `.json` too deep."""
+    text = content(path, member.offset, member.length).decode("utf-8-sig").strip()
+    if member.name.endswith(".cls"):
+        try:
+            return int(text)
+        except ValueError:
+            if not text or "\n" in text or len(text) > LONGEST_WORD:
+                raise
+            return text
+    value = json.loads(text)
+    label: object = value.get("label") if isinstance(value, dict) else None
+    if label is None or isinstance(label, int | str):
+        return label
+    raise ValueError(f"{label!r} is no label")
