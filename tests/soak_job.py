@@ -148,7 +148,7 @@ class Job:
         """How many were trained on until now."""
         return self.notes.read_bytes().count(b"\n") if self.notes.exists() else 0
 
-    def wait_until(self, happened: Callable[[], bool], *, seconds: float = 240) -> bool:
+    def wait_until(self, happened: Callable[[], bool], *, seconds: float = 600) -> bool:
         """Returns False where the launcher ends before it happens. Raises BrokenPromiseError where neither does."""
         deadline = time.monotonic() + seconds
         while not happened():
@@ -213,6 +213,8 @@ def _launch(processes: int, port: int, arguments: tuple[str, ...], notes: Notes,
 def _be_rank(rank: int, processes: int, port: int, arguments: tuple[str, ...], notes: Notes, log: str) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in names.items()})  # also where there is one rank
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # threads of a tiny network only wait for each other
     run_rank(rank, processes, port, "train", arguments, notes, log)  # type: ignore[arg-type]  # stands for a fault
 
 
