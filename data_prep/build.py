@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.contact_sheet import contact_sheet
 from data_prep.convert import codec_versions
@@ -30,6 +29,7 @@ from data_prep.format import (
     sha256_of,
 )
 from data_prep.output import begin_or_resume, check_ours, check_same_run, claimed, discard_staging, whole_file
+from data_prep.progress import WorkProgress
 from data_prep.recipe import Recipe
 from data_prep.sources import Source
 from data_prep.workers import write_shards
@@ -157,7 +157,7 @@ def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: b
 def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int) -> None:
     """Write the shards that have no result yet, and show how it goes where a person is looking."""
     done = total - sum(len(plan.source.names) for plan in missing)
-    with tqdm(total=total, initial=done, unit="img", disable=None) as progress:  # None: only on a terminal
+    with WorkProgress(total=total, done=done, what="writing", unit="img") as progress:
         for sources in write_shards(missing, recipe, out, staging, workers):
             progress.update(sources)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from data_prep.progress import WorkProgress
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData
@@ -101,6 +102,7 @@ class TrainingLoop:
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
         stream = self.telemetry.timed(stream)
+        first_step = self.step
         while self.step < self.last_step and not self.stopping:
             self.recordings.before_step(self.step + 1)
             enter("data", step=self.step + 1)
@@ -133,6 +135,10 @@ class TrainingLoop:
         with self.telemetry.pause("saving"):
             self.saves.end()
         finished = self.step >= self.last_step
+        every = self.config.log.samples_every
+        if finished and every.count and self.step > first_step and not self._is_due(every):
+            with self.telemetry.pause("sampling"):
+                self._draw_samples()
         self.telemetry.close("finished" if finished else "stopped")
         # Last, and no rank ends before: a launcher that sees one of them end may kill the others.
         marker = self.folder.done if finished else self.folder.stopped
@@ -227,16 +233,28 @@ class TrainingLoop:
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
         model = self.config.model
         network = build_trained(self.config, self.state.average(), self.accelerator.device)
-        drawn = sample(
-            build_reverse(network, self.train_step.diffusion, self.config),
-            ancestral,
-            shape=(model.channels, model.image_size, model.image_size),
-            device=self.accelerator.device,
-            batches=batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size],
-            seed=self.config.seed,
-            on_step=lambda _: enter("sample"),
-        )
-        parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
+        share = batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size]
+        with WorkProgress(
+            total=self.train_step.diffusion.timesteps * sum(map(len, share)),
+            what=f"step {self.step}: samples",
+            unit="step",
+            visible=self.accelerator.is_main_process,
+        ) as bar:
+
+            def on_step(images: int) -> None:
+                enter("sample")
+                bar.update(images)
+
+            drawn = sample(
+                build_reverse(network, self.train_step.diffusion, self.config),
+                ancestral,
+                shape=(model.channels, model.image_size, model.image_size),
+                device=self.accelerator.device,
+                batches=share,
+                seed=self.config.seed,
+                on_step=on_step,
+            )
+            parts = dict(part for rank_parts in gather([(n.start, x) for n, x in drawn]) for part in rank_parts)
         with self.telemetry.best_effort():
             if self.telemetry.metrics is not None:
                 picture = grid(np.concatenate([parts[first] for first in sorted(parts)]))

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
+from data_prep.progress import WorkProgress
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, initial_noise, interpolate
 from trainer.engine.processes import together
@@ -180,7 +180,7 @@ def _draw(
     if path.suffix != ".png":
         raise ConfigError(f"--out {path}: should end in .png; the numbers go into a .json beside it")
     share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=steps * len(share), desc=name, disable=None if accelerator.is_main_process else True)
+    bar = WorkProgress(total=steps * len(share), what=name, unit="step", visible=accelerator.is_main_process)
 
     def on_step() -> None:
         if trained.stop:
