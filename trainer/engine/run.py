@@ -97,7 +97,7 @@ class RunFolder:
             before = _flat(tomllib.loads(self.config.read_text()))
         except (OSError, tomllib.TOMLDecodeError):
             return []
-        now = _flat(tomllib.loads(config.to_toml()))
+        now = flat_fields(config)
         return [
             f"{name}: {before.get(name)} -> {now.get(name)}"
             for name in before | now
@@ -121,6 +121,11 @@ class RunFolder:
     def _append(self, journal: str, name: str, details: dict[str, Any]) -> None:
         with contextlib.suppress(OSError), (self.path / journal).open("a") as stream:
             stream.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
+
+
+def flat_fields(config: Config) -> dict[str, Any]:
+    """Every field that the configuration's file would have, as "train.global_batch" and so on."""
+    return _flat(tomllib.loads(config.to_toml()))
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

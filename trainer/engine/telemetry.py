@@ -13,7 +13,7 @@ from trainer.engine.build import build_network
 from trainer.engine.cost import training_flops
 from trainer.engine.ending import Ending
 from trainer.engine.processes import gather_numbers
-from trainer.engine.run import RunFolder
+from trainer.engine.run import RunFolder, flat_fields
 from trainer.engine.state import TrainState
 from trainer.engine.verdict import Verdict
 from trainer.engine.watchdog import enter
@@ -62,6 +62,8 @@ class Telemetry:
         self.peak = device_peak(self._device, config.train.precision)
         writes = state.strategy.accelerator.is_main_process
         self.metrics = Metrics(folder.logs, self.step, trackers) if writes else None
+        if self.metrics is not None:
+            self.metrics.configuration(config.to_toml(), flat_fields(config), judged_by=_judged_by(config))
         self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)
         self.heartbeat = Heartbeat(folder.path, writes=writes)  # what was before it is the start-up
         self.stopwatch = Stopwatch(self.beat)
@@ -217,3 +219,10 @@ class Telemetry:
             self._starts = read_starts(self.folder.path)
         now = {"time": time.time(), "step": self.step, "seconds": self.seconds}
         return add_up(self._starts, now)
+
+
+def _judged_by(config: Config) -> list[str]:
+    """The scalars that tell how good a run is."""
+    log = config.log
+    measured = ["validation/loss", "validation/ema_loss"] if log.validate_every.count else []
+    return ["train/loss", *measured, *(["validation/feature_distance"] if log.distance_every.count else [])]

@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from trainer.telemetry.trackers import Trackers
 
@@ -22,12 +25,23 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, trackers: Trackers | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._step = step
         self._path = folder / METRICS_NAME
         _drop_behind(self._path, step)
         self._lines = self._path.open("a")
         self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self._trackers = trackers
         self._last: tuple[int, int, dict[str, float]] | None = None  # step, where its line begins, values
+
+    def configuration(self, toml: str, fields: Mapping[str, Any], *, judged_by: Sequence[str]) -> None:
+        """Show TensorBoard the configuration as text, and `fields`, its values by name, as hyperparameters, beside
+        the scalars of this run that it is `judged_by`.
+        """
+        plain = (bool, int, float, str)
+        values = {name: value if isinstance(value, plain) else str(value) for name, value in fields.items()}
+        self._tensorboard.add_text("configuration", f"```toml\n{toml}\n```", self._step)
+        for summary in hparams(values, dict.fromkeys(judged_by, 0.0)):  # into this file: add_hparams makes another run
+            self._tensorboard._get_file_writer().add_summary(summary, self._step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record scalars of one step; a step that comes twice in a row has one line all the same."""
