@@ -161,7 +161,7 @@ class Soak:
                     process.kill()
         code, after, noted = job.exit_code(), whole_steps(folder), read_notes(job.notes)
         if fault is not None:
-            struck = code != 0 or not (folder / "DONE").exists()
+            struck = job.was_killed() if fault.action != "stop" else not (folder / "DONE").exists() and code == 0
         run.launches.append(
             {
                 "layout": f"{layout.strategy} on {layout.processes}" + (" by accelerate" if real else ""),

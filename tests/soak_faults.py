@@ -123,7 +123,10 @@ def _damage_side_file(run: Path, pick: random.Random) -> Damage | None:
         before = losses_of(run)
         what = pick.choice([_truncate, _remove, _empty, _add_rubbish])(path, pick)
         return Damage(what, frozenset(before.keys() - (losses_of(run) if path.exists() else {}).keys()))
-    return Damage(pick.choice([_flip, _truncate, _remove, _empty, _add_rubbish, _folder])(path, pick))
+    kinds = [_flip, _truncate, _remove, _empty, _add_rubbish]
+    if path.name != "lock":  # which says that another job trains there; a run without it is refused, and rightly
+        kinds.append(_folder)
+    return Damage(pick.choice(kinds)(path, pick))
 
 
 def _flip(path: Path, pick: random.Random) -> str:

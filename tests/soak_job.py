@@ -136,7 +136,13 @@ class Job:
         """The launcher's, once it is gone; None where it was killed."""
         if isinstance(self.launcher, psutil.Popen):
             return self.launcher.wait()
-        return int(self._code.read_text()) if self._code.exists() else None
+        return int(self._code.read_text().split()[0]) if self._code.exists() else None
+
+    def was_killed(self) -> bool:
+        """Whether a rank ended by SIGKILL, as the launcher saw it."""
+        if isinstance(self.launcher, psutil.Popen):
+            return "SIGKILL" in self.log.read_text()
+        return self._code.exists() and str(-signal.SIGKILL) in self._code.read_text().split()[1:]
 
     def runs(self) -> bool:
         """Whether the launcher still does."""
@@ -206,7 +212,7 @@ def _launch(processes: int, port: int, arguments: tuple[str, ...], notes: Notes,
                 rank.kill()
         time.sleep(0.01)
     code = 1 if any(rank.exitcode for rank in ranks) else 0
-    Path(log).with_name("exit").write_text(f"{code}\n")
+    Path(log).with_name("exit").write_text(" ".join(str(each) for each in [code, *(rank.exitcode for rank in ranks)]))
     sys.exit(code)
 
 
