@@ -39,7 +39,7 @@ TRAINING = overrides(
 )
 KILLS_A_RUN = 8
 MOST_LAUNCHES = 40  # of a run
-SHARE_OF_DAMAGE, SHARE_OF_FAULTS, SHARE_OF_ACCELERATE = 0.35, 0.35, 0.03
+SHARE_OF_DAMAGE, SHARE_OF_FAULTS, SHARE_OF_ACCELERATE = 0.6, 0.35, 0.03
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Soak:
         run.broken += false_claims(folder, since=job.began, exit_code=code, last_step=STEPS)
         if not struck and code != 0:
             run.broken.append(f"ended with {code} though nothing was done to it; see {job.log}")
-        if not run.broken and struck and folder.exists() and pick.random() < SHARE_OF_DAMAGE:
+        if not run.broken and strike and folder.exists() and pick.random() < SHARE_OF_DAMAGE:
             damage = damage_something(folder, pick)
             if damage is not None:
                 run.launches[-1]["damage"] = damage.what
