@@ -219,9 +219,14 @@ def _launch(processes: int, port: int, arguments: tuple[str, ...], notes: Notes,
 def _be_rank(rank: int, processes: int, port: int, arguments: tuple[str, ...], notes: Notes, log: str) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in names.items()})  # also where there is one rank
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # threads of a tiny network only wait for each other
+    _take_one_core(rank)
     run_rank(rank, processes, port, "train", arguments, notes, log)  # type: ignore[arg-type]  # stands for a fault
+
+
+def _take_one_core(rank: int) -> None:
+    """Threads of a tiny network only wait for each other; and by another number of them sums are rounded otherwise."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def _start_accelerate(processes: int, arguments: Sequence[str], notes: Notes, log: Path) -> psutil.Process:
@@ -243,6 +248,7 @@ def _start_accelerate(processes: int, arguments: Sequence[str], notes: Notes, lo
 if __name__ == "__main__":
     from trainer.train import main
 
+    _take_one_core(int(os.environ.get("LOCAL_RANK", "0")))
     asked = os.environ.get(FAULT)
     Notes(Path(os.environ[TRAINED]), Fault(**json.loads(asked)) if asked is not None else None).inject()
     sys.exit(main())
