@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.contact_sheet import contact_sheet
 from data_prep.convert import codec_versions
@@ -31,6 +30,7 @@ from data_prep.format import (
     sha256_of,
 )
 from data_prep.output import begin_or_resume, check_ours, check_same_run, claimed, discard_staging, whole_file
+from data_prep.progress import WorkProgress
 from data_prep.recipe import Recipe
 from data_prep.sources import Source
 from data_prep.workers import write_shards
@@ -100,17 +100,19 @@ def plan_shards(source: Source, shard_samples: int) -> list[ShardPlan]:
 def _missing(plans: list[ShardPlan], out: Path, staging: Path, workers: int) -> list[ShardPlan]:
     """The shards that are still to be written, or are to be written anew for having changed since: that is told."""
     begun = [plan for plan in plans if (staging / plan.result_name).exists()]
+    whole, changed = set(), []
     with (
         ThreadPoolExecutor(workers) as pool,  # hashing lets other threads run
-        tqdm(total=len(begun), desc="checking what is there", unit="shard", disable=None, leave=False) as progress,
+        WorkProgress(total=len(begun), what="checking what is there", unit="shard") as progress,
     ):
-        whole = set()
         for plan, good in zip(begun, pool.map(lambda plan: is_whole(plan, out, staging), begun)):
             progress.update()
             if good:
                 whole.add(plan.number)
             elif (out / plan.tar_name).exists():
-                tqdm.write(f"{out / plan.tar_name}: changed since it was written; it will be written anew")
+                changed.append(out / plan.tar_name)
+    for path in changed:
+        print(f"{path}: changed since it was written; it will be written anew")
     return [plan for plan in plans if plan.number not in whole]
 
 
@@ -175,7 +177,7 @@ def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: b
 def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int) -> None:
     """Write the shards that have no result yet, and show how it goes where a person is looking."""
     done = total - sum(len(plan.source.names) for plan in missing)
-    with tqdm(total=total, initial=done, unit="img", disable=None) as progress:  # None: only on a terminal
+    with WorkProgress(total=total, done=done, what="writing", unit="img") as progress:
         for sources in write_shards(missing, recipe, out, staging, workers):
             progress.update(sources)
 

@@ -20,11 +20,11 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from data_prep.dataset import Dataset, pixels_of
 from data_prep.format import STATS_NAME
 from data_prep.output import claimed, discard_staging, whole_file
+from data_prep.progress import WorkProgress
 
 VALUES = 256
 CHUNK = 64  # images to a task
@@ -103,7 +103,7 @@ def _sums(dataset: Dataset, workers: int) -> Sums:
     tasks = [range(first, min(first + CHUNK, manifest.samples)) for first in range(0, manifest.samples, CHUNK)]
     with (
         ThreadPoolExecutor(workers) as pool,  # decoding lets other threads run
-        tqdm(total=manifest.samples, unit="img", disable=None) as progress,
+        WorkProgress(total=manifest.samples, what="measuring", unit="img") as progress,
     ):
         # A few tasks at a time: each holds three arrays of the images' size.
         for batch in (tasks[start : start + workers] for start in range(0, len(tasks), workers)):

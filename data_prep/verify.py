@@ -8,11 +8,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from data_prep.dataset import Dataset, decode_member, member_bytes, opened
 from data_prep.errors import InputError
 from data_prep.format import INDEX_NAME, NAMES_NAME, REJECTS_NAME, UNLABELLED, FormatError, crc32, sha256_of
+from data_prep.progress import WorkProgress
 from data_prep.tars import entries
 
 Decode = Literal["none", "sample", "all"]
@@ -31,7 +31,7 @@ def verify(folder: Path, *, decode: Decode, workers: int) -> list[str]:
     shards = range(len(dataset.manifest.shards))
     with (
         ThreadPoolExecutor(workers) as pool,  # hashing and decoding let other threads run
-        tqdm(total=dataset.manifest.samples, unit="img", disable=None) as progress,
+        WorkProgress(total=dataset.manifest.samples, what="verifying", unit="img") as progress,
     ):
         for shard, found in zip(shards, pool.map(lambda shard: _faults_of_shard(dataset, shard, decode), shards)):
             faults += [f"{dataset.path_of(shard)}: {fault}" for fault in found]

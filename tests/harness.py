@@ -3,6 +3,7 @@
 import importlib
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import socket
@@ -105,20 +106,11 @@ def launch(
     None where a fault kills one of them, and the others are killed in their turn, as launchers do. Returns what all of
     them printed.
     """
-    os.environ["PYTHONPATH"] = str(REPOSITORY)  # the server inherits it
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            *("tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"),
-            *("trainer.engine.strategies.zero", "trainer.engine.strategies.fsdp"),
-            # What optimizers and DeepSpeed import when they are first used: seconds for every process.
-            *("torch._dynamo", "torch._inductor", "deepspeed.runtime.zero.muon.muon_optimizer"),
-        ]
-    )
+    context = server()
     port = free_port()
     with tempfile.NamedTemporaryFile("r+") as log:
         ranks = [
-            context.Process(target=_run_rank, args=(rank, processes, port, script, arguments, fault, log.name))
+            context.Process(target=run_rank, args=(rank, processes, port, script, arguments, fault, log.name))
             for rank in range(processes)
         ]
         for process in ranks:
@@ -144,9 +136,25 @@ def launch(
     return output
 
 
-def _run_rank(
+def server() -> multiprocessing.context.ForkServerContext:
+    """Forks processes from one that has imported everything that ranks need, which saves seconds for each."""
+    os.environ["PYTHONPATH"] = str(REPOSITORY)  # the server inherits it
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            *("tests.harness", "trainer.train", "trainer.sample", "trainer.evaluate", "trainer.convert"),
+            *("trainer.engine.strategies.zero", "trainer.engine.strategies.fsdp"),
+            # What optimizers and DeepSpeed import when they are first used: seconds for every process.
+            *("torch._dynamo", "torch._inductor", "deepspeed.runtime.zero.muon.muon_optimizer"),
+        ]
+    )
+    return context
+
+
+def run_rank(
     rank: int, processes: int, port: int, script: str, arguments: tuple[str, ...], fault: Fault | None, log: str
 ) -> None:
+    """Be one rank of `launch`, in a process of its own: never returns."""
     os.environ.update(environment(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if processes > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))

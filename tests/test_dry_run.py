@@ -1,6 +1,7 @@
 """--dry-run says what a configuration means, with the paper's numbers, and trains nothing."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 
 from tests.harness import REPOSITORY, checkpoint, launch, load_config, overrides
 from trainer.engine.dry_run import as_text, describe_run
+from trainer.engine.estimates import Hardware
+from trainer.errors import ConfigError
+from trainer.train import parse_arguments
 
 
 def plan_of(config: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
@@ -85,9 +89,94 @@ def test_damaged_shards_are_found(config_path: Path, tmp_path: Path) -> None:
     assert "shard-000002.tar: missing" in as_text(plan)
 
 
-def test_its_options_go_with_it_alone(config_path: Path) -> None:
-    output = launch(1, "--config", str(config_path), "--json", expect=2)
-    assert "--json and --world-size go with --dry-run" in output
+@pytest.mark.parametrize("option", [["--json"], ["--device", "h100"], ["--utilisation", "0.5"]])
+def test_its_options_go_with_it_alone(
+    config_path: Path, option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(config_path), *option])
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments()
+    assert ended.value.code == 2
+    assert "--json, --world-size, --device and --utilisation go with --dry-run" in capsys.readouterr().err
+
+
+def test_how_long_it_would_take_on_a_named_gpu(config_path: Path) -> None:
+    """FLOPs over processes x peak x utilisation; with the pictures that are drawn, which are 20 passes forward each."""
+    arguments = ["--world-size", "2", "--device", "h100", "--device", "v100", "--utilisation", "0.5"]
+    plan = plan_of(config_path, *arguments, *overrides(train__precision="bf16", log__samples_every="2 steps"))
+    drawing = 3 * 4 * 20 * plan["forward_flops_per_image"]
+    assert plan["flops"] == {
+        "training": plan["training_flops"],
+        "recomputing": 0,
+        "drawing": drawing,
+        "measuring": 0,
+    }
+    h100, v100 = plan["devices"]
+    assert h100["seconds"] == pytest.approx((plan["training_flops"] + drawing) / (989.5e12 * 0.5 * 2))
+    assert h100["device_hours"] == pytest.approx(2 * h100["seconds"] / 3600)
+    assert (v100["device"], v100["seconds"]) == ("V100", None)  # it does not multiply bfloat16
+    text = as_text(plan)
+    assert "bf16 at 50% of 989.5 TFLOP/s" in text
+    assert "estimate" in text
+    assert "2 x V100" in text
+
+
+def test_recomputing_and_measuring_take_time_too(config_path: Path) -> None:
+    recomputed = load_config(config_path, "train.activation_checkpointing=full", "train.strategy=zero3")
+    plan, _ = describe_run(recomputed, world_size=1)
+    assert plan["flops"]["recomputing"] == 48 * plan["forward_flops_per_image"]
+    log = ("log.validate_every=3 steps", "log.distance_every=6 steps", "data.holdout=0.2")
+    measured = load_config(config_path, "log.validate_images=5", "log.distance_samples=7", *log)
+    plan, _ = describe_run(measured, world_size=1)
+    assert plan["flops"]["measuring"] == (2 * 2 * 5 + 1 * 7 * 25) * plan["forward_flops_per_image"]
+
+
+def test_a_network_too_large_for_a_gpu_is_told(config_path: Path) -> None:
+    config = load_config(
+        config_path, "model.image_size=128", "model.attention_resolutions=[]", "train.global_batch=512"
+    )
+    plan, _ = describe_run(config, world_size=1, hardware=Hardware(devices=["T4", "H200"]))
+    text = as_text(plan)
+    assert [row["fits"] for row in plan["devices"]] == [False, True]
+    assert text.count("does not fit into its 16 GB") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "utilisation", "message"),
+    [
+        (["h1000"], 0.3, "--device h1000: is not known; known are B200, H200 NVL"),
+        (["h100"], 0.0, "--utilisation 0: should be above 0 and at most 1"),
+        (["h100"], float("nan"), "--utilisation nan: should be"),
+        (["h100"], 30.0, "--utilisation 30: should be"),
+    ],
+)
+def test_hardware_that_cannot_be_is_refused(device: list[str], utilisation: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Hardware(devices=device, utilisation=utilisation)
+
+
+def test_bytes_that_a_process_sends_in_a_step(config_path: Path) -> None:
+    """In float32 copies of the weights, on four processes that accumulate two micro-batches."""
+
+    def copies(strategy: str, world_size: int = 4, *settings: str) -> float:
+        config = load_config(config_path, f"train.strategy={strategy}", "train.micro_batch=1", *settings)
+        plan = describe_run(config, world_size=world_size)[0]
+        assert plan["accumulation"] == 8 // world_size
+        return float(plan["sent_bytes_per_step"] / (4 * plan["parameters"]))
+
+    sent = {strategy: copies(strategy) for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}
+    assert sent == pytest.approx({"ddp": 1.5, "zero1": 1.5, "zero2": 2.25, "zero3": 4.5, "fsdp2": 4.5})
+    # groups of two: weights twice and gradients once within, half of the gradients' sum across
+    assert copies("hsdp", 4, "train.hsdp_shard_size=2") == pytest.approx(2 * (1.5 + 0.5))
+    assert copies("ddp", 1) == 0
+
+
+def test_snapshots_of_averages_are_counted(config_path: Path) -> None:
+    config = load_config(config_path, "train.ema_sigma_rel=[0.05, 0.1]", "train.ema_snapshots=2 steps")
+    plan, _ = describe_run(config, world_size=1)
+    assert plan["snapshots_bytes"] == 3 * 2 * 4 * plan["parameters"]
+    assert plan["disk_bytes"] == 11 * plan["checkpoint_bytes"] + plan["snapshots_bytes"]
+    assert "of snapshots" in as_text(plan)
 
 
 def test_sharing_takes_less_of_each_device(config_path: Path) -> None:

@@ -24,7 +24,7 @@ from trainer.engine.strategies import DataParallel
 from trainer.engine.timesteps import UniformTimesteps
 from trainer.signals import StopRequest
 from trainer.telemetry import step_clock
-from trainer.telemetry.device import data_sheet, device_peak
+from trainer.telemetry.device import data_sheet, data_sheet_of, device_peak, peak_teraflops
 from trainer.telemetry.meters import STEP_SUMS, Meters, StepFigures, step_sums
 from trainer.telemetry.noise_scale import GradientNoise
 from trainer.telemetry.step_clock import StepClock, percentile
@@ -227,13 +227,24 @@ def test_percentiles_of_steps_leave_pauses_out(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_peak_is_the_data_sheets_or_measured() -> None:
-    assert data_sheet("NVIDIA H100 80GB HBM3", "16-bit") == 989.5
-    assert data_sheet("NVIDIA H100 PCIe", "16-bit") == 756.0
-    assert data_sheet("NVIDIA A100-SXM4-80GB", "tf32") == 156.0
-    assert data_sheet("NVIDIA L40S", "fp32") == 91.6
-    assert data_sheet("NVIDIA L4", "fp32") == 30.3
-    assert data_sheet("NVIDIA L40", "fp32") is None
-    assert data_sheet("NVIDIA B200", "fp32") is None
+    def known(name: str, arithmetic: str) -> float | None:
+        sheet = data_sheet(name)
+        return peak_teraflops(sheet, arithmetic) if sheet is not None else None
+
+    assert known("NVIDIA H100 80GB HBM3", "bf16") == 989.5
+    assert known("NVIDIA H100 PCIe", "fp16") == 756.0
+    assert known("NVIDIA A100-SXM4-80GB", "tf32") == 156.0
+    assert known("NVIDIA L40S", "fp32") == 91.6
+    assert known("NVIDIA L4", "fp32") == 30.3
+    assert known("NVIDIA L40", "fp32") is None
+    assert known("NVIDIA B200", "fp32") is None
+    assert known("Tesla V100-SXM2-16GB", "fp16") == 125.0
+    assert known("Tesla V100-PCIE-16GB", "fp16") == 112.0
+    assert known("Tesla V100-SXM2-16GB", "bf16") is None  # which it does not multiply
+    assert known("NVIDIA GeForce RTX 4090", "bf16") == 165.2
+    assert data_sheet_of("h100-pcie") == data_sheet("NVIDIA H100 PCIe")
+    assert data_sheet_of("rtx4090") == data_sheet_of("RTX 4090") == data_sheet("NVIDIA GeForce RTX 4090")
+    assert data_sheet_of("h1000") is None
     peak = device_peak(torch.device("cpu"), "fp32")
     assert 1e8 < peak.flops < 1e14
     assert peak.source == "a matrix product in fp32, timed at the start"

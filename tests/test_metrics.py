@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.harness import REPOSITORY, launch, overrides, write_config
 from trainer.telemetry.metrics import Metrics, read_metrics
@@ -49,6 +50,31 @@ def test_a_run_logs_what_the_readme_says(tmp_path: Path, dataset: Path) -> None:
     # steps 1 to 5 had lr x min(step / warmup, 1) with step = 0..4 and warmup = 2: the first one moves nothing
     assert [record["train/learning_rate"] for record in records] == [5e-4, 1e-3, 1e-3]
     assert tensorboard_steps(logs, "train/loss") == [2, 4, 5]
+
+
+def test_tensorboard_has_configuration_hyperparameters_validation_and_grids(tmp_path: Path, dataset: Path) -> None:
+    """The text of a restart comes beside the first; scalars stay those of one run."""
+    config = str(write_config(tmp_path, dataset))
+    shown = {"data__holdout": 0.3, "log__validate_every": "2 steps", "log__samples_every": "2 steps"}
+    for duration, rate in (("2 steps", 1e-3), ("4 steps", 2e-3)):
+        again = {"train__duration": duration, "optimizer__learning_rate": rate}
+        launch(1, "--config", config, *overrides(**shown, **again))
+    logs = tmp_path / "run" / "logs"
+    accumulator = EventAccumulator(str(logs), size_guidance={"images": 0, "tensors": 0})
+    accumulator.Reload()
+    texts = accumulator.Tensors("configuration/text_summary")
+    assert [text.step for text in texts] == [0, 2]
+    assert "learning_rate = 0.002" in texts[-1].tensor_proto.string_val[0].decode()
+    assert [image.step for image in accumulator.Images("samples")] == [2, 4]
+    assert [value.step for value in accumulator.Scalars("validation/ema_loss")] == [2, 4]
+    assert tensorboard_steps(logs, "train/loss") == [1, 2, 3, 4]
+    told = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = HParamsPluginData.FromString(told).session_start_info
+    assert started.hparams["optimizer.learning_rate"].number_value == 1e-3  # TensorBoard keeps the first
+    assert started.hparams["model.channel_multipliers"].string_value == "[1, 2]"
+    told = accumulator.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    judged = [info.name.tag for info in HParamsPluginData.FromString(told).experiment.metric_infos]
+    assert judged == ["train/loss", "validation/loss", "validation/ema_loss"]
 
 
 def documented_scalars(*groups: str) -> set[str]:

@@ -19,6 +19,7 @@ import torch
 
 from trainer.config import Config
 from trainer.engine.dry_run import as_json, as_text, describe_run
+from trainer.engine.estimates import DEVICES, UTILISATION, Hardware
 from trainer.engine.find_batch import find_batch, print_trials
 from trainer.engine.session import train
 from trainer.evaluation.arguments import at_least_one
@@ -57,12 +58,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--find-batch", action="store_true", help="try which train.micro_batch is fastest here, print it, and stop"
     )
+    parser.add_argument(
+        "--device",
+        action="append",
+        metavar="NAME",
+        help=f"with --dry-run: GPU to estimate the time on, for example h100; may be repeated (default: "
+        f"{', '.join(DEVICES)})",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        metavar="U",
+        help=f"with --dry-run: share of the GPU's peak to reckon with (default {UTILISATION})",
+    )
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
     arguments = parser.parse_args()
     if arguments.find_batch and arguments.dry_run:
         parser.error("--find-batch runs the network, --dry-run does not")
-    if not arguments.dry_run and (arguments.json or arguments.world_size is not None):
-        parser.error("--json and --world-size go with --dry-run")
+    planning = (arguments.world_size, arguments.device, arguments.utilisation)
+    if not arguments.dry_run and (arguments.json or any(option is not None for option in planning)):
+        parser.error("--json, --world-size, --device and --utilisation go with --dry-run")
     return arguments
 
 
@@ -84,7 +99,11 @@ def main() -> int:
         StepRange.parse(text) if text is not None else None for text in (arguments.profile, arguments.memory_snapshot)
     )
     if arguments.dry_run:
-        plan, fault = describe_run(config, world_size=arguments.world_size)
+        hardware = Hardware(
+            devices=arguments.device or DEVICES,
+            utilisation=arguments.utilisation if arguments.utilisation is not None else UTILISATION,
+        )
+        plan, fault = describe_run(config, world_size=arguments.world_size, hardware=hardware)
         if os.environ.get("RANK", "0") == "0":
             print(as_json(plan) if arguments.json else as_text(plan))
         if fault is not None:

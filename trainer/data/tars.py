@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from data_prep.format import UNLABELLED, sha256_of
+from data_prep.progress import WorkProgress
 from data_prep.tar_headers import Member, TarError, walk
 from trainer.data.dataset import Shard, ShardFiles
 from trainer.data.indexed import IndexedDataset
@@ -143,31 +143,31 @@ def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.N
     meets them.
     """
     parts, left_out, without_number = [], [], []
-    for shard in tqdm(shards, desc="indexing tars", unit="tar", disable=None, leave=False):
-        descriptor = files.open(shard)
-        try:
-            rows, others, words = _samples(descriptor, walk(descriptor))
-            parts.append(rows)
-            left_out += [f"{shard.url}: {name}" for name in others]
-            without_number += [f"{shard.url}: {name}" for name in words]
-        except TarError as error:
-            raise DataError(f"{shard.url}: {error}; restore it or leave it out") from error
-        except (ValueError, OverflowError) as error:
-            raise DataError(f"{shard.url}: {error}") from error
-        finally:
-            os.close(descriptor)
+    with WorkProgress(total=len(shards), what="indexing", unit="tar") as progress:
+        for shard in shards:
+            descriptor = files.open(shard)
+            try:
+                rows, others, words = _samples(descriptor, walk(descriptor))
+                parts.append(rows)
+                left_out += [f"{shard.url}: {name}" for name in others]
+                without_number += [f"{shard.url}: {name}" for name in words]
+            except TarError as error:
+                raise DataError(f"{shard.url}: {error}; restore it or leave it out") from error
+            except (ValueError, OverflowError) as error:
+                raise DataError(f"{shard.url}: {error}") from error
+            finally:
+                os.close(descriptor)
+            progress.update()
     if left_out:
         count = f"{len(left_out)} images are" if len(left_out) > 1 else "an image is"
-        tqdm.write(
+        print(
             f"{left_out[0]}: {count} left out; JPEG, PNG and WebP are read that are files of their own in the tar "
             "(data_prep reads more)",
             file=sys.stderr,
         )
     if without_number:
         count = f"{len(without_number)} labels are" if len(without_number) > 1 else "a label is"
-        tqdm.write(
-            f"{without_number[0]}: {count} no class numbers and left out (data_prep reads words)", file=sys.stderr
-        )
+        print(f"{without_number[0]}: {count} no class numbers and left out (data_prep reads words)", file=sys.stderr)
     return [len(part) for part in parts], np.concatenate([np.empty(0, TAR_DTYPE), *parts])
 
 

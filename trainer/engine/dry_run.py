@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,20 +12,32 @@ from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_network
 from trainer.engine.cost import Cost, measure
+from trainer.engine.estimates import (
+    Hardware,
+    flops_of_run,
+    on_devices,
+    sent_bytes,
+    shards_in_group,
+    snapshots_on_disk,
+)
 from trainer.engine.precision import cpu_lacks_bf16
 from trainer.engine.recomputation import recompute, stage_kinds
 from trainer.errors import TrainerError
 from trainer.models.unet import ActivationCheckpointing, UNet
-from trainer.units import as_size
+from trainer.units import as_size, in_words
 
 _RECOMPUTED = {"none": "nothing", "selective": "all but what takes time", "full": "all"}
 
 
-def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, Any], TrainerError | None]:
+def describe_run(
+    config: Config, *, world_size: int | None, hardware: Hardware | None = None
+) -> tuple[dict[str, Any], TrainerError | None]:
     """Everything that can be said without training, and what is wrong with the dataset, if anything.
 
-    `world_size` defaults to the launcher's. Raises ConfigError where the configuration cannot be run at all.
+    `world_size` defaults to the launcher's; `hardware` is what durations are estimated for. Raises ConfigError where
+    the configuration cannot be run at all.
     """
+    hardware = hardware or Hardware()
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
     data, fault = _open_data(config)
@@ -34,11 +47,15 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
     images = steps * layout.global_batch
     averages = 1 + len(config.train.ema_sigma_rel)
     checkpoint_bytes = (3 + averages) * 4 * cost.parameters  # weights, Adam's two moments, averages; float32
+    snapshots_bytes = snapshots_on_disk(config, cost.parameters)
+    memory = cost.peak_bytes + _state_bytes(config.train, cost.parameters, world_size)
+    flops = flops_of_run(config, cost, kinds)
     return {
         "parameters": cost.parameters,
         "forward_flops_per_image": cost.forward_flops_per_image,
         "training_flops_per_image": cost.training_flops_per_image,
         "training_flops": cost.training_flops_per_image * images,
+        "flops": flops,
         "global_batch": layout.global_batch,
         "world_size": layout.world_size,
         "accumulation": layout.accumulation,
@@ -48,10 +65,16 @@ def describe_run(config: Config, *, world_size: int | None) -> tuple[dict[str, A
         "epochs": images / data.order.samples if data is not None else None,
         "remarks": _remarks(config),
         "blocks": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "memory_per_device_bytes": cost.peak_bytes + _state_bytes(config.train, cost.parameters, world_size),
+        "memory_per_device_bytes": memory,
         "checkpoint_bytes": checkpoint_bytes,
         "checkpoints_on_disk": _checkpoints_on_disk(config),
-        "disk_bytes": checkpoint_bytes * _checkpoints_on_disk(config),
+        "snapshots_bytes": snapshots_bytes,
+        "disk_bytes": checkpoint_bytes * _checkpoints_on_disk(config) + snapshots_bytes,
+        "sent_bytes_per_step": sent_bytes(config.train, cost.parameters, layout),
+        "utilisation": hardware.utilisation,
+        "devices": on_devices(
+            sum(flops.values()), memory, hardware, precision=config.train.precision, world_size=world_size
+        ),
         "dataset": {
             "path": config.data.where,
             "samples": data.order.samples if data is not None else None,
@@ -66,11 +89,12 @@ def as_text(plan: dict[str, Any]) -> str:
     epochs = f" = {plan['epochs']:,.1f} epochs" if plan["epochs"] is not None else ""
     data = plan["dataset"]
     samples = f"{data['samples']:,} images in {data['shards']:,} shards" if data["fault"] is None else data["fault"]
+    snapshots = f" and {as_size(plan['snapshots_bytes'])} of snapshots" if plan["snapshots_bytes"] else ""
     rows = {
         "network": f"{plan['parameters']:,} parameters",
         "FLOPs per image": f"{plan['forward_flops_per_image'] / 1e9:,.1f} G forward, "
         f"{plan['training_flops_per_image'] / 1e9:,.1f} G forward and backward",
-        "FLOPs of the run": f"{plan['training_flops']:.3g}",
+        "FLOPs of the run": f"{plan['training_flops']:.3g}{_beside_training(plan['flops'])}",
         "global batch": f"{plan['global_batch']} = {plan['micro_batch']} images x {plan['accumulation']} accumulated "
         f"x {plan['world_size']} processes",
         "duration": f"{plan['steps']:,} steps = {plan['images']:,} images{epochs}",
@@ -78,12 +102,33 @@ def as_text(plan: dict[str, Any]) -> str:
         f"activations of {plan['micro_batch']} images)",
         "recomputed": ", ".join(f"{_RECOMPUTED[kind]} of {count} blocks" for kind, count in plan["blocks"].items()),
         "checkpoint": as_size(plan["checkpoint_bytes"]),
-        "disk": f"{as_size(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most",
+        "disk": f"{as_size(plan['disk_bytes'])} for {plan['checkpoints_on_disk']} checkpoints at most{snapshots}",
+        "exchange": f"{as_size(plan['sent_bytes_per_step'])} sent by each process in a step",
         "data": f"{data['path']}: {samples}",
     }
     width = max(map(len, rows))
-    lines = [*rows.items(), *(("remark", remark) for remark in plan["remarks"])]
+    lines = [*rows.items(), *_durations(plan), *(("remark", remark) for remark in plan["remarks"])]
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _beside_training(flops: dict[str, float]) -> str:
+    others = [f"{value:.3g} {name}" for name, value in flops.items() if name != "training" and value]
+    return f", and {', '.join(others)}" if others else ""
+
+
+def _durations(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """A line for each device: how long the run would take on as many as there are processes."""
+    for row in plan["devices"]:
+        if row["seconds"] is None:
+            text = f"its data sheet has no {row['precision']}"
+        else:
+            text = (
+                f"{in_words(row['seconds'])} = {row['device_hours']:,.1f} GPU hours (estimate: {row['precision']} at "
+            )
+            text += f"{plan['utilisation']:.0%} of {row['peak_teraflops']:g} TFLOP/s)"
+        if not row["fits"]:
+            text += f"; does not fit into its {row['memory_bytes'] / 1e9:.0f} GB"
+        yield f"{plan['world_size']} x {row['device']}", text
 
 
 def as_json(plan: dict[str, Any]) -> str:
@@ -125,7 +170,7 @@ def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:
 
     `docs/strategies.md` has the table.
     """
-    sharers = {"ddp": 1, "hsdp": train.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))}
+    sharers = {"ddp": 1, "hsdp": shards_in_group(train, world_size)}
     share = 1 / sharers.get(train.strategy, world_size)
     copies = 2 * share + (1 + len(train.ema_sigma_rel)) / world_size  # moments, averages
     if train.strategy in ("zero1", "zero2"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from data_prep.progress import WorkProgress
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData
@@ -108,6 +109,7 @@ class TrainingLoop:
         """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
         self._measure_what_is_due()
         stream = self.telemetry.timed(stream)
+        first_step = self.step
         while self.step < self.last_step and not self.stopping:
             self.recordings.before_step(self.step + 1)
             enter("data", step=self.step + 1)
@@ -138,6 +140,10 @@ class TrainingLoop:
         with self.telemetry.pause("saving"):
             self.saves.end()
         finished = self.step >= self.last_step
+        every = self.config.log.samples_every
+        if finished and not self.stopping and every.count and self.step > first_step and not self._is_due(every):
+            with self.telemetry.pause("sampling"):
+                self._draw_samples()
         self.telemetry.end("finished" if finished else "stopped")
         marker = self.folder.done if finished else self.folder.stopped
         together(f"{marker}: cannot be written", lambda: self.folder.mark(marker, self.step), only_rank=0)
@@ -255,17 +261,29 @@ class TrainingLoop:
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
         model = self.config.model
         network = build_trained(self.config, self.state.average(), self.accelerator.device)
-        drawn = sample(
-            build_reverse(network, self.train_step.diffusion, self.config),
-            ancestral,
-            shape=(model.channels, model.image_size, model.image_size),
-            device=self.accelerator.device,
-            batches=batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size],
-            seed=self.config.seed,
-            on_step=lambda _: enter("sample"),
-            stop=self.stop,
-        )
-        own = [(numbers.start, images) for numbers, images in drawn]
+        share = batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size]
+        with WorkProgress(
+            total=self.train_step.diffusion.timesteps * sum(map(len, share)),
+            what=f"step {self.step}: samples",
+            unit="step",
+            visible=self.accelerator.is_main_process,
+        ) as bar:
+
+            def on_step(images: int) -> None:
+                enter("sample")
+                bar.update(images)
+
+            drawn = sample(
+                build_reverse(network, self.train_step.diffusion, self.config),
+                ancestral,
+                shape=(model.channels, model.image_size, model.image_size),
+                device=self.accelerator.device,
+                batches=share,
+                seed=self.config.seed,
+                on_step=on_step,
+                stop=self.stop,
+            )
+            own = [(numbers.start, images) for numbers, images in drawn]
         shares = gather((bool(self.stop), own))
         if any(stopped for stopped, _ in shares):
             self.stopping = True

@@ -148,7 +148,7 @@ class RunFolder:
         except (OSError, ValueError, RecursionError) as fault:
             self.best_effort.say(f"{self.config}: cannot be read ({fault}), so nobody knows what has changed since")
             return []
-        now = _flat(tomllib.loads(config.to_toml()))
+        now = flat_fields(config)
         return [
             f"{name}: {before.get(name)} -> {now.get(name)}"
             for name in before | now
@@ -185,6 +185,11 @@ class RunFolder:
         file = self._journals.setdefault(journal, AppendedFile(self.path / journal))
         with self.best_effort.writing(file.path):
             file.append_json({"time": round(time.time(), 3), "event": name, **details})
+
+
+def flat_fields(config: Config) -> dict[str, Any]:
+    """Every field that the configuration's file would have, as "train.global_batch" and so on."""
+    return _flat(tomllib.loads(config.to_toml()))
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

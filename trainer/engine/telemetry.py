@@ -11,20 +11,22 @@ from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.engine.build import build_network
 from trainer.engine.cost import training_flops
+from trainer.engine.ending import Ending
 from trainer.engine.processes import gather_numbers
-from trainer.engine.run import RunFolder
+from trainer.engine.run import RunFolder, flat_fields
 from trainer.engine.state import TrainState
 from trainer.engine.verdict import Verdict
 from trainer.engine.watchdog import enter
 from trainer.errors import TrainerError
 from trainer.telemetry.device import device_memory, device_peak, host_memory
-from trainer.telemetry.goodput import add_up, read_starts
+from trainer.telemetry.goodput import Goodput, add_up, read_starts
 from trainer.telemetry.heartbeat import Heartbeat
 from trainer.telemetry.metrics import Metrics
 from trainer.telemetry.pace import Pace
 from trainer.telemetry.progress import Progress, Stopwatch
 from trainer.telemetry.step_clock import StepClock
 from trainer.telemetry.trackers import Trackers
+from trainer.units import in_words
 
 T = TypeVar("T")
 
@@ -62,6 +64,8 @@ class Telemetry:
         writes = state.strategy.accelerator.is_main_process
         self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)
         self.metrics = Metrics(folder.logs, self.step, trackers, say=self.progress.say) if writes else None
+        if self.metrics is not None:
+            self.metrics.configuration(config.to_toml(), flat_fields(config), judged_by=_judged_by(config))
         # What was before it is the start-up.
         self.heartbeat = Heartbeat(folder.path, writes=writes, best_effort=folder.best_effort)
         self.stopwatch = Stopwatch(self.beat)
@@ -126,12 +130,12 @@ class Telemetry:
             **self._compare_pace(),
         }
         if self.metrics is not None:
-            values |= self._goodput()
+            values |= self._goodput().scalars()
         self.scalars(values)
         loss = values.get("train/loss", float("nan"))
         summary = f"loss {loss:.4f}, {rate:.1f} images/s, MFU {values['device/mfu']:.1%}"
         self.progress.show(summary)
-        self.progress.log(f"step {self.step}/{self.last_step}: {summary}")
+        self.progress.log(f"step {self.step}/{self.last_step}: {summary}{self._left(rate)}")
 
     def scalars(self, values: Mapping[str, float]) -> None:
         """Record scalars of this step."""
@@ -148,10 +152,21 @@ class Telemetry:
         )
 
     def end(self, end: str) -> None:
-        """Tell how the training ended: "finished" or "stopped", and saved."""
-        self.folder.event(end, step=self.step, seconds=self.seconds)
+        """Tell how the training ended, "finished" or "stopped", and saved; and what there is of it."""
+        seconds = self.seconds
+        self.folder.event(end, step=self.step, seconds=seconds)
         self.beat(end)
         self.progress.close()
+        with self.best_effort():
+            if self.metrics is not None:
+                ending = Ending(
+                    run=self.folder.path,
+                    step=self.step,
+                    last_step=self.last_step,
+                    seconds=sum(seconds.values()),
+                    goodput=self._goodput(),
+                )
+                self.progress.say(ending.text())
 
     def close(self) -> None:
         """Bring everything to the disk and to the trackers, which may take their time."""
@@ -200,8 +215,25 @@ class Telemetry:
         self.pace.compare()
         return values
 
-    def _goodput(self) -> dict[str, float]:
+    def _left(self, rate: float) -> str:
+        """What is left at `rate` images/s of training, with as much time for everything else as it has taken so far."""
+        if self.step >= self.last_step:
+            return ""
+        seconds = (self.last_step - self.step) * self.layout.global_batch / rate
+        spent = self.seconds
+        others = sum(value for part, value in spent.items() if part not in ("training", "data", "startup"))
+        trained = spent.get("training", 0.0) + spent.get("data", 0.0)
+        return f", {in_words(seconds * (1 + others / max(trained, 1e-9)))} left"
+
+    def _goodput(self) -> Goodput:
         if not self._starts:  # read once: while this process trains, no other start is told of
             self._starts = read_starts(self.folder.path)
         now = {"time": time.time(), "step": self.step, "seconds": self.seconds}
-        return add_up(self._starts, now).scalars()
+        return add_up(self._starts, now)
+
+
+def _judged_by(config: Config) -> list[str]:
+    """The scalars that tell how good a run is."""
+    log = config.log
+    measured = ["validation/loss", "validation/ema_loss"] if log.validate_every.count else []
+    return ["train/loss", *measured, *(["validation/feature_distance"] if log.distance_every.count else [])]

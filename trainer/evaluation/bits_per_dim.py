@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from data_prep.progress import WorkProgress
 from trainer.diffusion.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
 from trainer.engine.processes import together
 from trainer.engine.sampling import batches_of
@@ -111,12 +111,11 @@ def evaluate_bound(request: BoundRequest) -> Path:
 def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> bool:
     """This rank's share, unless a stop is asked for; returns whether it was done to the end."""
     share = work.missing(batches)
-    with tqdm(
+    with WorkProgress(
         total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
-        desc="bits/dim",
+        what="bits/dim",
         unit="term",
-        unit_scale=True,
-        disable=None if trained.accelerator.is_main_process else True,
+        visible=trained.accelerator.is_main_process,
     ) as bar:
         for numbers in share:
 

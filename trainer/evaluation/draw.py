@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from data_prep.progress import WorkProgress
 from trainer.engine.processes import together
 from trainer.engine.sampling import batches_of, sample
 from trainer.errors import ConfigError
@@ -42,12 +41,11 @@ def draw(request: DrawRequest) -> Path:
     output = make_output(request.output, work)
     batches = batches_of(request.count, request.batch)
     share = output.missing(batches)
-    with tqdm(
+    with WorkProgress(
         total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
-        desc="sampling",
+        what="sampling",
         unit="step",
-        unit_scale=True,
-        disable=None if trained.accelerator.is_main_process else True,
+        visible=trained.accelerator.is_main_process,
     ) as bar:
         drawn = sample(
             trained.reverse,

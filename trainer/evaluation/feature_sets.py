@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from data_prep.progress import WorkProgress
 from trainer.engine.processes import each_its_own, sum_over_ranks, together
 from trainer.errors import DataError
 from trainer.evaluation.work import Work
@@ -116,7 +116,6 @@ class FeatureSet:
         return Gaussian(mean=mean, covariance=covariance).to(self.work.accelerator.device)
 
 
-def bar_of(work: Work, *, total: int, what: str, unit: str) -> tqdm:
-    """A progress bar of the first rank's share, on a terminal."""
-    visible = None if work.accelerator.is_main_process else True
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=visible)
+def bar_of(work: Work, *, total: int, what: str, unit: str) -> WorkProgress:
+    """How far the first rank's share is."""
+    return WorkProgress(total=total, what=what, unit=unit, visible=work.accelerator.is_main_process)

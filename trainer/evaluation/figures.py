@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
+from data_prep.progress import WorkProgress
 from trainer.diffusion.reverse import ReverseProcess
 from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, initial_noise, interpolate
 from trainer.engine.processes import together
@@ -210,7 +210,7 @@ def _draw(
     path = file.path
     together(f"{path}: cannot be read", file.check, kind=ConfigError, only_rank=0)
     share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=steps * len(share), desc=name, disable=None if accelerator.is_main_process else True)
+    bar = WorkProgress(total=steps * len(share), what=name, unit="step", visible=accelerator.is_main_process)
 
     def on_step() -> None:
         if trained.stop:

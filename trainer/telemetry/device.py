@@ -3,22 +3,39 @@
 import re
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
 
-# Dense TFLOP/s (half of what is printed "with sparsity") by NVIDIA's data sheets: 16-bit (bf16 and fp16, accumulated in
-# float32), TF32, FP32. The first whose words the device's name contains counts, so the special ones come first.
-_DATA_SHEETS: list[tuple[str, dict[str, float]]] = [
-    ("B200", {"16-bit": 2250.0, "tf32": 1125.0}),
-    ("H200 NVL", {"16-bit": 835.5, "tf32": 417.5, "fp32": 60.0}),
-    ("H200", {"16-bit": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    ("H100 PCIe", {"16-bit": 756.0, "tf32": 378.0, "fp32": 51.0}),
-    ("H100 NVL", {"16-bit": 835.5, "tf32": 417.5, "fp32": 60.0}),
-    ("H100", {"16-bit": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    ("A100", {"16-bit": 312.0, "tf32": 156.0, "fp32": 19.5}),
-    ("L40S", {"16-bit": 362.0, "tf32": 183.0, "fp32": 91.6}),
-    ("L4", {"16-bit": 121.0, "tf32": 60.0, "fp32": 30.3}),
+
+class DataSheet(NamedTuple):
+    """A GPU by NVIDIA's data sheet: its memory in GB, of the largest variant, and dense TFLOP/s (half of what is
+    printed "with sparsity") by arithmetic: "16-bit" is bf16 and fp16, "fp16" that alone, both accumulated in float32.
+    """
+
+    name: str
+    memory: int
+    teraflops: dict[str, float]
+
+
+# The first whose words a device's name contains counts, so the special ones come first.
+_DATA_SHEETS = [
+    DataSheet("B200", 180, {"16-bit": 2250.0, "tf32": 1125.0}),
+    DataSheet("H200 NVL", 141, {"16-bit": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    DataSheet("H200", 141, {"16-bit": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    DataSheet("H100 PCIe", 80, {"16-bit": 756.0, "tf32": 378.0, "fp32": 51.0}),
+    DataSheet("H100 NVL", 94, {"16-bit": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    DataSheet("H100", 80, {"16-bit": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    DataSheet("A100", 80, {"16-bit": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    DataSheet("L40S", 48, {"16-bit": 362.0, "tf32": 183.0, "fp32": 91.6}),
+    DataSheet("L4", 24, {"16-bit": 121.0, "tf32": 60.0, "fp32": 30.3}),
+    DataSheet("A10", 24, {"16-bit": 125.0, "tf32": 62.5, "fp32": 31.2}),
+    DataSheet("RTX 4090", 24, {"16-bit": 165.2, "tf32": 82.6, "fp32": 82.6}),
+    DataSheet("RTX 3090", 24, {"16-bit": 71.0, "tf32": 35.6, "fp32": 35.6}),
+    DataSheet("V100-PCIE", 32, {"fp16": 112.0, "fp32": 14.0}),
+    DataSheet("V100", 32, {"fp16": 125.0, "fp32": 15.7}),
+    DataSheet("T4", 16, {"fp16": 65.0, "fp32": 8.1}),
 ]
 
 
@@ -35,12 +52,11 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 
     precision: as `train.precision` has it. That of float32 is TF32's where cuDNN may use it for convolutions.
     """
-    arithmetic = "16-bit" if precision in ("bf16", "fp16") else "fp32"
-    if arithmetic == "fp32" and _convolves_in_tf32():
-        arithmetic = "tf32"
+    arithmetic = "tf32" if precision in ("fp32", "tf32") and _convolves_in_tf32() else precision
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if (teraflops := data_sheet(name, arithmetic)) is not None:
+        sheet = data_sheet(name)
+        if sheet is not None and (teraflops := peak_teraflops(sheet, arithmetic)) is not None:
             return Peak(flops=teraflops * 1e12, source=f"data sheet of {name}, {arithmetic}, dense")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return Peak(flops=matmul_flops(device, dtype), source=f"a matrix product in {precision}, timed at the start")
@@ -50,10 +66,29 @@ def _convolves_in_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # missing from torch's stubs
 
 
-def data_sheet(name: str, arithmetic: str) -> float | None:
-    """TFLOP/s of a device by its name and "16-bit", "tf32" or "fp32"; None where it is not in the table."""
-    figures = next((figures for known, figures in _DATA_SHEETS if re.search(rf"\b{known}\b", name)), {})
-    return figures.get(arithmetic)
+def data_sheet(name: str) -> DataSheet | None:
+    """Of a device by the name that CUDA has for it; None where it is not in the table."""
+    return next((sheet for sheet in _DATA_SHEETS if re.search(rf"\b{sheet.name}\b", name)), None)
+
+
+def data_sheet_of(short: str) -> DataSheet | None:
+    """Of a device as people write it, "h100" or "rtx-4090"; None where it is not in the table."""
+    return next((sheet for sheet in _DATA_SHEETS if _in_short(sheet.name) == _in_short(short)), None)
+
+
+def known_devices() -> list[str]:
+    """What `data_sheet_of` knows."""
+    return [sheet.name for sheet in _DATA_SHEETS]
+
+
+def _in_short(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def peak_teraflops(sheet: DataSheet, arithmetic: str) -> float | None:
+    """Dense TFLOP/s in "bf16", "fp16", "tf32" or "fp32"; None where the device lacks it or its sheet does not say."""
+    either = sheet.teraflops.get("16-bit") if arithmetic in ("bf16", "fp16") else None
+    return sheet.teraflops.get(arithmetic, either)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,10 +1,12 @@
 """Scalars and pictures of a run: TensorBoard, and the same scalars as one JSON object a line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch.utils.tensorboard.summary import hparams, text
 
 from trainer.telemetry.files import (
     AppendedFile,
@@ -37,6 +39,7 @@ class Metrics:
         self._best_effort = BestEffort(say)
         self._lines = AppendedFile(folder / METRICS_NAME)
         self._events = EventFile(folder, goes_on_at=step + 1)
+        self._step = step
         self._trackers = trackers
         self._last: tuple[int, dict[str, float]] | None = None
         self._drop_behind: int | None = step  # until it has been done
@@ -45,6 +48,17 @@ class Metrics:
             self._prepare()
         with self._best_effort.writing(self._folder / "events.out.tfevents"):
             self._events.flush()
+
+    def configuration(self, toml: str, fields: Mapping[str, Any], *, judged_by: Sequence[str]) -> None:
+        """Show TensorBoard the configuration as text, and `fields`, its values by name, as hyperparameters, beside
+        the scalars of this run that it is `judged_by`.
+        """
+        plain = (bool, int, float, str)
+        values = {name: value if isinstance(value, plain) else str(value) for name, value in fields.items()}
+        # Into this file: torch's add_hparams makes another run.
+        shown = hparams(values, dict.fromkeys(judged_by, 0.0))
+        with self._best_effort.writing(self._folder / "events.out.tfevents"):
+            self._events.add(self._step, text("configuration", f"```toml\n{toml}\n```"), *shown)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record scalars of one step; a step that comes twice in a row has one line all the same."""

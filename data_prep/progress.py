@@ -1,0 +1,81 @@
+"""How far work has come, for whoever watches: a bar on a terminal, in a log a line every half minute."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LINE_SECONDS = 30.0
+
+
+class WorkProgress:
+    """`total` pieces of work, of which `done` are there already; a context manager, which ends the bar or the lines.
+
+    `what`: the work, as in "sampling"; `unit`: what is counted, as in "img"; `visible` is False in all but one of
+    several processes that share the work. Work that takes less than `line_seconds` has no line.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        what: str,
+        unit: str,
+        done: int = 0,
+        visible: bool = True,
+        line_seconds: float = LINE_SECONDS,
+    ) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self._first = self._count = done
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=what,
+            unit=unit,
+            unit_scale=True,
+            dynamic_ncols=True,
+            leave=False,
+            disable=not (visible and on_terminal),
+        )
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._lines: threading.Thread | None = None
+        if visible and not on_terminal:  # a thread: one piece may take longer than a line is to wait for
+            self._lines = threading.Thread(target=self._tell, args=(line_seconds,), daemon=True)
+            self._lines.start()
+
+    def update(self, count: int = 1) -> None:
+        """Count finished work."""
+        self._count += count
+        self._bar.update(count)
+
+    def line(self) -> str:
+        """How far it is, how fast, and what is left: "sampling: 1,200 of 64,000 step (2%), 40.0 step/s, 26:10 left"."""
+        finished = self._count - self._first
+        rate = finished / max(time.monotonic() - self._began, 1e-9)
+        share = f" ({self._count / self.total:.0%})" if self.total else ""
+        left = f", {tqdm.format_interval((self.total - self._count) / rate)} left" if finished else ""
+        return f"{self.what}: {self._count:,} of {self.total:,} {self.unit}{share}, {rate:.1f} {self.unit}/s{left}"
+
+    def _tell(self, seconds: float) -> None:
+        while not self._ended.wait(seconds):
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the bar, or the lines."""
+        self._ended.set()
+        if self._lines is not None:
+            self._lines.join()
+        self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
