@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -144,8 +145,8 @@ def test_going_back_to_what_was_set_aside(run: Path, trained: Path, dataset: Pat
 
 
 def test_a_file_system_that_fails_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> str:
-        raise OSError(116, "Stale file handle", str(path))
+    def fail(_: BinaryIO) -> str:
+        raise OSError(116, "Stale file handle", "part.safetensors")
 
     monkeypatch.setattr("trainer.engine.sealed._sha256", fail)
     with pytest.raises(CheckpointError, match=r"step-00000006: cannot be verified: .*Stale file handle"):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -83,8 +84,8 @@ def test_nothing_is_deleted_where_nothing_can_be_read(
     kept, lines = retention(config_path, 0, "checkpoint.keep=2")
     save_and_retire(kept, run, 1, 2)
 
-    def fail(path: Path) -> str:
-        raise OSError(116, "Stale file handle", str(path))
+    def fail(_: BinaryIO) -> str:
+        raise OSError(116, "Stale file handle", "part.safetensors")
 
     store(run, 3)
     monkeypatch.setattr(sealed, "_sha256", fail)

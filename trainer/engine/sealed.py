@@ -46,7 +46,8 @@ class DamagedError(Exception):
 def record_file(path: Path) -> FileRecord:
     """Bring a written file to the disk and record it as it is there."""
     fsync(path)
-    return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=_sha256(path))
+    with path.open("rb") as stream:
+        return FileRecord(name=path.name, bytes=os.fstat(stream.fileno()).st_size, sha256=_sha256(stream))
 
 
 def seal(staging: Path, final: Path, files: Sequence[FileRecord], content: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ def verify_file(folder: Path, record: FileRecord) -> None:
         size = os.fstat(stream.fileno()).st_size
         if size != record.bytes:
             raise DamagedError(f"{record.name} has {size} bytes, the manifest says {record.bytes}")
-        if hashlib.file_digest(stream, "sha256").hexdigest() != record.sha256:
+        if _sha256(stream) != record.sha256:
             raise DamagedError(f"{record.name} differs from its sha256 in the manifest")
 
 
@@ -160,6 +161,5 @@ def _write(path: Path, content: bytes) -> None:
     fsync(path)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(stream: BufferedReader) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
