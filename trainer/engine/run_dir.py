@@ -11,8 +11,11 @@ from trainer.telemetry.files import read_bytes
 # What nobody else has: a start makes the first ones, submitting a job or reading tars the last ones.
 _OURS = ("events.jsonl", "heartbeat.json", "submissions", "indexes")
 _CHECKPOINTS = re.compile(r"step-\d{8,}|quarantine|superseded|scores\.json|\.staging-.*")
-# What the shell or the system has put there before the run begins.
-_HARMLESS = re.compile(r"\..*|lost\+found|nohup\.out|.*\.(?:log|out|err)|(?!config\.toml$).*\.toml|slurm|wandb")
+# What the shell, the system, the launcher or the watchdog may have put there before the run begins.
+_HARMLESS = re.compile(
+    r"\..*|lost\+found|nohup\.out|.*\.(?:log|out|err)|(?!config\.toml$).*\.toml"
+    r"|slurm|wandb|flight|hangs|profiles|nonfinite"
+)
 _MOST_NAMED = 3
 _MOST_BYTES = 200  # of a marker
 
