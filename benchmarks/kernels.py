@@ -35,6 +35,7 @@ from benchmarks import ours, peers
 from benchmarks.machine import add_setting, best_rate, copy_limit, default_device, describe, peak_limit
 from benchmarks.turns import Run
 from trainer.config import Config
+from trainer.diffusion.noise import KeyedNoise
 from trainer.engine import step as step_module
 from trainer.engine.averages import Averages
 from trainer.engine.optimizer import GuardedAdam
@@ -78,7 +79,8 @@ class Ranges:
     def watching(self) -> Iterator[None]:
         """Noise, optimizer, EMA and our group norm are ranges within."""
         places = [
-            (step_module, "noised_inputs", "noise"),
+            (step_module, "device_batch", "noise"),
+            (KeyedNoise, "normal", "noise"),
             (GuardedAdam, "step", "optimizer"),
             (torch.optim.AdamW, "step", "optimizer"),
             (Averages, "update", "EMA"),

@@ -20,7 +20,7 @@ from benchmarks.turns import Run
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.engine import session
-from trainer.engine.build import build_diffusion, build_state
+from trainer.engine.build import build_state
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.signals import StopRequest
@@ -38,7 +38,6 @@ def make_train_step(config: Config, *, ranks: int = 1) -> TrainStep:
         layout=BatchLayout.plan(config.train.global_batch, ranks, config.train.micro_batch),
         strategy=strategy,
         state=state,
-        diffusion=build_diffusion(config, strategy.device),
         stop=StopRequest(),
     )
     strategy.warm_up(step.rehearse)

@@ -30,7 +30,7 @@ from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.engine import step as step_module
 from trainer.engine.averages import Averages
-from trainer.engine.build import build_diffusion, build_state
+from trainer.engine.build import build_state
 from trainer.engine.gradient_squares import GradientSquare
 from trainer.engine.run import RunFolder
 from trainer.engine.step import TrainStep
@@ -62,7 +62,6 @@ def training(config: Config, folder: Path) -> Callable[[bool], None]:
         layout=layout,
         strategy=strategy,
         state=state,
-        diffusion=build_diffusion(config, strategy.device),
         stop=StopRequest(),
     )
     telemetry = Telemetry(

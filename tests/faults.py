@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from trainer.evaluation import outputs, work
 POINTS: dict[str, tuple[Any, str]] = {
     "read": (batches.ReadAndDecode, "into"),  # once a micro-batch, in the loader process
     "join": (processes.rendezvous, "join"),  # once a process
-    "noised_inputs": (step, "noised_inputs"),  # once a micro-batch
+    "device_batch": (step, "device_batch"),  # once a micro-batch
     "update": (step.TrainStep, "update"),  # once a step
     "make_empty": (checkpoints, "_make_empty"),  # once a save on rank 0
     "write_part": (saving, "_write_part"),  # once a save on every rank
@@ -45,7 +45,7 @@ class Fault:
 
     `kill` strikes before the point, `kill-after` behind it; `raise` is an error of the program; `hang` never returns,
     `hold` neither, and keeps the interpreter's lock; `freeze` stops every thread of the process; `full` is a disk
-    without space; `stop` is SIGTERM; `nan` spoils the images of a micro-batch (at noised_inputs), `corrupt` a bit of
+    without space; `stop` is SIGTERM; `nan` spoils the images of a micro-batch (at device_batch), `corrupt` a bit of
     the file that was written (at save_file), `drift` one of this rank's weights (at check_replicas).
     """
 
@@ -101,8 +101,7 @@ class Fault:
                 content = path.read_bytes()
                 path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             case "nan":
-                x0, position, eps = result
-                return torch.full_like(x0, float("nan")), position, eps
+                return replace(result, x=torch.full_like(result.x, float("nan")))
         return result
 
     def environment(self) -> dict[str, str]:

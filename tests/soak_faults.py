@@ -18,7 +18,7 @@ from tests.soak_job import Job
 
 SAVING = ["make_empty", "write_part", "save_file", "load_file", "seal", "check_replicas", "write", "rename"]
 ON_ALL_RANKS = {"write_part", "save_file", "load_file", "check_replicas"}  # the others come on rank 0 alone
-TRAINING = ["join", "noised_inputs", "update"]
+TRAINING = ["join", "device_batch", "update"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def draw_fault(pick: random.Random, processes: int) -> Fault:
     """A death, or a request to stop, at a certain point of the program: most of them within a save."""
     point = pick.choice(SAVING + TRAINING)
     rank = pick.randrange(processes) if point in ON_ALL_RANKS or point in TRAINING else 0
-    calls = {"join": 1, "noised_inputs": 12, "update": 12, "write": 6}.get(point, 3)
+    calls = {"join": 1, "device_batch": 12, "update": 12, "write": 6}.get(point, 3)
     action = pick.choice(["kill", "kill", "kill-after", "kill-after", "stop"])
     return Fault(action=action, point=point, call=pick.randint(1, calls), rank=rank)  # type: ignore[arg-type]
 

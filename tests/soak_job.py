@@ -64,11 +64,11 @@ class Notes:
 
     def inject(self) -> None:
         """Note every micro-batch as one line: [[position, sample, pixels, t, noise], ...]."""
-        inputs: Callable[..., Any] = step.noised_inputs
+        inputs: Callable[..., Any] = step.device_batch
         noise = GaussianDiffusion.q_sample
         known: dict[str, torch.Tensor] = {}
 
-        def noised_inputs(batch: dict[str, torch.Tensor], *args: Any) -> Any:
+        def device_batch(batch: dict[str, torch.Tensor], *args: Any) -> Any:
             known.update(batch)
             return inputs(batch, *args)
 
@@ -79,7 +79,7 @@ class Notes:
                 out.write(json.dumps(list(zip(*lists))) + "\n")
             return noise(diffusion, x0, t, eps)
 
-        step.noised_inputs = noised_inputs
+        step.device_batch = device_batch
         GaussianDiffusion.q_sample = q_sample  # type: ignore[method-assign]
         if self.fault is not None and self.fault.rank == self.rank:
             self.fault.inject()

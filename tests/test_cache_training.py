@@ -40,14 +40,14 @@ class WaitsForShards:
     rank: int = 0
 
     def inject(self) -> None:
-        original = step.noised_inputs
+        original = step.device_batch
 
         def waiting(*arguments: Any) -> Any:
-            step.noised_inputs = original
+            step.device_batch = original
             wait_until(lambda: sum(not path.suffix for path in (self.cache / "shards").iterdir()) >= self.shards, 20)
             return original(*arguments)
 
-        step.noised_inputs = waiting
+        step.device_batch = waiting
 
 
 def test_a_run_fetches_ahead_what_its_plan_will_need(server: FaultyServer, tmp_path: Path, config_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.faults import Fault
 from tests.harness import launch, overrides
 from trainer.engine import step
 
-KILL_RANK_1_IN_STEP_5 = Fault(action="kill", point="noised_inputs", call=5, rank=1)
+KILL_RANK_1_IN_STEP_5 = Fault(action="kill", point="device_batch", call=5, rank=1)
 
 
 class EveryRank:
@@ -36,7 +36,7 @@ class Recorded:
     rank: Any = field(default_factory=EveryRank)
 
     def inject(self) -> None:
-        original: Callable[..., Any] = step.noised_inputs
+        original: Callable[..., Any] = step.device_batch
 
         def recording(batch: dict[str, Any], *args: Any) -> Any:
             pairs = list(zip(batch["position"].tolist(), batch["id"].tolist()))
@@ -44,7 +44,7 @@ class Recorded:
                 out.write(json.dumps(pairs) + "\n")
             return original(batch, *args)
 
-        step.noised_inputs = recording
+        step.device_batch = recording
         if self.fault is not None and self.fault.rank == int(os.environ.get("RANK", "0")):
             self.fault.inject()
 

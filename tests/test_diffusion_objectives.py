@@ -1,10 +1,10 @@
-"""Objectives: losses and gradients against float64 autograd through the papers' equations."""
+"""GaussianObjectives: losses and gradients against float64 autograd through the papers' equations."""
 
 import pytest
 import torch
 
 from tests.diffusion_reference import images, linear, normal
-from trainer.diffusion.objectives import Objective
+from trainer.diffusion.objectives import GaussianObjective
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.reverse import output_channels
 from trainer.diffusion.schedules import make_betas
@@ -86,7 +86,7 @@ def test_losses_and_gradients_are_those_of_the_equations(
     diffusion: GaussianDiffusion, prediction: str, variance: str, loss: str
 ) -> None:
     data = batch(prediction, variance)
-    objective = Objective(diffusion, prediction=prediction, variance=variance, loss=loss)
+    objective = GaussianObjective(diffusion, prediction=prediction, variance=variance, loss=loss)
     output = data.pop("output")
     ours, theirs = output.clone().requires_grad_(), output.double().requires_grad_()
     losses = objective.losses(ours, **data)
@@ -110,7 +110,7 @@ def test_every_loss_tells_its_term_of_the_bound(
 ) -> None:
     """Where it is a squared error too: exact but for t = 0, where density times width stands for the bin's mass."""
     data = batch(prediction, variance)
-    objective = Objective(diffusion, prediction=prediction, variance=variance, loss=loss)
+    objective = GaussianObjective(diffusion, prediction=prediction, variance=variance, loss=loss)
     losses, terms = objective.losses_and_bound(**{**data, "output": data["output"].requires_grad_()})
     assert losses.requires_grad
     assert not terms.requires_grad
@@ -141,7 +141,9 @@ def test_the_decoders_term_from_a_squared_error(prediction: str, variance: str) 
     }[prediction]
     data = {"x0": x0, "x_t": x_t, "t": t, "eps": eps}
     by_loss = {
-        loss: Objective(diffusion, prediction=prediction, variance=variance, loss=loss).losses_and_bound(output, **data)
+        loss: GaussianObjective(diffusion, prediction=prediction, variance=variance, loss=loss).losses_and_bound(
+            output, **data
+        )
         for loss in ("mse", "bound")
     }
     torch.testing.assert_close(by_loss["mse"][1], by_loss["bound"][1], rtol=2e-3, atol=2e-3)
@@ -153,7 +155,9 @@ def test_hybrid_teaches_the_mean_by_the_squared_error_alone(diffusion: GaussianD
     gradients = {}
     for loss, variance, channels in (("hybrid", "learned-range", 6), ("mse", "small", 3)):
         leaf = output[:, :channels].clone().requires_grad_()
-        Objective(diffusion, prediction="eps", variance=variance, loss=loss).losses(leaf, **data).sum().backward()
+        GaussianObjective(diffusion, prediction="eps", variance=variance, loss=loss).losses(
+            leaf, **data
+        ).sum().backward()
         gradients[loss] = leaf.grad
     assert torch.equal(gradients["hybrid"][:, :3], gradients["mse"])
     assert gradients["hybrid"][:, 3:].abs().flatten(1).amax(dim=1).min() > 0
@@ -166,7 +170,7 @@ def test_the_terms_of_hybrid_grow_with_the_chain() -> None:
     data = {"x0": x0, "x_t": diffusion.q_sample(x0, t, eps), "t": t, "eps": eps}
     output = torch.cat((eps + 0.1, normal(3, 3, 3, 4, 4)), dim=1)
     loss = {
-        name: Objective(diffusion, prediction="eps", variance="learned-range", loss=name).losses(output, **data)
+        name: GaussianObjective(diffusion, prediction="eps", variance="learned-range", loss=name).losses(output, **data)
         for name in ("hybrid", "bound")
     }
     torch.testing.assert_close(loss["hybrid"], 0.01 + 0.05 * loss["bound"], rtol=1e-5, atol=1e-6)
@@ -176,7 +180,7 @@ def test_under_the_bound_x0_is_not_clipped(diffusion: GaussianDiffusion) -> None
     x0 = images(1, 1)
     t = torch.tensor([300])
     x_t = diffusion.q_sample(x0, t, torch.zeros_like(x0))
-    objective = Objective(diffusion, prediction="x0", variance="small", loss="bound")
+    objective = GaussianObjective(diffusion, prediction="x0", variance="small", loss="bound")
     for beyond in (1.5, 3.0):
         output = torch.full_like(x0, beyond).requires_grad_()
         objective.losses(output, x0=x0, x_t=x_t, t=t, eps=torch.zeros_like(x0)).sum().backward()
@@ -189,12 +193,12 @@ def test_losses_are_float32_under_autocast_and_need_no_word_from_the_device(
 ) -> None:
     data = batch(prediction, variance)
     output = data.pop("output").bfloat16()
-    objective = Objective(diffusion, prediction=prediction, variance=variance, loss=loss)
+    objective = GaussianObjective(diffusion, prediction=prediction, variance=variance, loss=loss)
     exact = objective.losses(output.float(), **data)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective.losses(output, **data), exact)
     # A tensor on "meta" has no values: any read of one by the host is an error.
-    meta = Objective(
+    meta = GaussianObjective(
         GaussianDiffusion(make_betas("linear", 1000)).to("meta"), prediction=prediction, variance=variance, loss=loss
     )
     losses = meta.losses(output.to("meta"), **{name: value.to("meta") for name, value in data.items()})
@@ -205,7 +209,7 @@ def test_gradients_stay_finite_far_from_the_truth(diffusion: GaussianDiffusion) 
     """A network that has learned nothing, or the wrong thing, with the decoder's tails and huge variances."""
     data = batch("eps", "learned")
     data.pop("output")
-    objective = Objective(diffusion, prediction="eps", variance="learned", loss="bound")
+    objective = GaussianObjective(diffusion, prediction="eps", variance="learned", loss="bound")
     for scale in (0.0, 1.0, 30.0):
         output = (scale * normal(5, len(T), 6, 4, 4)).requires_grad_()
         losses = objective.losses(output, **data)
@@ -230,4 +234,4 @@ def test_combinations_without_a_meaning_are_refused(
     diffusion: GaussianDiffusion, prediction: str, variance: str, loss: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Objective(diffusion, prediction=prediction, variance=variance, loss=loss)
+        GaussianObjective(diffusion, prediction=prediction, variance=variance, loss=loss)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from trainer.diffusion.noise import keyed_timesteps
-from trainer.diffusion.timesteps import ImportanceSampling, timestep_uniform
+from trainer.diffusion.noise import KeyedNoise
+from trainer.diffusion.timesteps import ImportanceSampling, UniformTimesteps, timestep_uniform
 
 
 class Sequential:
@@ -62,7 +62,7 @@ def test_it_is_uniform_until_the_last_timestep_is_full() -> None:
     t = torch.arange(4).repeat(10)
     sampling.record(t[:-1], 1 + t[:-1].float())
     assert sampling.probabilities().tolist() == [0.25] * 4
-    _, weight = sampling.draw(torch.tensor([0.1, 0.9]))
+    _, weight = sampling.quantiles(torch.tensor([0.1, 0.9]))
     assert weight.tolist() == [1, 1]
     sampling.record(t[-1:], torch.tensor([4.0]))
     expected = [0.999 * loss / 10 + 0.00025 for loss in (1, 2, 3, 4)]
@@ -74,12 +74,12 @@ def test_draws_invert_the_distribution_function() -> None:
     probabilities = sampling.probabilities().tolist()
     edges = [sum(probabilities[:t]) for t in range(51)]
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(edges)], dtype=torch.float64)
-    t, weight = sampling.draw(middles)
+    t, weight = sampling.quantiles(middles)
     assert t.tolist() == list(range(50))
     assert weight.dtype == torch.float32
     assert weight.tolist() == pytest.approx([1 / (50 * p) for p in probabilities], rel=1e-6)
-    assert sampling.draw(torch.tensor([0.0]))[0].item() == 0
-    assert sampling.draw(torch.tensor([1.0]))[0].item() == 49  # and not one beyond
+    assert sampling.quantiles(torch.tensor([0.0]))[0].item() == 0
+    assert sampling.quantiles(torch.tensor([1.0]))[0].item() == 49  # and not one beyond
 
 
 def test_the_weighted_mean_is_unbiased() -> None:
@@ -88,7 +88,7 @@ def test_the_weighted_mean_is_unbiased() -> None:
     probabilities = sampling.probabilities()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
     count = 400_000
-    t, weight = sampling.draw(timestep_uniform(3, torch.arange(count)))
+    t, weight = sampling.quantiles(timestep_uniform(KeyedNoise.training(3, torch.arange(count))))
     # by chi-squared, the draws have these probabilities
     expected = count * probabilities
     chi_squared = ((torch.bincount(t, minlength=40) - expected) ** 2 / expected).sum().item()
@@ -101,22 +101,22 @@ def test_the_weighted_mean_is_unbiased() -> None:
 
 def test_draws_are_keyed_by_position_with_all_bits() -> None:
     index = torch.arange(100_000)
-    uniform = timestep_uniform(9, index)
+    uniform = timestep_uniform(KeyedNoise.training(9, index))
     assert uniform.dtype == torch.float64
-    assert torch.equal(timestep_uniform(9, index[500:600]), uniform[500:600])
-    assert not torch.equal(timestep_uniform(8, index), uniform)
+    assert torch.equal(timestep_uniform(KeyedNoise.training(9, index[500:600])), uniform[500:600])
+    assert not torch.equal(timestep_uniform(KeyedNoise.training(8, index)), uniform)
     assert 0 <= uniform.min() < 1e-4
     assert 1 - 1e-4 < uniform.max() < 1
     # before there is a history, t is what the uniform draw would be
-    t, _ = ImportanceSampling(1000).draw(uniform)
-    assert torch.equal(t, keyed_timesteps(9, index, 1000))
+    t, _ = ImportanceSampling(1000).quantiles(uniform)
+    assert torch.equal(t, UniformTimesteps(1000).draw(KeyedNoise.training(9, index))[0])
     assert (uniform.float().double() != uniform).double().mean() > 0.8  # float32 would round most of them
 
 
 def test_it_needs_no_word_from_the_device() -> None:
     """A tensor on "meta" has no values: any read of one by the host is an error."""
     sampling = ImportanceSampling(30, device="meta")
-    t, weight = sampling.draw(timestep_uniform(0, torch.arange(8, device="meta")))
+    t, weight = sampling.quantiles(timestep_uniform(KeyedNoise.training(0, torch.arange(8, device="meta"))))
     sampling.record(t, torch.zeros(8, device="meta"))
     assert (t.dtype, weight.dtype) == (torch.int64, torch.float32)
     assert (sampling.history.dtype, sampling.history.shape) == (torch.float32, (30, 10))

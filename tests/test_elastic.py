@@ -35,7 +35,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path: Path, dataset
     launch(2, "--config", str(write_config(tmp_path, dataset, "whole")))
     config = write_config(tmp_path, dataset, "restarted")
     port = [str(free_port())] if launcher == "accelerate" else []
-    fault = Fault(action="kill", point="noised_inputs", call=4, rank=1)
+    fault = Fault(action="kill", point="device_batch", call=4, rank=1)
     at_once = overrides(checkpoint__background="false")
     done = subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[launcher], *port, "tests/faulty_train.py", "--config", str(config), *at_once],

@@ -31,8 +31,8 @@ def died(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """A run that was killed in its sixth step, went on from its last checkpoint, and was stopped a few steps later."""
     folder = tmp_path_factory.mktemp("died")
     arguments = ["--config", str(write_config(folder, dataset)), *overrides(train__duration="20 steps")]
-    launch(1, *arguments, fault=Fault(action="kill", point="noised_inputs", call=6, rank=0), expect=None)
-    launch(1, *arguments, fault=Fault(action="stop", point="noised_inputs", call=3, rank=0))
+    launch(1, *arguments, fault=Fault(action="kill", point="device_batch", call=6, rank=0), expect=None)
+    launch(1, *arguments, fault=Fault(action="stop", point="device_batch", call=3, rank=0))
     return folder / "run"
 
 

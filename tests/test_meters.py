@@ -14,14 +14,14 @@ from trainer.config import Config
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import BatchLayout, ReadAndDecode
 from trainer.data.training_data import open_training_data
+from trainer.diffusion.contract import Losses
 from trainer.engine.averages import constant
-from trainer.engine.build import build_diffusion, build_network, build_state
+from trainer.engine.build import build_network, build_objective, build_state
 from trainer.engine.checkpoints import read_verified
 from trainer.engine.cost import measure, training_flops
 from trainer.engine.state import TrainState
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import DataParallel
-from trainer.engine.timesteps import UniformTimesteps
 from trainer.signals import StopRequest
 from trainer.telemetry import step_clock
 from trainer.telemetry.device import data_sheet, data_sheet_of, device_peak, peak_teraflops
@@ -36,7 +36,7 @@ def random_images(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "t": torch.randint(0, TIMESTEPS, (count,), generator=generator),
-        "losses": torch.rand(count, generator=generator),
+        "loss": torch.rand(count, generator=generator),
         "bound": torch.rand(count, generator=generator),
         "weight": torch.rand(count, generator=generator),
     }
@@ -47,9 +47,9 @@ def test_a_steps_sums_are_those_of_its_images(weighted: bool) -> None:
     images = random_images(64)
     if not weighted:
         images["weight"] = None
-    whole = step_sums(**images, timesteps=TIMESTEPS)
+    whole = step_sums(Losses(**images), timesteps=TIMESTEPS)
     halves = [
-        step_sums(**{k: None if v is None else v[half] for k, v in images.items()}, timesteps=TIMESTEPS)
+        step_sums(Losses(**{k: None if v is None else v[half] for k, v in images.items()}), timesteps=TIMESTEPS)
         for half in (slice(0, 32), slice(32, 64))
     ]
     torch.testing.assert_close(halves[0] + halves[1], whole)
@@ -58,7 +58,7 @@ def test_a_steps_sums_are_those_of_its_images(weighted: bool) -> None:
     for quarter in range(4):
         those = [i for i, t in enumerate(images["t"].tolist()) if quarter <= 4 * t / TIMESTEPS < quarter + 1]
         assert 0 < len(those) < 32
-        assert figures.quartile_losses[quarter] == pytest.approx(sum(weight[i] * images["losses"][i] for i in those))
+        assert figures.quartile_losses[quarter] == pytest.approx(sum(weight[i] * images["loss"][i] for i in those))
         assert figures.quartile_images[quarter] == pytest.approx(sum(weight[i] for i in those))
     bound = sum(w * b for w, b in zip(weight, images["bound"].tolist(), strict=True))
     assert figures.bound_bits == pytest.approx(TIMESTEPS * bound / 64)
@@ -67,7 +67,7 @@ def test_a_steps_sums_are_those_of_its_images(weighted: bool) -> None:
 def test_a_steps_sums_need_no_word_from_the_device() -> None:
     """A tensor on "meta" has no values: any read of one by the host is an error."""
     images = {name: value.to("meta") for name, value in random_images(8).items()}
-    assert step_sums(**images, timesteps=TIMESTEPS).shape == (STEP_SUMS,)
+    assert step_sums(Losses(**images), timesteps=TIMESTEPS).shape == (STEP_SUMS,)
 
 
 def random_steps(count: int) -> Iterator[dict[str, object]]:
@@ -150,7 +150,6 @@ def first_step(config: Config, *, images: slice, micro_batch: int | None) -> Tra
         layout=BatchLayout.plan(len(positions), 1, micro_batch),
         strategy=strategy,
         state=build_state(config, strategy),
-        diffusion=build_diffusion(config, strategy.device),
         stop=StopRequest(),
     )
     size = step.layout.micro_batch
@@ -196,7 +195,7 @@ def test_the_distance_from_the_average(config_path: Path) -> None:
     config = load_config(config_path)
     strategy = DataParallel(config.train)
     build_state(config, strategy)
-    state = TrainState(strategy, {"ema": constant(0.9)}, UniformTimesteps(seed=0, timesteps=20))
+    state = TrainState(strategy, {"ema": constant(0.9)}, build_objective(config, strategy.device))
     assert state.averages.squared_distance()[0] == 0
     with torch.no_grad():
         for parameter in strategy.network.parameters():

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from trainer.diffusion.noise import (
+    KeyedNoise,
     Stream,
     keyed_bits,
     keyed_flips,
     keyed_int,
     keyed_normal,
-    keyed_timesteps,
     keyed_uniform,
     philox4x32_10,
 )
+from trainer.diffusion.timesteps import UniformTimesteps
 
 # kat_vectors of Random123, philox4x32 10: counter, key, result
 KNOWN_ANSWERS = [
@@ -38,6 +39,10 @@ NORMAL = [
     [-0.3805691, 1.1971158, -1.3397557, 0.4383338],
     [0.5290663, 1.5847318, 1.3497214, -0.6502137],
 ]
+
+
+def timesteps(seed: int, index: torch.Tensor) -> torch.Tensor:
+    return UniformTimesteps(1000).draw(KeyedNoise.training(seed, index))[0]
 
 
 def words(text: str) -> tuple[int, ...]:
@@ -66,7 +71,7 @@ def test_the_values_are_pinned_for_ever() -> None:
     index = torch.tensor([0, 1, 2**33 + 5])
     assert [int(stream) for stream in Stream] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert keyed_bits(42, Stream.EPS, index, 2, sub=9).tolist() == BITS
-    assert keyed_timesteps(42, torch.arange(8), 1000).tolist() == TIMESTEPS
+    assert timesteps(42, torch.arange(8)).tolist() == TIMESTEPS
     assert keyed_flips(42, torch.arange(8)).tolist() == FLIPS
     assert keyed_int(42, Stream.DROPOUT, 7) == INTEGER
     torch.testing.assert_close(keyed_uniform(42, Stream.EPS, index, 2), torch.tensor(UNIFORM), rtol=0, atol=0)
@@ -124,7 +129,7 @@ def test_any_slicing_of_the_batch_gives_the_same_rows_bit_for_bit() -> None:
         assert torch.equal(keyed_normal(3, Stream.EPS, index[start:stop], (70_003,)), whole[start:stop])
     scattered = torch.tensor([30, 2, 17])
     assert torch.equal(keyed_normal(3, Stream.EPS, index[scattered], (70_003,)), whole[scattered])
-    for function in (lambda i: keyed_timesteps(3, i, 1000), lambda i: keyed_flips(3, i)):
+    for function in (lambda i: timesteps(3, i), lambda i: keyed_flips(3, i)):
         assert torch.equal(function(index)[5:22], function(index[5:22]))
 
 
@@ -157,11 +162,11 @@ def test_uniform_and_normal_stay_finite_at_both_ends(monkeypatch: pytest.MonkeyP
         assert uniform.min() > 0
         assert uniform.max() < 1
         assert keyed_normal(0, Stream.EPS, torch.arange(2), (4,)).abs().max() < 6.8
-        assert 0 <= keyed_timesteps(0, torch.arange(2), 1000).max() < 1000
+        assert 0 <= timesteps(0, torch.arange(2)).max() < 1000
 
 
 def test_timesteps_are_uniform_over_all_of_the_chain() -> None:
-    t = keyed_timesteps(4, torch.arange(1_000_000), 1000)
+    t = timesteps(4, torch.arange(1_000_000))
     assert t.dtype == torch.int64
     counts = torch.bincount(t, minlength=1000).double()
     assert len(counts) == 1000
@@ -191,7 +196,7 @@ def test_it_compiles_into_one_graph_with_the_same_bits(backend: str) -> None:
     index = torch.arange(6)
 
     def draw(index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        exact = keyed_timesteps(3, index, 1000), keyed_flips(3, index), keyed_bits(3, Stream.EPS, index, 301)
+        exact = timesteps(3, index), keyed_flips(3, index), keyed_bits(3, Stream.EPS, index, 301)
         return *exact, keyed_normal(3, Stream.EPS, index, (3, 9, 9))
 
     *exact, normal = draw(index)

@@ -10,11 +10,12 @@ from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, tensors_of, write_config
 from trainer.data.shards import ShardedDataset
 from trainer.data.stream import ReadAndDecode
-from trainer.engine.build import build_timesteps
+from trainer.diffusion.noise import KeyedNoise
+from trainer.diffusion.timesteps import UniformTimesteps
 from trainer.engine.checkpoints import read_verified
-from trainer.engine.step import noised_inputs
+from trainer.engine.step import device_batch
 
-NAN_IN_STEP_4_OF_RANK_1 = Fault(action="nan", point="noised_inputs", call=4, rank=1)
+NAN_IN_STEP_4_OF_RANK_1 = Fault(action="nan", point="device_batch", call=4, rank=1)
 
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
@@ -53,8 +54,8 @@ def test_the_dump_makes_the_batch_again(run: Path, dataset: Path) -> None:
     opened = ShardedDataset(dataset)
     batch = ReadAndDecode(opened)(([sample["position"] for sample in samples], [sample["id"] for sample in samples]))
     config = load_config(run / "config.toml")
-    _, position, _ = noised_inputs(batch, config, torch.device("cpu"))
-    t, _ = build_timesteps(config, torch.device("cpu")).draw(position)
+    position = device_batch(batch, config, torch.device("cpu")).position
+    t, _ = UniformTimesteps(config.diffusion.timesteps).draw(KeyedNoise.training(config.seed, position))
     assert t.tolist() == [sample["t"] for sample in samples]
     assert [opened.describe(sample["id"]) for sample in samples] == [sample["image"] for sample in samples]
 

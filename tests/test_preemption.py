@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, dataset: Path, run: Path, rank: int) -> None:
     arguments = ("--config", str(write_config(tmp_path, dataset)))
-    launch(2, *arguments, fault=Fault(action="stop", point="noised_inputs", call=3, rank=rank))
+    launch(2, *arguments, fault=Fault(action="stop", point="device_batch", call=3, rank=rank))
     stopped = tmp_path / "run"
     assert (stopped / "STOPPED").read_text() == "step 4\n"  # the next step is under way when the signal is agreed on
     assert not (stopped / "DONE").exists()

@@ -46,7 +46,7 @@ def test_a_training_says_what_is_left_and_what_it_came_to(config_path: Path) -> 
     """In each line but the last what is left; at the end the checkpoint, the last samples and what to do next."""
     run = config_path.parent / "run"
     arguments = ["--config", str(config_path), *overrides(log__samples_every="4 steps")]
-    stop = Fault(action="stop", point="noised_inputs", call=3, rank=0)
+    stop = Fault(action="stop", point="device_batch", call=3, rank=0)
     stopped = launch(1, *arguments, fault=stop)
     assert "stopped: step 4 of 6, after " in stopped
     assert f"checkpoint  {checkpoint(run, 4)}" in stopped

@@ -12,7 +12,8 @@ from tests.faults import Fault
 from tests.harness import checkpoint, launch, load_config, logged, overrides, write_config
 from trainer import replay as program
 from trainer.data.training_data import open_training_data
-from trainer.engine.build import build_timesteps
+from trainer.diffusion.noise import KeyedNoise
+from trainer.engine.build import build_objective
 from trainer.engine.nonfinite import DumpedSample, NonFiniteDump
 from trainer.inspection.origin import Watch, gradient_norms
 
@@ -45,7 +46,7 @@ def test_weights_that_explode_do_so_again(tmp_path: Path, dataset: Path, tell: T
 
 
 def test_a_fault_that_came_from_elsewhere_is_not_reproduced(tmp_path: Path, dataset: Path, tell: Tell) -> None:
-    nan = Fault(action="nan", point="noised_inputs", call=4, rank=0)
+    nan = Fault(action="nan", point="device_batch", call=4, rank=0)
     launch(1, "--config", str(write_config(tmp_path, dataset)), fault=nan)
     dump = tmp_path / "run" / "nonfinite" / "step-00000004.json"
     said = tell(dump, expect=1)
@@ -67,7 +68,8 @@ def test_the_same_numbers_as_in_training(
     config = load_config(run / "config.toml")
     data = open_training_data(config, index_folder=None)
     positions = torch.arange(32, 40)
-    t, weight = build_timesteps(config, torch.device("cpu")).draw(positions)  # uniform as yet, so no state is needed
+    noise = KeyedNoise.training(config.seed, positions)
+    t, weight = build_objective(config, torch.device("cpu")).times.draw(noise)  # uniform as yet: nothing is recorded
     weights = [None] * 8 if weight is None else weight.tolist()
     ids = data.order.ids(positions.numpy()).tolist()
     dump = NonFiniteDump(
@@ -109,7 +111,7 @@ def test_what_is_no_dump_is_told_in_one_line(tmp_path: Path, dataset: Path, tell
 
 
 def _nan_in(step: int) -> Fault:
-    return Fault(action="nan", point="noised_inputs", call=step, rank=0)
+    return Fault(action="nan", point="device_batch", call=step, rank=0)
 
 
 class _Network(nn.Module):

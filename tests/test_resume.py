@@ -75,7 +75,7 @@ def test_log_lines_between_checkpoints_survive(runs: Path, dataset: Path, uninte
     whole, parts = (write_config(runs, dataset, name) for name in ("rare_whole", "rare_parts"))
     launch(2, "--config", str(whole), *rare)
     for stop in (3, 6):
-        launch(2, "--config", str(parts), *rare, fault=Fault(action="stop", point="noised_inputs", call=3, rank=0))
+        launch(2, "--config", str(parts), *rare, fault=Fault(action="stop", point="device_batch", call=3, rank=0))
         assert checkpoint(runs / "rare_parts", stop).exists()
     launch(2, "--config", str(parts), *rare)
     assert sorted(logged(runs / "rare_whole")) == [4, 8]
@@ -89,7 +89,7 @@ def test_killed_inside_gradient_accumulation(runs: Path, dataset: Path, uninterr
     """Killed at the second micro-batch of step 4; goes on from the checkpoint of step 2."""
     config = write_config(runs, dataset, "killed_inside")
     arguments = ("--config", str(config), *overrides(train__micro_batch=2))
-    fault = Fault(action="kill", point="noised_inputs", call=8, rank=1)
+    fault = Fault(action="kill", point="device_batch", call=8, rank=1)
     launch(2, *arguments, fault=fault, expect=None)
     run = runs / "killed_inside"
     assert not (run / "DONE").exists()

@@ -12,13 +12,13 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.engine.averages import Averages, Decay, constant, power_function, warm_up
+from trainer.engine.build import build_objective
 from trainer.engine.checkpoints import Checkpoints, open_verified, read_verified
 from trainer.engine.optimizer import GuardedAdam
 from trainer.engine.slices import ParameterSlice, owned
 from trainer.engine.state import TrainState
 from trainer.engine.strategies import DataParallel
 from trainer.engine.tensor_files import TensorReader
-from trainer.engine.timesteps import UniformTimesteps
 from trainer.errors import CheckpointError
 from trainer.models.unet import UNet, UNetConfig
 
@@ -38,10 +38,11 @@ def make_optimizer(network: nn.Module) -> GuardedAdam:
 
 
 def small_state(config_path: Path, model: UNetConfig = MODEL, **decays: Decay) -> TrainState:
-    strategy = DataParallel(Config.load(config_path).train)
+    config = Config.load(config_path)
+    strategy = DataParallel(config.train)
     torch.manual_seed(1)
     strategy.prepare(UNet(model), make_optimizer)
-    return TrainState(strategy, {"ema": constant(0.9), **decays}, UniformTimesteps(seed=0, timesteps=20))
+    return TrainState(strategy, {"ema": constant(0.9), **decays}, build_objective(config, strategy.device))
 
 
 def take_a_step(state: TrainState, seed: int = 0) -> None:

@@ -150,7 +150,7 @@ def test_the_optimizer_may_stay_in_the_hosts_memory(
 def test_a_signal_to_one_rank_makes_all_save_the_same_step(runs: Path, dataset: Path, strategy: str) -> None:
     """The request of a step is read with the next one; where the loop hears it, all ranks do."""
     name = f"{strategy}-stopped"
-    fault = Fault(action="stop", point="noised_inputs", call=3, rank=1)
+    fault = Fault(action="stop", point="device_batch", call=3, rank=1)
     launch(2, "--config", str(write_config(runs, dataset, name)), *TRAINING, *spread(strategy), fault=fault)
     assert [event["step"] for event in events(runs / name) if event["event"] == "stopped"] == [4]
     assert tensors_of(runs / name, 4)

@@ -10,17 +10,18 @@ from tests.harness import load_config, write_config
 from tests.networks import randomise
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
-from trainer.diffusion.noise import Stream, keyed_normal, keyed_timesteps
-from trainer.diffusion.objectives import Loss, Objective
+from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
+from trainer.diffusion.objectives import GaussianObjective, Loss
 from trainer.diffusion.reverse import Prediction, ReverseVariance
-from trainer.diffusion.timesteps import timestep_uniform
-from trainer.engine.build import build_diffusion, build_state
+from trainer.diffusion.timesteps import UniformTimesteps, timestep_uniform
+from trainer.engine.build import build_state
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.signals import StopRequest
 
 T, BATCH, SEED = 20, 8, 3
 POSITIONS = torch.arange(16, 24)
+NOISE = KeyedNoise.training(SEED, POSITIONS)
 IMAGES = torch.randint(0, 256, (BATCH, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
@@ -36,7 +37,6 @@ def make_step(folder: Path, *overrides: str) -> tuple[TrainStep, Config]:
         layout=BatchLayout.plan(BATCH, 1, config.train.micro_batch),
         strategy=strategy,
         state=state,
-        diffusion=build_diffusion(config, strategy.device),
         stop=StopRequest(),
     )
     return step, config
@@ -47,10 +47,10 @@ def micro_batches(size: int) -> Iterator[dict[str, torch.Tensor]]:
         yield {"image": images, "position": positions}
 
 
-def losses_by_hand(step: TrainStep, objective: Objective, t: torch.Tensor) -> torch.Tensor:
+def losses_by_hand(step: TrainStep, objective: GaussianObjective, t: torch.Tensor) -> torch.Tensor:
     x0 = IMAGES.float() / 127.5 - 1
     eps = keyed_normal(SEED, Stream.EPS, POSITIONS, (3, 8, 8))
-    x_t = step.diffusion.q_sample(x0, t, eps)
+    x_t = step.objective.diffusion.q_sample(x0, t, eps)
     return objective.losses(step.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
 
 
@@ -88,8 +88,8 @@ def test_the_loss_and_its_gradient_are_the_objectives(
     found = step.backward(micro_batches(micro_batch))
     found_gradient = gradient(step)
     step.strategy.optimizer.zero_grad()
-    objective = Objective(step.diffusion, prediction=prediction, loss=loss, variance=variance)
-    expected = losses_by_hand(step, objective, keyed_timesteps(SEED, POSITIONS, T)).mean()
+    objective = GaussianObjective(step.objective.diffusion, prediction=prediction, loss=loss, variance=variance)
+    expected = losses_by_hand(step, objective, UniformTimesteps(T).draw(NOISE)[0]).mean()
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(found_gradient, gradient(step), rtol=1e-3, atol=1e-5 * found_gradient.abs().max().item())
@@ -99,18 +99,20 @@ def test_the_loss_and_its_gradient_are_the_objectives(
 def test_importance_weights_the_loss_and_remembers_it_unweighted(tmp_path: Path, micro_batch: int) -> None:
     importance = "diffusion.timestep_sampling=importance"
     step, _ = make_step(tmp_path, importance, f"train.micro_batch={micro_batch}")
-    memory = step.state.timesteps.tensors()
-    memory["history"].copy_(torch.arange(1.0, T + 1)[:, None].expand(T, 10))
-    memory["counts"].fill_(10)
+    memory = step.objective.tensors()
+    memory["timesteps/history"].copy_(torch.arange(1.0, T + 1)[:, None].expand(T, 10))
+    memory["timesteps/counts"].fill_(10)
     p = 0.999 * torch.arange(1.0, T + 1).double() / sum(range(1, T + 1)) + 0.001 / T
-    uniform = timestep_uniform(SEED, POSITIONS)
+    uniform = timestep_uniform(NOISE)
     t = (uniform[:, None] >= p.cumsum(0)[None]).sum(dim=1)
     weights = 1 / (T * p[t])
 
     found = step.backward(micro_batches(micro_batch))
     found_gradient = gradient(step)
     step.strategy.optimizer.zero_grad()
-    unweighted = losses_by_hand(step, Objective(step.diffusion, prediction="eps", loss="mse", variance="small"), t)
+    unweighted = losses_by_hand(
+        step, GaussianObjective(step.objective.diffusion, prediction="eps", loss="mse", variance="small"), t
+    )
     expected = (weights.float() * unweighted).mean()
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -120,16 +122,16 @@ def test_importance_weights_the_loss_and_remembers_it_unweighted(tmp_path: Path,
     for timestep in range(T):
         drawn = unweighted[t == timestep].tolist()
         remembered = [float(timestep + 1)] * (10 - len(drawn)) + drawn
-        assert memory["history"][timestep].tolist() == pytest.approx(remembered, rel=1e-5)
+        assert memory["timesteps/history"][timestep].tolist() == pytest.approx(remembered, rel=1e-5)
 
 
 def test_a_skipped_step_teaches_nothing(tmp_path: Path) -> None:
     step, _ = make_step(tmp_path, "diffusion.timestep_sampling=importance")
     step.update(step.backward(micro_batches(BATCH)))
-    memory = {name: tensor.clone() for name, tensor in step.state.timesteps.tensors().items()}
-    assert memory["counts"].sum() == BATCH
+    memory = {name: tensor.clone() for name, tensor in step.objective.tensors().items()}
+    assert memory["timesteps/counts"].sum() == BATCH
     with torch.no_grad():
         next(step.strategy.network.parameters())[0] = float("nan")
     assert not step.update(step.backward(micro_batches(BATCH))).read().finite
-    for name, tensor in step.state.timesteps.tensors().items():
+    for name, tensor in step.objective.tensors().items():
         assert torch.equal(tensor, memory[name])

@@ -45,7 +45,7 @@ def test_an_error_on_one_rank_ends_the_others_with_its_reason(config_path: Path,
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_was_killed_is_named_by_those_that_lose_it(config_path: Path, killed: int) -> None:
     """With rank 0 the others lose the store, too."""
-    fault = Fault(action="kill", point="noised_inputs", call=3, rank=killed)
+    fault = Fault(action="kill", point="device_batch", call=3, rank=killed)
     codes = [-9 if rank == killed else EXIT_CODE for rank in range(3)]
     three = overrides(train__global_batch=6)
     output = launch(3, "--config", str(config_path), *ENDLESS, *three, fault=fault, expect=codes)
@@ -59,7 +59,7 @@ def test_a_rank_that_was_killed_is_named_by_those_that_lose_it(config_path: Path
     ("point", "where"),
     [
         ("read", "data"),
-        pytest.param("noised_inputs", "forward", marks=pytest.mark.slow),
+        pytest.param("device_batch", "forward", marks=pytest.mark.slow),
         pytest.param("write_part", "save", marks=pytest.mark.slow),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_rank_that_hangs_is_named_and_all_stacks_are_written(
 @pytest.mark.slow
 def test_a_frozen_rank_is_named_by_the_others(config_path: Path) -> None:
     """A process that is stopped writes no stacks, neither does a host that is lost."""
-    fault = Fault(action="freeze", point="noised_inputs", call=3, rank=1)
+    fault = Fault(action="freeze", point="device_batch", call=3, rank=1)
     output = launch(2, "--config", str(config_path), *QUICK, fault=fault, expect=[EXIT_CODE, -9])
     assert "rank 1 is gone or frozen (killed, or the host is lost), last seen in " in output
     assert "; rank 0 waits for it in 'backward' of step 3; the run ends" in output
@@ -118,7 +118,7 @@ def test_a_process_ends_though_its_interpreter_is_locked_before_the_watchdog_loo
 
 @pytest.mark.slow
 def test_a_process_ends_though_its_interpreter_is_locked(config_path: Path) -> None:
-    fault = Fault(action="hold", point="noised_inputs", call=3, rank=0)
+    fault = Fault(action="hold", point="device_batch", call=3, rank=0)
     soon = overrides(train__hang_timeout="2 seconds")
     output = launch(1, "--config", str(config_path), *ENDLESS, *soon, fault=fault, expect=1)
     assert "Timeout (0:00:" in output
@@ -127,7 +127,7 @@ def test_a_process_ends_though_its_interpreter_is_locked(config_path: Path) -> N
 
 @pytest.mark.slow
 def test_one_process_alone_ends_when_it_hangs(config_path: Path, tmp_path: Path) -> None:
-    fault = Fault(action="hang", point="noised_inputs", call=3, rank=0)
+    fault = Fault(action="hang", point="device_batch", call=3, rank=0)
     output = launch(1, "--config", str(config_path), *QUICK, fault=fault, expect=EXIT_CODE)
     assert "this process hangs in 'forward' of step 3; the run ends" in output
     assert "tests/faults.py" in (tmp_path / "run" / "hangs" / "rank-00000.txt").read_text()
@@ -188,7 +188,7 @@ def test_a_thread_that_hangs_in_the_background_ends_a_run_that_trains_on() -> No
 def test_timeout_bounds_the_waiting_in_a_collective(config_path: Path) -> None:
     """Without a hang_timeout too, and the hang is reported just the same."""
     times = overrides(train__timeout="5 seconds", train__hang_timeout="0 seconds")
-    fault = Fault(action="hang", point="noised_inputs", call=3, rank=1)
+    fault = Fault(action="hang", point="device_batch", call=3, rank=1)
     output = launch(2, "--config", str(config_path), *ENDLESS, *times, fault=fault, expect=EXIT_CODE)
     assert "rank 1 is in 'forward' of step 3; rank 0 waits for it in 'backward' of step 3; the run ends" in output
 

@@ -19,7 +19,9 @@ The numbers are part of what a run is: to change any of them is to break the res
 
 import enum
 import math
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -141,11 +143,6 @@ def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin()
 
 
-def keyed_timesteps(seed: int, index: Tensor, timesteps: int) -> Tensor:
-    """t for each sample: (B,) int64, uniform in [0, timesteps) but for less than timesteps / 2^32."""
-    return (keyed_bits(seed, Stream.TIMESTEP, index, 1)[:, 0] * timesteps) >> 32
-
-
 def keyed_flips(seed: int, index: Tensor, probability: float = 0.5) -> Tensor:
     """Whether to mirror each sample: (B,) bool, True with the given probability."""
     return keyed_uniform(seed, Stream.FLIP, index, 1)[:, 0] < probability
@@ -155,3 +152,57 @@ def keyed_int(seed: int, stream: Stream, index: int) -> int:
     """One number in [0, 2^63), without torch: to seed a generator that is not ours, such as dropout's."""
     word0, word1, _, _ = philox4x32_10((0, stream << SUB_BITS, index & MASK, index >> 32), _key(seed))
     return ((word1 >> 1) << 32) | word0
+
+
+Purpose = Literal["t", "eps", "initial", "step"]
+
+
+class NoiseKey(NamedTuple):
+    """Where the numbers for one purpose come from."""
+
+    stream: Stream
+    sub: int = 0
+
+
+_TRAINING: Mapping[Purpose, NoiseKey] = {"t": NoiseKey(Stream.TIMESTEP), "eps": NoiseKey(Stream.EPS)}
+_VALIDATION: Mapping[Purpose, NoiseKey] = {"t": NoiseKey(Stream.VALIDATION, 0), "eps": NoiseKey(Stream.VALIDATION, 1)}
+_SAMPLING: Mapping[Purpose, NoiseKey] = {"initial": NoiseKey(Stream.INITIAL), "step": NoiseKey(Stream.ANCESTRAL)}
+
+
+@dataclass(frozen=True)
+class KeyedNoise:
+    """All random numbers of some samples, by what they are for.
+
+    seed: in [0, 2^63); index: (B,) int64, what each sample's numbers are keyed by; keys: the stream of each purpose:
+    "t" is for the times of training and "eps" for its noise, "initial" for x_T of a drawn sample and "step" for the
+    noise of each step that draws it. KeyError for a purpose without a stream.
+    """
+
+    seed: int
+    index: Tensor
+    keys: Mapping[Purpose, NoiseKey]
+
+    @classmethod
+    def training(cls, seed: int, position: Tensor) -> Self:
+        """Of training images, keyed by their positions in the run."""
+        return cls(seed, position, _TRAINING)
+
+    @classmethod
+    def validation(cls, seed: int, sample: Tensor) -> Self:
+        """Of held-out images, keyed by their ids in the dataset, so the same in every validation."""
+        return cls(seed, sample, _VALIDATION)
+
+    @classmethod
+    def sampling(cls, seed: int, number: Tensor) -> Self:
+        """Of images that are drawn, keyed by their numbers."""
+        return cls(seed, number, _SAMPLING)
+
+    def bits(self, purpose: Purpose) -> Tensor:
+        """One random word for each sample: (B,) int64 in [0, 2^32)."""
+        stream, sub = self.keys[purpose]
+        return keyed_bits(self.seed, stream, self.index, 1, sub)[:, 0]
+
+    def normal(self, purpose: Purpose, shape: tuple[int, ...], sub: int | Tensor | None = None) -> Tensor:
+        """Standard normal numbers for each sample: (B, *shape) float32; `sub` as of `keyed_bits`."""
+        stream, default = self.keys[purpose]
+        return keyed_normal(self.seed, stream, self.index, shape, default if sub is None else sub)

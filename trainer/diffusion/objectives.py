@@ -6,15 +6,25 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from trainer.diffusion.contract import Batch, Losses, Network
 from trainer.diffusion.likelihood import BIN, bound_bits, normal_kl
+from trainer.diffusion.noise import KeyedNoise
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.reverse import Prediction, ReverseVariance, check_parameterisation, interpret, is_learned
+from trainer.diffusion.reverse import (
+    Prediction,
+    ReverseProcess,
+    ReverseVariance,
+    check_parameterisation,
+    interpret,
+    is_learned,
+)
+from trainer.diffusion.timesteps import Times, UniformTimesteps
 
 Loss = Literal["mse", "bound", "hybrid"]
 
 
-class Objective:
-    """A loss for each image.
+class GaussianObjective:
+    """A loss for each image, on a discrete chain of Gaussian noise.
 
     loss:
         "mse": the unweighted squared error of the prediction; of eps it is L_simple (equation 14), of mu it is
@@ -26,13 +36,20 @@ class Objective:
 
     Table 2 is, row by row: mu with bound and learned variance, mu with bound and fixed variance, mu with mse; the same
     three for eps. A fixed variance is "small" or "large"; under mse the choice matters only to the sampler.
+    times: how t is drawn, uniformly without.
 
     ValueError for names that are not known, for hybrid without a learned-range variance, and for mse with a variance
     that is learned: it would get no gradient.
     """
 
     def __init__(
-        self, diffusion: GaussianDiffusion, *, prediction: Prediction, variance: ReverseVariance, loss: Loss
+        self,
+        diffusion: GaussianDiffusion,
+        *,
+        prediction: Prediction,
+        variance: ReverseVariance,
+        loss: Loss,
+        times: Times | None = None,
     ) -> None:
         check_parameterisation(prediction, variance)
         if loss not in get_args(Loss):
@@ -45,7 +62,35 @@ class Objective:
         self.prediction: Prediction = prediction
         self.variance: ReverseVariance = variance
         self.loss: Loss = loss
+        self.times = UniformTimesteps(diffusion.timesteps) if times is None else times
         self._in_bound = squared_error_in_bound(diffusion, prediction, variance) if loss == "mse" else None
+
+    def training_losses(
+        self, network: Network, batch: Batch, noise: KeyedNoise, *, times: Times | None = None
+    ) -> Losses:
+        """Ho et al. 2020, algorithm 1, lines 2 to 5: draw t and eps, noise the images, predict, compare.
+
+        network: at x_t (B, C, H, W) float32, t (B,) int64 of the diffusion and the batch's `cond`; noise: has "t" and
+        "eps"; times: how t is drawn, in place of the objective's own way.
+        """
+        t, weight = (self.times if times is None else times).draw(noise)
+        eps = noise.normal("eps", tuple(batch.x.shape[1:]))
+        x_t = self.diffusion.q_sample(batch.x, t, eps)
+        output = network(x_t, t, **batch.cond)
+        loss, bound = self.losses_and_bound(output, x0=batch.x, x_t=x_t, t=t, eps=eps)
+        return Losses(t=t, loss=loss, weight=weight, bound=bound)
+
+    def record(self, t: Tensor, losses: Tensor) -> None:
+        """See `trainer.diffusion.contract.Objective`."""
+        self.times.record(t, losses)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """timesteps/history and timesteps/counts of importance sampling; none where t is uniform."""
+        return {f"timesteps/{name}": tensor for name, tensor in self.times.tensors().items()}
+
+    def reverse(self, network: Network) -> ReverseProcess:
+        """The reverse process that a network describes which was trained with this objective."""
+        return ReverseProcess(network, self.diffusion, prediction=self.prediction, variance=self.variance)
 
     def losses(self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each image: (B,) float32.

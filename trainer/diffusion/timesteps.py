@@ -1,25 +1,66 @@
-"""Importance sampling of t (Nichol and Dhariwal 2021, section 3.3). Uniform sampling is noise.keyed_timesteps."""
+"""How the timesteps to train on are drawn: all equally often, where the loss is large, or as given."""
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from trainer.diffusion.noise import Stream, keyed_bits
+from trainer.diffusion.noise import KeyedNoise
 
 HISTORY = 10  # last losses of each timestep
 UNIFORM_SHARE = 0.001
 
 
-def timestep_uniform(seed: int, index: Tensor) -> Tensor:
+class Times(ABC):
+    """Where t comes from, and what is remembered of the losses it led to: nothing, unless overridden."""
+
+    @abstractmethod
+    def draw(self, noise: KeyedNoise) -> tuple[Tensor, Tensor | None]:
+        """t, (B,) int64, by the word that `noise` has for "t"; and the weight of its loss, (B,) float32, None for 1."""
+
+    def record(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027  # most ways to draw t learn nothing
+        """Take in the unweighted losses of a global batch: t (B,) int64, losses (B,) float32."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered."""
+        return {}
+
+
+class UniformTimesteps(Times):
+    """Ho et al. 2020, algorithm 1: every t of 0..T-1 equally often, but for less than T / 2^32."""
+
+    def __init__(self, timesteps: int) -> None:
+        self.timesteps = timesteps
+
+    def draw(self, noise: KeyedNoise) -> tuple[Tensor, None]:
+        """See the base class."""
+        return (noise.bits("t") * self.timesteps) >> 32, None
+
+
+class GivenTimesteps(Times):
+    """Timesteps and weights that were drawn before: t (B,) int64, weight (B,) float32 or None for 1."""
+
+    def __init__(self, t: Tensor, weight: Tensor | None = None) -> None:
+        self.t = t
+        self.weight = weight
+
+    def draw(self, noise: KeyedNoise) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        """The given ones."""
+        return self.t, self.weight
+
+
+def timestep_uniform(noise: KeyedNoise) -> Tensor:
     """A number for each sample to draw its t by: (B,) float64, uniform over the multiples of 2^-32 in [0, 1).
 
-    index: (B,) int64, the samples' positions. It is the key of `keyed_timesteps`, with all its bits: the rarest t has
-    a probability of 0.001 / T, of which float32 would keep two digits.
+    All bits of the word that `UniformTimesteps` takes: the rarest t has a probability of 0.001 / T, of which float32
+    would keep two digits.
     """
-    return keyed_bits(seed, Stream.TIMESTEP, index, 1)[:, 0].double() * 2.0**-32
+    return noise.bits("t").double() * 2.0**-32
 
 
-class ImportanceSampling:
-    """Draws t in proportion to sqrt(E[L_t^2]), and weights the losses so that their mean stays what it was.
+class ImportanceSampling(Times):
+    """Nichol and Dhariwal 2021, section 3.3: t in proportion to sqrt(E[L_t^2]), and weights by which the mean of the
+    losses stays what it was.
 
     Its state is two tensors, which every rank must hold alike and a checkpoint must keep: `history` (T, 10) float32,
     the last losses of each timestep, oldest first; `counts` (T,) int64, how many of them there are. They are changed
@@ -42,7 +83,15 @@ class ImportanceSampling:
         uniform = torch.full_like(weighted, 1 / timesteps)
         return torch.where((self.counts == HISTORY).all(), weighted, uniform)
 
-    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, noise: KeyedNoise) -> tuple[Tensor, Tensor]:
+        """`quantiles` of the numbers that `noise` has for "t"."""
+        return self.quantiles(timestep_uniform(noise))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The last losses of every t, (T, 10) float32, and how many there have been, (T,) int64."""
+        return {"history": self.history, "counts": self.counts}
+
+    def quantiles(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """t and the weight of its loss for each sample, from numbers in [0, 1): see `timestep_uniform`.
 
         uniform: (B,) floating. Returns t: (B,) int64, the inverse of the distribution function at `uniform`; weight:

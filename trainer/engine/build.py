@@ -7,6 +7,7 @@ from torch import nn
 
 from trainer.config import Config, ModelConfig
 from trainer.data.stream import BatchLayout
+from trainer.diffusion.objectives import GaussianObjective
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.reverse import ReverseProcess, ReverseVariance, output_channels
 from trainer.diffusion.schedules import make_betas
@@ -18,7 +19,6 @@ from trainer.engine.precision import run_in
 from trainer.engine.recomputation import recompute, stage_kinds
 from trainer.engine.state import TrainState
 from trainer.engine.strategies import Strategy
-from trainer.engine.timesteps import ImportanceTimesteps, Timesteps, UniformTimesteps
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.unet import UNet, UNetConfig
 
@@ -70,11 +70,17 @@ def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: t
     return network
 
 
-def build_timesteps(config: Config, device: torch.device) -> Timesteps:
-    """How the timesteps to train on are drawn."""
-    if config.diffusion.timestep_sampling == "importance":
-        return ImportanceTimesteps(config.seed, ImportanceSampling(config.diffusion.timesteps, device))
-    return UniformTimesteps(config.seed, config.diffusion.timesteps)
+def build_objective(config: Config, device: torch.device) -> GaussianObjective:
+    """What the network is trained to minimise, its tables and what it remembers on the device."""
+    process = config.diffusion
+    importance = process.timestep_sampling == "importance"
+    return GaussianObjective(
+        build_diffusion(config, device),
+        prediction=process.prediction,
+        variance=process.variance,
+        loss=process.loss,
+        times=ImportanceSampling(process.timesteps, device) if importance else None,
+    )
 
 
 def build_optimizer(config: Config, network: nn.Module) -> GuardedAdam:
@@ -97,4 +103,4 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
     if config.train.compile == "regional":
         compile_stages(network, config.train.compile_cache, cuda_graphs=config.train.cuda_graphs)
     strategy.prepare(network, lambda model: build_optimizer(config, model))
-    return TrainState(strategy, profiles(config.train), build_timesteps(config, strategy.device))
+    return TrainState(strategy, profiles(config.train), build_objective(config, strategy.device))

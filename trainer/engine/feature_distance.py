@@ -9,10 +9,9 @@ import torch
 from trainer.config import Config
 from trainer.data.order import sample_ids
 from trainer.data.training_data import TrainingData
-from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.respacing import respaced
 from trainer.diffusion.samplers import ddim
-from trainer.engine.build import build_reverse, build_trained
+from trainer.engine.build import build_trained
 from trainer.engine.processes import each_its_own, gather
 from trainer.engine.sampling import batches_of, sample
 from trainer.engine.state import TrainState
@@ -35,17 +34,15 @@ class FeatureDistance:
     it less exact, but on average neither larger nor smaller, as a Fréchet distance would be.
     """
 
-    def __init__(
-        self, config: Config, data: TrainingData, state: TrainState, diffusion: GaussianDiffusion, stop: StopRequest
-    ) -> None:
+    def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
         """Raises ConfigError where the network's packages are missing."""
         self.config = config
         self.data = data
         self.state = state
         self.stop = stop
         self.network = EfficientNetLite0(state.strategy.device)
-        steps = min(config.log.distance_steps, diffusion.timesteps)
-        self.diffusion = diffusion.respaced(respaced(diffusion.timesteps, str(steps)))
+        timesteps = config.diffusion.timesteps
+        self.steps = respaced(timesteps, str(min(config.log.distance_steps, timesteps)))  # those that are visited
         self.real: torch.Tensor | None = None  # features, once they have been needed
 
     def measure(self) -> dict[str, float] | None:
@@ -68,9 +65,8 @@ class FeatureDistance:
         """(N, D), on every rank; None after a request to stop."""
         strategy, model = self.state.strategy, self.config.model
         started = time.monotonic()
-        reverse = build_reverse(
-            build_trained(self.config, self.state.average(), strategy.device), self.diffusion, self.config
-        )
+        network = build_trained(self.config, self.state.average(), strategy.device)
+        reverse = self.state.objective.reverse(network).respaced(self.steps)
         ranks, rank = strategy.accelerator.num_processes, strategy.accelerator.process_index
         batches = batches_of(self.config.log.distance_samples, _BATCH)
         parts: list[torch.Tensor] = []

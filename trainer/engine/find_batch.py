@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
-from trainer.engine.build import build_diffusion, build_network, build_state
+from trainer.engine.build import build_network, build_state
 from trainer.engine.dry_run import measure_cost
 from trainer.engine.processes import gather
 from trainer.engine.recomputation import recompute, stage_kinds
@@ -53,14 +53,11 @@ def find_batch(config: Config) -> Iterator[Trial]:
     # What is recomputed within a budget depends on the size, so it is set for each below, and now for the smallest.
     smallest = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
     state = build_state(smallest, strategy)
-    diffusion = build_diffusion(config, strategy.device)
     world_size = strategy.accelerator.num_processes
     share = BatchLayout.plan(config.train.global_batch, world_size, None).micro_batch
     # One for all sizes: what it hooks to the exchange between ranks can be hooked once.
     layout = BatchLayout(global_batch=world_size, world_size=world_size, micro_batch=1)
-    train_step = TrainStep(
-        config=config, layout=layout, strategy=strategy, state=state, diffusion=diffusion, stop=StopRequest()
-    )
+    train_step = TrainStep(config=config, layout=layout, strategy=strategy, state=state, stop=StopRequest())
     for size in (n for n in range(1, share + 1) if share % n == 0):
         train_step.layout = BatchLayout(global_batch=size * world_size, world_size=world_size, micro_batch=size)
         if config.train.memory_budget is not None:

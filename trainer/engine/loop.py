@@ -13,7 +13,7 @@ from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.samplers import ancestral
-from trainer.engine.build import build_reverse, build_trained
+from trainer.engine.build import build_trained
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.feature_distance import FeatureDistance
 from trainer.engine.garbage import collect_after
@@ -86,12 +86,8 @@ class TrainingLoop:
             say=self.progress.say,
         )
         self.stop = train_step.stop
-        self.validation = Validation(config, data, state, train_step.objective, self.stop)
-        self.distance = (
-            FeatureDistance(config, data, state, train_step.diffusion, self.stop)
-            if config.log.distance_every.count
-            else None
-        )
+        self.validation = Validation(config, data, state, self.stop)
+        self.distance = FeatureDistance(config, data, state, self.stop) if config.log.distance_every.count else None
         scores = self.saves.retention.scores.get(self.step, {})
         # What a stop or a kill kept from being measured, after the checkpoint was written, is measured now.
         self.validated_step = self.step if not self.step or "validation/loss" in scores else -1
@@ -263,7 +259,7 @@ class TrainingLoop:
         network = build_trained(self.config, self.state.average(), self.accelerator.device)
         share = batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size]
         with WorkProgress(
-            total=self.train_step.diffusion.timesteps * sum(map(len, share)),
+            total=self.config.diffusion.timesteps * sum(map(len, share)),
             what=f"step {self.step}: samples",
             unit="step",
             visible=self.accelerator.is_main_process,
@@ -274,7 +270,7 @@ class TrainingLoop:
                 bar.update(images)
 
             drawn = sample(
-                build_reverse(network, self.train_step.diffusion, self.config),
+                self.state.objective.reverse(network),
                 ancestral,
                 shape=(model.channels, model.image_size, model.image_size),
                 device=self.accelerator.device,

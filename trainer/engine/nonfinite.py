@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trainer.config import Config
 from trainer.data.stream import BatchLayout
 from trainer.data.training_data import TrainingData
+from trainer.diffusion.noise import KeyedNoise
 from trainer.engine.state import TrainState
 from trainer.engine.verdict import Verdict
 from trainer.errors import DataError
@@ -59,7 +60,8 @@ class NonFiniteDump(BaseModel):
         ids = data.order.ids(positions)
         device = state.strategy.device
         # Nothing has been learned from since, so the same timesteps are drawn again.
-        t, weight = state.timesteps.draw(torch.from_numpy(positions).to(device))
+        noise = KeyedNoise.training(config.seed, torch.from_numpy(positions).to(device))
+        t, weight = state.objective.times.draw(noise)
         weights = weight.tolist() if weight is not None else [None] * len(positions)
         return cls(
             step=state.position // layout.global_batch,

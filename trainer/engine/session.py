@@ -11,7 +11,7 @@ from trainer.data.bad_samples import BadSamples
 from trainer.data.prefetch import Prefetcher
 from trainer.data.stream import BatchLayout, MicroBatchPlan, dead_loaders_told, micro_batches
 from trainer.data.training_data import TrainingData, open_training_data
-from trainer.engine.build import build_diffusion, build_state
+from trainer.engine.build import build_state
 from trainer.engine.checkpoints import Checkpoints
 from trainer.engine.copy_folder import CopyFolder
 from trainer.engine.cpu_share import loader_processes
@@ -86,7 +86,6 @@ def _train(
         layout=layout,
         strategy=strategy,
         state=state,
-        diffusion=build_diffusion(config, strategy.device),
         stop=stop,
     )
     strategy.warm_up(train_step.rehearse)

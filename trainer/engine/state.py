@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trainer.diffusion.objectives import GaussianObjective
 from trainer.engine.averages import MAIN, Averages, Decay
 from trainer.engine.optimizer import MOMENTS
 from trainer.engine.slices import ParameterSlice, assemble, fill, owned, row_by_row
 from trainer.engine.strategies import Strategy
 from trainer.engine.tensor_files import SavedSlice, TensorReader
-from trainer.engine.timesteps import Timesteps
 from trainer.errors import CheckpointError
 from trainer.telemetry.meters import Meters
 
@@ -45,9 +45,9 @@ class TrainState:
     by the guard. `meters` hold what waits for the next log line, which a restart must not change.
     """
 
-    def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], timesteps: Timesteps) -> None:
+    def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], objective: GaussianObjective) -> None:
         self.strategy = strategy
-        self.timesteps = timesteps
+        self.objective = objective
         self.owned = owned(strategy.slices)
         self.averages = Averages(self.owned, dict(decays))
         self.shapes = strategy.shapes  # of all parameters, those too of which this rank has no slice
@@ -60,7 +60,8 @@ class TrainState:
         """What a checkpoint holds, and this rank's share of it.
 
         Names say what a tensor is, whatever the strategy and the number of ranks: model/<parameter>, ema/<parameter>
-        (and ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>, timesteps/<quantity>.
+        (and ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>, and what the objective
+        recorded, timesteps/<quantity>.
         """
         mine = {(piece.name, piece.start) for piece in self.owned}
         slices = [
@@ -70,8 +71,8 @@ class TrainState:
             if (piece.name, piece.start) in mine
         ]
         if self.strategy.accelerator.is_main_process:
-            timesteps = self.timesteps.tensors().items()
-            slices += [SavedSlice(f"timesteps/{name}", value.shape, 0, value) for name, value in timesteps]
+            recorded = self.objective.tensors().items()
+            slices += [SavedSlice(name, value.shape, 0, value) for name, value in recorded]
         return Contents(slices, self._tensor_shapes(), self._scalars(), self._strategy)
 
     def snapshot_contents(self) -> Contents:
@@ -125,8 +126,8 @@ class TrainState:
         for kind, slices, values in self._groups():
             for piece, tensor in zip(slices, values, strict=True):
                 fill(tensor, saved.read(f"{source.get(kind, kind)}/{piece.name}", piece.start, piece.stop))
-        for name, tensor in self.timesteps.tensors().items():
-            fill(tensor, saved.read(f"timesteps/{name}", 0, tensor.numel()))
+        for name, tensor in self.objective.tensors().items():
+            fill(tensor, saved.read(name, 0, tensor.numel()))
         self.strategy.optimizer.set_updates(scalars["updates"])
         if self.strategy.scaler is not None and scalars["scaler"]:
             self.strategy.scaler.load_state_dict(scalars["scaler"])
@@ -143,7 +144,7 @@ class TrainState:
         """Of every tensor of the state, whichever rank has it."""
         kinds = ["model", *(f"optimizer.{moment}" for moment in MOMENTS), *self.averages.by_name]
         shapes = {f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}
-        return shapes | {f"timesteps/{name}": value.shape for name, value in self.timesteps.tensors().items()}
+        return shapes | {name: value.shape for name, value in self.objective.tensors().items()}
 
     def _groups(self) -> Iterator[_Group]:
         slices, state = self.strategy.slices, self.strategy.optimizer.state

@@ -11,8 +11,9 @@ from trainer.config import Config
 from trainer.data.dataset import Dataset
 from trainer.data.order import sample_ids
 from trainer.data.training_data import TrainingData
-from trainer.diffusion.noise import Stream, keyed_bits, keyed_normal
-from trainer.diffusion.objectives import Objective
+from trainer.diffusion.contract import Batch
+from trainer.diffusion.noise import KeyedNoise
+from trainer.diffusion.timesteps import UniformTimesteps
 from trainer.engine.build import build_trained
 from trainer.engine.processes import gather, together
 from trainer.engine.sampling import batches_of
@@ -31,14 +32,13 @@ class Validation:
     Image, t and eps of each are a function of the seed and the image's id: not of the step, the ranks or the batch.
     """
 
-    def __init__(
-        self, config: Config, data: TrainingData, state: TrainState, objective: Objective, stop: StopRequest
-    ) -> None:
+    def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
         self.config = config
         self.dataset = data.dataset
         self.state = state
-        self.objective = objective
+        self.objective = state.objective
         self.stop = stop
+        self.times = UniformTimesteps(config.diffusion.timesteps)  # however t is drawn in training
         count = min(config.log.validate_images, len(data.held_out))
         # Drawn at random, so that a part of them is a fair one; the same part for every seed.
         self.ids = data.held_out[sample_ids(np.arange(count), len(data.held_out), seed=0)] if count else data.held_out
@@ -75,17 +75,14 @@ class Validation:
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
         """t and loss of each image; of those that are damaged, where data.on_bad_sample passes over them, of none."""
-        device, diffusion = self.state.strategy.device, self.objective.diffusion
         pixels, kept = read_images(self.config, self.dataset, ids)
         if not kept:
             return [], []
-        x0, index = pixels.to(device).float() / 127.5 - 1, torch.tensor(kept, device=device)
-        bits = keyed_bits(self.config.seed, Stream.VALIDATION, index, 1, sub=0)[:, 0]
-        t = (bits * diffusion.timesteps) >> 32
-        eps = keyed_normal(self.config.seed, Stream.VALIDATION, index, tuple(x0.shape[1:]), sub=1)
-        x_t = diffusion.q_sample(x0, t, eps)
-        losses = self.objective.losses(network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
-        return t.tolist(), losses.tolist()
+        device = self.state.strategy.device
+        batch = Batch(x=pixels.to(device).float() / 127.5 - 1, position=torch.tensor(kept, device=device))
+        noise = KeyedNoise.validation(self.config.seed, batch.position)
+        losses = self.objective.training_losses(network, batch, noise, times=self.times)
+        return losses.t.tolist(), losses.loss.tolist()
 
     def _means(self, name: str, parts: list[tuple[int, list[int], list[float]]]) -> dict[str, float]:
         """Summed in float64 and in the order of the images, whichever rank had them."""
@@ -94,7 +91,7 @@ class Validation:
         if not len(losses):
             raise DataError("the held-out images: all are damaged, none is left to validate on", agreed=True)
         values = {f"validation/{name}": float(losses.mean())}
-        quartile = t * _QUARTILES // self.objective.diffusion.timesteps
+        quartile = t * _QUARTILES // self.config.diffusion.timesteps
         for number in np.unique(quartile).tolist():
             values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
         return values

@@ -10,13 +10,14 @@ from torch import nn
 from trainer.config import Config
 from trainer.data.batches import ReadAndDecode
 from trainer.data.training_data import TrainingData, open_training_data
-from trainer.diffusion.objectives import Objective
-from trainer.engine.build import build_diffusion, build_network
+from trainer.diffusion.noise import KeyedNoise
+from trainer.diffusion.timesteps import GivenTimesteps
+from trainer.engine.build import build_network, build_objective
 from trainer.engine.checkpoints import read_weights
 from trainer.engine.nonfinite import NonFiniteDump
 from trainer.engine.precision import run_in
 from trainer.engine.run import RunFolder, check_identity, identity
-from trainer.engine.step import noised_inputs, seed_dropout
+from trainer.engine.step import device_batch, seed_dropout
 from trainer.errors import CheckpointError, ConfigError
 from trainer.inspection import folders
 from trainer.inspection.origin import GradientNorm, Origin, Watch, gradient_norms
@@ -134,9 +135,7 @@ def _compute(
     scale: float,
 ) -> Outcome:
     """The step's forward and backward passes, the loss multiplied by `scale` as fp16 has it."""
-    diffusion = build_diffusion(config, device)
-    process = config.diffusion
-    objective = Objective(diffusion, prediction=process.prediction, variance=process.variance, loss=process.loss)
+    objective = build_objective(config, device)
     read = ReadAndDecode(data.dataset, replace_by=data.order if config.data.on_bad_sample == "skip" else None)
     outcome = Outcome()
     accumulation = len(dump.samples) // dump.micro_batch
@@ -145,16 +144,17 @@ def _compute(
         positions = [sample.position for sample in samples]
         batch = read((positions, [sample.id for sample in samples]))
         seed_dropout(batch, config)
-        x0, _, eps = noised_inputs(batch, config, device)
-        t = torch.tensor([sample.t for sample in samples], device=device)
-        weight = torch.tensor([1.0 if s.weight is None else s.weight for s in samples], device=device)
-        x_t = diffusion.q_sample(x0, t, eps)
+        inputs = device_batch(batch, config, device)
+        times = GivenTimesteps(
+            torch.tensor([sample.t for sample in samples], device=device),
+            torch.tensor([1.0 if s.weight is None else s.weight for s in samples], device=device),
+        )
+        noise = KeyedNoise.training(config.seed, inputs.position)
         with Watch(network, positions) as watch:
-            output = network(x_t, t)
-        losses = objective.losses(output, x0=x0, x_t=x_t, t=t, eps=eps)
-        loss = (weight * losses).mean() / accumulation
+            losses = objective.training_losses(network, inputs, noise, times=times)
+        loss = losses.mean() / accumulation
         (loss * scale).backward()
-        outcome.losses += losses.tolist()
+        outcome.losses += losses.loss.tolist()
         outcome.loss += loss.item()
         outcome.forward = outcome.forward or watch.forward
         outcome.backward = outcome.backward or watch.backward

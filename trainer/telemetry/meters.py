@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from trainer.diffusion.contract import Losses
 from trainer.telemetry.noise_scale import GradientNoise
 
 QUARTILES = 4
@@ -20,18 +21,19 @@ STEP_SUMS = 2 * QUARTILES + 1
 _SMOOTHING = 0.99  # decay a step
 
 
-def step_sums(t: Tensor, losses: Tensor, bound: Tensor, weight: Tensor | None, *, timesteps: int) -> Tensor:
+def step_sums(losses: Losses, *, timesteps: int) -> Tensor:
     """What a rank's images of a step add up to: (9,) float32, to be summed over ranks and read by `StepFigures`.
 
-    t: (B,) int64 in [0, T); losses: (B,) float32, not weighted; bound: (B,) float32, their terms of the bound; weight:
-    (B,) float32, 1 / (T p(t)) where t is not uniform, None for 1. Nothing waits for the device, and sums are taken in
-    one order: the same bits every time.
+    losses: of these images, t in [0, timesteps). Nothing waits for the device, and sums are taken in one order: they
+    are the same bits every time.
     """
+    weight = losses.weight
     if weight is None:
-        weight = torch.ones_like(losses)
-    quartile = torch.arange(QUARTILES, device=t.device)
-    member = weight * (t * QUARTILES // timesteps == quartile[:, None])  # (4, B)
-    return torch.cat([(member * losses).sum(dim=1), member.sum(dim=1), (weight * bound).sum(dim=0, keepdim=True)])
+        weight = torch.ones_like(losses.loss)
+    quartile = torch.arange(QUARTILES, device=losses.t.device)
+    member = weight * (losses.t * QUARTILES // timesteps == quartile[:, None])  # (4, B)
+    bound = (weight * losses.bound).sum(dim=0, keepdim=True)
+    return torch.cat([(member * losses.loss).sum(dim=1), member.sum(dim=1), bound])
 
 
 @dataclass(frozen=True, kw_only=True)
