@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?=
 INSTALLED := $(VENV)/.installed
+# Processes that share the tests, file by file. Each test of a launch has one to four more for a while.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-slurm lint bench clean
@@ -23,10 +26,10 @@ demo: $(INSTALLED) ## train on real digits with two processes and draw samples, 
 	$(BIN)/python -m launch.demo
 
 test: $(INSTALLED) ## the tests that every change must pass
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(INSTALLED) ## the slow tests too
-	$(BIN)/python -m pytest -m "not slurm"
+	$(PYTEST) -m "not slurm"
 
 test-slurm: $(INSTALLED) ## jobs on a SLURM that is started for it; as root, on Debian or with slurmctld and slurmd
 	tests/slurm/lab.sh install
