@@ -35,10 +35,11 @@ test-slurm: $(INSTALLED) ## jobs on a SLURM that is started for it; as root, on 
 	tests/slurm/lab.sh install
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
-lint: $(INSTALLED) ## style, format, types and shell scripts
+lint: $(INSTALLED) ## style, format, types, shell scripts, and the reference of the configuration
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m trainer.config.reference --check
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch tests/slurm/*.sh .ci/run
 
 bench: $(INSTALLED) ## our steps, sampling, data, checkpoints beside others', at sizes that fit this machine
