@@ -214,7 +214,9 @@ def test_a_folder_with_other_things_is_refused_as_it_is(tmp_path: Path, names: l
 def test_a_folder_that_may_be_a_runs_is_taken(tmp_path: Path, trained: Path) -> None:
     check_run_dir(tmp_path / "new")
     check_run_dir(tmp_path)
-    check_run_dir(fill(tmp_path / "logged", "nohup.out", "train.log", "my.toml", ".DS_Store", "slurm/1.out", "flight/rank-0"))
+    check_run_dir(
+        fill(tmp_path / "logged", "nohup.out", "train.log", "my.toml", ".DS_Store", "slurm/1.out", "flight/rank-0")
+    )
     (tmp_path / "disk" / "lost+found").mkdir(parents=True)
     check_run_dir(tmp_path / "disk")
     for kept in ("config.toml", "events.jsonl", "heartbeat.json", "checkpoints"):
