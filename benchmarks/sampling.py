@@ -31,9 +31,9 @@ from benchmarks.machine import DTYPES, add_setting, default_device, describe, pe
 from benchmarks.peers import diffusers_network
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
-from trainer.diffusion.noise import Stream, keyed_normal
+from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
 from trainer.diffusion.respacing import respaced
-from trainer.diffusion.samplers import ancestral, ddim, initial_noise
+from trainer.diffusion.samplers import ancestral, ddim
 from trainer.engine.build import build_diffusion, build_network, build_reverse, build_trained, unet_config
 from trainer.engine.cost import measure
 from trainer.engine.sampling import sample
@@ -131,7 +131,7 @@ def largest_difference(setting: Setting) -> int:
     visited = respaced(config.diffusion.timesteps, f"ddim{setting.steps}").tolist()
 
     def noises() -> Iterator[Tensor]:
-        yield initial_noise(index, SEED, shape)
+        yield KeyedNoise.sampling(SEED, index).normal("initial", shape)
         for t in reversed(visited[1:]):
             yield keyed_normal(SEED, Stream.ANCESTRAL, index, shape, sub=t)
 

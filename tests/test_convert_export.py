@@ -13,8 +13,8 @@ from tests.harness import checkpoint, overrides
 from tests.networks import make_run
 from trainer import convert
 from trainer.config import Config
-from trainer.diffusion.noise import Stream, keyed_normal
-from trainer.diffusion.samplers import ancestral, initial_noise, sample
+from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
+from trainer.diffusion.samplers import ancestral, sample
 from trainer.diffusion.schedules import ScheduleName, make_betas
 from trainer.engine.build import build_diffusion, build_network, build_reverse
 from trainer.engine.checkpoints import read_weights
@@ -93,7 +93,8 @@ def test_the_ddpm_pipeline_draws_our_images_from_our_noise(
 
     diffusion = build_diffusion(config, torch.device("cpu"))
     reverse = build_reverse(network_of(run, config), diffusion, config)
-    ours = sample(ancestral(reverse, initial_noise(index, SEED, shape), index=index, seed=SEED))
+    keyed = KeyedNoise.sampling(SEED, index)
+    ours = sample(ancestral(reverse, keyed.normal("initial", shape), noise=keyed))
     noise = noises()
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: next(noise))

@@ -9,11 +9,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from tests.diffusion_reference import Reference, images, normal
-from trainer.diffusion.noise import Stream, keyed_normal
+from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, initial_noise, interpolate, sample
+from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate, sample
 from trainer.diffusion.schedules import make_betas
 
 T = 50
@@ -23,6 +23,7 @@ SEED = 11
 BETAS = torch.linspace(1e-4, 0.3, T, dtype=torch.float64)
 REFERENCE = Reference(BETAS.tolist())
 INDEX = torch.tensor([5, 2**40])
+NOISE = KeyedNoise.sampling(SEED, INDEX)
 
 
 def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -48,7 +49,8 @@ def draw(
     **more: object,
 ) -> torch.Tensor:
     reverse = process() if reverse is None else reverse
-    return sample(sampler(reverse, initial_noise(index, seed, SHAPE), index=index, seed=seed, **more))
+    noise = KeyedNoise.sampling(seed, index)
+    return sample(sampler(reverse, noise.normal("initial", SHAPE), noise=noise, **more))
 
 
 def noise(index: int, t: int) -> torch.Tensor:
@@ -119,9 +121,9 @@ def test_ddim_is_equation_12(eta: float, sigma_hat: bool, spec: str) -> None:
 def test_eta_1_is_ancestral_step_by_step(spec: str, clip: bool) -> None:
     """With the small variance; sigma-hat with the large one."""
     for variance, sigma_hat in (("small", False), ("large", True)):
-        x, reverse = initial_noise(INDEX, SEED, SHAPE), process(variance, spec)
-        ours = ddim(reverse, x, index=INDEX, seed=SEED, eta=1.0, sigma_hat=sigma_hat, clip=clip)
-        for one, other in zip(ours, ancestral(reverse, x, index=INDEX, seed=SEED, clip=clip), strict=True):
+        x, reverse = NOISE.normal("initial", SHAPE), process(variance, spec)
+        ours = ddim(reverse, x, noise=NOISE, eta=1.0, sigma_hat=sigma_hat, clip=clip)
+        for one, other in zip(ours, ancestral(reverse, x, noise=NOISE, clip=clip), strict=True):
             assert (one.t, one.original_t) == (other.t, other.original_t)
             scale = max(other.x.abs().max().item(), 1)
             torch.testing.assert_close(one.x, other.x, rtol=0, atol=5e-5 * scale)
@@ -142,8 +144,8 @@ def test_ddim_refuses_what_has_no_meaning() -> None:
 def test_steps_tell_where_they_are_and_what_they_believe() -> None:
     reverse = process(spec="ddim10")
     steps: list[SamplingStep] = []
-    x = initial_noise(INDEX, SEED, SHAPE)
-    drawn = sample(ancestral(reverse, x, index=INDEX, seed=SEED), steps.append)
+    x = NOISE.normal("initial", SHAPE)
+    drawn = sample(ancestral(reverse, x, noise=NOISE), steps.append)
     assert [step.t for step in steps] == list(range(10))[::-1]
     assert [step.original_t for step in steps] == list(range(0, T, 5))[::-1]
     assert torch.equal(steps[-1].x, drawn)
@@ -154,10 +156,10 @@ def test_steps_tell_where_they_are_and_what_they_believe() -> None:
 
 def test_a_chain_may_start_below_the_top() -> None:
     """What a whole chain goes through after some step is what one that starts there does from there."""
-    x = initial_noise(INDEX, SEED, SHAPE)
+    x = NOISE.normal("initial", SHAPE)
     for sampler in (ancestral, functools.partial(ddim, eta=0.7)):
-        whole = list(sampler(process(), x, index=INDEX, seed=SEED))
-        tail = list(sampler(process(), whole[19].x, index=INDEX, seed=SEED, start=29))
+        whole = list(sampler(process(), x, noise=NOISE))
+        tail = list(sampler(process(), whole[19].x, noise=NOISE, start=29))
         assert [step.t for step in tail] == list(range(30))[::-1]
         assert torch.equal(tail[-1].x, whole[-1].x)
 
@@ -191,7 +193,7 @@ PAPER = make_betas("linear", 1000)
 def one_step(
     sampler: Callable[..., object], reverse: ReverseProcess, x: torch.Tensor, t: int, **more: object
 ) -> SamplingStep:
-    return next(iter(sampler(reverse, x, index=torch.arange(len(x)), seed=SEED, start=t, **more)))
+    return next(iter(sampler(reverse, x, noise=KeyedNoise.sampling(SEED, torch.arange(len(x))), start=t, **more)))
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -249,8 +251,8 @@ def test_a_first_order_dpm_solver_is_our_ddim() -> None:
     scheduler.set_timesteps(timesteps=steps.tolist()[::-1])
     network = lambda x, t: model(x, t / 20)  # noqa: E731
     reverse = ReverseProcess(network, GaussianDiffusion(PAPER), variance="small").respaced(steps)
-    x = initial_noise(INDEX, SEED, SHAPE)
-    for step in ddim(reverse, x, index=INDEX, seed=SEED, clip=False):
+    x = NOISE.normal("initial", SHAPE)
+    for step in ddim(reverse, x, noise=NOISE, clip=False):
         t = scheduler.timesteps[19 - step.t]
         assert t.item() == step.original_t
         x = scheduler.step(network(x, t.repeat(2)), t, x).prev_sample
@@ -270,7 +272,7 @@ def test_inversion_over_all_steps_gives_the_image_back() -> None:
         steps = list(ddim_invert(reverse, x0, **options))
         assert [step.t for step in steps] == list(range(1000))
         latent = steps[-1].x
-        again = sample(ddim(reverse, latent, index=index, seed=0, clip=False))
+        again = sample(ddim(reverse, latent, noise=KeyedNoise.sampling(0, index), clip=False))
         assert (again - x0).abs().max() < error
         # and the latent is that of the ODE: this one is linear, and takes an image to (x_0 - 0.1) / 0.4
         torch.testing.assert_close(latent, (x0 - 0.1) / 0.4, rtol=0, atol=0.012)
@@ -290,7 +292,9 @@ def test_refinements_invert_few_steps_as_well() -> None:
         calls.clear()
         latent = sample(ddim_invert(reverse, x0, refinements=refinements))
         assert calls == [t for t in respaced(1000, "20").tolist() for _ in range(1 + refinements)]
-        errors.append((sample(ddim(reverse, latent, index=index, seed=0, clip=False)) - x0).abs().max().item())
+        errors.append(
+            (sample(ddim(reverse, latent, noise=KeyedNoise.sampling(0, index), clip=False)) - x0).abs().max().item()
+        )
     assert errors[0] > 0.02
     assert errors[1] < errors[0] / 3
     assert errors[2] < 1e-3
@@ -321,7 +325,7 @@ def interpolation(t: int, lambdas: list[float], first: int, second: int, steps: 
 def test_interpolation_is_that_of_the_paper(t: int, spec: str) -> None:
     lambdas = [0.0, 0.3, 1.0]
     pair = images(1, 1, SHAPE), images(2, 1, SHAPE)
-    ours = interpolate(process(spec=spec), *pair, t=t, lambdas=lambdas, index=INDEX[:1], seed=SEED)
+    ours = interpolate(process(spec=spec), *pair, t=t, lambdas=lambdas, noise=KeyedNoise.sampling(SEED, INDEX[:1]))
     assert ours.shape == (3, 1, *SHAPE)
     expected = interpolation(t, lambdas, 1, 2, respaced(T, spec).tolist())
     for one, other in zip(ours[:, 0], expected, strict=True):
@@ -337,11 +341,13 @@ def test_interpolation_undoes_as_many_steps_as_it_was_noised_by() -> None:
 
     reverse = ReverseProcess(network, GaussianDiffusion(BETAS), variance="small")
     pairs = images(1, 2, SHAPE), images(2, 2, SHAPE)
-    shared = interpolate(reverse, *pairs, t=4, lambdas=[0.5], index=torch.tensor([5, 5]), seed=SEED)
+    shared = interpolate(reverse, *pairs, t=4, lambdas=[0.5], noise=KeyedNoise.sampling(SEED, torch.tensor([5, 5])))
     assert told == [3, 2, 1, 0]
     chain = functools.partial(ddim, eta=0.0)
-    smoothly = interpolate(reverse, *pairs, t=4, lambdas=[0.5], index=torch.tensor([5, 5]), seed=SEED, chain=chain)
+    smoothly = interpolate(
+        reverse, *pairs, t=4, lambdas=[0.5], noise=KeyedNoise.sampling(SEED, torch.tensor([5, 5])), chain=chain
+    )
     assert not torch.equal(shared, smoothly)
     for t in (-1, T + 1):
         with pytest.raises(ValueError, match=f"t={t}: must be from 0 to the chain's {T} steps"):
-            interpolate(reverse, *pairs, t=t, lambdas=[0.5], index=INDEX, seed=SEED)
+            interpolate(reverse, *pairs, t=t, lambdas=[0.5], noise=NOISE)

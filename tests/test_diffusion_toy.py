@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tests.diffusion_reference import decoder_nll
 from trainer.diffusion.likelihood import bits_per_dim
+from trainer.diffusion.noise import KeyedNoise
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, initial_noise, sample
+from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, sample
 from trainer.diffusion.schedules import make_betas
 
 WHOLE = GaussianDiffusion(make_betas("linear", 1000))
@@ -141,9 +142,9 @@ CASES = {
 
 def draw(case: Case, data: Mixture) -> Tensor:
     index = torch.arange(COUNT)
-    x = initial_noise(index, 5, (1, 1, 1))
+    x = KeyedNoise.sampling(5, index).normal("initial", (1, 1, 1))
     reverse = process(data, case.variance, STEPS)
-    return sample(case.sampler(reverse, x, index=index, seed=5, clip=False)).double().flatten()
+    return sample(case.sampler(reverse, x, noise=KeyedNoise.sampling(5, index), clip=False)).double().flatten()
 
 
 def gaussian_output(case: Case, spec: str) -> tuple[float, float]:
@@ -212,7 +213,7 @@ def test_a_second_order_solver_runs_on_our_conventions(data: Mixture) -> None:
     for order in (1, 2):
         scheduler = DPMSolverMultistepScheduler(trained_betas=make_betas("linear", 1000).numpy(), solver_order=order)
         scheduler.set_timesteps(timesteps=reverse.diffusion.original_timesteps.tolist()[::-1])
-        x = initial_noise(torch.arange(COUNT), 5, (1, 1, 1))
+        x = KeyedNoise.sampling(5, torch.arange(COUNT)).normal("initial", (1, 1, 1))
         for t in scheduler.timesteps:
             x = scheduler.step(reverse.network(x, t.repeat(COUNT)), t, x).prev_sample
         assert abs(x.mean() - mean) < 5 * math.sqrt(second / COUNT)

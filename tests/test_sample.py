@@ -11,16 +11,17 @@ from PIL import Image
 
 from tests.faults import Fault
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
+from trainer.diffusion.noise import KeyedNoise
 from trainer.diffusion.process import GaussianDiffusion, Variance
 from trainer.diffusion.respacing import respaced
 from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import ancestral, ddim, initial_noise
+from trainer.diffusion.samplers import Sampler, ancestral, ddim
 from trainer.diffusion.samplers import sample as last_of
 from trainer.diffusion.schedules import ScheduleName, make_betas
 from trainer.engine.build import build_diffusion, build_network, build_reverse
 from trainer.engine.checkpoints import read_verified
 from trainer.engine.processes import make_accelerator
-from trainer.engine.sampling import Sampler, batches_of
+from trainer.engine.sampling import batches_of
 from trainer.evaluation import outputs
 from trainer.evaluation.samplers import SamplerChoice, SamplerName, make_sampler
 from trainer.evaluation.work import Work
@@ -81,8 +82,8 @@ def test_the_images_are_what_the_mathematics_draws(
     reverse = reverse_process(run, weights)
     reverse.variance = variance
     reverse = reverse.respaced(respaced(T, steps))
-    index = torch.arange(2)
-    x0 = last_of(chain(reverse, initial_noise(index, 0, (3, 8, 8)), index=index, seed=0))
+    noise = KeyedNoise.sampling(0, torch.arange(2))
+    x0 = last_of(chain(reverse, noise.normal("initial", (3, 8, 8)), noise=noise))
     for number in range(2):
         expected = to_uint8(x0[number]).permute(1, 2, 0).numpy().astype(int)
         # channels-last and contiguous convolutions may round differently
@@ -100,14 +101,14 @@ def test_dpm_solver_is_of_second_order_where_ddim_is_of_first(schedule: Schedule
         return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * spread**2 + 1 - abar)
 
     reverse = ReverseProcess(network, diffusion, variance="small")
-    index = torch.arange(64)
-    noise = initial_noise(index, 0, (1, 4, 4))
+    noise = KeyedNoise.sampling(0, torch.arange(64))
+    x = noise.normal("initial", (1, 4, 4))
     abar = diffusion.abar[-1]
-    solution = mean + spread * (noise - abar.sqrt() * mean) / (abar * spread**2 + 1 - abar).sqrt()
+    solution = mean + spread * (x - abar.sqrt() * mean) / (abar * spread**2 + 1 - abar).sqrt()
 
     def error(name: SamplerName, steps: str) -> float:
         chain = make_sampler(SamplerChoice(name=name))
-        drawn = last_of(chain(reverse.respaced(respaced(1000, steps)), noise, index=index, seed=0))
+        drawn = last_of(chain(reverse.respaced(respaced(1000, steps)), x, noise=noise))
         return (drawn - solution).abs().mean().item()
 
     assert error("dpm-solver++", "200") / error("dpm-solver++", "1000") > 10

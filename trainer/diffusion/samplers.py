@@ -7,13 +7,14 @@ reverse process's chain, which may be respaced, or from `start` down. Images are
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from trainer.diffusion.noise import Stream, keyed_normal
+from trainer.diffusion.noise import KeyedNoise
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.reverse import ReverseProcess
 
@@ -33,13 +34,15 @@ class SamplingStep:
     x0: Tensor
 
 
+class Sampler(Protocol):
+    """A way from noise to samples: yields a state after each step, the samples last."""
+
+    def __call__(self, reverse: ReverseProcess, x: Tensor, *, noise: KeyedNoise) -> Iterator[SamplingStep]:
+        """x: (B, C, H, W) float32, `noise.normal("initial", (C, H, W))`; noise: `KeyedNoise.sampling` of B samples."""
+
+
 # `ancestral`, or either sampler with options bound by functools.partial.
 Chain = Callable[..., Iterator[SamplingStep]]
-
-
-def initial_noise(index: Tensor, seed: int, shape: tuple[int, ...]) -> Tensor:
-    """x_T of each sample: index (B,) int64, its numbers; shape (C, H, W) -> (B, C, H, W) float32."""
-    return keyed_normal(seed, Stream.INITIAL, index, shape)
 
 
 def sample(chain: Iterable[SamplingStep], on_step: Callable[[SamplingStep], None] | None = None) -> Tensor:
@@ -58,21 +61,20 @@ def ancestral(
     reverse: ReverseProcess,
     x: Tensor,
     *,
-    index: Tensor,
-    seed: int,
+    noise: KeyedNoise,
     start: int | None = None,
     clip: bool = True,
 ) -> Iterator[SamplingStep]:
     """Ho et al. 2020, algorithm 2: x_{t-1} ~ N(mean, sigma_t^2) of the reverse process, without noise at t = 0.
 
-    x: x_T (see `initial_noise`), or x_start; index: (B,) int64, the samples' numbers, on x's device;
-    start: the first timestep of the chain to undo, T-1 without; clip: clamp each x_0 to [-1, 1], as the authors do.
+    x: x_T, which is `noise.normal("initial", (C, H, W))`, or x_start; noise: `KeyedNoise.sampling` of the samples'
+    numbers, on x's device; start: the first timestep of the chain to undo, T-1 without; clip: clamp each x_0 to [-1, 1], as the authors do.
     """
-    for step, original, t in _timesteps(reverse.diffusion, index, start):
+    for step, original, t in _timesteps(reverse.diffusion, noise.index, start):
         p = reverse.step(x, t, clip=clip)
         x = p.mean
         if step > 0:
-            x = x + torch.exp(0.5 * p.log_variance) * _noise(x, index, seed, original)
+            x = x + torch.exp(0.5 * p.log_variance) * noise.normal("step", tuple(x.shape[1:]), sub=original)
         yield SamplingStep(t=step, original_t=original, x=x, x0=p.x0)
 
 
@@ -81,8 +83,7 @@ def ddim(
     reverse: ReverseProcess,
     x: Tensor,
     *,
-    index: Tensor,
-    seed: int,
+    noise: KeyedNoise,
     eta: float = 0.0,
     sigma_hat: bool = False,
     start: int | None = None,
@@ -104,7 +105,7 @@ def ddim(
         raise ValueError(f"eta={eta:g}: must be in [0, 1]")
     if sigma_hat and eta != 1:
         raise ValueError(f"sigma_hat=True: goes with the mean of eta=1, got eta={eta:g}")
-    for step, original, t in _timesteps(reverse.diffusion, index, start):
+    for step, original, t in _timesteps(reverse.diffusion, noise.index, start):
         p = reverse.step(x, t, clip=clip)
         abar, abar_prev = _abar(reverse.diffusion, step), _abar(reverse.diffusion, step - 1)
         sigma_large = math.sqrt(1 - abar / abar_prev)
@@ -112,7 +113,7 @@ def ddim(
         # max: at t = 0 and eta = 1 rounding may leave less than nothing
         x = math.sqrt(abar_prev) * p.x0 + math.sqrt(max(1 - abar_prev - sigma**2, 0.0)) * p.eps
         if step > 0 and eta > 0:
-            x = x + (sigma_large if sigma_hat else sigma) * _noise(x, index, seed, original)
+            x = x + (sigma_large if sigma_hat else sigma) * noise.normal("step", tuple(x.shape[1:]), sub=original)
         yield SamplingStep(t=step, original_t=original, x=x, x0=p.x0)
 
 
@@ -146,8 +147,7 @@ def interpolate(
     *,
     t: int,
     lambdas: Sequence[float],
-    index: Tensor,
-    seed: int,
+    noise: KeyedNoise,
     chain: Chain = ancestral,
 ) -> Tensor:
     """Ho et al. 2020, section 4.3 and figures 8 and 9: images between two, mixed where they are noise.
@@ -156,7 +156,7 @@ def interpolate(
     steps, with the same z for every lambda. t counts steps, as in the paper: 0 mixes the pixels, the chain's whole
     length leaves nothing of the images, and in between the first step to be undone is this module's timestep t - 1.
 
-    first, second: (B, C, H, W) in [-1, 1]; index: (B,) int64, which keys their noise. Returns (len(lambdas), B, C, H,
+    first, second: (B, C, H, W) in [-1, 1]; noise: `KeyedNoise.sampling` of B numbers. Returns (len(lambdas), B, C, H,
     W). ValueError for a t outside 0..T.
     """
     timesteps = reverse.diffusion.timesteps
@@ -164,14 +164,15 @@ def interpolate(
         raise ValueError(f"t={t}: must be from 0 to the chain's {timesteps} steps")
     ends = torch.stack((first.float(), second.float()))
     if t > 0:
-        noised_to = torch.full_like(index, t - 1)
-        eps = initial_noise(index, seed, tuple(first.shape[1:]))
+        noised_to = torch.full_like(noise.index, t - 1)
+        eps = noise.normal("initial", tuple(first.shape[1:]))
         ends = torch.stack([reverse.diffusion.q_sample(end, noised_to, eps) for end in ends])
     mixed = torch.stack([(1 - share) * ends[0] + share * ends[1] for share in lambdas])
     if t == 0:
         return mixed
     everywhere = rearrange(mixed, "l b c h w -> (l b) c h w")
-    drawn = sample(chain(reverse, everywhere, index=index.repeat(len(lambdas)), seed=seed, start=t - 1))
+    repeated = replace(noise, index=noise.index.repeat(len(lambdas)))
+    drawn = sample(chain(reverse, everywhere, noise=repeated, start=t - 1))
     return rearrange(drawn, "(l b) c h w -> l b c h w", l=len(lambdas))
 
 
@@ -188,7 +189,3 @@ def _timesteps(diffusion: GaussianDiffusion, index: Tensor, start: int | None) -
 def _abar(diffusion: GaussianDiffusion, step: int) -> float:
     """abar_t, and 1 for the images themselves at t = -1."""
     return diffusion.abar64[step].item() if step >= 0 else 1.0
-
-
-def _noise(x: Tensor, index: Tensor, seed: int, original_t: int) -> Tensor:
-    return keyed_normal(seed, Stream.ANCESTRAL, index, tuple(x.shape[1:]), sub=original_t)

@@ -1,23 +1,14 @@
 """Sampling over all processes: the same seed gives the same images on any number of them."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 
+from trainer.diffusion.noise import KeyedNoise
 from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, initial_noise
+from trainer.diffusion.samplers import Sampler
 from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels, to_uint8
-
-
-class Sampler(Protocol):
-    """A way from noise to an image: yields a state after each step, the image last."""
-
-    def __call__(
-        self, reverse: ReverseProcess, x: torch.Tensor, *, index: torch.Tensor, seed: int
-    ) -> Iterator[SamplingStep]:
-        """x: (B, C, H, W) noise; index: (B,) int64, the numbers of the samples, which key all further noise."""
 
 
 def batches_of(count: int, batch: int) -> list[range]:
@@ -45,10 +36,10 @@ def sample(
     nothing more comes, from the next step on.
     """
     for numbers in batches:
-        index = torch.tensor(list(numbers), device=device)
-        x = initial_noise(index, seed, shape)
+        noise = KeyedNoise.sampling(seed, torch.tensor(list(numbers), device=device))
+        x = noise.normal("initial", shape)
         with torch.no_grad():
-            for state in sampler(reverse, x, index=index, seed=seed):
+            for state in sampler(reverse, x, noise=noise):
                 x = state.x
                 if on_step is not None:
                     on_step(len(numbers))

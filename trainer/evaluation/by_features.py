@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from trainer.diffusion.samplers import Sampler
 from trainer.engine.processes import each_its_own, together
-from trainer.engine.sampling import Sampler, batches_of, sample
+from trainer.engine.sampling import batches_of, sample
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.draw import samples_identity
 from trainer.evaluation.feature_metrics import FeatureMetric, Reference

@@ -16,8 +16,9 @@ import torch
 from einops import rearrange
 
 from data_prep.progress import WorkProgress
+from trainer.diffusion.noise import KeyedNoise
 from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, initial_noise, interpolate
+from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate
 from trainer.engine.processes import together
 from trainer.errors import ConfigError
 from trainer.evaluation.figure_files import FigureFile
@@ -55,10 +56,10 @@ def progressive_generation(trained: Trained, request: FigureRequest, *, every: i
     every = every or max(1, diffusion.timesteps // 20)
 
     def row(number: int, on_step: Callable[[], object]) -> Row:
-        index = torch.tensor([number], device=trained.device)
-        x = initial_noise(index, request.seed, trained.image_shape)
+        noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
+        x = noise.normal("initial", trained.image_shape)
         estimates, timesteps = [], []
-        for done, state in enumerate(ancestral(trained.reverse, x, index=index, seed=request.seed), start=1):
+        for done, state in enumerate(ancestral(trained.reverse, x, noise=noise), start=1):
             on_step()
             if done % every == 0 or done in (1, diffusion.timesteps):
                 estimates.append(state.x0.clamp(-1, 1))
@@ -81,21 +82,22 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
             raise ConfigError(f"--splits {split}: should be 1 to {diffusion.timesteps}, the steps of the process")
 
     def row(number: int, on_step: Callable[[], object]) -> Row:
-        index = torch.tensor([number], device=trained.device)
-        x = initial_noise(index, request.seed, trained.image_shape)
+        noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
+        x = noise.normal("initial", trained.image_shape)
         shared = {diffusion.timesteps: x}
-        for state in ancestral(trained.reverse, x, index=index, seed=request.seed):
+        for state in ancestral(trained.reverse, x, noise=noise):
             on_step()
             if state.t in splits:
                 shared[state.t] = state.x
             if state.t <= min(splits):
                 break
         # Samples of other numbers: their noise is not that of the trunk, nor of other rows.
-        others = request.rows + number * variants + torch.arange(variants, device=trained.device)
+        numbers = request.rows + number * variants + torch.arange(variants, device=trained.device)
+        others = KeyedNoise.sampling(request.seed, numbers)
         images = []
         for split in sorted(splits, reverse=True):
             x = shared[split].expand(variants, -1, -1, -1)
-            for state in ancestral(trained.reverse, x, index=others, seed=request.seed, start=split - 1):
+            for state in ancestral(trained.reverse, x, noise=others, start=split - 1):
                 x = state.x
                 on_step()
             images.append(x)
@@ -142,8 +144,7 @@ def interpolations(
             other,
             t=timesteps[t],
             lambdas=lambdas,
-            index=torch.tensor([pair], device=trained.device),
-            seed=request.seed,
+            noise=KeyedNoise.sampling(request.seed, torch.tensor([pair], device=trained.device)),
             chain=counted,
         )
         notes = {"pair": pair, "t": timesteps[t], "lambdas": list(lambdas)}
@@ -165,13 +166,13 @@ def reconstructions(trained: Trained, request: FigureRequest, *, images: FigureI
     diffusion = trained.reverse.diffusion
 
     def row(number: int, on_step: Callable[[], object]) -> Row:
-        index = torch.tensor([number], device=trained.device)
+        noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         image = latent = images.pixels[number : number + 1].to(trained.device)
         for state in ddim_invert(trained.reverse, image):
             latent = state.x
             on_step()
         x = latent
-        for state in ddim(trained.reverse, latent, index=index, seed=request.seed, clip=False):
+        for state in ddim(trained.reverse, latent, noise=noise, clip=False):
             x = state.x
             on_step()
         error = (x - image).square().mean().item()

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
+from trainer.diffusion.noise import KeyedNoise
 from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, ancestral, ddim
-from trainer.engine.sampling import Sampler
+from trainer.diffusion.samplers import Sampler, SamplingStep, ancestral, ddim
 from trainer.errors import ConfigError
 
 SamplerName = Literal["ddpm", "ddim", "ddpm-sigma-hat", "dpm-solver++"]
@@ -46,12 +46,12 @@ def make_sampler(choice: SamplerChoice) -> Sampler:
             return _dpm_solver
 
 
-def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, index: torch.Tensor, seed: int) -> Iterator[SamplingStep]:
+def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, noise: KeyedNoise) -> Iterator[SamplingStep]:
     """DPM-Solver++(2M) (Lu et al. 2022), deterministic; the mathematics is diffusers', the network's call ours.
 
     It takes the timesteps of the (respaced) process, from the last one down to clean data.
     """
-    del index, seed  # draws no noise
+    del noise  # deterministic
     from diffusers import DPMSolverMultistepScheduler
 
     diffusion = reverse.diffusion
