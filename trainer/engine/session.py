@@ -21,6 +21,7 @@ from trainer.engine.processes import check_alike, together
 from trainer.engine.resume import find_checkpoint, load_checkpoint
 from trainer.engine.run import RunFolder, identity
 from trainer.engine.run_dir import check_run_dir
+from trainer.engine.semaphores import name_semaphores
 from trainer.engine.state import TrainState
 from trainer.engine.step import TrainStep
 from trainer.engine.strategies import Strategy, make_strategy
@@ -181,6 +182,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
         loop.folder.event_here(rank, "bad_sample", sample=fault)
         loop.progress.say(f"skipped: {fault}")
 
+    name_semaphores(loop.folder.path, rank)
     stream = micro_batches(
         loop.data.dataset,
         plan,
