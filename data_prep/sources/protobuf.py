@@ -1,8 +1,9 @@
 """The subset of protocol buffers needed for a tf.train.Example of bytes and integers.
 
-Example { Features features = 1; } Features { map<string, Feature> feature = 1; }          an entry is a message { key =
-1; value = 2 } Feature { BytesList bytes_list = 1; FloatList float_list = 2; Int64List int64_list = 3; } BytesList {
-repeated bytes value = 1; }                 Int64List { repeated int64 value = 1, packed or not }
+Example { Features features = 1; }
+Features { map<string, Feature> feature = 1; }          an entry is a message { key = 1; value = 2 }
+Feature { BytesList bytes_list = 1; FloatList float_list = 2; Int64List int64_list = 3; }
+BytesList { repeated bytes value = 1; }                 Int64List { repeated int64 value = 1, packed or not }
 """
 
 from collections.abc import Iterator

@@ -75,5 +75,5 @@ class InPlace:
             raise DataError(f"{shard.url}: cannot be opened ({error.strerror})") from error
 
     def renew(self, shard: Shard) -> bool:  # noqa: ARG002 - there is no other copy
-        """Never: there is no other copy."""
+        """Returns False: there is no other copy."""
         return False

@@ -1,13 +1,18 @@
 """A run's folder and identity.
 
-RUN/config.toml      the configuration as resolved RUN/checkpoints/     see trainer/engine/checkpoints.py RUN/averages/
-snapshots of averages of the weights, from which others can be made, see averages.py RUN/logs/            TensorBoard
-files and metrics.jsonl RUN/samples/         grids drawn while training RUN/nonfinite/       dumps of batches whose loss
-or gradient was not finite RUN/hangs/           stacks of the ranks of a run that hung RUN/events.jsonl     starts,
-resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks RUN/indexes/         of the
-tars of a dataset that has none of its own RUN/lock             locked by the job that trains here RUN/heartbeat.json
-what the run is doing now RUN/DONE             written when the whole duration has been trained RUN/STOPPED
-written when it was stopped on request, after its state was saved; deleted by the next start
+RUN/config.toml      the configuration as resolved
+RUN/checkpoints/     see trainer/engine/checkpoints.py
+RUN/averages/        snapshots of averages of the weights, for post-hoc EMA, see post_hoc.py
+RUN/logs/            TensorBoard files and metrics.jsonl
+RUN/samples/         grids drawn while training
+RUN/nonfinite/       dumps of batches whose loss or gradient was not finite
+RUN/hangs/           stacks of the ranks of a run that hung
+RUN/events.jsonl     starts, resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks
+RUN/indexes/         indexes of datasets of plain tars
+RUN/lock             locked by the job that trains here
+RUN/heartbeat.json   current activity of the run
+RUN/DONE             written when the whole duration has been trained
+RUN/STOPPED          written when it was stopped on request, after its state was saved; deleted by the next start
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Feature metrics of a run's samples: FID, KID, Inception score, precision and recall, density and coverage.
 
-OUT/samples-.../            features of the samples, shared by all metrics OUT/reference-.../          features of the
-real images, shared by all checkpoints OUT/fid-....json            the metric and all conventions that it depends on;
-likewise kid, is, prdc
+OUT/samples-.../            features of the samples, shared by all metrics
+OUT/reference-.../          features of the real images, shared by all checkpoints
+OUT/fid-....json            the metric and all conventions that it depends on; likewise kid, is, prdc
 """
 
 import os

@@ -1,7 +1,8 @@
 """Names of tensors in other implementations of the same UNet.
 
-DIFFUSERS        diffusers.UNet2DModel, as written by `export` DIFFUSERS_OLD    the same before diffusers 0.15, as in
-the published `google/ddpm-*` AUTHORS          pesser/pytorch_diffusion: the authors' TensorFlow weights, converted
+DIFFUSERS        diffusers.UNet2DModel, as written by `export`
+DIFFUSERS_OLD    the same before diffusers 0.15, as in the published `google/ddpm-*`
+AUTHORS          pesser/pytorch_diffusion: the authors' TensorFlow weights, converted
 
 Layers and shapes correspond one to one, except in attention: its projections are dense layers here and in diffusers,
 and 1 x 1 convolutions in AUTHORS.
