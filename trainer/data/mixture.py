@@ -66,5 +66,5 @@ def quotas(weights: Sequence[float]) -> list[int]:
 
 
 def member_seed(seed: int, dataset: int) -> int:
-    """Seed of one dataset's own order, so that equal datasets in a mixture are not shuffled equally."""
+    """Seed of one dataset's own order: equal datasets in a mixture get different orders."""
     return derive_key(seed, _MIXTURE, ~dataset)

@@ -1,7 +1,7 @@
 """Activation checkpointing of each stage: which keep their activations for the backward pass, which recompute them.
 
 `train.activation_checkpointing` applies to all stages; with "budget", as few stages are checkpointed as make a
-micro-batch fit into `train.memory_budget`, in the order of memory saved per recomputation time.
+micro-batch fit into `train.memory_budget`, first those that save most memory per recomputation time.
 """
 
 import bisect

@@ -20,9 +20,7 @@ from trainer.telemetry.meters import Meters
 
 
 class Contents(NamedTuple):
-    """What a save writes: this rank's `slices`, the `shapes` of all tensors, scalars as plain JSON, and the name of the
-    `strategy`.
-    """
+    """What a save writes: this rank's `slices`, the `shapes` of all tensors, scalars as plain JSON, and `strategy`."""
 
     slices: list[SavedSlice]
     shapes: dict[str, torch.Size]
