@@ -1,1 +1,1 @@
-"""From images as they lie on disk to tar shards."""
+"""Prepares image datasets: from common formats to tar shards with an index."""

@@ -1,4 +1,4 @@
-"""Images that are bare arrays of pixels: `.npy` files, and what record formats hold."""
+"""Images stored as pixel arrays: `.npy` files, and arrays in record formats."""
 
 import io
 from typing import Any
@@ -16,14 +16,14 @@ NPY_MAGIC = b"\x93NUMPY"
 def image_of_npy(data: bytes) -> Image.Image:
     """The image in a `.npy` file: uint8 of shape (H, W), (H, W, C), (C, H, W) or (1, C, H, W), C = 1 or 3.
 
-    Never unpickles. Raises Reject for anything else.
+    Pickles are not loaded. Raises Reject for anything else.
     """
     stream = io.BytesIO(data)
     try:
         version = npy_format.read_magic(stream)
         read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         shape, column_major, dtype = read_header(stream)
-    except Exception as error:  # the header is a Python literal that anybody may have written
+    except Exception as error:  # the header is an untrusted Python literal
         raise Reject("truncated or corrupt", f".npy header: {error}") from error
     if dtype != np.uint8:
         raise Reject("unsupported pixels", f".npy of {dtype}; 8-bit unsigned integers are read")
@@ -37,7 +37,7 @@ def image_of_npy(data: bytes) -> Image.Image:
 def image_of_array(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     """uint8 pixels of shape (H, W), (H, W, C), (C, H, W) or (1, C, H, W) with C = 1 or 3 as an image.
 
-    Raises Reject for another shape, and for one in which either end could be the channels.
+    Raises Reject for other shapes, and where the first and the last axis could both be the channels.
     """
     found = pixels.shape
     if pixels.ndim == 4 and len(pixels) == 1:

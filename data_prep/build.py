@@ -1,4 +1,4 @@
-"""A whole dataset: plan the shards, have the missing ones written, merge their results, write the manifest."""
+"""Builds a dataset: plans the shards, writes the missing ones, merges their results, writes the manifest."""
 
 import json
 from collections import Counter
@@ -39,7 +39,7 @@ from data_prep.writer import ShardPlan, ShardResult, is_whole, load_result
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished dataset. `reasons` counts the rejects; `already_finished` says that nothing was left to do."""
+    """A finished dataset. `reasons` counts the rejects; `already_finished`: it was complete before this run."""
 
     manifest: Manifest
     reasons: Counter[str]
@@ -48,30 +48,30 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """The shards' results put together."""
+    """The combined results of the shards."""
 
     shards: list[ShardRecord]
     samples: int
     reasons: Counter[str]
     kept: int
-    shorter_sides: Counter[int]  # by the largest power of two that is no larger
+    shorter_sides: Counter[int]  # by the largest power of two that is not larger
 
 
 def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject_fraction: float) -> Outcome:
-    """Bring `out` to a finished dataset, from whatever an earlier run with the same parameters left there.
+    """Complete the dataset in `out`, reusing what an earlier run with the same parameters left.
 
-    `max_reject_fraction` in [0, 1] is the part of the sources that may be rejected. Raises InputError where `out`
-    is another dataset, another run's or not ours, and DataPrepError where it cannot be written, a worker dies or too
-    many images are rejected.
+    `max_reject_fraction` in [0, 1] is the share of sources that may be rejected. Raises InputError where `out` holds
+    another dataset, belongs to another run or to no run of data_prep, and DataPrepError where it cannot be written, a
+    worker dies or too many images are rejected.
     """
     parameters = _parameters(source, recipe)
     if (out / MANIFEST_NAME).exists():
         return _check_finished(out, parameters)
     check_ours(out)
     with claimed(out) as staging:
-        if (out / MANIFEST_NAME).exists():  # the run that held the folder a moment ago has finished it
+        if (out / MANIFEST_NAME).exists():  # the run that held the lock has finished it
             return _check_finished(out, parameters)
-        # Not asked of a finished dataset; but what two versions of Pillow write halves of is no function of its source.
+        # Also compared when resuming: shards by two versions of Pillow would not be reproducible from the source.
         begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
         plans = plan_shards(source, recipe.shard_samples)
         missing = _missing(plans, out, staging, workers)
@@ -90,7 +90,7 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
 
 
 def plan_shards(source: Source, shard_samples: int) -> list[ShardPlan]:
-    """Cut the sorted sources into slices of `shard_samples`; the last one may be shorter."""
+    """Divide the sorted sources into shards of `shard_samples`; the last one may be smaller."""
     return [
         ShardPlan(number=number, first_key=start, source=source.part(start, start + shard_samples))
         for number, start in enumerate(range(0, len(source.names), shard_samples))
@@ -98,11 +98,11 @@ def plan_shards(source: Source, shard_samples: int) -> list[ShardPlan]:
 
 
 def _missing(plans: list[ShardPlan], out: Path, staging: Path, workers: int) -> list[ShardPlan]:
-    """The shards that are still to be written, or are to be written anew for having changed since: that is told."""
+    """The shards to write: missing ones, and those changed since they were written, which are reported."""
     begun = [plan for plan in plans if (staging / plan.result_name).exists()]
     whole, changed = set(), []
     with (
-        ThreadPoolExecutor(workers) as pool,  # hashing lets other threads run
+        ThreadPoolExecutor(workers) as pool,  # threads, since hashing releases the GIL
         WorkProgress(total=len(begun), what="checking what is there", unit="shard") as progress,
     ):
         for plan, good in zip(begun, pool.map(lambda plan: is_whole(plan, out, staging), begun)):
@@ -117,7 +117,7 @@ def _missing(plans: list[ShardPlan], out: Path, staging: Path, workers: int) -> 
 
 
 def _parameters(source: Source, recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides the bytes, under the names that a message to the user should have."""
+    """Every parameter that determines the bytes, by the name used in messages."""
     return {
         "--size": recipe.image_size,
         "--transform": recipe.transform,
@@ -134,7 +134,7 @@ def _source_facts(source: Source) -> dict[str, Any]:
 
 
 def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
-    """The outcome of the run that finished `out`; InputError where that was another dataset or has been damaged."""
+    """The outcome of the run that finished `out`; InputError where that was another dataset or is damaged now."""
     try:
         manifest = load_manifest(out)
         check_files(out, manifest)
@@ -150,12 +150,12 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
         "a source": manifest.source,
     }
     check_same_run(out, finished, parameters)
-    discard_staging(out)  # left by a run that was killed after its last word
+    discard_staging(out)  # left by a run that was killed after writing the manifest
     return Outcome(manifest=manifest, reasons=_reasons(out / REJECTS_NAME), already_finished=True)
 
 
 def _reasons(path: Path) -> Counter[str]:
-    """How often each reason was given, from a finished dataset's list. Raises InputError where it cannot be read."""
+    """Number of rejects by reason, from the list of a finished dataset. Raises InputError where it cannot be read."""
     try:
         with path.open() as lines:
             return Counter(str(json.loads(line)["reason"]) for line in lines)
@@ -164,7 +164,9 @@ def _reasons(path: Path) -> Counter[str]:
 
 
 def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:
-    """Say how much room it will take. Raises InputError where that is not there; then nothing holds a run not begun."""
+    """Report the estimated size. Raises InputError where the disk has less; a new run then leaves nothing in the
+    folder.
+    """
     try:
         room = check_room(missing, recipe, out)
     except InputError:
@@ -175,7 +177,7 @@ def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: b
 
 
 def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int) -> None:
-    """Write the shards that have no result yet, and show how it goes where a person is looking."""
+    """Write the shards without a result, with progress on a terminal."""
     done = total - sum(len(plan.source.names) for plan in missing)
     with WorkProgress(total=total, done=done, what="writing", unit="img") as progress:
         for sources in write_shards(missing, recipe, out, staging, workers):
@@ -183,7 +185,7 @@ def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, w
 
 
 def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[ShardResult]:
-    """Each shard's result in order, loaded one at a time: together they may not fit into memory."""
+    """The shards' results in order, loaded one at a time since all may not fit into memory."""
     for plan in plans:
         result = load_result(plan, out, staging)
         if result is None or result.sources != len(plan.source.names):
@@ -217,17 +219,17 @@ def _merge(plans: list[ShardPlan], out: Path, staging: Path) -> Merged:
 
 
 def _power_of_two(side: int) -> int:
-    """The largest that is no larger than `side` >= 1."""
+    """The largest power of two that is not larger than `side` >= 1."""
     return 1 << side.bit_length() - 1
 
 
 def _index_rows(result: ShardResult, shard: int) -> np.ndarray[Any, np.dtype[np.void]]:
-    """(samples,) of INDEX_DTYPE."""
+    """Rows of the index for a shard, (samples,) INDEX_DTYPE."""
     return np.array([(shard, s.offset, s.length, s.crc32, s.label, s.key) for s in result.samples], INDEX_DTYPE)
 
 
 def _check_rejects(merged: Merged, read: int, max_reject_fraction: float, out: Path) -> None:
-    """Raise DataPrepError where more was rejected than is allowed, or all was."""
+    """Raise DataPrepError where more were rejected than allowed, or all."""
     rejected = merged.reasons.total()
     if merged.samples + rejected != read:
         raise DataPrepError(

@@ -1,4 +1,4 @@
-"""The command line: parse, wire, run, and say in one line what went wrong."""
+"""The command line: parses arguments, runs a command, and reports errors in one line."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ from data_prep.sources import LABELS, SPLITS, Split, open_source, split_called
 from data_prep.stats import write_stats
 from data_prep.verify import DECODE, verify
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+INTERRUPTED = 130  # exit code of a shell for Ctrl-C
 
 DESCRIPTION = """\
 Images as they lie on disk -> tar shards for the trainer. Run again after any interruption.
@@ -26,14 +26,14 @@ For a finished folder: python -m data_prep verify|inspect|stats DIR"""
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ours: one line, without the usage."""
+    """An ArgumentParser with one-line errors, without the usage."""
 
     def error(self, message: str) -> NoReturn:  # noqa: D102 - see argparse
         raise InputError(f"{message}; see {self.prog} --help")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and leaves the description's lines alone."""
+    """Shows defaults, and keeps the description's line breaks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_build(argv: Sequence[str]) -> int:
-    """`SRC OUT`: bring a dataset to its end, and print the summary."""
+    """`SRC OUT`: build a dataset, and print the summary."""
     options = _build_parser().parse_args(argv)
     start = time.monotonic()
     if not 0 <= options.max_reject_fraction <= 1:
@@ -84,7 +84,7 @@ def run_build(argv: Sequence[str]) -> int:
 
 
 def run_verify(argv: Sequence[str]) -> int:
-    """`verify DIR`: print each fault as one line; 0 where there is none, else 2."""
+    """`verify DIR`: print each fault as a line; returns 0 if there is none, otherwise 2."""
     parser = _dataset_parser("verify", "Check every byte of a finished dataset against its manifest and index.")
     parser.add_argument("--decode", choices=DECODE, default="sample", help="which images to decode as well")
     parser.add_argument("--workers", type=int, default=available_cores(), help="threads")
@@ -100,14 +100,14 @@ def run_verify(argv: Sequence[str]) -> int:
 
 
 def run_inspect(argv: Sequence[str]) -> int:
-    """`inspect DIR`: print what is in it."""
+    """`inspect DIR`: print the content of a dataset."""
     options = _dataset_parser("inspect", "Tell what is in a finished dataset.").parse_args(argv)
     print_contents(Dataset.open(options.dir))
     return 0
 
 
 def run_stats(argv: Sequence[str]) -> int:
-    """`stats DIR`: write stats.npz, and print its few numbers that a person can read."""
+    """`stats DIR`: write stats.npz, and print its scalar values."""
     parser = _dataset_parser("stats", "Write the pixel statistics of a finished dataset to DIR/stats.npz.")
     parser.add_argument("--workers", type=int, default=available_cores(), help="threads")
     options = parser.parse_args(argv)
@@ -156,7 +156,7 @@ def _dataset_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def _side(text: str) -> int:
-    """The side of a square; `24x24` is one, too."""
+    """The side of a square, as `24` or `24x24`."""
     width, _, height = text.lower().partition("x")
     if height and width.isdecimal() and height.isdecimal() and int(width) != int(height):
         raise argparse.ArgumentTypeError(

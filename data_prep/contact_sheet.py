@@ -1,4 +1,4 @@
-"""Some of a dataset's images on one sheet, so that a person sees at a glance whether they came out right."""
+"""Contact sheet: a picture of some of a dataset's images, for visual inspection."""
 
 import io
 import math
@@ -15,7 +15,7 @@ GAP_COLOUR = "white"
 
 
 def contact_sheet(dataset: Dataset) -> bytes:
-    """A PNG of up to 64 samples in rows, evenly spaced over the dataset, at their own size where the sheet allows it.
+    """A PNG of up to 64 samples, evenly spaced over the dataset, in their original size where it fits the sheet.
 
     Raises InputError where a sample cannot be read.
     """

@@ -1,4 +1,4 @@
-"""One image as it was found -> the bytes of one member of a shard."""
+"""Conversion of one source image to the bytes of a shard's member."""
 
 import io
 from dataclasses import dataclass
@@ -15,18 +15,20 @@ from data_prep.recipe import Encoding, Recipe
 from data_prep.transforms import TRANSFORMS
 
 SAVE_OPTIONS: dict[Encoding, dict[str, Any]] = {
-    "webp": {"lossless": True, "method": 0, "quality": 0},  # still exact: these trade size for speed
+    "webp": {"lossless": True, "method": 0, "quality": 0},  # lossless; these settings trade size for speed
     "png": {"compress_level": 1},
     "jpeg": {"quality": 95, "subsampling": 0},  # 4:4:4, about 42 dB
 }
 
 KEPT_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-PNG_DEPTH_AT = 24  # the bit depth in the IHDR chunk, which is always the first
+PNG_DEPTH_AT = 24  # offset of the bit depth in the IHDR chunk, which is always the first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """An encoded image. `width` and `height` are the source's, upright; `kept` says that its bytes are too."""
+    """An encoded image. `width` and `height` are the source's, after its orientation was applied; `kept`: whether its
+    bytes are the source's.
+    """
 
     data: bytes
     extension: str
@@ -36,10 +38,10 @@ class Member:
 
 
 def convert(found: bytes | Image.Image, recipe: Recipe) -> Member:
-    """Turn a file's bytes (or an image) upright, bring it to mode and size, and encode it.
+    """Decode a file's bytes (or take an image), apply its orientation, convert it to mode and size, and encode it.
 
-    Under the transform "source", bytes that decode to the wanted pixels by a mere crop are kept. Raises Reject for
-    anything that is not wholly and exactly an image.
+    Under the transform "source", bytes that only need a crop to give the wanted pixels are kept. Raises Reject for
+    anything that is not a complete, unambiguous image.
     """
     if isinstance(found, bytes):
         image, extension = _read(found, recipe)
@@ -54,31 +56,33 @@ def convert(found: bytes | Image.Image, recipe: Recipe) -> Member:
 
 
 def prepare(image: Image.Image, recipe: Recipe) -> Image.Image:
-    """An upright image -> `recipe.image_size` squared in `recipe.mode`, 8 bits a channel, without metadata."""
+    """An upright image, converted to `recipe.image_size` squared in `recipe.mode`, 8 bits per channel, without
+    metadata.
+    """
     image = TRANSFORMS[recipe.transform](to_mode(image, recipe.mode), recipe.image_size)
-    image.info = {}  # or the encoders would write the source's profile and comments into every sample
+    image.info = {}  # otherwise encoders would copy profile and comments to every sample
     return image
 
 
 def encode(image: Image.Image, encoding: Encoding) -> bytes:
-    """The image as one file's bytes; webp and png are lossless."""
+    """The image encoded as a file; webp and png are lossless."""
     stream = io.BytesIO()
     image.save(stream, encoding, **SAVE_OPTIONS[encoding])
     return stream.getvalue()
 
 
 def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
-    """The upright image in a file that is whole, and the member's extension where the bytes are kept."""
+    """The upright image in a complete file, and the member's extension where its bytes are kept."""
     with faults_are_rejects(data):
         try:
             image = open_image(data, recipe)
-            if not data.startswith(JPEG_MAGIC):  # of those it is known that they are whole, so that some need no more
+            if not data.startswith(JPEG_MAGIC):  # JPEGs have been checked already
                 load(image, data)
             extension = _kept_extension(image, data, recipe)
             return (image if extension is not None else upright(image)), extension
         except (Reject, InputError, MemoryError):
             raise
-        except Exception:  # Pillow's, which for damage beside the pixels says the same as for damage within them
+        except Exception:  # Pillow's errors are the same for damaged metadata and damaged pixels
             if not data.startswith(PNG_MAGIC):
                 raise
             plain = without_metadata(data)
@@ -88,7 +92,9 @@ def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
 
 
 def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | None:
-    """The member's extension where these bytes give every reader the wanted pixels by a mere crop, or else None."""
+    """The extension of a member with these bytes, if they only need a crop to give the wanted pixels in any decoder;
+    else None.
+    """
     if not recipe.keeps_bytes or min(image.size) != recipe.image_size or image.mode != recipe.mode:
         return None
     deep = image.format == "PNG" and data[PNG_DEPTH_AT] != 8
@@ -98,7 +104,7 @@ def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | No
 
 
 def codec_versions() -> str:
-    """Pillow and the libraries that decode and encode in it: with others the same images become other bytes."""
+    """Versions of Pillow and its codec libraries, which determine the encoded bytes."""
     libraries = {
         "libjpeg-turbo": "libjpeg_turbo",
         "libjpeg": "jpg",

@@ -1,4 +1,4 @@
-"""A finished dataset, read back for a person or a check; the trainer has a faster reader of its own."""
+"""Reader of finished datasets for inspection and verification; the trainer has its own, faster one."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from data_prep.format import (
 from data_prep.jpeg import JPEG_MAGIC, jpeg_fault
 from data_prep.png import PNG_MAGIC, png_fault
 
-MAX_OFFSET = 2**62  # beyond what the kernel's type of offsets or any file holds
+MAX_OFFSET = 2**62  # larger than any file's size and the kernel's offset type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,9 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
-        """Raises InputError where the folder is no finished dataset or the index is not the manifest's."""
+        """Open a dataset. Raises InputError where the folder has no finished one or the index does not match the
+        manifest.
+        """
         dataset = cls.open_unchecked(folder)
         manifest, index, path = dataset.manifest, dataset.index, folder / INDEX_NAME
         if sha256_of(path) != manifest.index_sha256:
@@ -53,7 +55,7 @@ class Dataset:
 
     @classmethod
     def open_unchecked(cls, folder: Path) -> "Dataset":
-        """As `open`, whatever the index says, for a caller who tells all that is wrong with it."""
+        """Like `open`, without checking the index: for verification, which reports all faults."""
         try:
             manifest = load_manifest(folder)
         except FormatError as error:
@@ -61,20 +63,22 @@ class Dataset:
         return cls(folder=folder, manifest=manifest, index=load_index(folder))
 
     def rows_of(self, shard: int) -> npt.NDArray[np.void]:
-        """The index's rows of one shard, in the order of its members."""
+        """The index's rows of one shard, in the order of members."""
         first, last = np.searchsorted(self.index["shard"], [shard, shard + 1])
         return self.index[first:last]
 
     def path_of(self, shard: int) -> Path:
-        """Where the shard lies."""
+        """Path of a shard."""
         return self.folder / self.manifest.shards[shard].name
 
     def names(self) -> list[str]:
-        """Where each sample came from."""
+        """Origin of each sample."""
         return [json.loads(line) for line in (self.folder / NAMES_NAME).read_text().splitlines()]
 
     def read(self, sample: int) -> Image.Image:
-        """The sample as the trainer sees it. Raises InputError where its bytes are not the index's or do not decode."""
+        """Decode a sample as the trainer does. Raises InputError where its bytes differ from the index or do not
+        decode.
+        """
         row = self.index[sample]
         path = self.path_of(int(row["shard"]))
         with opened(path) as descriptor:
@@ -88,10 +92,10 @@ class Dataset:
 
 
 def load_index(folder: Path) -> npt.NDArray[np.void]:
-    """(samples,) INDEX_DTYPE, memory-mapped. Raises InputError where it is missing or something else."""
+    """The index, (samples,) INDEX_DTYPE, memory-mapped. Raises InputError where it is missing or has another type."""
     path = folder / INDEX_NAME
     try:
-        index: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # never a pickle or an .npz
+        index: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # rejects pickles and .npz
     except (OSError, ValueError, EOFError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as an index ({error})") from error
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
@@ -101,7 +105,7 @@ def load_index(folder: Path) -> npt.NDArray[np.void]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor to read `path` from. Raises InputError where there is none."""
+    """A descriptor for reading `path`. Raises InputError where it does not exist."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -113,26 +117,26 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def member_bytes(descriptor: int, row: np.void) -> bytes:
-    """What lies where an index's row says; fewer bytes, or none, where that is behind the end of the file."""
+    """The bytes at an index row's offset and length; fewer where the file ends before."""
     return os.pread(descriptor, int(row["length"]), min(int(row["offset"]), MAX_OFFSET))
 
 
 def decode_member(data: bytes, manifest: Manifest) -> Image.Image:
-    """A member's bytes -> `image_size` squared, in the manifest's mode.
+    """Decode a member's bytes to `image_size` squared, in the manifest's mode.
 
-    Raises FormatError, which begins with a verb for the caller to prefix, where the bytes are something else.
+    Raises FormatError where they are something else; its message begins with a verb, for the caller to add a subject.
     """
     size, mode = manifest.image_size, manifest.mode
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
         image.load()
-    except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         raise FormatError(f"cannot be decoded ({type(error).__name__}: {error})") from error
     fault = jpeg_fault(data) if data.startswith(JPEG_MAGIC) else None
     fault = png_fault(data, image) if data.startswith(PNG_MAGIC) else fault
     if fault is not None:
         raise FormatError(f"cannot be decoded ({fault})")
-    if image.mode not in (mode, "RGB"):  # WebP has no grey, so that grey comes back as three equal channels
+    if image.mode not in (mode, "RGB"):  # WebP has no grey mode: grey is decoded to three equal channels
         raise FormatError(f"is {image.mode}, the manifest says {mode}")
     if image.size != (size, size):
         if not manifest.crops:

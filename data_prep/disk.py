@@ -1,4 +1,4 @@
-"""How much room a dataset will take, told before hours are spent on it."""
+"""Estimates the size of a dataset before it is built."""
 
 import shutil
 from collections.abc import Sequence
@@ -13,25 +13,25 @@ from data_prep.images import pillow_is_quiet
 from data_prep.recipe import Recipe
 from data_prep.writer import ShardPlan, member_of
 
-TRIALS = 32  # the sizes of photos scatter by about half their mean, so the mean of 32 is good to a tenth
-TOLERANCE = 0.8  # what needs this part of the estimate may be begun: an estimate must not refuse what would fit
+TRIALS = 32  # sizes of photos vary by about half their mean, so the mean of 32 is accurate to a tenth
+TOLERANCE = 0.8  # share of the estimate that must be free: an estimate's error must not refuse what would fit
 TAR_BLOCK = 512
 BYTES_BESIDE_AN_IMAGE = TAR_BLOCK + TAR_BLOCK // 2 + INDEX_DTYPE.itemsize + 64  # header, padding, index row, name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """Bytes: `needed` by estimate, and `free` at the moment."""
+    """Bytes: `needed` (an estimate), and `free` now."""
 
     needed: int
     free: int
 
 
 def check_room(missing: Sequence[ShardPlan], recipe: Recipe, out: Path) -> Room:
-    """Estimate from a few images, evenly spaced, what the missing shards will take.
+    """Estimate the size of the missing shards from a few evenly spaced images.
 
-    Raises InputError where that cannot fit, or where the source fails as a whole, and DataPrepError where memory does
-    not do for an image.
+    Raises InputError where the disk has too little room or the source as a whole is unreadable, and DataPrepError where
+    memory is insufficient for an image.
     """
     ends = np.cumsum([len(plan.source.names) for plan in missing])
     total = int(ends[-1])
@@ -52,7 +52,7 @@ def check_room(missing: Sequence[ShardPlan], recipe: Recipe, out: Path) -> Room:
 
 
 def readable(count: int) -> str:
-    """Bytes for a person: "31.4 GB"."""
+    """Bytes in decimal units: "31.4 GB"."""
     size, units = float(count), ["bytes", "kB", "MB", "GB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

@@ -1,19 +1,19 @@
-"""The shard format: the one definition that data_prep writes by and trainer reads by.
+"""The shard format: the single definition, used by data_prep for writing and by trainer for reading.
 
 A dataset folder holds::
 
     shard-000000.tar ...   USTAR, one image a member, named <key>.<extension>, the key in nine digits, mtime 0
     index.npy              INDEX_DTYPE, one row a sample, in shard order; made to be memory-mapped
-    names.jsonl            one JSON string a line: where the sample of that row came from
+    names.jsonl            one JSON string a line: the origin of the sample of that row
     rejects.jsonl          one object a line: {"name": ..., "reason": ..., "detail": ...}
-    contact_sheet.png      some of the images, for a person to look at
+    contact_sheet.png      some of the images, for visual inspection
     stats.npz              only after `python -m data_prep stats`; see data_prep/stats.py
     manifest.json          everything below in `Manifest`; written last, so a folder without it is unfinished
 
-Where `Manifest.encoding` is "webp", "png" or "jpeg", it is every member's extension, and every image is
-`image_size` x `image_size` pixels. Where it is "source", a member is a JPEG, PNG or WebP as it was found (or a lossless
-one made by data_prep), with the extension jpg, png or webp of its own format; its shorter side is `image_size`, and the
-reader crops it by `center_crop_box`. Either way a reader finds members by the index and needs no names.
+Where `Manifest.encoding` is "webp", "png" or "jpeg", it is every member's extension, and every image is `image_size` x
+`image_size` pixels. Where it is "source", a member is a JPEG, PNG or WebP as it was found (or a lossless one made by
+data_prep), with the extension jpg, png or webp of its own format; its shorter side is `image_size`, and the reader
+crops it by `center_crop_box`. Either way a reader finds members by the index and needs no names.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from typing import Any, get_origin
 import numpy as np
 
 try:
-    # Not isal's, which is as fast: it leaves the processor's vector registers in a state that slows what follows in
-    # older instructions, libwebp's decoder by a sixth.
+    # Not isal's, which is as fast: it leaves the processor's vector registers in a state that slows older instructions
+    # down; libwebp's decoder then takes a sixth longer.
     from zlib_ng.zlib_ng import crc32 as crc32
-except ImportError:  # the same values, in five times the time
+except ImportError:  # zlib's: same values, a fifth of the speed
     from zlib import crc32 as crc32
 
 FORMAT_VERSION = 2
@@ -44,7 +44,7 @@ SOURCE_ENCODING = "source"
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<u4"),  # position in Manifest.shards
-        ("offset", "<u8"),  # of the image's first byte in the tar (behind the member's header)
+        ("offset", "<u8"),  # of the image's first byte in the tar (after the member's header)
         ("length", "<u4"),  # of the encoded image in bytes
         ("crc32", "<u4"),  # of the encoded image
         ("label", "<i4"),  # position in Manifest.classes, or UNLABELLED
@@ -54,12 +54,12 @@ INDEX_DTYPE = np.dtype(
 
 
 class FormatError(ValueError):
-    """A dataset folder that is not what it says it is; the message names the file and what would be right."""
+    """A malformed dataset folder; the message has the file's name and what is expected."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What the manifest promises about one tar file."""
+    """Name, size and content of one tar file as recorded in the manifest."""
 
     name: str
     samples: int
@@ -69,14 +69,14 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about a dataset that is not a pixel.
+    """Description of a dataset.
 
-    `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is "webp", "png",
-    "jpeg" or "source" (see the module); `source` says what was read (kind, count of files, fingerprint) and `transform`
-    how it was brought to size. `options` are data_prep's further options that decided the bytes; a reader has no use
-    for them, nor for `report`, which tells a person what was found: "kept", the number of samples whose bytes are the
-    source's, "shorter_sides", how many sources had a shorter side of {"256": 256..511, ...} pixels, and "left_out", how
-    many files were no candidates by which rule, where there were any.
+    `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is "webp", "png", "jpeg" or
+    "source" (see the module); `source` describes the input (kind, count of files, fingerprint), `transform` the
+    resizing. `options` are data_prep's further options that determine the bytes; readers do not need them, nor
+    `report`, which is informative: "kept", the number of samples whose bytes are the source's; "shorter_sides", how
+    many sources had a shorter side of {"256": 256..511, ...} pixels; and "left_out", the number of files that each rule
+    excluded, where there are any.
     """
 
     image_size: int
@@ -96,22 +96,22 @@ class Manifest:
 
     @property
     def channels(self) -> int:
-        """3 for RGB, 1 for L."""
+        """Number of channels: 3 for RGB, 1 for L."""
         return {"RGB": 3, "L": 1}[self.mode]
 
     @property
     def crops(self) -> bool:
-        """Whether a reader must crop what it decodes, by `center_crop_box`."""
+        """Whether readers must crop decoded images by `center_crop_box`."""
         return self.encoding == SOURCE_ENCODING
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the samples and their numbering: two folders with the same one train the same run."""
+        """Identifies samples and numbering: datasets with equal fingerprints result in the same training run."""
         content = [self.image_size, self.mode, self.index_sha256, [shard.sha256 for shard in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The manifest's text as it lies on disk."""
+        """The text of manifest.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
@@ -142,7 +142,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def _check_types(part: Manifest | ShardRecord) -> None:
-    """Raise TypeError or ValueError naming the first field that holds something else than its annotation says."""
+    """Raise TypeError or ValueError with the first field whose value does not match its annotation."""
     for each in fields(part):
         value, kind = getattr(part, each.name), get_origin(each.type) or each.type
         if type(value) is not kind:
@@ -156,9 +156,9 @@ def _check_types(part: Manifest | ShardRecord) -> None:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check what can be checked without reading the shards: every file is there and has its promised size.
+    """Check existence and sizes of all files, without reading the shards.
 
-    Raises FormatError naming the first file that is missing or has another size, or an index that does not match.
+    Raises FormatError with the first file that is missing or has another size, or an index that does not match.
     """
     for shard in manifest.shards:
         path = folder / shard.name
@@ -174,10 +174,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def center_crop_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """The middle square of `size` pixels, as (left, top, right, bottom) for `Image.crop`; halves are rounded down.
+    """The centre square of `size` pixels, as (left, top, right, bottom) for `Image.crop`; halves are rounded down.
 
-    It is where DDPM's, ADM's and EDM's transforms crop an image whose shorter side is `size`, and where a reader
-    crops a source-encoded member. Raises FormatError where the shorter side is something else.
+    The transforms of DDPM, ADM and EDM crop images with a shorter side of `size` in this way, and so do readers of
+    source-encoded members. Raises FormatError where the shorter side differs.
     """
     if min(width, height) != size:
         raise FormatError(f"is {width}x{height}; its shorter side must be {size}")
@@ -186,7 +186,7 @@ def center_crop_box(width: int, height: int, size: int) -> tuple[int, int, int, 
 
 
 def member_name(key: int, extension: str) -> str:
-    """The name of a sample's member in its tar."""
+    """Name of a sample's member in its tar."""
     return f"{key:09d}.{extension}"
 
 

@@ -1,6 +1,6 @@
-"""A file's bytes -> an upright image of the recipe's mode, 8 bits a channel, or a Reject with its reason.
+"""Reads image files: upright images in the recipe's mode, 8 bits per channel, or a Reject with the reason.
 
-Colour profiles are not applied: the numbers in the file are taken as sRGB, as everywhere in the field.
+Colour profiles are not applied: pixel values are taken as sRGB, as is usual in the field.
 """
 
 import io
@@ -18,9 +18,9 @@ from data_prep.jpeg import JPEG_MAGIC, jpeg_fault
 from data_prep.png import PNG_MAGIC, png_fault
 from data_prep.recipe import Mode, Recipe
 
-BACKGROUND = "white"  # what shows through transparent pixels
+BACKGROUND = "white"  # transparent pixels are composited over it
 
-# Named, because Pillow would otherwise try formats that run other programs (EPS starts Ghostscript).
+# Listed explicitly, since Pillow would also try formats that run other programs (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 TIFF_BLACK_IS_ZERO = 1
@@ -40,7 +40,7 @@ TURNS = {
 
 @contextmanager
 def pillow_is_quiet() -> Iterator[None]:
-    """Keeps Pillow's warnings off the terminal; entered once for many images, as it takes longer than opening one."""
+    """A context without Pillow's warnings; entered once for many images, since it is slower than opening one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -48,7 +48,7 @@ def pillow_is_quiet() -> Iterator[None]:
 
 @contextmanager
 def faults_are_rejects(data: bytes) -> Iterator[None]:
-    """Whatever Pillow says about the bad file `data`, as a Reject."""
+    """A context that turns Pillow's errors about the file `data` into Reject."""
     try:
         yield
     except UnidentifiedImageError as error:
@@ -58,14 +58,14 @@ def faults_are_rejects(data: bytes) -> Iterator[None]:
         raise Reject("decompression bomb", str(error)) from error
     except (Reject, InputError, MemoryError):
         raise
-    except Exception as error:  # a broken file leads Pillow's decoders to any exception there is
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
 
 
 def open_image(data: bytes, recipe: Recipe) -> Image.Image:
-    """The file's first frame, as large as the recipe asks for and with known pixels, but not decoded yet.
+    """Open the first frame of the file, with checks of size and depth, without decoding it.
 
-    Raises Reject where it is empty, too small, a decompression bomb, or of pixels whose white is unknown; Pillow's own
+    Raises Reject where it is empty, too small, a decompression bomb, or has pixels of unknown white point; Pillow's own
     errors are for `faults_are_rejects`.
     """
     if not data:
@@ -75,9 +75,9 @@ def open_image(data: bytes, recipe: Recipe) -> Image.Image:
         check_size(image, recipe)
         return image
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself waits for twice
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow raises at twice that
         raise Reject("decompression bomb", f"{image.width}x{image.height} pixels")
-    check_size(image, recipe)  # before the pixels are decoded, as it is a thousand times cheaper
+    check_size(image, recipe)  # before decoding, which is a thousand times slower
     _check_depth(image)
     if data.startswith(JPEG_MAGIC) and (fault := jpeg_fault(data)) is not None:
         raise Reject("truncated or corrupt", fault)
@@ -85,38 +85,38 @@ def open_image(data: bytes, recipe: Recipe) -> Image.Image:
 
 
 def load(image: Image.Image, data: bytes) -> None:
-    """Decode the file `data` to its last pixel. Raises Reject where rows are missing, and whatever Pillow does."""
+    """Decode the file `data` completely. Raises Reject where rows are missing, and Pillow's errors."""
     image.load()
     if data.startswith(PNG_MAGIC) and (fault := png_fault(data, image)) is not None:
         raise Reject("truncated or corrupt", fault)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image decoded to its last pixel, and turned as its EXIF orientation says."""
+    """The completely decoded image, rotated according to its EXIF orientation."""
     image.load()
     turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8; UPRIGHT where there is none or the EXIF is damaged: the pixels are good without.
+    """The EXIF orientation, 1..8; UPRIGHT where there is none or the EXIF is damaged, which leaves the pixels usable.
 
-    A PNG must have been loaded, for its EXIF may lie behind its pixels.
+    A PNG must have been loaded, since its EXIF may come after the pixels.
     """
     try:
         found = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # a TIFF within the file, of which Pillow says as many things as of files
+    except Exception:  # EXIF is a TIFF, for which Pillow raises as many types as for files
         return UPRIGHT
     return found if found in TURNS else UPRIGHT
 
 
 def _known_format(data: bytes) -> bool:
-    """Whether the file begins as one of FORMATS does."""
+    """Whether the file begins like one of FORMATS."""
     return any(accept is not None and accept(data[:16]) for _, accept in map(Image.OPEN.__getitem__, FORMATS))
 
 
 def check_size(image: Image.Image, recipe: Recipe) -> None:
-    """Raise Reject where the image would have to be enlarged and that was not asked for."""
+    """Raise Reject where the image would have to be upscaled and that was not requested."""
     if min(image.size) < recipe.image_size and not recipe.upscale:
         raise Reject(
             f"smaller than --size {recipe.image_size} (--upscale would enlarge)", f"{image.width}x{image.height}"
@@ -124,9 +124,10 @@ def check_size(image: Image.Image, recipe: Recipe) -> None:
 
 
 def to_mode(image: Image.Image, mode: Mode) -> Image.Image:
-    """Any of Pillow's modes -> `mode`; transparency is laid over BACKGROUND, 16-bit grey is scaled to 8 bits.
+    """Convert any of Pillow's modes to `mode`; transparency is composited over BACKGROUND, 16-bit grey scaled to 8
+    bits.
 
-    Raises Reject where Pillow knows no way.
+    Raises Reject where Pillow has no conversion.
     """
     if image.mode.startswith("I"):
         image = _scale_16_bit_grey(image)
@@ -140,7 +141,7 @@ def to_mode(image: Image.Image, mode: Mode) -> Image.Image:
 
 
 def _check_depth(image: Image.Image) -> None:
-    """Reject pixels whose white point is not known to be 255 or 65535: they would come out black, or inverted."""
+    """Reject pixels whose white point is not known to be 255 or 65535: they would become black, or inverted."""
     if image.mode == "F":
         raise Reject("unsupported pixels", "floats of unknown range; convert to 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -154,6 +155,6 @@ def _check_depth(image: Image.Image) -> None:
 
 
 def _scale_16_bit_grey(image: Image.Image) -> Image.Image:
-    """0..65535 -> 0..255, rounded; Pillow's own convert("L") clips at 255 and turns such images white."""
+    """Scale 0..65535 to 0..255, rounded; Pillow's own convert("L") clips at 255, which makes such images white."""
     values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))

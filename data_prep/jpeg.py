@@ -1,8 +1,8 @@
-"""Whether a JPEG is whole, which its readers do not ask: they fill with grey whatever is missing, and say nothing.
+"""Detects incomplete JPEGs, which decoders accept: missing data is silently filled with grey.
 
-libjpeg counts such faults as warnings; simplejpeg passes them on, Pillow does not. What they say of the data that make
-the pixels is a fault; what they say of the frame around those (stray bytes between segments, the SOS parameters of
-some cameras) is none, for every pixel is there.
+libjpeg counts such faults as warnings; simplejpeg returns them, Pillow does not. Warnings about pixel data are faults.
+Warnings about the structure around it (stray bytes between segments, the SOS parameters of some cameras) are not, since
+all pixels are present.
 """
 
 import re
@@ -13,21 +13,21 @@ from data_prep.errors import InputError
 
 try:
     import simplejpeg
-except ImportError:  # told of when a JPEG comes
+except ImportError:  # reported when a JPEG is read
     simplejpeg = None
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 NEEDS_SIMPLEJPEG = "JPEGs need simplejpeg, which tells the whole ones from the damaged: pip install simplejpeg"
 
-_HOLE = bytes(256)  # half a sector: what a download or a copy has left out comes in whole ones
+_HOLE = bytes(256)  # half a sector: an interrupted download or copy leaves zeros in multiples of sectors
 
 _EOI, _SOS, _DHT = 0xD9, 0xDA, 0xC4
 _SEQUENTIAL = {0xC0, 0xC1}
 _FRAMES = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, 0xCC}
 _METADATA = {*range(0xE0, 0xF0), 0xFE}
 _ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a segment
-_WHOLE_BLOCK = bytes((0, 63, 0))  # first and last coefficient, and bits: the only ones of a sequential JPEG
-_ZRL = 0xF0  # sixteen zero coefficients, and the block goes on
+_WHOLE_BLOCK = bytes((0, 63, 0))  # first and last coefficient, and bits: the only values in a sequential JPEG
+_ZRL = 0xF0  # sixteen zero coefficients, within a block
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
@@ -35,7 +35,9 @@ _SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 
 @dataclass(frozen=True)
 class _Segment:
-    """`payload` without its length; `scan` is the entropy-coded data behind an SOS, restart markers included."""
+    """A segment of a JPEG: `payload` without its length; `scan` is the entropy-coded data after an SOS, with restart
+    markers.
+    """
 
     marker: int
     length: bytes
@@ -44,9 +46,10 @@ class _Segment:
 
 
 def jpeg_fault(data: bytes) -> str | None:
-    """What is damaged or missing in a JPEG file, in libjpeg's words where it has any; None where every pixel is there.
+    """The fault of a damaged or incomplete JPEG file, in libjpeg's words where there are any; None where all pixels
+    exist.
 
-    Decodes all data, but only an eighth of the pixels to a side. Raises InputError where simplejpeg is missing.
+    Decodes all data, at an eighth of the resolution. Raises InputError where simplejpeg is missing.
     """
     if simplejpeg is None:
         raise InputError(NEEDS_SIMPLEJPEG)
@@ -54,16 +57,17 @@ def jpeg_fault(data: bytes) -> str | None:
         frame = _without_metadata(data)
         colours = simplejpeg.decode_jpeg_header(frame)[2]
         simplejpeg.decode_jpeg(frame, "CMYK" if colours in ("CMYK", "YCCK") else "GRAY", min_factor=8)
-    except ValueError as error:  # simplejpeg's only one
+    except ValueError as error:  # the only type raised by simplejpeg
         return str(error)
     return hole_of_zeros(data)
 
 
 def hole_of_zeros(data: bytes) -> str | None:
-    """Where the pixels' data have a hole that a download or a copy left; None where they have none.
+    """Position of a run of zeros in the pixel data, as an interrupted download or copy leaves it; None if there is
+    none.
 
-    libjpeg decodes zeros to something, and need not notice. As data they are a flat area at most, and that only where
-    the shortest codes of the scan's Huffman tables stand for "as before" and "end of block".
+    libjpeg decodes zeros to something, possibly without a warning. In an intact file a run of zeros is at most a flat
+    area, and only where the shortest codes of the scan's Huffman tables mean "as before" and "end of block".
     """
     if _HOLE not in data:
         return None
@@ -81,7 +85,9 @@ def hole_of_zeros(data: bytes) -> str | None:
 
 
 def _segments(data: bytes) -> Iterator[_Segment]:
-    """As libjpeg finds them: bytes between two segments are passed over. Ends at the EOI marker, which is one too."""
+    """The segments as found by libjpeg: bytes between segments are skipped. Ends at the EOI marker, which is
+    included.
+    """
     at = 2
     while (found := _MARKER.search(data, at)) is not None:
         marker, at = found[1][0], found.end()
@@ -98,12 +104,12 @@ def _segments(data: bytes) -> Iterator[_Segment]:
             at = len(data) if behind is None else behind.start()
             yield _Segment(marker, length, payload, data[end:at])
         else:
-            at = max(end, at)  # a length of 0 must not lead back
+            at = max(end, at)  # progress even for a length of 0
             yield _Segment(marker, length, payload)
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """The file without what does not decide whether it is whole, so that libjpeg's warnings are of its pixels only."""
+    """The file without segments that are irrelevant to completeness, so that libjpeg warns about pixel data only."""
     parts, sequential = [data[:2]], False
     for segment in _segments(data):
         payload = segment.payload
@@ -111,14 +117,14 @@ def _without_metadata(data: bytes) -> bytes:
             continue
         if segment.marker in _FRAMES:
             sequential = segment.marker in _SEQUENTIAL
-        if segment.marker == _SOS and sequential:  # other values are ignored, with a warning that would hide the next
+        if segment.marker == _SOS and sequential:  # libjpeg's warning would hide the next
             payload = payload[:-3] + _WHOLE_BLOCK
         parts += [bytes((0xFF, segment.marker)), segment.length, payload, segment.scan]
     return b"".join(parts)
 
 
 def _symbols_of_zeros(payload: bytes) -> Iterator[tuple[int, int]]:
-    """Of each table in a DHT segment its class and number, and the symbol of its first code, which is all zeros."""
+    """For each table in a DHT segment its class and number, and the symbol of its first code, which is all zeros."""
     at = 0
     while at + 17 < len(payload):
         yield payload[at], payload[at + 17]
@@ -126,10 +132,10 @@ def _symbols_of_zeros(payload: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _zeros_are_flat(sos: bytes, tables: dict[int, int], *, sequential: bool) -> bool:
-    """Whether a run of zero bits in this scan may be blocks like the one before."""
+    """Whether a run of zero bits in this scan may encode blocks equal to the one before."""
     components = sos[0] if sos else 0
     first, _, bits = (sos + bytes(4))[1 + 2 * components :][:3]
-    if not sequential and bits >> 4:  # a refinement: bits that were left out before, whatever they are
+    if not sequential and bits >> 4:  # a refinement scan: arbitrary bits
         return True
     selectors = sos[2 : 2 + 2 * components : 2]
     dc = [tables.get(selector >> 4, 0) for selector in selectors] if sequential or not first else []

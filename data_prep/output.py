@@ -1,4 +1,4 @@
-"""The output folder: who may write to it, and how a file comes to lie in it whole or not at all."""
+"""The output folder: exclusive access, and atomic writing of files."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ STAGING_NAME = ".staging"
 LOCK_NAME = "lock"
 BEGUN_NAME = "begun.json"
 
-WRITE_BUFFER = 1 << 20  # bytes; images have about 10 KiB, and each would be a call to the kernel of its own
+WRITE_BUFFER = 1 << 20  # bytes; otherwise each image of about 10 KiB is a system call
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 OUR_FILES = (INDEX_NAME, NAMES_NAME, REJECTS_NAME, CONTACT_SHEET_NAME, STATS_NAME, MANIFEST_NAME)
@@ -27,12 +27,12 @@ OUR_NAMES = re.compile("|".join([r"shard-\d{6,}\.tar", *map(re.escape, (STAGING_
 
 @contextmanager
 def whole_file(path: Path, staging: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears under `path` only when all of it is on the disk.
+    """Write a file atomically: it appears at `path` only after all of it was synced to disk.
 
-    Until then it lies in `staging`, a folder on the same file system. Raises DataPrepError where the disk is full or
-    the folder cannot be written; then nothing is left behind.
+    Until then it is in `staging`, a folder on the same file system. Raises DataPrepError where the disk is full or the
+    folder cannot be written; nothing is left then.
     """
-    temporary = staging / f"{path.name}.tmp-{os.getpid()}"  # the worker of a killed run may still be writing its own
+    temporary = staging / f"{path.name}.tmp-{os.getpid()}"  # the worker of a killed run may still be writing
     try:
         with temporary.open("wb", buffering=WRITE_BUFFER) as stream:
             yield stream
@@ -49,7 +49,7 @@ def whole_file(path: Path, staging: Path) -> Iterator[BinaryIO]:
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
+    """fsync `folder`, so that a rename survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,7 +58,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def check_ours(out: Path) -> None:
-    """Raise InputError where `out` holds anything that a run of data_prep does not write."""
+    """Raise InputError where `out` holds files that data_prep does not write."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -72,9 +72,9 @@ def check_ours(out: Path) -> None:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[Path]:
-    """Hold `out` for this run alone, and yield its staging folder; both are made where missing.
+    """Lock `out` for this run, and yield its staging folder; creates both where missing.
 
-    Raises InputError where another run holds it, and DataPrepError where it cannot be written.
+    Raises InputError where another run holds the lock, and DataPrepError where it cannot be written.
     """
     staging = out / STAGING_NAME
     try:
@@ -97,14 +97,14 @@ def claimed(out: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(staging: Path) -> None:
-    """Remove files that a worker was stopped in the middle of; on a full disk their room is wanted."""
+    """Remove partial files of killed workers, to free disk space."""
     for path in staging.glob("*.tmp-*"):
         with suppress(OSError):
             path.unlink()
 
 
 def check_same_run(out: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise InputError naming the first parameter in which `asked` differs from what `out` was `begun` with."""
+    """Raise InputError with the first parameter in which `asked` differs from what `out` was `begun` with."""
     for name, value in asked.items():
         if begun.get(name) != value:
             raise InputError(
@@ -114,9 +114,9 @@ def check_same_run(out: Path, begun: dict[str, Any], asked: dict[str, Any]) -> N
 
 
 def begin_or_resume(out: Path, staging: Path, asked: dict[str, Any]) -> None:
-    """Note what this run was asked for, or check that the run being resumed was asked for the same.
+    """Record the parameters of this run, or check that they equal those of the run being resumed.
 
-    Raises InputError where it was not, or where that can no longer be read.
+    Raises InputError where they differ or cannot be read.
     """
     note = staging / BEGUN_NAME
     if note.exists():
@@ -131,5 +131,5 @@ def begin_or_resume(out: Path, staging: Path, asked: dict[str, Any]) -> None:
 
 
 def discard_staging(out: Path) -> None:
-    """Remove what only an unfinished run needs; what cannot be removed does no harm."""
+    """Remove the staging folder of a finished run; failures to remove are ignored."""
     shutil.rmtree(out / STAGING_NAME, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a person is told: at the end of a run, and about a dataset that lies there."""
+"""Summaries for the terminal: of a run, and of a finished dataset."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ CLASSES_SHOWN = 20
 
 
 def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
-    """The summary of a run."""
+    """Print the summary of a run."""
     manifest = outcome.manifest
     if outcome.already_finished:
         print(f"{out}: already finished, nothing to do")
@@ -36,9 +36,9 @@ def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
 
 
 def print_contents(dataset: Dataset) -> None:
-    """What a finished dataset holds; makes its contact sheet where that is missing.
+    """Print the content of a finished dataset; makes its contact sheet where that is missing.
 
-    Raises InputError where the sheet must be made and a sample cannot be read.
+    Raises InputError where the sheet has to be made and a sample cannot be read.
     """
     manifest = dataset.manifest
     source = manifest.source
@@ -62,13 +62,13 @@ def print_contents(dataset: Dataset) -> None:
 
 
 def left_out_line(left_out: Mapping[str, int]) -> list[str]:
-    """One line on what is left out by rule, or none."""
+    """A line on files that were left out by rule; empty if there are none."""
     told = ", ".join(f"{count} {rule}" for rule, count in left_out.items() if count)
     return [f"leaves out {told}"] if told else []
 
 
 def _left_out(manifest: Manifest) -> dict[str, int]:
-    """By rule; a dataset of earlier versions does not tell."""
+    """Number of files left out, by rule; empty for datasets written by versions that did not record it."""
     found: dict[str, int] = manifest.report.get("left_out", {})
     return found
 

@@ -1,4 +1,6 @@
-"""PNG chunks, for two faults of Pillow: it refuses files for damage beside their pixels, and takes unfinished ones."""
+"""PNG chunks, to work around two faults of Pillow: it rejects files with damaged metadata, and accepts incomplete
+ones.
+"""
 
 import zlib
 from collections.abc import Iterator
@@ -8,17 +10,17 @@ from PIL import Image
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 _PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # of the first image
-_PIECE = 1 << 20  # bytes unpacked at once
-_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by IHDR's type of colours
+_PIECE = 1 << 20  # bytes to decompress at a time
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples per pixel, by the colour type in IHDR
 
 
 def png_fault(data: bytes, image: Image.Image) -> str | None:
-    """What is missing of the PNG file `data`, loaded as `image`; None where every row is there.
+    """What the PNG file `data`, loaded as `image`, lacks; None where every row exists.
 
-    Pillow leaves rows black for which a finished stream has no data; with interlacing it finds that itself.
+    Pillow leaves rows black that a stream does not contain; for interlaced files it raises an error itself.
     """
     last_row = image.crop((0, image.height - 1, image.width, image.height))
-    if last_row.getbbox(alpha_only=False) is not None:  # which is None where all values are 0
+    if last_row.getbbox(alpha_only=False) is not None:  # None where all values are 0
         return None
     width, height, depth, colours = (
         int.from_bytes(data[a:b], "big") for a, b in ((16, 20), (20, 24), (24, 25), (25, 26))
@@ -29,20 +31,20 @@ def png_fault(data: bytes, image: Image.Image) -> str | None:
 
 
 def _unpacked_length(data: bytes, most: int) -> int:
-    """Bytes of all IDAT chunks together, counted up to `most`."""
+    """Decompressed size of all IDAT chunks together, counted up to `most`."""
     unpacker, length = zlib.decompressobj(), 0
     rest = b"".join(chunk[8:-4] for kind, chunk in _chunks(data) if kind == b"IDAT")
     try:
         while length < most and (piece := unpacker.decompress(rest, _PIECE)):
             length += len(piece)
             rest = unpacker.unconsumed_tail
-    except zlib.error:  # behind the last row, or Pillow would have said so
+    except zlib.error:  # after the last row, otherwise Pillow would have raised
         pass
     return length
 
 
 def without_metadata(data: bytes) -> bytes:
-    """The PNG file `data` without texts, profiles and times; EXIF stays, for the orientation, where it is intact."""
+    """The PNG file `data` without texts, profiles and times; intact EXIF is kept, for the orientation."""
     return PNG_MAGIC + b"".join(chunk for kind, chunk in _chunks(data) if kind in _PIXELS or _is_good_exif(kind, chunk))
 
 
@@ -51,7 +53,7 @@ def _is_good_exif(kind: bytes, chunk: bytes) -> bool:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and bytes of each chunk: length, kind, content, checksum."""
+    """Type and bytes of each chunk, the bytes including length, type and checksum."""
     at = len(PNG_MAGIC)
     while at < len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")

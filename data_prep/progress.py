@@ -1,4 +1,4 @@
-"""How far work has come, for whoever watches: a bar on a terminal, in a log a line every half minute."""
+"""Progress of long work: a bar on a terminal, in a log a line every half minute."""
 
 import sys
 import threading
@@ -12,10 +12,11 @@ LINE_SECONDS = 30.0
 
 
 class WorkProgress:
-    """`total` pieces of work, of which `done` are there already; a context manager, which ends the bar or the lines.
+    """Progress of `total` pieces of work, of which `done` exist already; a context manager that closes the bar or the
+    log.
 
-    `what`: the work, as in "sampling"; `unit`: what is counted, as in "img"; `visible` is False in all but one of
-    several processes that share the work. Work that takes less than `line_seconds` has no line.
+    `what`: the work, for example "sampling"; `unit`: unit of the pieces, for example "img"; `visible` is False in all
+    but one of several processes that share the work. Work shorter than `line_seconds` logs no line.
     """
 
     def __init__(
@@ -44,17 +45,17 @@ class WorkProgress:
         self._began = time.monotonic()
         self._ended = threading.Event()
         self._lines: threading.Thread | None = None
-        if visible and not on_terminal:  # a thread: one piece may take longer than a line is to wait for
+        if visible and not on_terminal:  # a thread, since a piece may take longer than the interval between lines
             self._lines = threading.Thread(target=self._tell, args=(line_seconds,), daemon=True)
             self._lines.start()
 
     def update(self, count: int = 1) -> None:
-        """Count finished work."""
+        """Add finished work."""
         self._count += count
         self._bar.update(count)
 
     def line(self) -> str:
-        """How far it is, how fast, and what is left: "sampling: 1,200 of 64,000 step (2%), 40.0 step/s, 26:10 left"."""
+        """Progress, speed and remaining time: "sampling: 1,200 of 64,000 step (2%), 40.0 step/s, 26:10 left"."""
         finished = self._count - self._first
         rate = finished / max(time.monotonic() - self._began, 1e-9)
         share = f" ({self._count / self.total:.0%})" if self.total else ""
@@ -66,7 +67,7 @@ class WorkProgress:
             print(self.line(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the bar, or the lines."""
+        """Close the bar, or stop logging."""
         self._ended.set()
         if self._lines is not None:
             self._lines.join()

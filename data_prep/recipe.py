@@ -1,4 +1,4 @@
-"""The options that decide the bytes of a dataset."""
+"""The options that determine the bytes of a dataset."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,11 +17,11 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Same source, same recipe and same Pillow give the same bytes, on any number of workers.
+    """The same source, recipe and version of Pillow result in the same bytes, for any number of workers.
 
-    `image_size` is the side in pixels, at least 1; `shard_samples` the number of sources cut into one shard, at
-    least 1. Under the transform "source", `encoding` is for those images whose bytes cannot be kept, and must be
-    lossless. Raises InputError otherwise.
+    `image_size` is the side in pixels, at least 1; `shard_samples` the number of sources per shard, at least 1. Under
+    the transform "source", `encoding` applies to images whose bytes cannot be kept, and must be lossless. Raises
+    InputError for invalid values.
     """
 
     image_size: int = 256
@@ -43,10 +43,10 @@ class Recipe:
 
     @property
     def keeps_bytes(self) -> bool:
-        """Whether images that are of the right size already are stored as they were found."""
+        """Whether images that have the right size already are stored unchanged."""
         return self.transform == "source"
 
     @property
     def manifest_encoding(self) -> str:
-        """What `Manifest.encoding` says of a dataset made so."""
+        """`Manifest.encoding` of a dataset with this recipe."""
         return SOURCE_ENCODING if self.keeps_bytes else self.encoding

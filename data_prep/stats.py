@@ -1,4 +1,4 @@
-"""Pixel statistics of a finished dataset, for whoever evaluates a model of it.
+"""Pixel statistics of a finished dataset, for the evaluation of models.
 
 `stats.npz` holds, with pixels scaled to x = v / 127.5 - 1 as the trainer does, C channels and H = W = the image size:
 
@@ -10,8 +10,8 @@
     channel_std    (C,)       float64  sqrt(E[x^2] - E[x]^2) over images and pixels
     histogram      (C, 256)   int64    how often each value v occurs
 
-All come from sums of integers, so they are exact and do not depend on the order or on the number of threads. There are
-no network features in it: FID needs those of its own network.
+All are computed from integer sums, so they are exact and independent of order and number of threads. Network features,
+as for FID, are not included.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +27,14 @@ from data_prep.output import claimed, discard_staging, whole_file
 from data_prep.progress import WorkProgress
 
 VALUES = 256
-CHUNK = 64  # images to a task
+CHUNK = 64  # images per task
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
     """Sums over images of v and v^2, (C, H, W) int64; `histogram`: (C, 256) int64; values v are 0..255.
 
-    int64 holds v^2 of 10^14 images.
+    int64 does not overflow below 10^14 images.
     """
 
     count: int
@@ -53,7 +53,7 @@ class Sums:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stats:
-    """What stats.npz holds; see the module."""
+    """The content of stats.npz; see the module."""
 
     count: int
     fingerprint: str
@@ -91,7 +91,7 @@ def stats_of(sums: Sums, fingerprint: str) -> Stats:
         mean_image=mean_image,
         mean_square=mean_square,
         channel_mean=channel_mean,
-        channel_std=np.sqrt(np.maximum(variance, 0)),  # rounding may leave -1e-17 of a constant image
+        channel_std=np.sqrt(np.maximum(variance, 0)),  # rounding may result in -1e-17 for constant images
         histogram=sums.histogram,
     )
 
@@ -102,10 +102,10 @@ def _sums(dataset: Dataset, workers: int) -> Sums:
     total = Sums(0, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros((shape[0], VALUES), np.int64))
     tasks = [range(first, min(first + CHUNK, manifest.samples)) for first in range(0, manifest.samples, CHUNK)]
     with (
-        ThreadPoolExecutor(workers) as pool,  # decoding lets other threads run
+        ThreadPoolExecutor(workers) as pool,  # threads, since decoding releases the GIL
         WorkProgress(total=manifest.samples, what="measuring", unit="img") as progress,
     ):
-        # A few tasks at a time: each holds three arrays of the images' size.
+        # A few tasks at a time: each needs three arrays of the images' size.
         for batch in (tasks[start : start + workers] for start in range(0, len(tasks), workers)):
             for sums in pool.map(lambda samples: _sums_of(dataset, samples), batch):
                 total += sums

@@ -1,8 +1,8 @@
-"""What a tar file holds and where, from its headers alone: POSIX ustar, GNU and pax, checked to the last block.
+"""Parses tar headers, to list what a tar contains and where: POSIX ustar, GNU and pax, checked to the last block.
 
-Ground, like format.py: data_prep and the trainer read others' tars by it. Python's tarfile ends quietly at a damaged
-header or a zeroed block, which for training means that images vanish; it is also thirteen times slower, and a walk over
-millions of members is what a dataset without an index costs.
+Used by data_prep and the trainer for tars of others. Python's tarfile stops silently at a damaged header or a zeroed
+block, by which images would be lost from training. It is also thirteen times slower, and a dataset without an index
+requires parsing millions of headers.
 """
 
 import os
@@ -15,13 +15,13 @@ import numpy as np
 BLOCK = 512
 _END = bytes(BLOCK)
 _MOST_EXTENSION_BYTES = 1 << 20
-_CHECKED_AT_ONCE = 4096  # headers
+_CHECKED_AT_ONCE = 4096  # headers whose checksums are compared together
 
 Kind = Literal["file", "folder", "link", "sparse", "special"]
 _KINDS: dict[bytes, Kind] = {
     b"0": "file",
     b"\0": "file",
-    b"7": "file",  # contiguous, once
+    b"7": "file",  # "contiguous", historical
     b"1": "link",
     b"2": "link",
     b"3": "special",  # devices and pipes
@@ -29,20 +29,20 @@ _KINDS: dict[bytes, Kind] = {
     b"5": "folder",
     b"6": "special",
     b"S": "sparse",
-    b"V": "special",  # GNU's label of a volume
+    b"V": "special",  # GNU's volume label
 }
-_WITHOUT_DATA = frozenset(b"123456V")  # their size field means nothing
+_WITHOUT_DATA = frozenset(b"123456V")  # their size field is to be ignored
 
 
 class TarError(ValueError):
-    """A tar file that is not whole; the message says where."""
+    """An incomplete or damaged tar file; the message has the offset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An entry of a tar: its name, what it is, and where its bytes lie.
+    """An entry of a tar: name, kind, and position of its bytes.
 
-    "sparse" is a file of which only the parts that are not zeros are stored, with a map of them, in its `length` bytes.
+    "sparse": a file whose `length` stored bytes omit runs of zeros, with a map of the parts.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Member:
 def walk(descriptor: int) -> list[Member]:
     """The entries of an open tar, in order.
 
-    Raises TarError with the offset where a header is damaged, a member is cut off, zeros stand where a header should
-    be, or the end-of-archive mark is missing.
+    Raises TarError with the offset where a header is damaged or zeroed, a member is truncated, or the end-of-archive
+    mark is missing.
     """
     return list(_entries(descriptor, os.fstat(descriptor).st_size))
 
 
 def _entries(descriptor: int, end: int) -> Iterator[Member]:
-    headers: list[tuple[int, bytes]] = []  # whose checksums are still to be compared
+    headers: list[tuple[int, bytes]] = []  # whose checksums are not compared yet
     extended: dict[str, str] = {}  # of the next member: "path", "size", "sparse"
-    defaults: dict[str, str] = {}  # of all that follow, from a pax global header
+    defaults: dict[str, str] = {}  # of all following members, from a global pax header
     offset = 0
     while True:
         header = os.pread(descriptor, BLOCK, offset)
@@ -106,13 +106,15 @@ def _entries(descriptor: int, end: int) -> Iterator[Member]:
 
 
 def _kind(letter: bytes, name: str, extended: dict[str, str]) -> Kind:
-    if letter == b"\0" and name.endswith("/"):  # as tar wrote folders before there was a letter for them
+    if letter == b"\0" and name.endswith("/"):  # folders of tars that predate the type flag
         return "folder"
     return "sparse" if "sparse" in extended else _KINDS[letter]
 
 
 def _behind_sparse_map(descriptor: int, header: bytes, start: int) -> int:
-    """Where the data of an old GNU sparse file begin: behind blocks that go on with its map, each of which says so."""
+    """Offset of an old GNU sparse file's data, after the extension blocks of its map, each flagged by the one
+    before.
+    """
     more = header[482]
     while more:
         block = os.pread(descriptor, BLOCK, start)
@@ -123,11 +125,13 @@ def _behind_sparse_map(descriptor: int, header: bytes, start: int) -> int:
 
 
 def _check(headers: list[tuple[int, bytes]]) -> None:
-    """Raise TarError for the first wrong checksum. All at once: compared one by one they would be most of the walk."""
+    """Raise TarError for the first wrong checksum. Vectorised over headers: one by one takes most of the time of
+    `walk`.
+    """
     if not headers:
         return
     content = np.frombuffer(b"".join(header for _, header in headers), dtype=np.uint8).reshape(-1, BLOCK)
-    # The sum of all bytes, those of the checksum itself counted as spaces.
+    # The sum of all bytes, with those of the checksum field counted as spaces.
     sums = content.sum(axis=1, dtype=np.int64) - content[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
     for (offset, header), found in zip(headers, sums.tolist()):
         if header[148:156].strip(b" \0") != b"%o" % found and _number(header[148:156], offset) != found:
@@ -135,7 +139,7 @@ def _check(headers: list[tuple[int, bytes]]) -> None:
 
 
 def _check_end(descriptor: int, offset: int, end: int) -> None:
-    """An archive ends with two blocks of zeros, and nothing but zeros may follow."""
+    """Check the end of an archive: two blocks of zeros, and nothing but zeros after them."""
     if end - offset < 2 * BLOCK:
         raise TarError(f"cut off at offset {offset}: no end-of-archive mark")
     while tail := os.pread(descriptor, 1 << 20, offset):
@@ -145,7 +149,7 @@ def _check_end(descriptor: int, offset: int, end: int) -> None:
 
 
 def _number(field: bytes, offset: int) -> int:
-    """Octal digits, or GNU's binary for what would not fit."""
+    """A numeric field: octal digits, or GNU's binary encoding of large numbers."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1))
     try:
@@ -165,7 +169,7 @@ def _text(field: bytes) -> str:
 
 
 def _extension(descriptor: int, kind: bytes, start: int, size: int) -> dict[str, str]:
-    """What a GNU long name (L; K is a link's target) or a pax header (x; g for all that follow) says."""
+    """Content of a GNU long name (L; K is a link's target) or a pax header (x; g for all following members)."""
     if size > _MOST_EXTENSION_BYTES:
         raise TarError(f"damaged header at offset {start - BLOCK}")
     content = os.pread(descriptor, size, start)
@@ -174,7 +178,7 @@ def _extension(descriptor: int, kind: bytes, start: int, size: int) -> dict[str,
     if kind == b"K":
         return {}
     records: dict[str, str] = {}
-    sparse_name = ""  # beside it `path` is only a stand-in
+    sparse_name = ""  # with it, `path` is a placeholder
     while content:  # "<length of the record in decimal> <key>=<value>\n"
         digits, _, _ = content.partition(b" ")
         length = int(digits) if digits.isdigit() else 0

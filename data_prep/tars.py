@@ -1,4 +1,4 @@
-"""Tar archives as sources: their entries, their bytes, or what is wrong with the file."""
+"""Tar archives as sources: entries and contents, with errors as InputError."""
 
 import os
 from functools import lru_cache
@@ -12,9 +12,9 @@ CACHED_ARCHIVES = 8
 
 
 def entries(path: Path) -> list[Member]:
-    """The archive's entries in their order.
+    """The archive's entries in order.
 
-    Raises InputError where the file cannot be read, is damaged or cut, or goes on behind what looks like its end.
+    Raises InputError where the file cannot be read, is damaged or truncated, or has data after its end mark.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -29,7 +29,7 @@ def entries(path: Path) -> list[Member]:
 
 
 def content(path: Path, offset: int, length: int) -> bytes:
-    """`length` bytes of the archive from `offset` on. Raises InputError where they are no longer there."""
+    """`length` bytes of the archive at `offset`. Raises InputError where the file has become shorter."""
     try:
         data = os.pread(_opened(path).fileno(), length, offset)
     except OSError as error:
@@ -41,5 +41,5 @@ def content(path: Path, offset: int, length: int) -> bytes:
 
 @lru_cache(maxsize=CACHED_ARCHIVES)
 def _opened(path: Path) -> FileIO:
-    """Open once a process; the file closes when the cache lets go of it."""
+    """Opened once per process; the file closes when it is dropped from the cache."""
     return FileIO(path)

@@ -1,7 +1,7 @@
-"""How the field's published datasets were brought to size: an image -> its square of `size` x `size` pixels.
+"""Resizing as in published datasets: an image to its square of `size` x `size` pixels.
 
-Each is named after whom it reproduces, and works on 8-bit "RGB" or "L". Where the shorter side is `size` already, all
-of them are the same pure crop, and no pixel changes.
+Each function is named after the work that it reproduces, for 8-bit "RGB" or "L". Where the shorter side is `size`
+already, all of them are the same pure crop, which changes no pixel.
 """
 
 from collections.abc import Callable
@@ -14,26 +14,28 @@ from data_prep.recipe import Transform
 Resampling = Image.Resampling
 Box = tuple[int, int, int, int]
 
-MOST_PIXELS = 1 << 26  # of an enlarged image: a line of one pixel's width would take gigabytes, nearly all cropped away
+MOST_PIXELS = 1 << 26  # of an upscaled image: a line of one pixel's width would need gigabytes, most of them cropped
 
 
 def ddpm(image: Image.Image, size: int) -> Image.Image:
-    """DDPM's LSUN and CelebA-HQ, prepared by StyleGAN2's and ProGAN's dataset_tool.py: middle square, then Lanczos."""
+    """DDPM's LSUN and CelebA-HQ, prepared by StyleGAN2's and ProGAN's dataset_tool.py: centre square, then Lanczos."""
     return _resize_square(image, size, Resampling.LANCZOS)
 
 
 def edm(image: Image.Image, size: int) -> Image.Image:
-    """EDM's dataset_tool.py with `--transform=center-crop`; it took over StyleGAN2's, so it equals `ddpm`."""
+    """EDM's dataset_tool.py with `--transform=center-crop`; derived from StyleGAN2's, so it equals `ddpm`."""
     return _resize_square(image, size, Resampling.LANCZOS)
 
 
 def area(image: Image.Image, size: int) -> Image.Image:
-    """Middle square, then the mean of the area below each pixel, as cv2.INTER_AREA takes it."""
+    """Centre square, then the mean of the area under each pixel, like cv2.INTER_AREA."""
     return _resize_square(image, size, Resampling.BOX)
 
 
 def adm(image: Image.Image, size: int) -> Image.Image:
-    """`center_crop_arr` of improved-diffusion and guided-diffusion: halved by boxes, then bicubic, then cropped."""
+    """`center_crop_arr` of improved-diffusion and guided-diffusion: halved by box filters, then bicubic, then
+    cropped.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
@@ -46,7 +48,7 @@ def adm(image: Image.Image, size: int) -> Image.Image:
     return image.crop(middle)
 
 
-# What "source" cannot keep as it is, it makes as DDPM would have.
+# Images that "source" cannot keep are converted as by `ddpm`.
 TRANSFORMS: dict[Transform, Callable[[Image.Image, int], Image.Image]] = {
     "ddpm": ddpm,
     "adm": adm,
@@ -62,7 +64,7 @@ def _resize_square(image: Image.Image, size: int, resampling: Resampling) -> Ima
 
 
 def _resize_part(image: Image.Image, target: tuple[int, int], box: Box) -> Image.Image:
-    """`image.resize(target).crop(box)` without the rest.
+    """`image.resize(target).crop(box)`, computing only what the crop keeps.
 
     Values may differ by 1, and by more where bicubic overshoots black or white between Pillow's two passes.
     """

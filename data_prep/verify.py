@@ -1,4 +1,4 @@
-"""Every byte of a finished dataset against its manifest and index: what is wrong, one line a fault."""
+"""Verification of a finished dataset: every byte is compared with manifest and index; one line per fault."""
 
 import json
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ from data_prep.tars import entries
 Decode = Literal["none", "sample", "all"]
 DECODE: tuple[Decode, ...] = get_args(Decode)
 
-DECODED_OF_A_SHARD = 16  # where a sample is decoded: evenly spaced
+DECODED_OF_A_SHARD = 16  # evenly spaced samples per shard, with decode "sample"
 
 
 def verify(folder: Path, *, decode: Decode, workers: int) -> list[str]:
-    """The faults of a dataset, each a line that names the file; an empty list where it is whole.
+    """The faults of a dataset, each a line with the file's name; empty where there are none.
 
-    Raises InputError where there is no manifest or index to compare with.
+    Raises InputError where manifest or index is missing.
     """
     dataset = Dataset.open_unchecked(folder)
     faults = [*_faults_of_lists(dataset), *_extra_shards(dataset)]
     shards = range(len(dataset.manifest.shards))
     with (
-        ThreadPoolExecutor(workers) as pool,  # hashing and decoding let other threads run
+        ThreadPoolExecutor(workers) as pool,  # threads, since hashing and decoding release the GIL
         WorkProgress(total=dataset.manifest.samples, what="verifying", unit="img") as progress,
     ):
         for shard, found in zip(shards, pool.map(lambda shard: _faults_of_shard(dataset, shard, decode), shards)):
@@ -40,7 +40,7 @@ def verify(folder: Path, *, decode: Decode, workers: int) -> list[str]:
 
 
 def _faults_of_lists(dataset: Dataset) -> Iterator[str]:
-    """What is wrong with index, names and rejects."""
+    """Faults of index, names and rejects."""
     folder, manifest, index = dataset.folder, dataset.manifest, dataset.index
     for name, expected in ((INDEX_NAME, manifest.index_sha256), (NAMES_NAME, manifest.names_sha256)):
         if not (folder / name).is_file():
@@ -74,7 +74,7 @@ def _extra_shards(dataset: Dataset) -> Iterator[str]:
 
 
 def _faults_of_shard(dataset: Dataset, shard: int, decode: Decode) -> list[str]:
-    """What is wrong with one tar: at most one fault of its bytes, and one of what the index says about them."""
+    """Faults of one tar: at most one of its bytes, and one of the index's entries for it."""
     record, path = dataset.manifest.shards[shard], dataset.path_of(shard)
     if not path.is_file():
         return [f"missing; the manifest lists {len(dataset.manifest.shards)} shards"]
@@ -90,7 +90,7 @@ def _faults_of_shard(dataset: Dataset, shard: int, decode: Decode) -> list[str]:
 
 
 def _first_damage(dataset: Dataset, shard: int, rows: npt.NDArray[np.void]) -> str:
-    """Where the bytes of a tar stop being what they were, as far as it can be told."""
+    """The position of the first damage of a tar, as far as it can be located."""
     path, expected = dataset.path_of(shard), dataset.manifest.shards[shard].bytes
     if path.stat().st_size != expected:
         return f"{path.stat().st_size} bytes instead of {expected}"
@@ -98,7 +98,7 @@ def _first_damage(dataset: Dataset, shard: int, rows: npt.NDArray[np.void]) -> s
 
 
 def _index_fault(path: Path, rows: npt.NDArray[np.void]) -> str | None:
-    """The first difference of the tar's headers from the index."""
+    """The first difference between the tar's headers and the index."""
     try:
         members = [(member.name, member.offset, member.length, member.kind) for member in entries(path)]
     except InputError as error:
@@ -114,7 +114,7 @@ def _index_fault(path: Path, rows: npt.NDArray[np.void]) -> str | None:
 
 
 def _content_fault(dataset: Dataset, path: Path, rows: npt.NDArray[np.void], decode: Decode) -> str | None:
-    """The first member whose bytes are not what the index says, or that is no image of the manifest's kind."""
+    """The first member whose bytes differ from the index, or which is no image of the manifest's kind."""
     wanted = {"none": 0, "sample": min(len(rows), DECODED_OF_A_SHARD), "all": len(rows)}[decode]
     decoded = set(np.linspace(0, len(rows) - 1, wanted).astype(int).tolist())
     with opened(path) as descriptor:

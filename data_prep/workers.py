@@ -1,4 +1,4 @@
-"""Shards over worker processes: a bounded number in flight, and no worker that outlives its run."""
+"""Distributes shards over worker processes: a bounded number in flight, and no worker outlives the run."""
 
 import multiprocessing
 import os
@@ -16,13 +16,13 @@ from data_prep.memory import keep_freed_memory
 from data_prep.recipe import Recipe
 from data_prep.writer import ShardPlan, write_shard
 
-IN_FLIGHT_PER_WORKER = 2  # one being written, one waiting, so that no worker idles
+IN_FLIGHT_PER_WORKER = 2  # one being written and one queued, so that no worker is idle
 
 
 def write_shards(plans: Sequence[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int) -> Iterator[int]:
-    """Write all `plans` in no given order; yield the number of sources of each as it is done.
+    """Write all `plans` in any order; yields the number of sources of each as it is completed.
 
-    Raises DataPrepError where a shard cannot be written or a worker dies; then the other workers are stopped.
+    Raises DataPrepError where a shard cannot be written or a worker dies; the other workers are stopped then.
     """
     with ProcessPoolExecutor(
         max_workers=min(workers, len(plans)),
@@ -43,7 +43,7 @@ def write_shards(plans: Sequence[ShardPlan], recipe: Recipe, out: Path, staging:
                     yield shard.result()
                 running |= submit(len(done))
         except BaseException as error:
-            for child in multiprocessing.active_children():  # or the pool would wait for the shards they are in
+            for child in multiprocessing.active_children():  # otherwise the pool would wait for their current shards
                 child.terminate()
             if isinstance(error, BrokenProcessPool | MemoryError):
                 raise DataPrepError(
@@ -55,7 +55,7 @@ def write_shards(plans: Sequence[ShardPlan], recipe: Recipe, out: Path, staging:
 
 @contextmanager
 def _ctrl_c_left_to_parent() -> Iterator[None]:
-    """Processes started inside never see a SIGINT: they inherit the block; this one gets it at the end."""
+    """A context that blocks SIGINT: processes started in it inherit the block; this process receives it at the end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -64,7 +64,7 @@ def _ctrl_c_left_to_parent() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    """See to it that the worker ends with its parent, however that ends, and that its memory suits images."""
+    """Make the worker exit with its parent, and set its memory allocator for images."""
     keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""One planned shard: its sources -> a tar file, and a staged result that says the tar is whole."""
+"""Writes one planned shard: from its sources to a tar file, and a result that marks the tar as complete."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ SIZE_FIELD, CHECKSUM_FIELD = slice(124, 136), slice(148, 156)
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """Shard `number` holds the sources from `first_key` on; it depends on no other shard."""
+    """Shard `number` with the sources from `first_key` on; independent of other shards."""
 
     number: int
     first_key: int
@@ -36,7 +36,7 @@ class ShardPlan:
 
     @property
     def result_name(self) -> str:
-        """File name of its result in the staging folder."""
+        """File name of the shard's result in the staging folder."""
         return f"shard-{self.number:06d}.json"
 
 
@@ -57,7 +57,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """One source that is in no tar, and why."""
+    """A source that was rejected, and the reason."""
 
     name: str
     reason: str
@@ -66,7 +66,7 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What became of a shard's sources. `record` is None where all were rejected: then there is no tar."""
+    """Result of a shard's sources. `record` is None where all were rejected: then there is no tar."""
 
     record: ShardRecord | None
     samples: list[Sample]
@@ -74,11 +74,11 @@ class ShardResult:
 
     @property
     def sources(self) -> int:
-        """How many were read."""
+        """Number of sources read."""
         return len(self.samples) + len(self.rejects)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; `asdict` would copy each field of each sample, at the price of a tenth of a JPEG."""
+        """As for JSON; `asdict` would copy each field of each sample, which costs a tenth of the time for a JPEG."""
         return {
             "record": self.record and vars(self.record),
             "samples": [vars(sample) for sample in self.samples],
@@ -87,9 +87,9 @@ class ShardResult:
 
 
 def write_shard(plan: ShardPlan, recipe: Recipe, out: Path, staging: Path) -> int:
-    """Write the tar, then its result, so that a result on the disk means a whole tar; return the number of sources.
+    """Write the tar, then its result: a result on disk implies a complete tar. Returns the number of sources.
 
-    Raises DataPrepError where either cannot be written, and InputError where the source fails as a whole.
+    Raises DataPrepError where either cannot be written, and InputError where the source as a whole fails.
     """
     rejects: list[Rejected] = []
     samples: list[Sample] = []
@@ -110,9 +110,9 @@ def write_shard(plan: ShardPlan, recipe: Recipe, out: Path, staging: Path) -> in
 
 
 def load_result(plan: ShardPlan, out: Path, staging: Path) -> ShardResult | None:
-    """The result of a shard that is there already, or None where it is still to be written.
+    """The result of a shard that was written already, or None.
 
-    Of the tar only the size is looked at; see `is_whole`.
+    Only the size of the tar is checked; see `is_whole`.
     """
     path = staging / plan.result_name
     if not path.exists():
@@ -134,7 +134,7 @@ def load_result(plan: ShardPlan, out: Path, staging: Path) -> ShardResult | None
 
 
 def is_whole(plan: ShardPlan, out: Path, staging: Path) -> bool:
-    """Whether a shard is there and every byte of it is as it was written. Raises DataPrepError where the disk fails."""
+    """Whether a shard exists and its bytes are unchanged. Raises DataPrepError where the disk fails."""
     result = load_result(plan, out, staging)
     if result is None or result.record is None:
         return result is not None
@@ -151,7 +151,7 @@ def _digest_line(content: bytes) -> bytes:
 
 
 def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, Member]]:
-    """Position in the plan's source and member of each image that is good; the others are added to `rejects`."""
+    """Position in the plan's source and member of each valid image; others are added to `rejects`."""
     for i, name in enumerate(plan.source.names):
         try:
             yield i, member_of(plan, i, recipe)
@@ -160,7 +160,9 @@ def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterat
 
 
 def member_of(plan: ShardPlan, i: int, recipe: Recipe) -> Member:
-    """What becomes of the plan's image `i`. Raises Reject, InputError, and DataPrepError where memory does not do."""
+    """The member for the plan's image `i`. Raises Reject, InputError, and DataPrepError where memory is
+    insufficient.
+    """
     try:
         return convert(plan.source.read(i), recipe)
     except MemoryError as error:
@@ -171,7 +173,7 @@ def member_of(plan: ShardPlan, i: int, recipe: Recipe) -> Member:
 
 
 class HashedStream:
-    """Writes through to `stream`, and knows the size and sha256 of all that it wrote."""
+    """Writes to `stream`, and counts and hashes (sha256) what was written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -186,7 +188,7 @@ class HashedStream:
 
 
 def _write_tar(tar: HashedStream, members: Iterable[tuple[int, Member]], plan: ShardPlan) -> list[Sample]:
-    """Write USTAR members whose headers depend on nothing but position and content."""
+    """Write USTAR members whose headers depend only on position and content."""
     samples = []
     for i, member in members:
         key, length = plan.first_key + i, len(member.data)
@@ -204,19 +206,20 @@ def _write_tar(tar: HashedStream, members: Iterable[tuple[int, Member]], plan: S
         samples.append(sample)
         header = ustar_header(member_name(key, member.extension), length)
         tar.write(header + member.data + bytes(-length % tarfile.BLOCKSIZE))
-    tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the mark of the end,
-    tar.write(bytes(-tar.size % tarfile.RECORDSIZE))  # and up to a whole record
+    tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the end-of-archive mark,
+    tar.write(bytes(-tar.size % tarfile.RECORDSIZE))  # and padding to a whole record
     return samples
 
 
 def ustar_header(name: str, length: int) -> bytes:
-    """What `tarfile` writes for a file of `length` bytes with mtime, uid and gid of 0, at a tenth of its time.
+    """The header that `tarfile` writes for a file of `length` bytes with mtime, uid and gid of 0, in a tenth of the
+    time.
 
     `name`: at most 100 ASCII characters.
     """
     header = bytearray(NAMELESS_HEADER)
     header[: len(name)] = name.encode("ascii")
     header[SIZE_FIELD] = b"%011o\0" % length
-    header[CHECKSUM_FIELD] = b" " * 8  # as which it counts in its own sum
+    header[CHECKSUM_FIELD] = b" " * 8  # the checksum field counts as spaces in the sum
     header[CHECKSUM_FIELD] = b"%06o\0 " % sum(header)
     return bytes(header)

@@ -1,1 +1,1 @@
-"""Scripts that start the entry points of trainer/."""
+"""Launching of trainer/'s entry points: launcher, SLURM submission, status, demo."""

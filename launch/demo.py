@@ -1,4 +1,4 @@
-"""The whole job on real images, small: shards, two-process training, samples, a picture. Run by `make demo`."""
+"""A complete small example on real images: shards, two-process training, samples, a picture. Run by `make demo`."""
 
 import shlex
 import subprocess
@@ -24,7 +24,7 @@ _ACCELERATE = (
 
 
 def main() -> int:
-    """Run the four commands that a user would type, then say what to try next."""
+    """Run the four commands as a user would type them, then print suggestions for further steps."""
     config = Config.load(_CONFIG)
     run, samples = Path(config.run_dir), Path(config.run_dir) / "samples" / "final"
     started = time.perf_counter()
@@ -58,7 +58,7 @@ Try next, with {Path(sys.executable).parent} on your PATH (the third goes on fro
 
 
 def draw_summary(run: Path, samples: Path) -> Path:
-    """Loss over images seen, the grids drawn while training, and the final samples, as RUN/demo.png."""
+    """Draw the loss over images seen, the grids drawn in training and the final samples; returns RUN/demo.png."""
     records = [record for record in read_metrics(run / "logs") if "train/loss" in record]
     grids = sorted((run / "samples").glob("step-*.png"))
     figure, axes = plt.subplot_mosaic(
@@ -88,7 +88,7 @@ def draw_summary(run: Path, samples: Path) -> Path:
 
 
 def _in_this_environment(command: str) -> list[str]:
-    """The command as this interpreter would run it, wherever PATH points."""
+    """The command with this interpreter's executables, whatever PATH is."""
     program, *rest = shlex.split(command)
     module = {"python": [], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}[program]
     return [sys.executable, *module, *rest]

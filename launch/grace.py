@@ -1,21 +1,21 @@
-"""How long a stop can take, from what there is to write: what --grace must leave of a time limit."""
+"""Estimate of the time that stopping a job takes, from the bytes to write: the lower bound for --grace."""
 
 import math
 
 from trainer.config import Config
 
-BYTES_PER_SECOND = 500e6  # of a shared file system, all ranks together; of a copy elsewhere a fifth
-_NOTICE = 15.0  # seconds until every rank knows, and until SLURM and the launchers have seen that all have ended
+BYTES_PER_SECOND = 500e6  # of a shared file system, over all ranks; a mirror has a fifth of it
+_NOTICE = 15.0  # seconds until all ranks have the signal, and until SLURM and the launchers notice their exit
 _LEAST, _ROUND = 120, 30
-_PASSES = 3  # written, hashed, read back and compared
+_PASSES = 3  # write, hash, read back, compare
 
 
 def seconds_to_stop(config: Config, checkpoint_bytes: int, *, step_seconds: float = 0.0) -> int:
-    """Seconds from a signal to the end of a job, generously, and 120 at least.
+    """A generous estimate of the seconds from a signal to the end of a job, at least 120.
 
-    The signal is heeded after the step, or the call of the network, in which it arrives, `step_seconds` at most where
-    a step has been timed. A checkpoint that is just being written comes first, then one of the last step; then those
-    that stay are read again, if others go. What is copied elsewhere is waited for.
+    The signal takes effect after the current step, or call of the network: within `step_seconds`, where steps have been
+    timed. Then a pending async save completes, the last step is saved, retention verifies the checkpoints to be kept,
+    if others are to be deleted, and uploads to the mirror complete.
     """
     save = _PASSES * checkpoint_bytes / BYTES_PER_SECOND
     reread = config.checkpoint.keep * checkpoint_bytes / BYTES_PER_SECOND

@@ -1,4 +1,4 @@
-"""Print the network interface by which this machine reaches another: `python launch/interface.py HOST`."""
+"""Print the network interface through which this machine reaches another: `python launch/interface.py HOST`."""
 
 import fcntl
 import socket
@@ -6,19 +6,19 @@ import struct
 import sys
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of netdevice(7)
-_ELSEWHERE = "192.0.2.1"  # no machine has this address: what leads there is the default route
+_ELSEWHERE = "192.0.2.1"  # TEST-NET-1, assigned to no machine, hence routed by default
 
 
 def interface_to(host: str) -> str | None:
-    """The interface with the address that packets to `host` leave from; None where only the loopback leads there.
+    """The interface whose address is the source of packets to `host`; None where that is the loopback only.
 
-    A host's own name may resolve to the loopback; then it is the interface of the default route.
+    A host's own name may resolve to the loopback; the result is then the interface of the default route.
     """
     addresses = interface_addresses()
     for target in (host, _ELSEWHERE):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((target, 9))  # sends nothing: it only looks for the route
+                probe.connect((target, 9))  # UDP: only looks up the route, sends nothing
             except OSError:
                 continue
             name = addresses.get(probe.getsockname()[0])
@@ -28,20 +28,20 @@ def interface_to(host: str) -> str | None:
 
 
 def interface_addresses() -> dict[str, str]:
-    """Names of this machine's interfaces by their IPv4 addresses."""
+    """Names of this machine's interfaces by IPv4 address."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
+            except OSError:  # has no IPv4 address
                 continue
             found[socket.inet_ntoa(answer[20:24])] = name
     return found
 
 
 def main(arguments: list[str]) -> int:
-    """Print it, or say why there is none."""
+    """Print the interface, or an error."""
     (host,) = arguments
     name = interface_to(host)
     if name is None:

@@ -1,11 +1,12 @@
-"""`accelerate launch` with every flag given, and its workers' exit code instead of its traceback.
+"""`accelerate launch` with defaults for all options, which exits with its workers' exit code instead of a traceback.
 
     ddpm-launch --num_processes 8 train --config configs/lsun256.toml
     ddpm-launch sample --run runs/lsun256 --n 50000
 
 Takes the options of `accelerate launch`, and as the script a path, -m MODULE, or one of train, sample, evaluate and
-convert. What neither the command line nor a file of `accelerate config` says is what Accelerate would take, without
-its warning of it: a process for each GPU, or one; on one machine any port that is free, and no folder in /tmp.
+convert. Options set neither on the command line nor in a file of `accelerate config` have Accelerate's defaults,
+without its warning: one process per GPU, or one. On a single machine the port is any free one, and no folder is made in
+/tmp.
 """
 
 import argparse
@@ -28,18 +29,18 @@ _OTHER_LAUNCHES = ("cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch and wait; returns the exit code of the worker that failed first, 128 + N after a signal N, else 0."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Ctrl-C reaches the worker too, which saves and ends; the launcher waits for that.
+    # Ctrl-C reaches the workers too, which save and exit; the launcher waits for them.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         launch_command(arguments)
-    except subprocess.CalledProcessError as failure:  # of one process
+    except subprocess.CalledProcessError as failure:  # of a single process
         return _shell_code(failure.returncode)
-    except ChildFailedError as failure:  # of several
+    except ChildFailedError as failure:  # of several processes
         _, first = failure.get_first_failure()
         return _shell_code(first.exitcode)
     except SignalException as stopped:
         return _shell_code(-stopped.sigval)
-    except (ValueError, ImportError, OSError) as error:  # flags that do not go together, a library or port there is not
+    except (ValueError, ImportError, OSError) as error:  # incompatible options, a missing library, a port in use
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Accelerate's own arguments, with what was left open filled in; argparse ends the program where they are wrong."""
+    """Accelerate's own arguments, with defaults filled in; argparse exits the program where they are invalid."""
     parser = launch_command_parser()
     parser.prog = "ddpm-launch"
     parser.description = __doc__
@@ -59,7 +60,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         arguments.training_script = f"trainer.{arguments.training_script}"
     if arguments.log_dir is None:
         arguments.log_dir = os.devnull
-    if arguments.config_file is None and not os.path.isfile(default_config_file):  # noqa: PTH113 - Accelerate's str
+    if arguments.config_file is None and not os.path.isfile(default_config_file):  # noqa: PTH113  # it is a str
         _fill_in(arguments)
     return arguments
 
@@ -74,7 +75,7 @@ def _fill_in(arguments: argparse.Namespace) -> None:
     if arguments.dynamo_backend is None:
         arguments.dynamo_backend = "no"
     if arguments.num_processes > 1 and not any(getattr(arguments, name) for name in _OTHER_LAUNCHES):
-        arguments.multi_gpu = True  # Accelerate's word for several processes, of CPUs too
+        arguments.multi_gpu = True  # in Accelerate several processes, also on CPUs
     if arguments.main_process_port is None and arguments.num_machines == 1:
         arguments.main_process_port = 0
 

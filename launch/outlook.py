@@ -1,4 +1,4 @@
-"""How long a run still takes, from the speed that it has had."""
+"""Estimate of a run's remaining time from its speed so far."""
 
 import math
 import re
@@ -12,29 +12,29 @@ from trainer.errors import ConfigError
 from trainer.telemetry.goodput import read_events
 from trainer.telemetry.metrics import read_metrics
 
-_LATEST = 20  # log lines that the speed is the median of
+_LATEST = 20  # number of log lines over which the median speed is taken
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """Images that are left, and the speed that was measured on so many processes."""
+    """Remaining images, and the speed measured on a number of processes."""
 
     images_left: int
     images_per_second: float
     world_size: int
 
     def seconds_on(self, world_size: int) -> float:
-        """What is left on another number of processes, if the speed is proportional to it."""
+        """Remaining seconds on `world_size` processes, if the speed is proportional to their number."""
         return self.images_left / (self.images_per_second * world_size / self.world_size)
 
     def seconds_a_step(self, global_batch: int, world_size: int) -> float:
-        """What a step takes on another number of processes, on the same terms."""
+        """Seconds per step on `world_size` processes, with the same assumption."""
         return global_batch / (self.images_per_second * world_size / self.world_size)
 
 
 def measured_outlook(config: Config) -> Outlook | None:
-    """The outlook of a run that has been logged, or None."""
+    """The outlook of a run from its logs, or None where they have no speed."""
     run, global_batch = Path(config.run_dir), config.train.global_batch
     records = [record for record in read_metrics(run / "logs") if has_speed(record)]
     starts = [event for event in read_events(run) if event["event"] == "started" and "world_size" in event]
@@ -49,13 +49,13 @@ def measured_outlook(config: Config) -> Outlook | None:
 
 
 def has_speed(record: Mapping[str, float]) -> bool:
-    """Whether a logged line says how fast the training was."""
+    """Whether a logged line includes the training speed."""
     speed = record.get("train/images_per_second", 0.0)
     return math.isfinite(speed) and speed > 0
 
 
 def parse_time(text: str) -> int:
-    """Seconds of a time as SLURM takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ConfigError."""
+    """Seconds of a time in SLURM's formats: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ConfigError."""
     match = _CLOCK.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"--time {text}: should be minutes, H:M:S or D-H:M:S, for example 1-00:00:00 for a day")
@@ -71,5 +71,5 @@ def parse_time(text: str) -> int:
 
 
 def stretches(left: float, *, limit: int, grace: int) -> int:
-    """How many times a job of `limit` seconds has to start, if each trains until `grace` seconds before its end."""
+    """Number of jobs of `limit` seconds needed, if each trains until `grace` seconds before its end."""
     return max(1, math.ceil(left / (limit - grace)))

@@ -1,4 +1,4 @@
-"""Before the nodes start: check what they would all stumble over, and say in the log what they run with.
+"""Checks before the nodes start, for errors that would occur on all of them, and a log of their environment.
 
 `python -m launch.preflight --config TOML [--set ...]` prints two lines, the run's folder and whether the run is
 "finished" or "unfinished", and everything else on the standard error.
@@ -23,11 +23,11 @@ _TOLD = ("NCCL_", "TORCH_", "GLOO_", "FI_", "UCX_", "OMP_", "CUDA_", "DDPM_")
 
 @exit_clearly
 def main() -> int:
-    """Check and tell. Exits with 2 and a line where the run cannot begin."""
+    """Check and report. Exits with status 2 and a line where the run cannot begin."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[])
-    arguments, _ = parser.parse_known_args()  # the rest is for the trainer
+    arguments, _ = parser.parse_known_args()  # the others are options of the trainer
     config = Config.load(arguments.config, arguments.set)
     check_run_dir(Path(config.run_dir))
     report()
@@ -37,9 +37,9 @@ def main() -> int:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run has been trained for all of its duration, and the checkpoint of its end is there.
+    """Whether the run has reached its configured duration and the last checkpoint exists.
 
-    A duration that has grown since asks for more.
+    A duration that was increased since is not reached yet.
     """
     run = Path(config.run_dir)
     done = marked_step(run / "DONE")
@@ -53,7 +53,7 @@ def is_finished(config: Config) -> bool:
 
 
 def report() -> None:
-    """Code, software, machine and environment, on the standard error."""
+    """Print code revision, software, machine and environment to the standard error."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "accelerate"))
     lines = [
         f"code: {REPOSITORY} at {revision()}",
@@ -65,7 +65,7 @@ def report() -> None:
 
 
 def revision() -> str:
-    """The commit, with a word where files differ from it; where there is no git, that."""
+    """The commit, marked if files differ from it; a message where there is no git."""
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return "an unknown revision (no git repository)"
@@ -73,7 +73,7 @@ def revision() -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints in the repository; None where there is no git or no repository."""
+    """Output of a git command in the repository; None where there is no git or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     except OSError:

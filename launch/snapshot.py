@@ -1,8 +1,8 @@
-"""What a submission ran: configuration, code revision and changes, kept in the run's folder.
+"""A record of each submission in the run's folder: configuration, code revision and uncommitted changes.
 
-RUN/submissions/20261124-220154/config.toml     as resolved; the job reads this one, whatever becomes of the original
-                                revision.txt    the commit, and files that git does not know
-                                changes.diff    what differed from the commit; git apply brings it back
+RUN/submissions/20261124-220154/config.toml     as resolved; the job reads this copy, so the original may be edited
+                                revision.txt    the commit, and untracked files
+                                changes.diff    differences from the commit, for git apply
                                 command.txt     the command that submitted it
 """
 
@@ -15,7 +15,7 @@ from trainer.errors import TrainerError
 
 
 def take_snapshot(config: Config) -> Path:
-    """Make the folder of a submission; returns it. Raises TrainerError where it cannot be written."""
+    """Create the folder of a submission; returns it. Raises TrainerError where it cannot be written."""
     parent = Path(config.run_dir) / "submissions"
     try:
         folder = _new_folder(parent)
@@ -32,7 +32,7 @@ def take_snapshot(config: Config) -> Path:
 def _new_folder(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
-    for number in range(1000):  # several in one second
+    for number in range(1000):  # for several submissions within a second
         folder = parent / (f"{name}-{number}" if number else name)
         try:
             folder.mkdir()

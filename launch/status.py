@@ -1,9 +1,9 @@
-"""How a run is doing, on one screen: `python launch/status.py runs/lsun256`."""
+"""Status of a run on one screen: `python launch/status.py runs/lsun256`."""
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run by path, Python looks in launch/ first
+if not __package__:  # run by path, Python has launch/ first in sys.path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
@@ -30,7 +30,7 @@ _WORTH_TELLING = ("nonfinite", "quarantined", "bad_sample", "slow_rank", "hang",
 
 @exit_clearly
 def main() -> int:
-    """Read the run's folder, ask SLURM if it is there, and print."""
+    """Read the run's folder, query SLURM if it is installed, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--no-verify", action="store_true", help="do not read the last checkpoint to verify it")
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def describe(run: Path, *, verify: bool = True) -> dict[str, str]:
-    """The screen's rows. Raises ConfigError where the folder is no run's."""
+    """The rows of the status. Raises ConfigError where the folder is not a run's."""
     if not (run / "config.toml").is_file() and not list(run.glob("submissions/*/config.toml")):
         raise ConfigError(f"{run}: holds no config.toml, so it is no run's folder")
     events, heartbeat, records = read_events(run), read_heartbeat(run), read_metrics(run / "logs")
@@ -77,7 +77,7 @@ def describe(run: Path, *, verify: bool = True) -> dict[str, str]:
 
 
 def job_of(run: Path, heartbeat: dict[str, Any] | None) -> str | None:
-    """The SLURM job that trained last, or else that was submitted last; None where none is known."""
+    """The SLURM job that trained last, otherwise the one submitted last; None where none is recorded."""
     attempt = (heartbeat or {}).get("attempt")
     if attempt:
         return str(attempt).partition(".")[0]
@@ -89,7 +89,7 @@ def job_of(run: Path, heartbeat: dict[str, Any] | None) -> str | None:
 
 
 def in_queue(job: str) -> str | None:
-    """What squeue says of a job; None where it is not there, nor SLURM."""
+    """State of a job according to squeue; None where the job is not listed or SLURM is not installed."""
     try:
         answer = subprocess.run(
             ["squeue", "--noheader", f"--jobs={job}", "--format=%T|%N|%L|%r"],
@@ -106,7 +106,7 @@ def in_queue(job: str) -> str | None:
 
 
 def newest_checkpoint(folder: Path, *, verify: bool) -> str:
-    """Which it is, how old, and whether every byte of it is as it was written."""
+    """The newest checkpoint, its age, and whether it is undamaged."""
     steps = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
     if not steps:
         return "none yet"
@@ -126,13 +126,13 @@ def newest_checkpoint(folder: Path, *, verify: bool) -> str:
 
 
 def starts(goodput: Goodput) -> str:
-    """How often it was started, and how the starts ended."""
+    """Number of starts, and how they ended."""
     text = f"{goodput.starts}, of which {goodput.stopped} were stopped on request and {goodput.died} died"
     return f"{text}; {goodput.lost_steps:,} steps were done twice" if goodput.lost_steps else text
 
 
 def where_the_time_went(goodput: Goodput) -> str:
-    """Shares of the time since the first start."""
+    """Shares of the time since the first start, by activity."""
     if not goodput.total:
         return "-"
     parts = sorted(goodput.seconds.items(), key=lambda part: -part[1])
@@ -141,7 +141,7 @@ def where_the_time_went(goodput: Goodput) -> str:
 
 
 def faults(events: list[dict[str, Any]]) -> dict[str, str]:
-    """How many of each kind, and the last."""
+    """Number of faults of each kind, and the last one."""
     found = {}
     for name in _WORTH_TELLING:
         if those := [event for event in events if event["event"] == name]:

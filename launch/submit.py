@@ -1,13 +1,13 @@
 """Check a run, then submit it to SLURM: `python launch/submit.py configs/lsun256.toml --nodes 8 --gpus 8 --time 1-00`.
 
-The job trains until the run is complete, through time limits, preemption and dead nodes (launch/train.sbatch). What
-follows -- are options for sbatch: `... --time 1-00 -- --account=vision --exclude=n7`.
+The job is requeued after time limits, preemption and node failures until the run is complete (launch/train.sbatch).
+Options after -- are passed to sbatch: `... --time 1-00 -- --account=vision --exclude=n7`.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run by path, Python looks in launch/ first
+if not __package__:  # run by path, Python has launch/ first in sys.path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
@@ -32,7 +32,7 @@ SCRIPT = REPOSITORY / "launch" / "train.sbatch"
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's configuration")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="override one field")
@@ -82,9 +82,9 @@ def parse_arguments() -> argparse.Namespace:
 
 @exit_clearly
 def main() -> int:
-    """Parse, check, submit."""
+    """Parse, check and submit."""
     arguments = parse_arguments()
-    config, _ = load_settled(arguments.config, arguments.set, {}, gpus=False)  # node.sh tells accelerate nothing
+    config, _ = load_settled(arguments.config, arguments.set, {}, gpus=False)  # node.sh passes no options to accelerate
     processes = arguments.nodes * processes_per_node(arguments)
     plan, fault = describe_run(config, world_size=processes)
     print(as_text(plan))
@@ -115,12 +115,12 @@ def main() -> int:
 
 
 def processes_per_node(arguments: argparse.Namespace) -> int:
-    """One for each GPU unless it was said."""
+    """As given, otherwise one per GPU."""
     return int(arguments.processes or arguments.gpus or 1)
 
 
 def grace_text(config: Config, arguments: argparse.Namespace, checkpoint_bytes: int, processes: int) -> str:
-    """What a stop can take, beside --grace, which it decides where it was not given."""
+    """A line with the estimated time to stop, and --grace, which is set from it unless given."""
     outlook = measured_outlook(config)
     step = outlook.seconds_a_step(config.train.global_batch, processes) if outlook is not None else 0.0
     needed = seconds_to_stop(config, checkpoint_bytes, step_seconds=step)
@@ -134,7 +134,9 @@ def grace_text(config: Config, arguments: argparse.Namespace, checkpoint_bytes: 
 
 
 def outlook_text(config: Config, arguments: argparse.Namespace, processes: int) -> str:
-    """What is left at the speed that was measured, beside the time limit. Raises ConfigError for a useless limit."""
+    """A line with the remaining time at the measured speed, and the limit. Raises ConfigError for a limit that is too
+    short.
+    """
     limit = parse_time(arguments.time)
     if limit <= arguments.grace:
         raise ConfigError(
@@ -157,7 +159,9 @@ def outlook_text(config: Config, arguments: argparse.Namespace, processes: int) 
 
 
 def check_partition(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError where the partition would let the job wait for ever: most clusters queue what is too long."""
+    """Raise ConfigError where a job would wait in the partition forever: most clusters queue jobs that exceed its
+    limits.
+    """
     answer = _slurm(["scontrol", "show", "partition", "--oneliner"], {})
     partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in answer.stdout.splitlines()]
     for partition in partitions:
@@ -181,7 +185,7 @@ def check_partition(arguments: argparse.Namespace) -> None:
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """Settings of launch/train.sbatch."""
+    """Environment variables for launch/train.sbatch."""
     settings = {"DDPM_REPO": str(REPOSITORY)}
     if sys.prefix != sys.base_prefix and arguments.container is None:
         settings["DDPM_VENV"] = sys.prefix
@@ -203,7 +207,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def sbatch_options(config: Config, arguments: argparse.Namespace) -> list[str]:
-    """Options of sbatch, the user's own last, for sbatch takes the last of a kind."""
+    """Options for sbatch; the user's come last, since sbatch uses the last of several values."""
     run = Path(config.run_dir).absolute()
     log = str(run / "slurm").replace("%", "%%") + ("/%x-%A_%a.out" if arguments.array else "/%x-%j.out")
     options = [
@@ -224,12 +228,12 @@ def sbatch_options(config: Config, arguments: argparse.Namespace) -> list[str]:
 
 
 def job_command(options: list[str], folder: Path) -> list[str]:
-    """The command that submits the job; it reads the snapshot's configuration."""
+    """The command that submits the job, with the snapshot's configuration."""
     return ["sbatch", "--parsable", *options, str(SCRIPT), "--config", str(folder.absolute() / "config.toml")]
 
 
 def ask_slurm(options: list[str], settings: dict[str, str]) -> None:
-    """Raise ConfigError with SLURM's reason where it would not take the job: partition, limit, nodes, GPUs, account."""
+    """Raise ConfigError with SLURM's reason where it rejects the job: partition, limit, nodes, GPUs, account."""
     answer = _slurm(["sbatch", "--test-only", *options, str(SCRIPT)], settings)
     lines = [line.removeprefix("sbatch: ") for line in answer.stderr.splitlines() if line.startswith("sbatch: ")]
     if answer.returncode != 0:
@@ -238,7 +242,7 @@ def ask_slurm(options: list[str], settings: dict[str, str]) -> None:
 
 
 def submit(command: list[str], settings: dict[str, str], *, times: int) -> list[str]:
-    """Submit it, or a chain of it: each begins when the one before has ended well. Returns the numbers of the jobs."""
+    """Submit the job, or a chain in which each begins after the one before has succeeded. Returns the job numbers."""
     jobs: list[str] = []
     for _ in range(times):
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
@@ -251,12 +255,12 @@ def submit(command: list[str], settings: dict[str, str], *, times: int) -> list[
 
 
 def in_shell(settings: dict[str, str], command: list[str]) -> str:
-    """The command as one would type it."""
+    """The command as typed in a shell."""
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), shlex.join(command)])
 
 
 def how_to_follow(config: Config, jobs: list[str], folder: Path) -> str:
-    """What to type next."""
+    """Commands for following the job."""
     logs = shlex.quote(str(Path(config.run_dir) / "slurm"))
     return f"""submitted    {" ".join(jobs)}; configuration, revision and changes are kept in {folder}
 look         python launch/status.py {shlex.quote(config.run_dir)}

@@ -1,4 +1,4 @@
-"""Where images come from; what lies there is told by its content, not by its name."""
+"""Sources of images; their kind is detected by content, not by file name."""
 
 import zipfile
 from pathlib import Path
@@ -24,9 +24,9 @@ WITHOUT_SPLITS = ("lmdb", "tfrecords", "embedded")
 def open_source(
     spec: str, *, size: int = 256, split: Split = "train", labels: Labels = "auto", image_column: str | None = None
 ) -> Source:
-    """Open what the command line calls SRC; see `Wanted` for the others.
+    """Open the source given as SRC on the command line; see `Wanted` for the other options.
 
-    Raises InputError where `spec` is nothing we read, holds no image at all, or has no such part.
+    Raises InputError where `spec` is of no supported kind, contains no image at all, or lacks the requested split.
     """
     wanted = Wanted(size=size, split=split, labels=labels, image_column=image_column)
     try:

@@ -1,4 +1,4 @@
-"""What every source of images offers, and the rules that file-like sources share."""
+"""The interface of sources, and rules shared by sources of files."""
 
 import hashlib
 import importlib
@@ -16,7 +16,7 @@ from data_prep.recipe import Mode
 from data_prep.sources.rules import has_image_suffix, parts_of
 from data_prep.sources.splits import Split
 
-MAX_FILE_BYTES = 256 * 1024**2  # no image worth a sample is larger; a file is held in memory whole
+MAX_FILE_BYTES = 256 * 1024**2  # bytes; files are read into memory whole, and no useful image is larger
 
 MAX_CLASSES = 1_000_000
 
@@ -28,10 +28,10 @@ LABELS: tuple[Labels, ...] = get_args(Labels)
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What of a source is read.
+    """Options for what is read of a source.
 
-    `size` chooses among TFRecords of several resolutions; `image_column` among a parquet file's columns of images, None
-    where there is one; `labels` "none" leaves labels unread, whatever is wrong with them.
+    `size` selects among TFRecords of several resolutions; `image_column` among a parquet file's columns of images, None
+    if there is only one; with `labels` "none" labels are not read, so errors in them do not matter.
     """
 
     size: int = 256
@@ -41,35 +41,37 @@ class Wanted:
 
 
 class Source(Protocol):
-    """Images in a fixed order, numbered from 0; small to pickle once cut into parts."""
+    """Images in a fixed order, numbered from 0; the parts of a source are small when pickled."""
 
     @property
     def kind(self) -> str:
-        """What the source is: "folder", "lmdb" and so on."""
+        """Kind of the source: "folder", "lmdb" and so on."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Where each image came from, in an order that is always the same; not necessarily unique."""
+        """Origin of each image, in an order that is always the same; not necessarily unique."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes, in the order of their numbers; empty where the images have no labels."""
+        """Names of the classes, in the order of their numbers; empty where images have no labels."""
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 that changes with the names, their order or (as far as can be told cheaply) the content."""
+        """Hex sha256 that depends on the names, their order and (as far as is cheap to check) the content."""
 
     @property
     def natural_mode(self) -> Mode:
-        """The mode to store where none is asked for."""
+        """The default mode for storing images."""
 
     @property
     def notice(self) -> str | None:
-        """Licence, origin, and what was chosen or ignored, for a person to read."""
+        """Licence, origin, and what was selected or ignored, for the user."""
 
     @property
     def left_out(self) -> Mapping[str, int]:
-        """How many files (or rows) are no candidates, by the rule that says so; `names` has none of them."""
+        """Number of files (or rows) that are no candidates, by the rule that excluded them; `names` does not include
+        them.
+        """
 
     def label(self, i: int) -> int:
         """Position of image `i`'s class in `classes`, or UNLABELLED."""
@@ -77,20 +79,19 @@ class Source(Protocol):
     def read(self, i: int) -> bytes | Image.Image:
         """The encoded file, or the image itself.
 
-        Raises Reject where this one cannot be had and InputError where the source as a whole has changed or failed.
+        Raises Reject where this image is unavailable, and InputError where the source as a whole has changed or failed.
         """
 
     def part(self, start: int, stop: int) -> Self:
-        """Images [start, stop) as a source of their own, renumbered from 0."""
+        """Images [start, stop) as a source, renumbered from 0."""
 
 
 def labels_from_folders(names: Sequence[str], among: Sequence[str] | None = None) -> tuple[list[str], list[int]]:
-    """The class names and the label of each of `names`, from the folders right under the top.
+    """The class names and the label of each of `names`, from the top-level folders.
 
-    They are classes where images lie in them and none beside them. A single folder that holds everything is taken
-    for a wrapper and looked into instead. Whether a file counts as an image is judged by its suffix here, so that a
-    file of another kind beside the class folders does no harm. `among`: names whose folders count, where they are more
-    than `names`, as for a split in which a class is missing.
+    They are classes if images lie in them and none beside them. A single folder around everything is skipped. Images
+    are recognised by suffix here, so other files beside the class folders do no harm. `among`: names whose folders
+    count as classes, where these are more than `names`, for example if a class is missing in a split.
     """
     images = [parts_of(name) for name in among or names if has_image_suffix(name)]
     depth = 0
@@ -104,10 +105,10 @@ def labels_from_folders(names: Sequence[str], among: Sequence[str] | None = None
 
 
 def classes_of_values(values: Sequence[int | str | None]) -> tuple[list[str], list[int]]:
-    """The class names and the label of each image, from numbers (which stay as they are) or from words (sorted).
+    """The class names and the label of each image, from numbers (kept as they are) or words (sorted).
 
-    Truth values are words. None, a negative number or a word among numbers is no label. Raises InputError for numbers
-    beyond MAX_CLASSES.
+    Booleans count as words. None, a negative number and a word among numbers are no labels. Raises InputError for
+    numbers of MAX_CLASSES or more.
     """
     values = [str(value).lower() if isinstance(value, bool) else value for value in values]
     numbers = [value if isinstance(value, int) and value >= 0 else UNLABELLED for value in values]
@@ -124,13 +125,13 @@ def classes_of_values(values: Sequence[int | str | None]) -> tuple[list[str], li
 
 
 def is_safe(name: str) -> bool:
-    """Whether a name stays below the archive's top, be it read with `/` or with `\\`."""
+    """Whether a name stays inside the archive's top folder, both with `/` and with `\\` as separators."""
     windows = PureWindowsPath(name)
     return not (PurePosixPath(name).is_absolute() or windows.is_absolute() or ".." in windows.parts)
 
 
 def needed_module(name: str) -> Any:
-    """Import a library that only some sources need. Raises InputError with the command that installs it."""
+    """Import an optional library. Raises InputError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -138,7 +139,7 @@ def needed_module(name: str) -> Any:
 
 
 def fingerprint_of(rows: Iterable[Sequence[object]]) -> str:
-    """Hex sha256 over rows of JSON values; the end of each row is unmistakable."""
+    """Hex sha256 over rows of JSON values, with unambiguous ends of rows."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")

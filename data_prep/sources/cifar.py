@@ -1,8 +1,8 @@
-"""CIFAR-10 as its authors distribute it: the Python version or the binary one, as archive or unpacked.
+"""CIFAR-10 as distributed by its authors: the Python or the binary version, as an archive or unpacked.
 
 Python: `data_batch_1` ... `data_batch_5` and `test_batch`, each a pickled dict of `data` ((10000, 3072) uint8: red,
-green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`. Pickles can run any program, so
-they are read by an unpickler that admits five names, gives each of them a harmless meaning, and never calls numpy.
+green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`. Pickles can execute code, so they
+are read by an unpickler that accepts only five names, maps each to a harmless replacement, and never calls numpy.
 Binary: the same with `.bin`, each image one byte of label and 3072 of pixels, and `batches.meta.txt`.
 """
 
@@ -31,7 +31,7 @@ BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_bat
 META = "batches.meta"
 META_TEXT = "batches.meta.txt"
 KNOWN_NAMES = {META, META_TEXT} | {name + end for names in BATCHES.values() for name in names for end in ("", ".bin")}
-MAX_FILE_BYTES = 64 * 1024**2  # twice a batch
+MAX_FILE_BYTES = 64 * 1024**2  # twice the size of a batch
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -51,7 +51,7 @@ class CifarSource:
 
     @classmethod
     def open(cls, path: Path, split: str) -> Self:
-        """Load the train batches (150 MB) or the test batch. Raises InputError where one is missing or no batch."""
+        """Load the train batches (150 MB) or the test batch. Raises InputError where one is missing or malformed."""
         if split not in BATCHES:
             raise InputError(f"{path}: CIFAR-10 has no split {split}; it has {', '.join(BATCHES)}")
         files = _files_of_archive(path) if path.is_file() else _files_of_folder(path)
@@ -74,13 +74,15 @@ class CifarSource:
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether the file is compressed, as CIFAR-10's archives are."""
+    """Whether the file is gzip-compressed, as CIFAR-10's archives are."""
     with path.open("rb") as stream:
         return stream.read(len(GZIP_MAGIC)) == GZIP_MAGIC
 
 
 def find_batches(folder: Path) -> Path | None:
-    """The folder of the batches: `folder` itself, or the one that its archive makes; None where there are none."""
+    """The folder of the batches: `folder` itself, or the one created by unpacking the archive; None where there are
+    none.
+    """
     places = [folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"]
     return next((place for place in places if any((place / name).is_file() for name in KNOWN_NAMES - {META})), None)
 
@@ -94,7 +96,7 @@ def _files_of_folder(folder: Path) -> dict[str, bytes]:
 
 
 def _files_of_archive(path: Path) -> dict[str, bytes]:
-    """Regular files of the known names, read into memory; where they say they belong is of no interest."""
+    """Regular files with known names, read into memory; their folders in the archive are ignored."""
     try:
         files = dict(_archived(path))
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -110,12 +112,12 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
             name = PurePosixPath(member.name).name
             if member.isfile() and name in KNOWN_NAMES and member.size <= MAX_FILE_BYTES:
                 content = tar.extractfile(member)
-                assert content is not None  # as it is a regular file
+                assert content is not None  # since it is a regular file
                 yield name, content.read()
 
 
 def _batch(path: Path, files: dict[str, bytes], name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """(n, 3072) and (n,) of one batch, in either version."""
+    """Pixels (n, 3072) and labels (n,) of one batch, in either version."""
     if name in files:
         pixels, labels = _unpickled_batch(f"{path}: {name}", files[name])
     elif f"{name}.bin" in files:
@@ -143,7 +145,7 @@ def _unpickled_batch(place: str, data: bytes) -> tuple[npt.NDArray[np.uint8], np
 
 
 def _class_names(path: Path, files: dict[str, bytes]) -> list[str]:
-    """From the meta file, or else the numbers. Raises InputError where the meta file has something else for them."""
+    """Class names from the meta file, otherwise the numbers. Raises InputError where the meta file is malformed."""
     names: list[str] = []
     if META in files:
         meta = _unpickled(f"{path}: {META}", files[META])
@@ -159,11 +161,11 @@ def _class_names(path: Path, files: dict[str, bytes]) -> list[str]:
 def _unpickled(place: str, data: bytes) -> Any:
     try:
         return HarmlessUnpickler(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # a broken pickle leads to any exception there is
+    except Exception as error:  # a malformed pickle may raise any exception
         raise InputError(f"{place}: cannot be read as CIFAR-10's pickle ({error})") from error
 
 
-NDARRAY = object()  # what the name means: something to recognise, that cannot be called
+NDARRAY = object()  # a placeholder for the class, not callable
 DTYPES: dict[str, np.dtype[Any]] = {
     "u1": np.dtype("u1"),
     "|u1": np.dtype("u1"),
@@ -173,15 +175,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class HarmlessUnpickler(pickle.Unpickler):
-    """Makes containers, numbers, bytes and PickledArrays, and calls nothing else.
+    """Unpickles containers, numbers, bytes and PickledArrays; calls nothing else.
 
-    Nothing of numpy is called on a pickle's word: its constructor takes any bytes for addresses of objects, and its
-    types can be given flags that say so. Raises UnpicklingError for a pickle that names anything beyond the five
-    names that arrays of bytes need.
+    Numpy's own functions are not called, since a malicious pickle could make its constructor treat arbitrary bytes as
+    object pointers. Raises UnpicklingError for a pickle with names beyond the five that arrays of bytes need.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle means by a name. The older two are NumPy 1's and Python 2's for the same."""
+        """The replacement for a name in a pickle. NumPy 1 and Python 2 use the older two for the same objects."""
         admitted = {
             ("numpy.core.multiarray", "_reconstruct"): _empty_array,
             ("numpy._core.multiarray", "_reconstruct"): _empty_array,
@@ -195,12 +196,12 @@ class HarmlessUnpickler(pickle.Unpickler):
 
 
 class PickledArray:
-    """An array as numpy pickles it: first empty, then given its state."""
+    """Replacement for an array in numpy's pickle format: created empty, then given its state."""
 
     array: npt.NDArray[Any] | None = None
 
     def __setstate__(self, state: object) -> None:
-        """Take (version, shape, dtype, whether in Fortran's order, bytes); UnpicklingError for anything else."""
+        """Set (version, shape, dtype, is_fortran, bytes); raises UnpicklingError for anything else."""
         match state:
             case (int(), tuple(shape), PickledDtype() as kind, bool() | int() as fortran, bytes(data)):
                 values = np.frombuffer(data, kind.dtype)
@@ -211,17 +212,17 @@ class PickledArray:
 
 
 class PickledDtype:
-    """One of `DTYPES`. The state that a pickle gives it says nothing that its name has not said."""
+    """One of `DTYPES`. The state in a pickle is ignored, since the name determines the dtype."""
 
     def __init__(self, name: str) -> None:
         self.dtype = DTYPES[name]
 
     def __setstate__(self, _state: object) -> None:
-        """Leave it as it is."""
+        """Ignore the state."""
 
 
 def _empty_array(kind: object, shape: object, _code: object) -> PickledArray:
-    """What numpy's `_reconstruct` stands for: it gives the same for every array, whose state is set afterwards."""
+    """Replacement for numpy's `_reconstruct`, which creates every array equally; its state is set afterwards."""
     if kind is not NDARRAY or shape != (0,):
         raise pickle.UnpicklingError("an array that numpy did not write")
     return PickledArray()
@@ -235,7 +236,7 @@ def _dtype(name: object, _align: object = 0, _copy: object = 0) -> PickledDtype:
 
 
 def _latin_1(text: object, codec: object = "latin1") -> bytes:
-    """How Python 3 writes bytes for Python 2."""
+    """Replacement for the codec call by which Python 3 pickles bytes for Python 2."""
     if not isinstance(text, str) or codec not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError("a codec other than latin1")
     return text.encode("latin1")

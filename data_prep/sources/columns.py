@@ -1,4 +1,4 @@
-"""Which columns of a parquet file hold the images and their labels."""
+"""Finds the columns of a parquet file with images and labels."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_by
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Where in a row the encoded image, the name it had and its label are; a dot leads into a struct.
+    """Columns of the encoded image, its original name and its label in a row; a dot separates the fields of a struct.
 
-    `chosen` says that it is not the first column of images; `notice` is a line for a person.
+    `chosen`: whether it is another than the first column of images; `notice` is a line for the user.
     """
 
     bytes: str
@@ -28,10 +28,10 @@ class Columns:
 
 
 def find_columns(path: Path, schema: Any, wanted: Wanted) -> Columns:
-    """The columns of a file with this Arrow schema.
+    """Find the columns of a file with this Arrow schema.
 
-    Raises InputError, which names the file `path`, where there is no column of images, not the one that is wanted, or
-    several of which none is called `image`.
+    Raises InputError with the file `path`, where there is no column of images, not the requested one, or several of
+    which none is called `image`.
     """
     structs = list(_structs(schema, ""))
     binaries = [] if structs else list(_binaries(schema))
@@ -51,8 +51,8 @@ def find_columns(path: Path, schema: Any, wanted: Wanted) -> Columns:
 
 
 def inner(row: Any, column: str) -> Any:
-    """What stands in a row, a dictionary, under a column's name with dots; None where something on the way is null."""
-    if column in row:  # a column's own name may have dots
+    """The value of a dotted column name in a row, a dictionary; None where a part of the path is null."""
+    if column in row:  # column names may contain dots
         return row[column]
     for part in column.split("."):
         row = row.get(part) if row else None
@@ -60,7 +60,9 @@ def inner(row: Any, column: str) -> Any:
 
 
 def classes_of_column(schema: Any, column: str | None, values: Sequence[Any]) -> tuple[list[str], list[int]]:
-    """The class names and the label of each row: by Hugging Face's own metadata where numbers have names there."""
+    """The class names and the label of each row; numbers get their names from Hugging Face's metadata, if there are
+    any.
+    """
     classes, labels = classes_of_values(values)
     names = _class_names(schema, column) if column else []
     if len(names) < len(classes) or not all(value is None or type(value) is int for value in values):
@@ -69,7 +71,7 @@ def classes_of_column(schema: Any, column: str | None, values: Sequence[Any]) ->
 
 
 def _structs(fields: Any, prefix: str) -> Iterator[tuple[str, bool]]:
-    """(name, whether it has a path) of each struct that holds an image's bytes, at any depth."""
+    """(name, whether it has a path) of each struct with an image's bytes, at any depth."""
     types = needed_module("pyarrow").types
     for field in fields:
         if not types.is_struct(field.type):
@@ -82,7 +84,7 @@ def _structs(fields: Any, prefix: str) -> Iterator[tuple[str, bool]]:
 
 
 def _binaries(schema: Any) -> Iterator[str]:
-    """Columns of plain bytes that are called as images are, as img2dataset writes them."""
+    """Columns of plain bytes with names usual for images, as written by img2dataset."""
     for field in schema:
         if field.name.lower() in BINARY_NAMES and _is_binary(field.type):
             yield field.name
@@ -102,7 +104,7 @@ def _image_column(path: Path, schema: Any, images: Sequence[str], wanted: str | 
 
 
 def _label_column(schema: Any) -> tuple[str | None, str | None]:
-    """The column of labels, and a line where there is one of a kind that is not read."""
+    """The column of labels, and a line where it has an unsupported type."""
     types = needed_module("pyarrow").types
     found = [schema.field(name) for name in LABEL_COLUMNS if name in schema.names]
     for field in found:

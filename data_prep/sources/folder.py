@@ -1,4 +1,4 @@
-"""A folder of image files, searched to its depths."""
+"""A folder of image files, searched recursively."""
 
 import os
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from data_prep.sources.walk import Listing
 class FolderSource:
     """Files below `root`, named by their path relative to it with `/` between the parts.
 
-    The fingerprint covers names and sizes, and the content of a file of labels: an image replaced by another of the
-    same size goes unnoticed, but a copy of the folder is the same source.
+    The fingerprint covers names and sizes, and the content of a label file. An image replaced by one of the same size
+    is not noticed; a copy of the folder has the same fingerprint.
     """
 
     root: Path
@@ -34,7 +34,7 @@ class FolderSource:
 
     @classmethod
     def open(cls, listing: Listing, wanted: Wanted, *, shards: frozenset[str] = frozenset()) -> Self:
-        """Choose among what lies there; `shards` are folders that are no classes.
+        """Select images from `listing`; `shards` are folders that are no classes.
 
         Raises InputError as `select` does.
         """
@@ -76,7 +76,7 @@ class FolderSource:
 
 
 def _size(path: Path) -> int:
-    """In bytes, or -1 for a broken link."""
+    """Size in bytes, or -1 for a broken link."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,5 +1,5 @@
-"""Labels that published datasets keep in a file beside their images: EDM's and StyleGAN's `dataset.json`, Hugging
-Face's `metadata.csv` and `metadata.jsonl`, ProGAN's `*-rxx.labels`.
+"""Label files of published datasets: EDM's and StyleGAN's `dataset.json`, Hugging Face's `metadata.csv` and
+`metadata.jsonl`, ProGAN's `*-rxx.labels`.
 """
 
 import csv
@@ -26,15 +26,15 @@ Value = int | str | None
 
 
 class UnreadableError(ValueError):
-    """A file of labels, or of captions alone, that is damaged; the message is a line for a person."""
+    """A damaged file of labels, or of captions alone; the message is a line for the user."""
 
 
 def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None:
-    """The label of each file that a label file lists, by its path relative to that file's folder.
+    """The label of each file listed in a label file, by path relative to that file's folder.
 
-    name: the label file's own, JSON_NAME or one of METADATA_NAMES; data: its content. None where it is a file of
-    another kind that happens to be called so, or has no column of labels. Raises UnreadableError where it is damaged,
-    and InputError where it has something else for a label; both begin with `where`.
+    name: the label file's own, JSON_NAME or one of METADATA_NAMES; data: its content. None where it is an unrelated
+    file of that name, or has no column of labels. Raises UnreadableError where it is damaged, and InputError for
+    invalid labels; both messages begin with `where`.
     """
     if name == JSON_NAME:
         return _labels_of_json(data, where) if is_labels_json(data) else None
@@ -53,7 +53,7 @@ def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None
 
 
 def is_labels_json(data: bytes) -> bool:
-    """Whether this is such a `dataset.json`: an object with `labels`, which may be null."""
+    """Whether this is a `dataset.json` of labels: an object with `labels`, which may be null."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
@@ -64,10 +64,10 @@ def is_labels_json(data: bytes) -> bool:
 def values_of(
     listed: Mapping[str, Value], names: Sequence[str], chosen: Sequence[str], where: str
 ) -> tuple[list[Value], str | None]:
-    """The label of each of `chosen` by the file `where`, and a line where it lists files that are not among `names`.
+    """The label of each of `chosen` from the file `where`, and a line where it lists files that are not among `names`.
 
-    All are relative to the folder of that file. Two ways to write an accented letter are one. A file that is not listed
-    has no label. Raises InputError where labels are listed and not one belongs to a file.
+    All paths are relative to the file's folder. Unicode forms of a name are treated as equal. Unlisted files have no
+    label. Raises InputError where labels are listed and none belongs to a file.
     """
     by_name = {unicodedata.normalize("NFC", name): label for name, label in listed.items()}
     unmatched = by_name.keys() - {unicodedata.normalize("NFC", name) for name in names}
@@ -86,7 +86,7 @@ def values_of(
 def labels_of_progan(records: Path, count: int) -> tuple[list[str], list[int]] | None:
     """The class names and the label of each of `count` records of `NAME-r08.tfrecords`, from `NAME-rxx.labels`.
 
-    That is an array of (count, classes) with a single 1 in each row, as `np.save` writes it, or of (count,) numbers;
+    The file is an array in `np.save`'s format, of shape (count, classes) with one-hot rows, or (count,) with numbers;
     None where there is no such file. Raises InputError where it is something else.
     """
     prefix, separator, _ = records.name.rpartition("-r")
@@ -110,7 +110,7 @@ def labels_of_progan(records: Path, count: int) -> tuple[list[str], list[int]] |
 
 
 def _labels_of_json(data: bytes, where: str) -> dict[str, Value]:
-    """From `{"labels": [["00000/img00000000.png", 6], ...]}`, or with null for the list."""
+    """Labels from `{"labels": [["00000/img00000000.png", 6], ...]}`; empty where "labels" is null."""
     listed = json.loads(data)["labels"] or []
     try:
         numbers: dict[str, Value] = {_path(name): label for name, label in listed}
@@ -123,12 +123,12 @@ def _labels_of_json(data: bytes, where: str) -> dict[str, Value]:
 
 
 def _path(name: str) -> str:
-    """As the names of files are written: with `/` between its parts and nothing before them."""
+    """A path in the form used for names: separated by `/`, without a prefix."""
     return "/".join(parts_of(name.replace("\\", "/")))
 
 
 def _csv_rows(data: bytes) -> Iterator[dict[str, Any]]:
-    """With or without a byte order mark, with any ends of lines."""
+    """Rows of a CSV file, with or without a byte order mark, and any line endings."""
     return csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
 
 
@@ -142,7 +142,7 @@ def _jsonl_rows(data: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _numbers_or_words(labels: Mapping[str, Any]) -> dict[str, Value]:
-    """A CSV has only words: they are numbers where all of them look so, and none where they are empty."""
+    """CSV has only strings: they become numbers if all look like numbers; empty ones are no labels."""
     filled = [label for label in labels.values() if label]
     kind: Callable[[str], Value] = int if all(label.isdecimal() for label in filled) else str
     return {name: kind(label) if label else None for name, label in labels.items()}

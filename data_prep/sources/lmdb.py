@@ -1,6 +1,7 @@
-"""LSUN's export: an LMDB whose values are encoded images, scenes and objects alike.
+"""LSUN's export: an LMDB whose values are encoded images, for both scenes and objects.
 
-Keys are 40 hexadecimal digits in ASCII, values are JPEG or WebP whatever the documentation says; neither is relied on.
+Keys are 40 hexadecimal digits in ASCII, and values JPEG or WebP, in contrast to the documentation; the reader relies on
+neither.
 """
 
 import multiprocessing
@@ -22,7 +23,7 @@ from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, needed_module
 
 DATA_NAME = "data.mdb"
 STDERR = 2
-LOSSLESS = "surrogateescape"  # so that any key has a name, and any name gives back its key
+LOSSLESS = "surrogateescape"  # maps keys to names and back without loss
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class LmdbSource:
     def open(cls, root: Path) -> Self:
         """List the keys (550,000 a second). Raises InputError where the database cannot be read, or lmdb is missing.
 
-        That is done in a process of its own: where a page of the tree is damaged or missing, LMDB ends the process.
-        Afterwards each has been read once, and what is left to read are the values, which may be anything.
+        This runs in a separate process, since LMDB aborts the process for a damaged or missing page. Afterwards every
+        page of the tree was read once, and only values remain to be read, whose content cannot cause that.
         """
         root = root.resolve()
         needed_module("lmdb")
@@ -76,15 +77,17 @@ class LmdbSource:
 
 
 def _keep_silent() -> None:
-    """Let LMDB's last words and those of an interrupted child go nowhere: the parent says in one line what happened."""
+    """Discard the child's output, LMDB's messages included: the parent reports the error in one line."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
 
 
 def _rows(root: Path) -> list[tuple[str, int]]:
-    """Name and length of each value. Raises InputError where their number is not the one that the database states."""
+    """Name and length of each value. Raises InputError where their number differs from the one stored in the
+    database.
+    """
     with _reading(root) as transaction:
         expected = transaction.stat()["entries"]
-        found = islice(transaction.cursor(), expected + 1)  # pages that lead back to one another would never end
+        found = islice(transaction.cursor(), expected + 1)  # bounded, since damaged pages may form a cycle
         rows = [(bytes(key).decode(errors=LOSSLESS), len(value)) for key, value in found]
     if len(rows) != expected:
         count = "more than" if len(rows) > expected else f"{len(rows)} of"
@@ -94,7 +97,7 @@ def _rows(root: Path) -> list[tuple[str, int]]:
 
 @contextmanager
 def _reading(root: Path) -> Iterator[Any]:
-    """A read transaction, whose values are views of the file. Raises InputError where reading in it fails."""
+    """A read transaction, whose values are views of the file. Raises InputError where reading fails."""
     lmdb = needed_module("lmdb")
     try:
         yield _transaction(root)
@@ -104,12 +107,12 @@ def _reading(root: Path) -> Iterator[Any]:
 
 @lru_cache(maxsize=1)
 def _transaction(root: Path) -> Any:
-    """Begun once a process: it costs as much as reading a value, and nobody writes that it could keep from its room."""
+    """Opened once per process, since it costs as much as reading a value; nobody writes to the database."""
     return _environment(root).begin(buffers=True)
 
 
 def _environment(root: Path) -> Any:
-    """The database, opened without touching lock.mdb: the folder may be read-only."""
+    """The database, opened without lock.mdb, since the folder may be read-only."""
     lmdb, path = needed_module("lmdb"), root / DATA_NAME
     try:
         environment = lmdb.open(str(root), readonly=True, lock=False, readahead=False)
@@ -117,6 +120,6 @@ def _environment(root: Path) -> Any:
         raise InputError(f"{path}: not a readable LMDB ({error})") from error
     expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     found = path.stat().st_size
-    if found < expected:  # reading behind a memory map's end would kill the process
+    if found < expected:  # reading beyond the end of a memory map would kill the process
         raise InputError(f"{path}: {found} bytes of at least {expected}; the download is incomplete, fetch it again")
     return environment

@@ -1,4 +1,4 @@
-"""What lies in a folder: a published data set, archives of one kind, or images."""
+"""Detects what a folder contains: a published dataset, archives of one kind, or images."""
 
 import zipfile
 from collections import Counter
@@ -29,7 +29,7 @@ FolderContent = LmdbSource | CifarSource | FolderSource | ArchiveSource
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of archive: what its files end with, how its content is told, and whether it may hold splits inside."""
+    """A kind of archive: file suffix, detection by content, and whether it may contain splits."""
 
     name: str
     ending: str
@@ -46,9 +46,9 @@ KINDS = [
 
 
 def open_folder(folder: Path, wanted: Wanted) -> FolderContent:
-    """Open what lies in `folder`.
+    """Open the content of `folder`.
 
-    Raises InputError where that is of several kinds, of which all but one would be left out, or cannot be read.
+    Raises InputError where it is of several kinds, all but one of which would be left out, or cannot be read.
     """
     if (folder / lmdb.DATA_NAME).is_file():
         return LmdbSource.open(folder)
@@ -76,10 +76,10 @@ def open_folder(folder: Path, wanted: Wanted) -> FolderContent:
 
 
 def open_archives(kind: Kind, folder: Path, names: Sequence[str], wanted: Wanted, listing: Listing) -> ArchiveSource:
-    """Open the archives of the split that is wanted, told by their names relative to `folder`.
+    """Open the archives of the requested split; `names` are relative to `folder`.
 
-    What was left out of `listing` counts as left out of the source. Raises InputError where there is no such split, or
-    the archives cannot be read.
+    Files left out of `listing` count as left out of the source. Raises InputError where there is no such split, or the
+    archives cannot be read.
     """
     splits = [split_of_file(name) for name in names]
     chosen = list(range(len(names)))
@@ -111,7 +111,7 @@ def _opened(kind: Kind, paths: list[Path], titles: Sequence[str], wanted: Wanted
 
 
 def _revision(folder: Path) -> Path:
-    """The files of a data set in Hugging Face's cache: of the branch main, or of the only revision that is there."""
+    """The files of a dataset in Hugging Face's cache: of the branch main, or of the only revision."""
     revisions = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
     if not revisions or not (folder / "blobs").is_dir():
         return folder
@@ -123,7 +123,7 @@ def _revision(folder: Path) -> Path:
 
 
 def _without_shard_metadata(listing: Listing) -> frozenset[str]:
-    """Leave out img2dataset's parquet, which tells of the tar or the folder of its name.
+    """Remove img2dataset's parquet files, which have metadata on the tar or folder of the same name.
 
     Returns those folders' names.
     """
@@ -146,7 +146,7 @@ def _of_kind(kind: Kind, listing: Listing) -> list[str]:
 
 
 def _nearest(archives: list[str]) -> list[str]:
-    """Those at the top, else in `data/`, where Hugging Face's repositories keep them, else all."""
+    """Archives at the top level, otherwise in `data/`, where Hugging Face's repositories have them, otherwise all."""
     for folder in (".", "data"):
         if found := [name for name in archives if str(PurePosixPath(name).parent) == folder]:
             return found
@@ -154,5 +154,5 @@ def _nearest(archives: list[str]) -> list[str]:
 
 
 def _sidecars(listing: Listing, archives: Sequence[str]) -> Counter[str]:
-    """What lies beside archives is no image, and is left out whatever it is."""
+    """Files beside archives, by the rule that leaves them out: they are no images."""
     return Counter({SIDECAR: len(listing.names) - len(archives)})

@@ -1,4 +1,4 @@
-"""Hugging Face's image datasets as parquet: a column of {bytes, path}, and perhaps one of labels."""
+"""Hugging Face's image datasets as parquet: a column of {bytes, path}, and optionally one of labels."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, neede
 from data_prep.sources.columns import Columns, classes_of_column, find_columns, inner
 
 MAGIC = b"PAR1"
-ROWS_AT_ONCE = 16  # a row group may hold a gigabyte of images
+ROWS_AT_ONCE = 16  # a row group may contain a gigabyte of images
 
 
 @dataclass(frozen=True)
 class Place:
-    """Rows [first, ...) of the dataset are those of row group `group` of file number `file`."""
+    """Rows from `first` on of the dataset are those of row group `group` in file number `file`."""
 
     first: int
     file: int
@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """All rows of the files in their order; the fingerprint covers files' sizes, row groups, paths and labels."""
+    """All rows of the files in order; the fingerprint covers files' sizes, row groups, paths and labels."""
 
     files: list[Path]
     places: list[Place]
@@ -64,7 +64,7 @@ class ParquetSource:
                 values += found
         classes, labels = classes_of_column(tables[0].schema_arrow, columns.label, values)
         sizes = [[path.stat().st_size, table.num_row_groups] for path, table in zip(files, tables)]
-        chosen = [[columns.bytes]] if columns.chosen else []  # the first is not said, as in fingerprints of earlier
+        chosen = [[columns.bytes]] if columns.chosen else []  # omitted for the first column, as in earlier versions
         fingerprint = fingerprint_of([*sizes, *chosen, *([name, label] for name, label in zip(names, labels))])
         return cls(files, places, columns.bytes, 0, names, labels, classes, fingerprint, columns.notice)
 
@@ -87,7 +87,7 @@ class ParquetSource:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether the file begins as parquet does."""
+    """Whether the file begins with parquet's magic bytes."""
     with path.open("rb") as stream:
         return stream.read(len(MAGIC)) == MAGIC
 
@@ -96,12 +96,12 @@ def _open(path: Path) -> Any:
     parquet = needed_module("pyarrow.parquet")
     try:
         return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise InputError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
 
 
 def _names_and_labels(path: Path, table: Any, group: int, columns: Columns) -> tuple[list[str | None], list[Any]]:
-    """The path, or None, and the label, or None, of each row of a group."""
+    """The path (or None) and the label (or None) of each row of a group."""
     wanted = [column for column in (columns.path, columns.label) if column is not None]
     if not wanted:
         count = table.metadata.row_group(group).num_rows
@@ -117,7 +117,9 @@ def _names_and_labels(path: Path, table: Any, group: int, columns: Columns) -> t
 
 
 class _GroupReader:
-    """The images of one row group, a few rows in memory at a time; going forward is cheap, going back begins anew."""
+    """The images of one row group, a few rows in memory at a time; forward reads are cheap, a backward one starts
+    anew.
+    """
 
     def __init__(self, path: Path, group: int, column: str) -> None:
         self._path, self._group, self._column = path, group, column
@@ -145,7 +147,7 @@ class _GroupReader:
 
 @lru_cache(maxsize=1)
 def _reader(path: Path, group: int, column: str) -> _GroupReader:
-    """One at a time in a process, since rows are read in their order."""
+    """One per process, since rows are read in order."""
     return _GroupReader(path, group, column)
 
 

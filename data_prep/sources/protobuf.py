@@ -1,4 +1,4 @@
-"""The corner of protocol buffers that a tf.train.Example of bytes and integers needs.
+"""The subset of protocol buffers needed for a tf.train.Example of bytes and integers.
 
 Example { Features features = 1; }
 Features { map<string, Feature> feature = 1; }          an entry is a message { key = 1; value = 2 }
@@ -14,14 +14,14 @@ TWO_64 = 1 << 64
 
 
 class WireError(ValueError):
-    """Bytes that are no message."""
+    """Malformed message."""
 
 
 def bytes_and_integers(example: bytes) -> dict[str, bytes | tuple[int, ...]]:
-    """The features of a serialised Example by name: the first of a bytes list, all of an integer list.
+    """The features of a serialised Example by name: the first element of a bytes list, all of an integer list.
 
-    An empty list of bytes gives b""; lists of floats are left out. Raises WireError where `example` is cut or another
-    message.
+    An empty bytes list gives b""; lists of floats are left out. Raises WireError where `example` is truncated or
+    another message.
     """
     features: dict[str, bytes | tuple[int, ...]] = {}
     for container in _messages(example, 1):
@@ -57,7 +57,7 @@ def _integers(data: bytes) -> Iterator[int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field: an int for varints, else the bytes."""
+    """Number and value of each field: an int for varints, otherwise the bytes."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
@@ -79,7 +79,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """The integer at `position`, seven bits a byte from the lowest on, and the position behind it."""
+    """The integer at `position`, in groups of seven bits from the lowest, and the position after it."""
     value = 0
     for i, byte in enumerate(data[position : position + MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * i

@@ -1,4 +1,4 @@
-"""Which files of a folder or an archive are images, told by their names; what is left out is counted by its rule."""
+"""Rules by file name on which files of a folder or an archive are images; excluded files are counted by rule."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ BY_PRODUCTS = frozenset({
 })
 # fmt: on
 
-# The rules, in the words of the summary.
+# The rules, as printed in the summary.
 BY_PRODUCT = "hidden files, thumbnails and trash"
 SIDECAR = "labels, captions, metadata and notes"
 MEDIA = "videos and sounds"
@@ -50,33 +50,33 @@ _IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "pho
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """The parts of a relative path with `/`, as pathlib sees them, in a fifth of its time: there may be millions."""
+    """The parts of a relative path with `/`, like pathlib's but five times as fast: there may be millions."""
     return tuple(part for part in name.split("/") if part not in ("", "."))
 
 
 def suffix_of(name: str) -> str:
-    """What pathlib calls the suffix of a path with `/`, in small letters."""
+    """Pathlib's suffix of a path with `/`, in lower case."""
     stem, dot, end = name[name.rfind("/") + 1 :].rpartition(".")
     return (dot + end).lower() if stem and end else ""
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether the name ends as an image's does."""
+    """Whether the name has the suffix of an image format."""
     return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def is_by_product(part: str) -> bool:
-    """Whether one part of a path is what a desktop (.DS_Store, Thumbs.db), a NAS (@eaDir) or a disk (lost+found) adds.
+    """Whether a part of a path was created by a desktop (.DS_Store, Thumbs.db), a NAS (@eaDir) or a disk (lost+found).
 
-    Everything hidden is, too.
+    All hidden files count.
     """
     return (part.startswith(".") and part != "..") or part.casefold() in BY_PRODUCTS
 
 
 def rule_against(name: str) -> str | None:
-    """The rule by which a file is no candidate for an image, judged by its own path alone; None where there is none.
+    """The rule that excludes a file by its own path; None if there is none.
 
-    A name without a suffix, or with one that is not known, is a candidate: its content decides.
+    A name without a suffix, or with an unknown one, is a candidate: its content decides.
     """
     if any(is_by_product(part) for part in parts_of(name)):
         return BY_PRODUCT
@@ -91,7 +91,7 @@ def rule_against(name: str) -> str | None:
 
 
 def masks_among(names: Sequence[str]) -> frozenset[str]:
-    """Those of `names` that go with an image of theirs: `0.seg.png` and `0_mask.png` beside `0.jpg`, and
+    """Those of `names` that are masks of an image among them: `0.seg.png` and `0_mask.png` beside `0.jpg`, and
     `masks/0.png` beside `images/0.jpg`.
     """
     suspects = [name for name in names if _MASK.fullmatch(name) or _MASK_FOLDER.fullmatch(name)]
@@ -103,7 +103,7 @@ def masks_among(names: Sequence[str]) -> frozenset[str]:
 
 
 def _image_stems(mask: str, folders: Iterable[str]) -> set[str]:
-    """What the image of a mask may be called, without its suffix."""
+    """Possible names, without suffix, of a mask's image."""
     stems = set()
     if match := _MASK.fullmatch(mask):
         stems.add(match[1])

@@ -1,4 +1,4 @@
-"""From the names of all files of a folder or an archive to its images, their split and their labels."""
+"""Selects images, split and labels from the names of all files of a folder or an archive."""
 
 import hashlib
 import posixpath
@@ -18,9 +18,9 @@ Read = Callable[[int], bytes | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling:
-    """Class names, and the label of each image; `file` is the position and the sha256 of the file that they are from.
+    """Class names, and the label of each image; `file`: position and sha256 of the label file.
 
-    `notices` are lines for a person.
+    `notices` are lines for the user.
     """
 
     classes: list[str] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Labelling:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The candidates, by their positions among all names, with their labels; and what was left out and why."""
+    """The selected images, by position among all names, with labels; and what was left out, by rule."""
 
     positions: list[int]
     labelling: Labelling
@@ -42,11 +42,11 @@ class Selection:
 def select(
     names: Sequence[str], wanted: Wanted, where: str, read: Read, *, shards: frozenset[str] = frozenset()
 ) -> Selection:
-    """Choose among `names`, paths with `/` relative to the top, or "" for one that must not be taken for a path.
+    """Select images among `names`: paths with `/` relative to the top, or "" for an entry that is no valid path.
 
-    where: the source, for messages; read: gives the content of a file by its position, None where that is too large or
-    no plain file; shards: folders that are parts of a download and no classes. Raises InputError where the split that
-    is wanted is not there, or labels cannot be read.
+    where: the source, for messages; read: returns the content of a file by position, None where it is too large or no
+    regular file; shards: folders that are parts of a download and no classes. Raises InputError where the requested
+    split does not exist, or labels cannot be read.
     """
     masks = masks_among(names)
     rules = [MASK if name in masks else rule_against(name) for name in names]
@@ -68,7 +68,7 @@ def select(
 
 
 def _splits(pool: Sequence[str]) -> tuple[list[Split | None], int]:
-    """The split of each name, judged by those of images; see `splits_of_images`. The depth is 0 for a single split."""
+    """The split of each name, determined from the images; see `splits_of_images`. The depth is 0 for a single split."""
     images = [name for name in pool if has_image_suffix(name)]
     splits, depth = splits_of_images(images)
     if len(images) < len(pool):
@@ -93,9 +93,9 @@ def _split_notices(splits: Sequence[Split | None], chosen: list[int] | None) -> 
 def _listed(
     names: Sequence[str], positions: Sequence[int], where: str, read: Read
 ) -> tuple[Labelling | None, list[str]]:
-    """Labels from the label file that lies nearest to the images, in a folder that holds all of them.
+    """Labels from the label file nearest to the images, in a folder that contains all of them.
 
-    The second is a line for each such file that is damaged.
+    The second value has a line for each damaged label file.
     """
     chosen = [names[position] for position in positions]
     faults: list[str] = []
@@ -120,9 +120,9 @@ def _listed(
 
 
 def _label_files(names: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """(folder, position) of the files that may hold labels, the nearest first; `folder` ends with a slash or is empty.
+    """(folder, position) of possible label files, the nearest first; `folder` ends with a slash or is empty.
 
-    An archive may hold several entries of one name; then nobody knows which is meant.
+    Names that occur several times in an archive are excluded as ambiguous.
     """
     wanted = (JSON_NAME, *METADATA_NAMES)
     found = [(name, position) for position, name in enumerate(names) if name.endswith(wanted)]
@@ -141,11 +141,11 @@ def _label_files(names: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[
 
 
 def _by_folders(chosen: Sequence[str], pool: Sequence[str], depth: int, shards: frozenset[str]) -> Labelling:
-    """Labels from folders, which are the same classes in each split."""
+    """Labels from folders, with the same classes in each split."""
     among: list[str] | None = None
     if depth:
         parts = [parts_of(name) for name in pool if has_image_suffix(name)]
-        flat = {each[:depth] for each in parts if len(each) <= depth + 1}  # ImageNet's val is one heap
+        flat = {each[:depth] for each in parts if len(each) <= depth + 1}  # ImageNet's val has no class folders
         among = [_without(each, depth) for each in parts if each[:depth] not in flat]
         chosen = [_without(parts_of(name), depth) for name in chosen]
     classes, labels = labels_from_folders(chosen, among)
@@ -155,5 +155,5 @@ def _by_folders(chosen: Sequence[str], pool: Sequence[str], depth: int, shards: 
 
 
 def _without(parts: tuple[str, ...], depth: int) -> str:
-    """A path without the folder that tells its split."""
+    """A path without the folder of its split."""
     return "/".join(parts[: depth - 1] + parts[depth:])

@@ -1,4 +1,4 @@
-"""Train, validation and test: told by the names of folders and files, as Hugging Face and torchvision lay them out."""
+"""Train, validation and test splits, by names of folders and files as in Hugging Face's and torchvision's layouts."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ WORDS: dict[str, Split] = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }
 # fmt: on
-COMPANIONS = frozenset({"unlabeled", "unlabelled", "extra"})  # beside splits a part of its own, alone a class
+COMPANIONS = frozenset({"unlabeled", "unlabelled", "extra"})  # a part of its own beside splits, otherwise a class
 _WORD = "|".join(sorted(WORDS, key=len, reverse=True))
 _WHAT = r"sets?|images?|imgs?|photos?|data|split"
 _FOLDER = re.compile(rf"(?:(?:{_WHAT})[-_. ])?({_WORD})(?:[-_. ]?(?:{_WHAT}|\d{{2,4}}))*", re.IGNORECASE)
@@ -27,21 +27,21 @@ _AT_START = re.compile(rf"({_WORD})[-_. ]?\d[^/]*|({_WORD})[-_.][^/]+", re.IGNOR
 
 
 def split_called(text: str) -> Split | None:
-    """What a user means by `--split val`: a split, or None."""
+    """The split that a user names, as in `--split val`, or None."""
     word = text.lower()
     return "all" if word == "all" else WORDS.get(word)
 
 
 def split_of_folder(name: str) -> Split | None:
-    """The split that a folder is called after: `val`, `train2017`, `test_images`; None for `trains` or `cat`."""
+    """The split that a folder's name denotes: `val`, `train2017`, `test_images`; None for `trains` or `cat`."""
     match = _FOLDER.fullmatch(name)
     return WORDS[match[1].lower()] if match else None
 
 
 def split_of_file(path: str) -> Split | None:
-    """The split that an archive's name or a folder above it tells: `data/train-00000-of-00001.parquet`.
+    """The split denoted by an archive's name or a folder above it: `data/train-00000-of-00001.parquet`.
 
-    The last part that tells one counts; a part that tells two tells none.
+    The last part of the path that denotes a split counts; a part that denotes two counts for none.
     """
     for part in reversed(PurePosixPath(path).parts):
         found = {WORDS[word.lower()] for word in _IN_NAME.findall(part)}
@@ -51,11 +51,11 @@ def split_of_file(path: str) -> Split | None:
 
 
 def splits_of_images(images: Sequence[str]) -> tuple[list[Split | None], int]:
-    """The split of each of `images`, and how many parts of a path stand before and in that name (0 where none does).
+    """The split of each of `images`, and the number of leading path parts up to the one that denotes it (0 for none).
 
-    Folders tell splits where all that lie beside each other are called after one, so that a class `train` among `car`
-    and `bus` stays a class; a single folder around everything is looked into. In one folder without others, file names
-    tell them, where all of them do and not the same.
+    Folders denote splits only if all siblings do, so that a class `train` beside `car` and `bus` remains a class; a
+    single folder around everything is skipped. Within a folder that has no subfolders, file names denote splits, if all
+    of them do and they differ.
     """
     paths = [parts_of(name) for name in images]
     best: tuple[list[Split | None], int] = ([None] * len(paths), 0)
@@ -75,10 +75,10 @@ def splits_of_images(images: Sequence[str]) -> tuple[list[Split | None], int]:
 
 
 def chosen_of(splits: Sequence[Split | None], wanted: Split, where: str) -> list[int] | None:
-    """The positions of split `wanted`; None where all are meant, for there are no splits or all are wanted.
+    """The positions of split `wanted`; None for all, if there are no splits or all are wanted.
 
-    A single split is none, so that a folder that is called `test` can be given as it is, unless another is asked for.
-    Raises InputError, which begins with `where`, where there is no such split.
+    A single split counts as none, so that a folder named `test` can be given directly, unless another split is
+    requested. Raises InputError, whose message begins with `where`, where there is no such split.
     """
     found = sorted({split for split in splits if split})
     if wanted == "all" or (wanted == "train" and len(found) < 2):
@@ -90,7 +90,7 @@ def chosen_of(splits: Sequence[Split | None], wanted: Split, where: str) -> list
 
 
 def left_out_by_split(splits: Sequence[Split | None], wanted: Split) -> list[str]:
-    """A rule for each that is not of split `wanted`, in the words of the summary."""
+    """A rule for each image outside of split `wanted`, as printed in the summary."""
     return [f"images of split {split}" if split else "images outside the splits" for split in splits if split != wanted]
 
 

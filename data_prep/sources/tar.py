@@ -1,4 +1,4 @@
-"""Tar archives of image files, webdataset's among them: one `.tar`, or a folder of them. Nothing is ever unpacked."""
+"""Tar archives of image files, including WebDataset's: one `.tar`, or a folder of them. They are read in place."""
 
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ MAGIC_AT, MAGIC = 257, b"ustar"
 
 @dataclass(frozen=True)
 class TarSource:
-    """The images of archives in their order; the fingerprint covers names, places, lengths and labels."""
+    """The images of archives in order; the fingerprint covers names, positions, lengths and labels."""
 
     archives: list[Path]
     members: list[Member]
@@ -35,9 +35,9 @@ class TarSource:
 
     @classmethod
     def open(cls, paths: Sequence[Path], wanted: Wanted, *, titles: Sequence[str] = ()) -> Self:
-        """Walk all headers; `titles` stand before the names of members where there are several archives.
+        """Read all headers; `titles` are prefixes of member names if there are several archives.
 
-        Raises InputError where an archive is damaged or cut, or as `select` does.
+        Raises InputError where an archive is damaged or truncated, or as `select` does.
         """
         paths = [path.absolute() for path in paths]
         titles = titles or [path.name for path in paths]

@@ -1,6 +1,6 @@
 """ProGAN's and StyleGAN's datasets: TFRecords of raw pixels, one resolution a file. Read without TensorFlow.
 
-A file is a row of records, each framed as
+A file is a sequence of records, each framed as
 
     length        uint64, little-endian
     crc           uint32, masked CRC-32C of the 8 bytes of length
@@ -30,7 +30,7 @@ from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, neede
 from data_prep.sources.label_files import labels_of_progan
 from data_prep.sources.protobuf import WireError, bytes_and_integers
 
-LENGTH = struct.Struct("<QI")  # a record's length and its crc
+LENGTH = struct.Struct("<QI")  # a record's length and its CRC
 CRC = struct.Struct("<I")
 MASK_DELTA = 0xA282EAD8
 CACHED_FILES = 8
@@ -38,7 +38,7 @@ CACHED_FILES = 8
 
 @dataclass(frozen=True)
 class Record:
-    """`length` bytes of file number `file` from `offset` on; their crc lies behind them."""
+    """`length` bytes of file number `file` at `offset`, followed by their CRC."""
 
     file: int
     offset: int
@@ -47,7 +47,7 @@ class Record:
 
 @dataclass(frozen=True)
 class TfrecordsSource:
-    """The records of all files of one resolution, in their order; the fingerprint covers places, lengths and labels."""
+    """The records of all files of one resolution, in order; the fingerprint covers positions, lengths and labels."""
 
     files: list[Path]
     records: list[Record]
@@ -62,9 +62,9 @@ class TfrecordsSource:
 
     @classmethod
     def open(cls, paths: Sequence[Path], wanted: Wanted) -> Self:
-        """Take the files of resolution `wanted.size`, or else of the highest there is, and find their records.
+        """Open the files of resolution `wanted.size`, otherwise of the highest, and find their records.
 
-        Raises InputError where a file is cut or damaged, or google-crc32c is missing.
+        Raises InputError where a file is truncated or damaged, or google-crc32c is missing.
         """
         files, notice = _one_resolution([path.absolute() for path in paths], wanted.size)
         left_out = {"files of other resolutions": len(paths) - len(files)} if len(files) < len(paths) else {}
@@ -101,8 +101,8 @@ class TfrecordsSource:
 
 
 def is_tfrecords(path: Path) -> bool:
-    """Whether the file begins with a TFRecord's length and its crc."""
-    if ".tfrecord" not in path.name:  # or every file would be opened, and a library asked for that nobody needs
+    """Whether the file begins with a TFRecord's length and its CRC."""
+    if ".tfrecord" not in path.name:  # avoids opening every file, and requiring the library for CRCs
         return False
     head = _pread(path, 0, LENGTH.size)
     return len(head) == LENGTH.size and LENGTH.unpack(head)[1] == masked_crc32c(head[:8])
@@ -133,7 +133,7 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def _one_resolution(files: list[Path], size: int) -> tuple[list[Path], str | None]:
-    """The files of resolution `size` or else of the highest, and a notice where others are left out."""
+    """The files of resolution `size`, otherwise of the highest, and a notice where others are left out."""
     sides = {path: max(_first_image(path).size) for path in files}
     side = size if size in sides.values() else max(sides.values())
     chosen = [path for path in files if sides[path] == side]
@@ -156,7 +156,7 @@ def _first_image(path: Path) -> Image.Image:
 
 
 def _frames(path: Path, file: int) -> Iterator[Record]:
-    """Where the records lie. Raises InputError where a length is damaged, since nothing behind it can be found."""
+    """Positions of the records. Raises InputError where a length is damaged, since no later record can be found."""
     size, offset = path.stat().st_size, 0
     while offset < size:
         head = _pread(path, offset, LENGTH.size)
@@ -182,5 +182,5 @@ def _pread(path: Path, offset: int, length: int) -> bytes:
 
 @lru_cache(maxsize=CACHED_FILES)
 def _opened(path: Path) -> FileIO:
-    """Open once a process; the file closes when the cache lets go of it."""
+    """Opened once per process; the file closes when it is dropped from the cache."""
     return FileIO(path)

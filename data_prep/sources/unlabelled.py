@@ -1,4 +1,4 @@
-"""Any source, without its labels."""
+"""A wrapper for any source that drops its labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from data_prep.sources.base import Source, fingerprint_of
 
 @dataclass(frozen=True, eq=False)
 class UnlabelledSource:
-    """The images of `source`, none of which has a label; another source than that one by its fingerprint."""
+    """The images of `source` without labels; its fingerprint differs from that of `source`."""
 
     source: Source
     classes: ClassVar[Sequence[str]] = ()

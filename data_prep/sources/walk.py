@@ -1,4 +1,4 @@
-"""What lies below a folder: files by their paths, links followed to where they lead, by-products left out."""
+"""Lists files below a folder: paths, links followed, by-products of systems left out."""
 
 import os
 from collections import Counter
@@ -13,9 +13,9 @@ LINKS_SHOWN = 3
 
 @dataclass
 class Listing:
-    """Files below `root`, sorted by their path relative to it, and what was left out, counted by rule.
+    """Files below `root`, sorted by relative path, and the number of files left out, by rule.
 
-    `linked` are the linked folders that were entered, `skipped` those that were not.
+    `linked`: symbolic links to folders that were followed; `skipped`: those that were not.
     """
 
     root: Path
@@ -26,17 +26,16 @@ class Listing:
 
     @property
     def notices(self) -> list[str]:
-        """A line for linked folders of each kind."""
+        """A line for each kind of linked folders."""
         said = [(self.linked, "reads", ""), (self.skipped, "leaves out", ": what they lead to is read already")]
         return [f"{verb} linked folders: {_some(names)}{why}" for names, verb, why in said if names]
 
 
 def list_files(root: Path) -> Listing:
-    """List `root` to its depths. Links to files are files, whether they lead somewhere or not.
+    """List `root` recursively. Links to files count as files, even if broken.
 
-    A linked folder is entered under its link's name, unless it holds or lies in one that is read anyway: so nothing is
-    read twice, and links that form a ring come to an end. Raises InputError where a folder cannot be listed that is no
-    by-product.
+    A linked folder is entered under its link's name, unless it contains, or is inside, a folder that is read anyway:
+    nothing is read twice, and cycles end. Raises InputError where a folder cannot be listed that is no by-product.
     """
     listing = Listing(root)
     entered = [os.path.realpath(root)]
@@ -72,12 +71,12 @@ def list_files(root: Path) -> Listing:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or through a folder that is closed to us
+    except OSError:  # a cyclic link, or one through a folder without permission
         return False
 
 
 def _enter(link: str, entered: list[str]) -> bool:
-    """Note where a linked folder leads; False where that overlaps with what is read anyway."""
+    """Record the target of a linked folder; False where it overlaps with what is read anyway."""
     target = os.path.realpath(link)
     if any(os.path.commonpath([target, other]) in (target, other) for other in entered):
         return False
@@ -86,7 +85,7 @@ def _enter(link: str, entered: list[str]) -> bool:
 
 
 def _count(entry: os.DirEntry[str]) -> int:
-    """How many files a by-product is; a folder that cannot be listed counts as one."""
+    """Number of files in a by-product; a folder that cannot be listed counts as one."""
     if entry.is_symlink() or not _is_folder(entry):
         return 1
     closed = list[OSError]()

@@ -1,4 +1,4 @@
-"""Which members of a tar go together: webdataset takes all with the same name up to its first dot for one sample."""
+"""Grouping of a tar's members: in WebDataset all with the same name up to its first dot are one sample."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from data_prep.tar_headers import Kind
 from data_prep.tars import content, entries
 
 MAX_LABEL_BYTES = 1024**2
-LONGEST_WORD = 200  # characters of a class name; what is longer is a caption
+LONGEST_WORD = 200  # characters of a class name; longer text is a caption
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """What an archive holds: candidates for images, files that go with one by their names, and what was left out."""
+    """Content of an archive: candidate images, files with the same key as one, and what was left out."""
 
     candidates: list[Member]
     fields: dict[str, Member]
@@ -37,10 +37,10 @@ class Archive:
 
 
 def sorted_out(path: Path, archive: int) -> Archive:
-    """The members of archive number `archive`. Raises InputError where it is damaged or cut.
+    """The members of archive number `archive`. Raises InputError where it is damaged or truncated.
 
-    Every image is a candidate of its own, `a.1.jpg` and `a.2.jpg` two of them; but beside `a.jpg`, `a.seg.png` is a
-    picture that goes with it.
+    Every image is a candidate, so `a.1.jpg` and `a.2.jpg` are two; but beside `a.jpg`, `a.seg.png` is an auxiliary
+    image of it.
     """
     members = [Member(m.name, archive, m.offset, m.length, m.kind) for m in entries(path) if m.kind != "folder"]
     visible = [member for member in members if rule_against(member.name) != BY_PRODUCT]
@@ -62,15 +62,15 @@ def sorted_out(path: Path, archive: int) -> Archive:
 
 
 def key_of(name: str) -> str:
-    """Webdataset's key of a name: up to the first dot of its last part."""
+    """WebDataset's key of a name: the path up to the first dot of its last part."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
 
 def labels_beside(images: Sequence[Member], archives: Sequence[Archive], paths: Sequence[Path]) -> Labelling:
-    """Each image's `.cls`, or `label` in its `.json`: `a.1.cls` goes before `a.cls` for `a.1.jpg`.
+    """The label of each image, from its `.cls`, or `label` in its `.json`; for `a.1.jpg`, `a.1.cls` precedes `a.cls`.
 
-    An image whose file holds no label has none, and neither has one with a word among numbers; a line tells of both.
+    An image has no label where the file has none, or a word while others have numbers; a line reports either.
     """
     values: list[int | str | None] = []
     wrong: list[str] = []
@@ -92,7 +92,7 @@ def labels_beside(images: Sequence[Member], archives: Sequence[Archive], paths: 
 
 
 def crowded(names: Iterable[str]) -> list[str]:
-    """A line where keys hold several images, because webdataset itself would make fewer samples of these files."""
+    """A line where several images share a key, since webdataset would make fewer samples of these files."""
     counts = Counter(key_of(name) for name in names)
     keys = [key for key, images in counts.items() if images > 1]
     if not keys:
@@ -108,17 +108,17 @@ def _without_label(found: Sequence[str], fault: str) -> str:
 
 
 def _extension(name: str) -> str:
-    """All behind the first dot of a name's last part, as webdataset sees it."""
+    """The part after the first dot of a name's last part, WebDataset's extension."""
     return name.rpartition("/")[2].partition(".")[2]
 
 
 def _is_field(name: str) -> bool:
-    """Whether a name has an extension, but no image's."""
+    """Whether a name has an extension that is not an image's."""
     return "." in name.rpartition("/")[2] and not has_image_suffix(name)
 
 
 def _is_picture_beside(name: str) -> bool:
-    """Whether an image's extension has a word before the last dot, as in `.seg.png`, and not just a number."""
+    """Whether an image's extension has a word before the last dot, as in `.seg.png`, rather than a number."""
     before = _extension(name).split(".")[:-1]
     return has_image_suffix(name) and any(not part.isdecimal() for part in before)
 
@@ -133,7 +133,9 @@ def _label_file(image: Member, fields: dict[str, Member]) -> Member | None:
 
 
 def _label(path: Path, member: Member) -> int | str | None:
-    """Raises ValueError where the file holds something else than a label, RecursionError for a `.json` too deep."""
+    """The label in a file. Raises ValueError for invalid ones, RecursionError for a `.json` that is nested too
+    deeply.
+    """
     text = content(path, member.offset, member.length).decode("utf-8-sig").strip()
     if member.name.endswith(".cls"):
         try:

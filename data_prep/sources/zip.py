@@ -1,4 +1,4 @@
-"""A .zip archive of image files, read in place: nothing is ever unpacked to disk."""
+"""A .zip archive of image files, read in place."""
 
 import lzma
 import stat
@@ -26,7 +26,7 @@ class ZipSource:
 
     path: Path
     names: list[str]
-    positions: list[int]  # in the archive's directory, since a zip may hold two entries of one name
+    positions: list[int]  # in the archive's directory, since names in a zip may not be unique
     labels: list[int]
     classes: list[str]
     fingerprint: str
@@ -37,7 +37,7 @@ class ZipSource:
 
     @classmethod
     def open(cls, path: Path, wanted: Wanted) -> Self:
-        """Read the archive's directory. Raises InputError where it has none that can be read, or as `select` does."""
+        """Read the archive's directory. Raises InputError where it is missing or damaged, or as `select` does."""
         path = path.absolute()
         entries = _archive(path).infolist()
         listed = sorted((_name(entry), at) for at, entry in enumerate(entries) if not _name(entry).endswith("/"))
@@ -73,7 +73,7 @@ class ZipSource:
         try:
             return archive.read(entry)
         except (BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OSError) as error:
-            if not isinstance(error, OSError) or error.errno is None:  # bz2 has no error of its own
+            if not isinstance(error, OSError) or error.errno is None:  # bz2 raises OSError without errno
                 raise Reject("truncated or corrupt", f"{type(error).__name__}: {error}") from error
             raise InputError(f"{self.path}: {error.strerror}; the source must stay as it is during a run") from error
 
@@ -88,12 +88,14 @@ class ZipSource:
 
 
 def _name(entry: ZipInfo) -> str:
-    """The entry's name with `/` between its parts, as Windows does not write it; a name that climbs out stays."""
+    """The entry's name with `/` as separator, also for archives made on Windows; a name that leads outside is
+    unchanged.
+    """
     return entry.filename.replace("\\", "/") if is_safe(entry.filename) else entry.filename
 
 
 def _label_file(path: Path, entry: ZipInfo) -> bytes | None:
-    """The content of a file of labels; None where it cannot be one. Raises InputError where it is damaged."""
+    """The content of a label file; None where it is too large or encrypted. Raises InputError where it is damaged."""
     if entry.file_size > MAX_BYTES or entry.flag_bits & ENCRYPTED_FLAG:
         return None
     try:
@@ -104,7 +106,7 @@ def _label_file(path: Path, entry: ZipInfo) -> bytes | None:
 
 @lru_cache(maxsize=1)
 def _archive(path: Path) -> ZipFile:
-    """Open once a process: reading the directory of a large archive takes seconds, and each shard needs it."""
+    """Opened once per process: reading the directory of a large archive takes seconds, and each shard needs it."""
     try:
         return ZipFile(path)
     except (BadZipFile, OSError) as error:

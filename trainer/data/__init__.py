@@ -1,1 +1,1 @@
-"""The stream of samples: order, index, decoding."""
+"""Training data: datasets of shards, order of samples, decoding, and the stream of micro-batches."""

@@ -1,4 +1,4 @@
-"""Damaged samples under `data.on_bad_sample = "skip"`: each told of once, and too many end the run."""
+"""Damaged samples under `data.on_bad_sample = "skip"`: each is reported once, and too many end the run."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from trainer.errors import DataError
 
 
 class BadSamples:
-    """Counts what this process passed over since it started; `report` is called once for each damaged sample."""
+    """Counts the damaged samples that this process skipped since it started; `report` is called once for each."""
 
     def __init__(self, limit: int, report: Callable[[str], None]) -> None:
         self.limit = limit
@@ -14,7 +14,7 @@ class BadSamples:
         self._seen: set[str] = set()
 
     def note(self, faults: list[str]) -> None:
-        """Messages that name samples; raises DataError where they become more than `limit`."""
+        """Record messages that name samples; raises DataError where their number exceeds `limit`."""
         for fault in faults:
             if fault in self._seen:
                 continue

@@ -1,9 +1,10 @@
-"""Memory for batches, used again and again.
+"""Reusable memory for batches.
 
-New memory would be zeroed by the kernel page by page, and where loader processes share it with the trainer, mapped page
-by page on both sides: that can take longer than decoding the JPEGs that go into it. So a stream has slots, each for one
-batch. A loader takes one of its own; it is free again when the last tensor that shows it is gone, whoever kept one and
-for how long. Where a user keeps more than there are slots, the loaders make new memory, as torch's own would.
+The kernel zeroes newly allocated memory page by page, and memory shared between loader processes and the trainer is
+also mapped page by page on both sides: that can take longer than decoding the JPEGs. A stream therefore has slots, each
+for one batch. A loader takes one of its own slots; the slot is free again once the last tensor that views it is
+deleted, in whatever code holds it. Where more batches are kept than there are slots, the loaders allocate new memory,
+as torch's loaders do.
 """
 
 import contextlib
@@ -29,26 +30,26 @@ _memories: "weakref.WeakValueDictionary[int, BatchMemory]" = weakref.WeakValueDi
 
 @dataclass(frozen=True)
 class Slot:
-    """A filled slot on its way from a loader to the trainer's process, where alone it becomes a tensor again."""
+    """A filled slot, sent from a loader to the trainer's process, where `tensor` makes a tensor of it."""
 
     memory: int
     loader: int
     number: int
 
     def tensor(self) -> torch.Tensor:
-        """The batch, of the memory's shape; the slot is free when nothing shows it any more. To be called once."""
+        """The batch, of the memory's shape; the slot is freed when no view of it is left. Call it once."""
         return _memories[self.memory].lend(self)
 
     def pin_memory(self) -> torch.Tensor:
-        """What torch's pinning thread asks for: a copy from which a device reads by itself; the slot is free again."""
+        """Called by torch's pinning thread: a copy in pinned memory; the slot is freed at once."""
         return self.tensor().pin_memory()
 
 
 class BatchMemory:
-    """See the module. Made in the trainer's process, and inherited by its loaders or sent to them when they start.
+    """Slots for batches, see the module. Created in the trainer's process; loader processes inherit or receive it.
 
-    shape: of a batch of uint8; loaders: processes, or 0 where the trainer's process fills the slots itself; slots: for
-    each of them. Raises DataError where the memory that they share cannot be had.
+    shape: of a batch of uint8; loaders: number of processes, or 0 where the trainer's process fills the slots itself;
+    slots: per loader. Raises DataError where the shared memory cannot be allocated.
     """
 
     def __init__(self, shape: tuple[int, ...], *, loaders: int, slots: int) -> None:
@@ -56,9 +57,9 @@ class BatchMemory:
         self.shape = shape
         try:
             self._pixels = _bytes((owners, slots, *shape), shared=loaders > 0)
-            # Each byte is set by its loader alone and cleared by the trainer alone, so no lock is needed.
+            # One byte per slot, set only by its loader and cleared only by the trainer, so no lock is needed.
             self._taken = _bytes((owners, slots), shared=loaders > 0).zero_()
-        except (OSError, RuntimeError) as error:  # the latter is torch's word for a full /dev/shm
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full /dev/shm
             needed = owners * slots * math.prod(shape)
             raise DataError(
                 f"/dev/shm: no room for the {needed} bytes that {loaders} loader processes share with the trainer; "
@@ -68,48 +69,48 @@ class BatchMemory:
         _memories[self._key] = self
 
     def take(self) -> tuple[Slot, npt.NDArray[np.uint8]] | None:
-        """A free slot of this loader, and its pixels to be written; None where the trainer's process keeps all."""
+        """A free slot of this loader, and its pixels to be written; None where all slots are in use."""
         worker = get_worker_info()
         loader = worker.id if worker else 0
         free = np.flatnonzero(self._taken[loader].numpy() == 0)
         if not len(free):
             return None
-        number = int(free[0])  # the one that was used last, so that few pages are ever touched
+        number = int(free[0])  # the most recently used one, so that few pages are touched
         self._taken[loader, number] = 1
         return Slot(self._key, loader, number), self._pixels[loader, number].numpy()
 
     def lend(self, slot: Slot) -> torch.Tensor:
-        """See `Slot.tensor`."""
+        """Implements `Slot.tensor`."""
         shown = self._pixels[slot.loader, slot.number].numpy()
         weakref.finalize(shown, self._free, slot).atexit = False
-        return torch.from_numpy(shown)  # it and all its views keep `shown`
+        return torch.from_numpy(shown)  # the tensor and its views keep a reference to `shown`
 
     def _free(self, slot: Slot) -> None:
         self._taken[slot.loader, slot.number] = 0
 
 
 def own_memory(shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialised uint8; in a loader process shared, so that it need not be copied on its way to the trainer."""
+    """Uninitialised uint8 memory; in a loader process shared, so that it reaches the trainer without a copy."""
     return _bytes(shape, shared=get_worker_info() is not None)
 
 
 def _bytes(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
     if not shared:
-        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy uses huge pages
     size = math.prod(shape)
     _check_room(size)
     before = _own_files()
     try:
-        storage = torch.UntypedStorage._new_shared(size, device="cpu")  # as torch's own collate does
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")  # as in torch's default collate
     except RuntimeError:
-        for path in _own_files() - before:  # torch leaves what it could not fill, as long as it should have been
+        for path in _own_files() - before:  # torch leaves the file of a failed allocation in /dev/shm
             path.unlink(missing_ok=True)
         raise
     return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
 
 
 def _check_room(size: int) -> None:
-    """Raise OSError where there is less; where there is more, others may still be faster."""
+    """Raise OSError where less is free; where more is, other processes may still allocate it first."""
     with contextlib.suppress(FileNotFoundError):
         found = os.statvfs(_SHARED)
         if size > found.f_bavail * found.f_frsize:
@@ -117,5 +118,5 @@ def _check_room(size: int) -> None:
 
 
 def _own_files() -> set[Path]:
-    """Shared memory of this process that still has a name: torch takes it away at once, but for files by name."""
+    """Files of this process in shared memory: torch unlinks those shared by descriptor at once."""
     return set(_SHARED.glob(f"torch_{os.getpid()}_*"))

@@ -1,4 +1,4 @@
-"""From positions and ids to micro-batches of pixels: what a loader process does."""
+"""The work of a loader process: from positions and ids to micro-batches of pixels."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ Planned = tuple[npt.ArrayLike, npt.ArrayLike]  # positions and ids of a micro-ba
 
 
 class ReadAndDecode:
-    """The pipeline's map: positions and ids to a micro-batch.
+    """A map from positions and ids to a micro-batch.
 
-    Where a sample is damaged, SampleError that names shard and member is raised; or, with `replace_by`, the next whole
-    sample of that order takes its place: the same one on any number of ranks and after any restart.
+    For a damaged sample SampleError is raised, with shard and member; or, with `replace_by`, it is replaced by the next
+    undamaged sample of that order: the same one on any number of ranks and after any restart.
     """
 
     def __init__(self, dataset: Dataset, *, replace_by: Order | None = None) -> None:
@@ -29,17 +29,17 @@ class ReadAndDecode:
 
     def __call__(self, planned: Planned) -> dict[str, Any]:
         """positions, ids: (B,) integers. Returns position, id, label: (B,) int64; image: (B, C, H, W) uint8, in memory
-        (B, H, W, C), as decoders write it; faults: messages, one for each damaged sample that was passed over.
+        (B, H, W, C), as decoders write it; faults: messages, one for each damaged sample that was skipped.
         """
         image = own_memory(self.shape(len(np.asarray(planned[0]))))
         return as_tensors({**self.into(image.numpy(), planned), "image": image})
 
     def shape(self, samples: int) -> tuple[int, int, int, int]:
-        """Of the pixels of so many images, as decoders write them: (samples, H, W, C)."""
+        """Shape of the pixels of that many images, as decoders write them: (samples, H, W, C)."""
         return samples, self.dataset.image_size, self.dataset.image_size, self.dataset.channels
 
     def into(self, pixels: npt.NDArray[np.uint8], planned: Planned) -> dict[str, Any]:
-        """Decode to `pixels`, (B, H, W, C) uint8, contiguous. Returns the others, as arrays."""
+        """Decode into `pixels`, (B, H, W, C) uint8, contiguous. Returns the other fields, as arrays."""
         positions, ids = (np.array(values, dtype=np.int64) for values in planned)
         faults: list[str] = []
         for slot, (position, sample) in enumerate(zip(positions.tolist(), ids.tolist())):
@@ -53,7 +53,9 @@ class ReadAndDecode:
         return {"position": positions, "id": ids, "label": self.dataset.labels(ids), "faults": faults}
 
     def _decode_later(self, out: npt.NDArray[np.uint8], position: int, order: Order, faults: list[str]) -> int:
-        """Decode the first whole sample behind the damaged one that `faults` ends with. Returns its id."""
+        """Decode the first undamaged sample after the damaged one, which the last of `faults` describes. Returns the
+        id.
+        """
         damaged = faults[-1]
         for later in range(1, _MOST_REPLACEMENTS + 1):
             sample = int(order.ids([position + later])[0])
@@ -67,14 +69,14 @@ class ReadAndDecode:
 
 
 class FillSlots:
-    """`ReadAndDecode` into a memory that is used again: its batches travel to the trainer as arrays and slots."""
+    """`ReadAndDecode` into reusable memory: batches are sent to the trainer as arrays and slots."""
 
     def __init__(self, decode: ReadAndDecode, memory: BatchMemory) -> None:
         self.decode = decode
         self.memory = memory
 
     def __call__(self, planned: Planned) -> dict[str, Any]:
-        """A batch for `as_tensors`."""
+        """A batch to be completed by `as_tensors`."""
         taken = self.memory.take()
         if taken is None:
             image = own_memory(self.memory.shape)
@@ -84,7 +86,7 @@ class FillSlots:
 
 
 def as_tensors(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch as `ReadAndDecode` describes it, from arrays and a slot or a tensor of (B, H, W, C)."""
+    """A batch as returned by `ReadAndDecode`, from arrays and a slot or a tensor of (B, H, W, C)."""
     image = batch["image"]
     image = image.tensor() if isinstance(image, Slot) else image
     small = {name: torch.from_numpy(batch[name]) for name in ("position", "id", "label")}

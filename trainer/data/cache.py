@@ -1,12 +1,12 @@
-"""Shards on a node's own disk: fetched once by one process, verified, in a bounded space.
+"""A cache of shards on a node's local disk: each is downloaded by one process, verified, and evicted within a limit.
 
-    CACHE/shards/<digest>       a whole shard, verified when it was fetched; its time is when it was last opened
-    CACHE/shards/<digest>.part  one being fetched, at its full length from the beginning
-    CACHE/locks/<digest>        held by the process that fetches
-    CACHE/files/<name>          small files that are kept: manifests, indexes
+    CACHE/shards/<digest>       a complete, verified shard; its mtime is when it was last opened
+    CACHE/shards/<digest>.part  a download in progress, allocated at its full length
+    CACHE/locks/<digest>        locked by the process that downloads
+    CACHE/files/<name>          small files that are never evicted: manifests, indexes
 
-Names come from contents, so that datasets may share a cache, and so may jobs. Locks are the kernel's (flock): those of
-a process that died are free. The folder must be on a disk of this node.
+Shards are named by content, so that datasets and jobs may share a cache. Locks are by flock, so the kernel releases
+those of a dead process. The folder must be on a disk of this node.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from trainer.data.dataset import Shard
 from trainer.data.fetch import Patience, fetch
 from trainer.errors import DataError
 
-_AGAIN = 0.05  # seconds until it is looked again whether others have made room
+_AGAIN = 0.05  # seconds between checks for room made by others
 
 
 class NodeCache:
-    """See the module; a `ShardFiles`. `limit` bytes are never exceeded by what `shards/` holds."""
+    """The cache, see the module; implements `ShardFiles`. The total size of `shards/` never exceeds `limit` bytes."""
 
     def __init__(self, folder: Path, limit: int, patience: Patience | None = None) -> None:
         self.folder = folder
@@ -44,9 +44,9 @@ class NodeCache:
             raise DataError(f"data.cache_dir = {folder}: cannot be written ({error.strerror})") from error
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of the shard, which is fetched where it is not here. It outlives the shard's deletion.
+        """A descriptor of the shard, which is downloaded where it is not cached. It stays valid after an eviction.
 
-        Raises DataError where it cannot be fetched or there is no room for it.
+        Raises DataError where the shard cannot be downloaded or there is no room for it.
         """
         path = self.shards / shard.digest
         while True:
@@ -56,21 +56,20 @@ class NodeCache:
                 self._bring(shard)
                 continue
             if os.fstat(descriptor).st_size == shard.bytes:
-                with contextlib.suppress(
-                    OSError
-                ):  # of a disk that has become read-only: what is here serves all the same
+                with contextlib.suppress(OSError):  # a disk that became read-only: the cached copy is still usable
                     os.utime(descriptor)
                 return descriptor
             os.close(descriptor)
             self._delete(shard, lambda: path.stat().st_size != shard.bytes)
 
     def pin(self, shard: Shard) -> int | None:
-        """Open a shard so that it is not deleted before `unpin`, or before this process ends.
+        """Open a shard and prevent its eviction until `unpin`, or until this process ends.
 
-        None where more than half of the cache would be pinned, by all processes together: the rest is for reading.
+        None where more than half of the cache would be pinned, by all processes together: the rest is for shards being
+        read.
         """
         with self._locked("room"):
-            if not self._may_pin(shard):  # to fetch it would be in vain
+            if not self._may_pin(shard):  # before downloading it
                 return None
         while True:
             descriptor = self.open(shard)
@@ -81,23 +80,23 @@ class NodeCache:
                         return descriptor
                     os.close(descriptor)
                     return None
-            os.close(descriptor)  # deleted just before
+            os.close(descriptor)  # evicted just before
 
     @staticmethod
     def unpin(descriptor: int) -> None:
-        """The contrary of `pin`."""
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a loader process was forked meanwhile
+        """Release a pin."""
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a loader process forked meanwhile would keep the lock open
         os.close(descriptor)
 
     def renew(self, shard: Shard) -> bool:
-        """See `ShardFiles`: the copy here is read again whole, and deleted where it is not what was promised."""
+        """Implements `ShardFiles.renew`: verifies the cached copy and deletes it where it is damaged."""
         path = self.shards / shard.digest
         if shard.verifiable:
             self._delete(shard, lambda: sha256_of(path) != shard.digest)
-        return shard.verifiable  # even where it is whole by now: another process may have fetched it anew
+        return shard.verifiable  # even if undamaged: another process may have replaced it
 
     def keep(self, url: str, name: str, digest: str) -> Path:
-        """A small file of this sha256, fetched where the one here is not it; `name` should identify the content."""
+        """A small file with this sha256, downloaded unless it is cached; `name` should identify the content."""
         path = self.files / name
         with self._locked(name.replace("/", "-")), self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +105,9 @@ class NodeCache:
         return path
 
     def keep_anew(self, url: str, name: str) -> Path:
-        """A small file of which nobody knows the content, fetched each time and kept as <its sha256>/`name`.
+        """A small file of unknown content, downloaded each time and stored as <its sha256>/`name`.
 
-        So one that another job uses stays as it is, when the file behind the URL is replaced.
+        A version that another job uses is therefore kept when the file at the URL is replaced.
         """
         place = hashlib.sha256(url.encode()).hexdigest()
         with self._locked(place), self._writing():
@@ -126,7 +125,7 @@ class NodeCache:
     def _bring(self, shard: Shard) -> None:
         path, part = self.shards / shard.digest, self.shards / f"{shard.digest}.part"
         with self._locked(shard.digest):
-            if path.exists():  # another process was quicker
+            if path.exists():  # another process was faster
                 return
             with self._writing():
                 try:
@@ -135,13 +134,13 @@ class NodeCache:
                         digest = shard.digest if shard.verifiable else None
                         fetch(shard.url, out, size=shard.bytes, digest=digest, patience=self.patience)
                         _to_disk(out)
-                    with self._locked("room"):  # else who counts meanwhile might see neither name
+                    with self._locked("room"):  # otherwise a process that adds up sizes might see neither name
                         part.rename(path)
                 finally:
                     part.unlink(missing_ok=True)
 
     def _reserve(self, part: Path, shard: Shard) -> None:
-        """Make a file of the shard's length; where others fill the cache, wait for them as long as for a server."""
+        """Create a file of the shard's length; where the cache is full, wait for room as long as for a server."""
         deadline = time.monotonic() + self.patience.stall
         while (used := self._make_room(part, shard)) is not None:
             if shard.bytes > self.limit or time.monotonic() > deadline:
@@ -152,12 +151,12 @@ class NodeCache:
             time.sleep(_AGAIN)
 
     def _make_room(self, part: Path, shard: Shard) -> int | None:
-        """The file of the shard's length, for which the shards that were not opened for longest make room.
+        """Create the file of the shard's length, evicting the least recently opened shards.
 
-        Returns None, or the bytes that are in use where there is no room.
+        Returns None; where there is no room, the bytes in use.
         """
         with self._locked("room"):
-            part.unlink(missing_ok=True)  # of a process that died
+            part.unlink(missing_ok=True)  # left by a dead process
             entries = sorted(self._entries())
             used = sum(size for _, size, _ in entries)
             for _, size, path in entries:
@@ -168,40 +167,40 @@ class NodeCache:
             if used + shard.bytes > self.limit:
                 return used
             with part.open("wb") as out:
-                os.posix_fallocate(out.fileno(), 0, max(shard.bytes, 1))  # a full disk is found now
+                os.posix_fallocate(out.fileno(), 0, max(shard.bytes, 1))  # fails here if the disk is full
         return None
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
-        """Of each file: when it was last opened, its bytes, its path; not of those that others delete meanwhile."""
+        """For each file, its time of last opening, size and path; files deleted meanwhile by others are left out."""
         for entry in _scan(self.shards):
             with contextlib.suppress(FileNotFoundError):
                 found = entry.stat()
                 yield found.st_mtime_ns, found.st_size, Path(entry.path)
 
     def _may_pin(self, shard: Shard) -> bool:
-        """Whether half of the cache holds this and what is pinned already; to be asked while "room" is locked."""
+        """Whether this shard and those pinned already fit into half of the cache; call it with "room" locked."""
         pinned = sum(size for _, size, path in self._entries() if path.name != shard.digest and _is_pinned(path))
         return pinned + shard.bytes <= self.limit // 2
 
     def _evict(self, path: Path) -> bool:
-        """Delete a shard that nobody has pinned, or a part that nobody is fetching; whether it is gone."""
+        """Delete a shard that is not pinned, or a partial download of a dead process; returns whether it did."""
         try:
             if path.suffix == ".part":
                 with (self.locks / path.stem).open("a") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
             elif not _is_pinned(path):
-                path.unlink()  # nor can anyone pin it now: that takes the lock on "room"
+                path.unlink()  # no pin can be taken meanwhile: that needs the lock "room"
             else:
                 return False
         except BlockingIOError:
             return False
-        except FileNotFoundError:  # another process was quicker
+        except FileNotFoundError:  # another process was faster
             pass
         return True
 
     def _delete(self, shard: Shard, is_bad: Callable[[], bool]) -> None:
-        """Delete the copy here if it is bad."""
+        """Delete the cached copy if `is_bad`."""
         with self._locked(shard.digest), self._writing(), contextlib.suppress(FileNotFoundError):
             if is_bad():
                 (self.shards / shard.digest).unlink()
@@ -237,6 +236,6 @@ def _is_pinned(path: Path) -> bool:
 
 
 def _to_disk(out: BinaryIO) -> None:
-    """Before the renaming: after a power cut the name must not stand for a hole."""
+    """fsync before the rename: after a power failure the final name must not refer to missing data."""
     out.flush()
     os.fsync(out.fileno())

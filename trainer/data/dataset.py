@@ -1,4 +1,4 @@
-"""What the stream needs to know of a dataset, and how the files of one are opened."""
+"""The interface of datasets, as used by the stream, and how their files are opened."""
 
 import os
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from trainer.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file of a dataset: where it lies (a path or a URL) and what is known of it beforehand."""
+    """One tar file of a dataset: its location (a path or a URL), size and digest."""
 
     url: str
     samples: int
     bytes: int
-    digest: str  # of its content (sha256), or of its name, size and time where nobody has promised a content
-    verifiable: bool  # whether the digest is the content's
+    digest: str  # sha256 of the content; where that is unknown, a hash of name, size and time
+    verifiable: bool  # whether the digest is that of the content
 
 
 class ShardFiles(Protocol):
-    """How shards are opened: where they lie, or through a cache on this node."""
+    """How shards are opened: in place, or through a cache on this node."""
 
     def open(self, shard: Shard) -> int:
         """A descriptor for reading. Raises DataError where there is no such file."""
 
     def renew(self, shard: Shard) -> bool:
-        """What was read is not what was promised: whether it is worth opening and reading again."""
+        """Called after read data turned out to be damaged: returns whether to open the shard and read again."""
 
 
 class Dataset(Protocol):
-    """Images by sample id, 0 <= id < len(self), in numbered shards: what the stream needs to know of a dataset."""
+    """Images by sample id, 0 <= id < len(self), in numbered shards: the interface used by the stream."""
 
     where: str
     shards: list[Shard]
@@ -43,7 +43,7 @@ class Dataset(Protocol):
 
     @property
     def channels(self) -> int:
-        """3 for RGB, 1 for grey."""
+        """Number of channels: 3 for RGB, 1 for grey."""
 
     def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The shards, by position in `shards`, that hold these samples."""
@@ -51,29 +51,29 @@ class Dataset(Protocol):
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
         """Decode an image to `out`, (image_size, image_size, C) uint8, contiguous.
 
-        Raises SampleError that names shard and member, or DataError where the shard cannot be had at all.
+        Raises SampleError that names shard and member, or DataError where the shard is unavailable.
         """
 
     def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The samples' classes, or -1; (B,)."""
+        """The samples' class labels, -1 for none; (B,)."""
 
     def describe(self, sample: int) -> str:
-        """Where a sample lies, for messages."""
+        """Location of a sample, for messages."""
 
     def close(self) -> None:
         """Close the files; they open again when needed."""
 
 
 class InPlace:
-    """Shards on a file system of this node, read where they lie."""
+    """Shards on a file system of this node, read in place; implements `ShardFiles`."""
 
     def open(self, shard: Shard) -> int:
-        """See `ShardFiles`."""
+        """Open the file. Raises DataError where it cannot be opened."""
         try:
             return os.open(shard.url, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{shard.url}: cannot be opened ({error.strerror})") from error
 
     def renew(self, shard: Shard) -> bool:  # noqa: ARG002 - there is no other copy
-        """See `ShardFiles`."""
+        """Returns False: there is no other copy."""
         return False

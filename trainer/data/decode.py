@@ -1,10 +1,11 @@
-"""Encoded bytes to pixels.
+"""Decoding of images.
 
 JPEGs are decoded by simplejpeg, lossless WebPs by webp where that is installed (the extra `fast`), and everything else
-by Pillow. simplejpeg and Pillow wrap libjpeg-turbo and agree to the last bit; that other versions do is no law, so
-`jpeg_signature` goes into what a run is: a resume whose pixels would differ is refused.
-What the fast decoders refuse Pillow decides, so that which images are whole does not depend on what is installed; but
-only simplejpeg passes on what libjpeg says of a JPEG that is not, and without it none is taken.
+by Pillow. simplejpeg and Pillow wrap libjpeg-turbo and agree to the last bit. Other versions may differ, so
+`jpeg_signature` is part of a run's identity: a resume with different pixels is refused.
+
+Images that the fast decoders reject are passed to Pillow, so which images count as damaged does not depend on what is
+installed. Only simplejpeg reports libjpeg's warnings about a damaged JPEG, so JPEGs are refused without it.
 """
 
 import base64
@@ -30,9 +31,9 @@ try:
 except ImportError:
     webp = None  # type: ignore[assignment]
 
-_WEBP_LOSSLESS = re.compile(rb"RIFF.{4}WEBPVP8L.{4}\x2f(.{4})", re.DOTALL)  # of nothing but the pixels
-_FORMATS = ("JPEG", "PNG", "WEBP")  # others' decoders, and what they start (Ghostscript), never see the bytes
-_FAST_COLOURS = {"RGB": {"YCbCr", "RGB"}, "L": {"Gray"}}  # whatever needs a conversion is Pillow's
+_WEBP_LOSSLESS = re.compile(rb"RIFF.{4}WEBPVP8L.{4}\x2f(.{4})", re.DOTALL)  # WebPs without further chunks
+_FORMATS = ("JPEG", "PNG", "WEBP")  # no other decoder of Pillow, or program that it starts (Ghostscript), is run
+_FAST_COLOURS = {"RGB": {"YCbCr", "RGB"}, "L": {"Gray"}}  # without colour conversion; the rest is left to Pillow
 
 # 20 x 20 pixels of smooth noise, quality 75, 4:2:0: its pixels depend on the DCT, the upsampling and the conversion.
 _PROBE = base64.b64decode(
@@ -57,10 +58,10 @@ def decode(encoded: bytes, size: int, mode: str, *, crop: bool = False) -> npt.N
 def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool = False) -> None:
     """Decode one image to `out`, (size, size, C) uint8, contiguous; mode is "RGB" or "L".
 
-    `crop`: the image was taken as found, with a shorter side of `size`; its middle square is cut out, and a grey image
-    becomes a colour one. Otherwise it must be of that size and mode: nothing is resized or converted here, for that was
-    data_prep's work. Raises SampleError where it is something else, or cannot be decoded to its end; then `out` holds
-    anything. Raises DataError for a JPEG where simplejpeg is missing.
+    `crop`: the image has a shorter side of `size`; its centre square is taken, and a grey image is converted to the
+    mode. Otherwise it must be of that size and mode, since data_prep resizes and converts. Raises SampleError where it
+    is not, or cannot be decoded completely; the content of `out` is then undefined. Raises DataError for a JPEG where
+    simplejpeg is missing.
     """
     is_jpeg = encoded.startswith(JPEG_MAGIC)
     fast = _decode_jpeg if is_jpeg else _decode_webp
@@ -72,15 +73,15 @@ def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: 
 
 
 def jpeg_signature() -> str:
-    """Identifies the pixels that JPEGs are decoded to here: the same for two decoders that agree."""
+    """A hash of decoded pixels that identifies the JPEG decoder: equal for two decoders that agree."""
     return hashlib.sha256(decode(_PROBE, 20, "RGB").tobytes()).hexdigest()[:16]
 
 
 def _decode_webp(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
-    """Like `_decode_jpeg`, for lossless WebP; Pillow takes the way of animations, which copies each image thrice."""
+    """Like `_decode_jpeg`, for lossless WebP; Pillow decodes it as an animation, with three copies of the image."""
     if webp is None or mode != "RGB" or (header := _WEBP_LOSSLESS.match(encoded)) is None:
         return False
-    bits = int.from_bytes(header[1], "little")  # width - 1 and height - 1 of 14 bits each, whether there is an alpha
+    bits = int.from_bytes(header[1], "little")  # width - 1 and height - 1, 14 bits each, then the alpha flag
     if bits >> 28:
         return False
     left, top, right, bottom = _box((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, len(out), mode, crop=crop)
@@ -92,7 +93,7 @@ def _decode_webp(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop:
 
 
 def _decode_jpeg(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool) -> bool:
-    """Like `decode_into`; False where it is a case for Pillow."""
+    """Like `decode_into`; False where Pillow has to decode it."""
     if simplejpeg is None:
         raise DataError(NEEDS_SIMPLEJPEG)
     if hole_of_zeros(encoded) is not None:
@@ -104,10 +105,10 @@ def _decode_jpeg(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop:
         left, top, right, bottom = _box(width, height, len(out), mode, crop=crop)
         wanted = "RGB" if mode == "RGB" else "GRAY"
         if width == height:
-            simplejpeg.decode_jpeg(encoded, wanted, buffer=out)  # no copy
+            simplejpeg.decode_jpeg(encoded, wanted, buffer=out)  # without a copy
         else:
             out[:] = simplejpeg.decode_jpeg(encoded, wanted)[top:bottom, left:right]
-    except ValueError:  # simplejpeg's only one; it refuses stray bytes between segments, too
+    except ValueError:  # also raised for stray bytes between segments
         return False
     return True
 
@@ -128,7 +129,7 @@ def _decode_by_pillow(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, 
             out[:] = np.asarray(found if image.width == image.height else found.crop(box)).reshape(out.shape)
     except SampleError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever the bytes lead them to: struct.error, TypeError, ...
+    except Exception as error:  # Pillow raises many types on damaged data: struct.error, TypeError, ...
         raise SampleError(f"cannot be decoded ({' '.join(str(error).split())})") from error
 
 

@@ -1,4 +1,4 @@
-"""Bringing one file here from wherever fsspec can read: http(s), s3, gs, hf, or another folder."""
+"""Downloads of single files from anything that fsspec reads: http(s), s3, gs, hf, or another folder."""
 
 import contextlib
 import hashlib
@@ -18,10 +18,10 @@ _HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """When to try again and when to give up.
+    """Retries of a download.
 
-    attempts: in all; first_delay: seconds before the second, doubled each time; stall: seconds in which at least
-    `least_bytes` must arrive.
+    attempts: their total number; first_delay: seconds before the second, doubled each time; stall: seconds within which
+    at least `least_bytes` must arrive.
     """
 
     attempts: int = 6
@@ -31,12 +31,11 @@ class Patience:
 
 
 def fetch(url: str, out: BinaryIO, *, size: int | None, digest: str | None, patience: Patience) -> None:
-    """Copy a file to the beginning of `out`; `size` in bytes and `digest` (sha256) are what was promised, if it was.
+    """Copy a file to the beginning of `out`; `size` in bytes and `digest` (sha256) are verified where they are given.
 
-    A connection that fails or stalls, a body cut off and a wrong content are tried again, with growing pauses; where a
-    digest will tell whether the parts belong together, from where the last attempt ended. Raises DataError with the URL
-    and the last reason; at once where there is no such file or no right to read it. Raises OSError where `out` cannot
-    be written.
+    Failed or stalled connections, truncated bodies and wrong contents are retried, with exponential backoff; where
+    there is a digest to verify the result, the download is resumed. Raises DataError with the URL and the last reason;
+    without retries where the file does not exist or access is denied. Raises OSError where `out` cannot be written.
     """
     download = _Download(url, out, size, patience)
     for attempt in range(1, patience.attempts + 1):
@@ -54,7 +53,7 @@ def fetch(url: str, out: BinaryIO, *, size: int | None, digest: str | None, pati
                 return
         except _CannotWriteError as error:
             raise error.reason from error
-        except Exception as error:  # each protocol's library raises its own
+        except Exception as error:  # fsspec backends raise exceptions of their libraries
             if _is_final(cause := _cause(error)):
                 raise DataError(f"{url}: {_words(cause)}") from error
             reason = _words(cause)
@@ -64,7 +63,7 @@ def fetch(url: str, out: BinaryIO, *, size: int | None, digest: str | None, pati
 
 
 class _CannotWriteError(Exception):
-    """An error of the file that is written, which is no fault of the connection."""
+    """An error of the local file, as opposed to the connection."""
 
     def __init__(self, reason: OSError) -> None:
         super().__init__(str(reason))
@@ -80,7 +79,7 @@ def _writing() -> Iterator[None]:
 
 
 class _Download:
-    """What has arrived of a file: all of `out` up to its position, and `sha256` of it."""
+    """A partial download: the received bytes are `out` up to its position, and `sha256` is their hash."""
 
     def __init__(self, url: str, out: BinaryIO, size: int | None, patience: Patience) -> None:
         self.url = url
@@ -90,15 +89,15 @@ class _Download:
         self.sha256 = hashlib.sha256()
 
     def begin_anew(self) -> None:
-        """Forget what has arrived."""
+        """Discard what was received."""
         with _writing():
             self.out.seek(0)
         self.sha256 = hashlib.sha256()
 
     def go_on(self) -> None:
-        """Read to the file's end, but not on behind `size`; `out` ends there, too.
+        """Read to the end of the file, at most `size` bytes, and truncate `out` there.
 
-        Raises _CannotWriteError, and whatever the protocol's library does.
+        Raises _CannotWriteError, and exceptions of the protocol's library.
         """
         if self.size is not None and self.out.tell() >= self.size:
             self.begin_anew()
@@ -120,14 +119,14 @@ class _Download:
             self.out.truncate()
 
     def _open(self) -> Any:
-        """The file, to be read from where `out` is; that is at its beginning where the server knows no ranges."""
+        """Open the file at the position of `out`, or at 0 where the server does not support ranges."""
         filesystem, path = _filesystem(self.url, self.patience)
         at = self.out.tell()
-        if not _is_http(self.url):  # object stores: ranges, each behind the other
+        if not _is_http(self.url):  # object stores: consecutive range requests
             source = filesystem.open(path, "rb", block_size=_CHUNK)
             source.seek(at)
             return source
-        plain = {"block_size": 0, "size": self.size}  # one request, and none before it for the size
+        plain = {"block_size": 0, "size": self.size}  # a single request, without one for the size first
         if not at:
             return filesystem.open(path, "rb", **plain)
         try:
@@ -144,7 +143,7 @@ class _Download:
 
 
 def remote_size(url: str, patience: Patience) -> tuple[int, str]:
-    """Length in bytes, and whatever changes when the content does (an ETag, a time). Raises DataError."""
+    """Length in bytes, and a value that changes with the content (an ETag or a time). Raises DataError."""
     try:
         filesystem, path = _filesystem(url, patience)
         info = filesystem.info(path)
@@ -167,7 +166,7 @@ def list_tars(url: str, patience: Patience) -> list[str]:
 
 
 def exists(url: str, patience: Patience) -> bool:
-    """Whether there is such a file. Raises DataError where nobody can tell."""
+    """Whether the file exists. Raises DataError where this cannot be determined."""
     try:
         filesystem, path = _filesystem(url, patience)
         return bool(filesystem.exists(path))
@@ -179,7 +178,7 @@ def _filesystem(url: str, patience: Patience) -> tuple[Any, str]:
     if not _is_http(url):
         filesystem, path = fsspec.core.url_to_fs(url)
         return filesystem, path
-    import aiohttp  # an extra, as are the libraries of the other protocols
+    import aiohttp  # optional, like the libraries of other protocols
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience.stall, sock_read=patience.stall)
     filesystem, path = fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
@@ -191,14 +190,14 @@ def _is_http(url: str) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """fsspec calls whatever goes wrong at the opening of a URL a missing file; this is what it was."""
+    """The cause of an error: fsspec raises FileNotFoundError for any failure to open a URL."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether trying again is of no use; of a server's 4xx only "too slow" and "too many" may change."""
+    """Whether a retry is pointless: HTTP 4xx except 408 (timeout) and 429 (too many requests), for example."""
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
     return refused or isinstance(error, _HOPELESS)

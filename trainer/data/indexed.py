@@ -1,4 +1,4 @@
-"""Random access to the samples of tar files by an index of where each one lies."""
+"""Random access to the samples of tar files, by an index of offsets."""
 
 import bisect
 import os
@@ -20,17 +20,17 @@ Row = tuple[int, ...]  # of an index, in the order of its columns
 
 
 class IndexedDataset:
-    """Images by sample id, 0 <= id < len(self): ids follow the shards, and inside a shard the index.
+    """Images by sample id, 0 <= id < len(self): ids are numbered through the shards, in the order of the index.
 
-    It may be forked or sent to loader processes: reads do not share a file position, and a copy that was sent opens its
-    own files. A kind of dataset adds `describe`, `split_keys` and, where it knows more than the length, `is_intact`.
+    Instances may be forked or pickled to loader processes: reads share no file position, and a pickled copy opens its
+    own files. Subclasses implement `describe`, `split_keys` and, where the index has more than lengths, `is_intact`.
 
     where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
-    pages) or an array, with `columns`, "offset", "length" and "label" among them; crop: see `decode`; fingerprint:
+    pages) or an array, with the `columns` "offset", "length" and "label" among others; crop: see `decode`; fingerprint:
     identifies the samples and their numbering.
     """
 
-    damage = "cut off"  # what is wrong where `is_intact` says no
+    damage = "cut off"  # reason in the error where `is_intact` is false
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class IndexedDataset:
         self.fingerprint = fingerprint
         self.files = files
         self.bounds = np.cumsum([0, *(shard.samples for shard in shards)])
-        self._ends: list[int] = self.bounds[1:].tolist()  # plain integers: quick to search for one sample
+        self._ends: list[int] = self.bounds[1:].tolist()  # a list of int: faster than an array to search for one sample
         self._index_source = index
         self._index: npt.NDArray[np.void] | None = None
         self._offset_at, self._length_at = (columns.index(name) for name in ("offset", "length"))
@@ -64,12 +64,12 @@ class IndexedDataset:
 
     @property
     def channels(self) -> int:
-        """3 for RGB, 1 for grey."""
+        """Number of channels: 3 for RGB, 1 for grey."""
         return {"RGB": 3, "L": 1}[self.mode]
 
     @property
     def index(self) -> npt.NDArray[np.void]:
-        """(N,) structured array, one row a sample."""
+        """(N,) structured array, one row per sample."""
         if isinstance(self._index_source, np.ndarray):
             return self._index_source
         if self._index is None:
@@ -87,7 +87,7 @@ class IndexedDataset:
         return pixels.transpose(2, 0, 1)
 
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
-        """See `Dataset`."""
+        """Implements `Dataset.decode_into`."""
         encoded = self.read(sample)
         try:
             decode_into(out, encoded, self.mode, crop=self.crop)
@@ -97,10 +97,10 @@ class IndexedDataset:
     def read(self, sample: int) -> bytes:
         """The encoded image.
 
-        Raises SampleError where the bytes are not the ones that the index was made from, DataError where the shard
-        cannot be had at all.
+        Raises SampleError where the bytes differ from those that were indexed, DataError where the shard is
+        unavailable.
         """
-        row: Row = self.index[sample].item()  # plain integers, in less time than a dictionary of them takes
+        row: Row = self.index[sample].item()  # plain integers: faster than a dictionary of them
         shard = bisect.bisect_right(self._ends, sample)
         encoded = self._read(shard, row)
         if self.is_intact(row, encoded):
@@ -115,19 +115,19 @@ class IndexedDataset:
         return encoded
 
     def is_intact(self, row: Row, encoded: bytes) -> bool:
-        """Whether these are the bytes that the index was made from, as far as the index tells; row: the sample's."""
+        """Whether the bytes are those that were indexed, as far as the index has evidence; row: the sample's."""
         return len(encoded) == row[self._length_at]
 
     def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """See `Dataset`."""
+        """Implements `Dataset.labels`."""
         return self.index["label"][np.asarray(samples)].astype(np.int64)
 
     def describe(self, sample: int) -> str:
-        """Where a sample lies, for messages: "shard-000003.tar: member 000006151.webp (sample 6150)"."""
+        """Location of a sample, for messages: "shard-000003.tar: member 000006151.webp (sample 6150)"."""
         raise NotImplementedError
 
     def split_keys(self) -> npt.NDArray[np.uint64]:
-        """(N,) what a sample is, wherever it lies: the held-out split is drawn by it."""
+        """(N,) keys that identify samples independently of their location; the held-out split is a function of them."""
         raise NotImplementedError
 
     def _read(self, shard: int, row: Row) -> bytes:
@@ -137,7 +137,7 @@ class IndexedDataset:
             raise DataError(f"{self.shards[shard].url}: cannot be read ({error.strerror})") from error
 
     def _descriptor(self, shard: int) -> int:
-        """An open file for the shard; the least recently used one is closed when there are too many."""
+        """An open descriptor of the shard; the least recently used one is closed when there are too many."""
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
@@ -149,7 +149,7 @@ class IndexedDataset:
         return descriptor
 
     def _close_deleted(self) -> None:
-        """A file that a cache has deleted takes its space until nobody has it open any more."""
+        """Close files that a cache has evicted: their disk space is freed only when no process has them open."""
         for shard, descriptor in list(self._descriptors.items()):
             if os.fstat(descriptor).st_nlink == 0:
                 os.close(self._descriptors.pop(shard))
@@ -160,5 +160,5 @@ class IndexedDataset:
             os.close(self._descriptors.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map would be pickled as its content and a descriptor means nothing in another process.
+        # Pickling would copy the memory-mapped content; descriptors are invalid in another process.
         return {**self.__dict__, "_index": None, "_descriptors": OrderedDict()}

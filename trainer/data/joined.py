@@ -1,4 +1,4 @@
-"""Several datasets under one numbering of samples and shards."""
+"""Several datasets as one, with a common numbering of samples and shards."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from trainer.data.indexed import IndexedDataset
 
 
 class JoinedDatasets:
-    """See the module; a `Dataset`. Samples of dataset k begin at `id_starts[k]`; labels are each dataset's own."""
+    """Implements `Dataset`. Samples of dataset k begin at `id_starts[k]`; labels are those of each dataset."""
 
     def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
         self.datasets = list(datasets)
@@ -28,25 +28,25 @@ class JoinedDatasets:
 
     @property
     def channels(self) -> int:
-        """See `Dataset`."""
+        """Number of channels, the same for all datasets."""
         return self.datasets[0].channels
 
     def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """See `Dataset`."""
+        """The shards, by position in `shards`, that hold these samples."""
         return np.searchsorted(self.bounds, samples, side="right") - 1
 
     def image(self, sample: int) -> npt.NDArray[np.uint8]:
-        """See `Dataset`."""
+        """The decoded image, (C, image_size, image_size) uint8."""
         dataset, own = self._find(sample)
         return dataset.image(own)
 
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
-        """See `Dataset`."""
+        """Decode an image to `out` by the dataset that holds it."""
         dataset, own = self._find(sample)
         dataset.decode_into(out, own)
 
     def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """See `Dataset`."""
+        """The samples' class labels, -1 for none; (B,)."""
         asked = np.asarray(samples)
         owners = np.searchsorted(self.id_starts, asked, side="right") - 1
         found = np.empty(asked.shape, dtype=np.int64)
@@ -56,12 +56,12 @@ class JoinedDatasets:
         return found
 
     def describe(self, sample: int) -> str:
-        """See `Dataset`."""
+        """Location of a sample, for messages."""
         dataset, own = self._find(sample)
         return dataset.describe(own)
 
     def close(self) -> None:
-        """See `Dataset`."""
+        """Close the files of all datasets."""
         for dataset in self.datasets:
             dataset.close()
 

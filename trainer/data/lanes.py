@@ -1,13 +1,14 @@
-"""The order of lanes: the dataset is cut into C lanes, and a node reads only those of its part of the global batch.
+"""The order "lanes": the dataset is divided into C lanes, and a node reads only the lanes of its part of the global
+batch.
 
 Slot j of a global batch of B belongs to lane j C / B, so of n nodes (C divisible by n) each reads C / n lanes, the same
-ones in every epoch: its share of the shards fits on its own disk. The order depends on C and on B, which are fixed for
-a run, never on the number of nodes; another number of nodes only reads other shards.
+ones in every epoch, so its share of the shards fits on its own disk. The order depends on C and B, which are fixed for
+a run, and not on the number of nodes, which only determines who reads which shards.
 
-Epoch e is positions e N to (e + 1) N. In it lane c has S_c(e) slots, which need not be equal: so the dataset (its
-shards in an order keyed by the seed) is cut after S_0, S_0 + S_1, ... samples, and each lane shuffles its stretch
-like the windowed order. Thus each epoch holds each sample exactly once whatever N, B and the sizes of shards are. The
-cuts move by fewer than B samples from epoch to epoch, so only a shard on a cut is read by two lanes.
+Epoch e is positions e N to (e + 1) N. In it lane c has S_c(e) slots, which may differ between lanes, so the dataset
+(its shards in an order keyed by the seed) is cut after S_0, S_0 + S_1, ... samples, and each lane shuffles its section
+like the windowed order. Each epoch thus contains each sample exactly once, for any N, B and shard sizes. The cuts move
+by fewer than B samples from epoch to epoch, so only shards at a cut are read by two lanes.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ from trainer.data.order import Int64Array
 from trainer.data.permutation import derive_key, permute
 from trainer.data.windowed import Windows
 
-_LANES = 0x6C616E6573  # "lanes": apart from the keys of the other orders
+_LANES = 0x6C616E6573  # "lanes": distinguishes its keys from those of other orders
 
 
 class LanesOrder:
-    """See the module. Shards may hold any number of samples; ids are numbered through the shards in turn."""
+    """The order of lanes, see the module. Shards may hold any number of samples; ids run through the shards."""
 
     def __init__(self, shard_sizes: Sequence[int], *, lanes: int, global_batch: int, window: int, seed: int) -> None:
         if global_batch % lanes:
@@ -40,7 +41,7 @@ class LanesOrder:
         self._stretches: dict[tuple[int, int], Windows] = {}
 
     def ids(self, positions: npt.ArrayLike) -> Int64Array:
-        """See `Order`; ids are 0..N-1."""
+        """Implements `Order.ids`; ids are 0..N-1."""
         asked = np.asarray(positions, dtype=np.int64)
         epochs, lanes = asked // self.samples, asked % self.global_batch * self.lanes // self.global_batch
         ids = np.empty(asked.shape, dtype=np.int64)
@@ -51,17 +52,17 @@ class LanesOrder:
         return ids
 
     def _slots_before(self, position: npt.ArrayLike, lane: npt.ArrayLike) -> Int64Array:
-        """How many of the positions before this one belong to the lane."""
+        """Number of positions before this one that belong to the lane."""
         width = self.global_batch // self.lanes
         batches, slot = np.divmod(np.asarray(position, dtype=np.int64), self.global_batch)
         return np.asarray(batches * width + np.clip(slot - np.asarray(lane) * width, 0, width))
 
     def _windows(self, epoch: int, lane: int) -> Windows:
-        known, asked = self._stretches, (epoch, lane)  # replaced, never changed: the prefetcher's thread asks too
+        known, asked = self._stretches, (epoch, lane)  # replaced, never modified: the prefetcher's thread reads it too
         if asked in known:
             return known[asked]
         made = self._cut(epoch, lane)
-        self._stretches = dict([*known.items(), (asked, made)][-2 * self.lanes :])  # this epoch's and the next one's
+        self._stretches = dict([*known.items(), (asked, made)][-2 * self.lanes :])  # of this epoch and the next
         return made
 
     def _cut(self, epoch: int, lane: int) -> Windows:

@@ -1,8 +1,8 @@
-"""Several datasets in one stream, each with its share of the positions and with epochs of its own.
+"""A mixture of datasets: each has its share of the positions, and its own epochs.
 
-Positions come in blocks of 1000. In each block every dataset has the same number of slots, its weight in thousandths,
-dealt by a permutation keyed by (seed, block). How many of a dataset's slots lie before a position is then whole blocks
-plus a count inside one, and that number is the dataset's own position in its own order.
+Positions are grouped in blocks of 1000. In every block a dataset has a fixed number of slots, its weight in
+thousandths, assigned by a permutation keyed by (seed, block). The number of a dataset's slots before a position,
+computed from whole blocks plus a count within one, is the position in that dataset's own order.
 """
 
 import math
@@ -15,13 +15,13 @@ from trainer.data.order import Int64Array, Order
 from trainer.data.permutation import derive_key, permute
 
 BLOCK = 1000
-_MIXTURE = 0x6D697874757265  # "mixture": apart from the keys of the other orders
+_MIXTURE = 0x6D697874757265  # "mixture": distinguishes its keys from those of other orders
 
 
 class MixtureOrder:
-    """See the module. Ids are numbered through the datasets: those of dataset k begin at `id_starts[k]`.
+    """The order of a mixture, see the module. Samples of dataset k have the ids from `id_starts[k]` on.
 
-    Not an `Order` in the strict sense, for it has no epoch; `samples` is the datasets' total.
+    It has no epoch, unlike an `Order`; `samples` is the total over the datasets.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MixtureOrder:
         self.samples = sum(order.samples for order in orders)
         self.quotas = quotas(weights)
         self.seed = seed
-        self._dealt = np.repeat(np.arange(len(orders)), self.quotas)  # (BLOCK,) the dataset of each slot, unshuffled
+        self._dealt = np.repeat(np.arange(len(orders)), self.quotas)  # (BLOCK,) dataset of each slot, unpermuted
 
     def ids(self, positions: npt.ArrayLike) -> Int64Array:
         """positions: (B,) integers >= 0. Returns (B,) int64."""
@@ -50,7 +50,8 @@ class MixtureOrder:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """Slots of each dataset in a block, proportional to the weights, by the largest remainders; they sum to BLOCK.
+    """Slots of each dataset in a block, proportional to the weights, rounded by the largest remainder method; they sum
+    to BLOCK.
 
     Raises ValueError where a dataset's share would be 0.
     """
@@ -65,5 +66,5 @@ def quotas(weights: Sequence[float]) -> list[int]:
 
 
 def member_seed(seed: int, dataset: int) -> int:
-    """The seed of one dataset's own order: the same images in two datasets do not come in the same order."""
+    """Seed of one dataset's own order: equal datasets in a mixture get different orders."""
     return derive_key(seed, _MIXTURE, ~dataset)

@@ -1,4 +1,4 @@
-"""Many shards as one pattern, "{000..099}.tar": expanded as bash does, unless it stands for more than anybody has."""
+"""Brace patterns for shards, "{000..099}.tar": expanded as in bash, with a limit on the number of names."""
 
 import math
 import re
@@ -14,7 +14,9 @@ _RANGE_OF_ANY_LENGTH = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?")
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that it stands for, in order. Raises ConfigError where they are too many or braces do not match."""
+    """The names that a pattern expands to, in order. Raises ConfigError where they are too many or braces are
+    unbalanced.
+    """
     try:
         if _count(pattern) > MOST_SHARDS:
             raise ConfigError(f"data.path = {pattern}: stands for more than {MOST_SHARDS:,} shards")
@@ -24,12 +26,12 @@ def expand(pattern: str) -> list[str]:
 
 
 def _count(pattern: str) -> float:
-    """How many names, without making one; inf where numbers are too long to be read."""
+    """Number of names, computed without expanding; inf where a range's numbers are too long."""
     return math.prod(_choices(group) for group in _split(pattern, at="{}"))
 
 
 def _choices(group: str) -> float:
-    """Of what stands between two braces: a range, or alternatives."""
+    """Number of names of a group in braces: a range, or alternatives."""
     if _RANGE_OF_ANY_LENGTH.fullmatch(group):
         match = _RANGE.fullmatch(group)
         return math.inf if match is None else abs(int(match[2]) - int(match[1])) // max(1, int(match[3] or 1)) + 1

@@ -1,6 +1,6 @@
-"""Keyed permutations of 0..n-1 that can be asked for any place alone, and never change.
+"""Keyed permutations of 0..n-1 that can be evaluated at single places.
 
-Nothing depends on a library's generator, whose stream may change with its version.
+They depend on no library's random generator, whose stream may change between versions.
 """
 
 import numpy as np
@@ -13,13 +13,13 @@ _MASK64 = (1 << 64) - 1
 
 
 def permute(places: npt.ArrayLike, n: int, key: int) -> npt.NDArray[np.int64]:
-    """Where the permutation with this key sends each place.
+    """The images of the places under the permutation with this key.
 
     places: (B,) integers in [0, n); n >= 1; key: any integer, taken modulo 2^64. Returns (B,) int64 in [0, n).
 
-    A Feistel network over the smallest even number of bits that holds n, walked until it lands inside 0..n-1. The walk
-    ("cycle walking", Black and Rogaway 2002) keeps it a permutation of exactly 0..n-1; the domain is less than 4 n, so
-    a place is walked fewer than 4 times on average.
+    A Feistel network over the smallest even number of bits that holds n, iterated until the result is in 0..n-1. This
+    "cycle walking" (Black and Rogaway 2002) makes it a permutation of exactly 0..n-1; the domain is smaller than 4 n,
+    so there are fewer than 4 iterations on average.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = [np.uint64(_mix_int(key + round_)) for round_ in range(_ROUNDS)]
@@ -32,7 +32,7 @@ def permute(places: npt.ArrayLike, n: int, key: int) -> npt.NDArray[np.int64]:
 
 
 def derive_key(*parts: int) -> int:
-    """One 64-bit key from several integers; the order of the parts matters."""
+    """A 64-bit key from several integers; their order matters."""
     key = 0
     for part in reversed(parts):
         key = _mix_int(part ^ key)
@@ -40,7 +40,7 @@ def derive_key(*parts: int) -> int:
 
 
 def mix(values: UInt64Array) -> UInt64Array:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -48,7 +48,7 @@ def mix(values: UInt64Array) -> UInt64Array:
 
 
 def _mix_int(value: int) -> int:
-    """`mix` of one integer; an array of one would take ten times as long."""
+    """`mix` of one integer; ten times as fast as with an array of one."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64

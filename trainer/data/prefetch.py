@@ -1,4 +1,4 @@
-"""Fetching shards before they are needed: a rank's plan tells which come next."""
+"""Prefetching of shards, in the order in which a rank's plan needs them."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -8,16 +8,16 @@ from trainer.data.dataset import Shard
 from trainer.errors import DataError
 
 _FARTHEST = 4096  # micro-steps ahead of training
-_AGAIN = 1.0  # seconds until it is looked again whether other processes' pins make room
+_AGAIN = 1.0  # seconds between checks whether other processes released pins
 
 
 class Prefetcher:
-    """A thread that walks a plan ahead of training and pins what it will need in the node's cache.
+    """A thread that walks a plan ahead of training and pins the shards needed next in the node's cache.
 
-    needs: the shards of a micro-step, in the order of need; micro_steps: the plan's; in_hand: micro-steps ahead of
-    training that loader processes have already been given, and fetch for themselves; budget: bytes that may be pinned
-    at a time, by this process; the cache bounds what all of them pin. What does not fit is fetched by the reader when
-    it is needed, and what cannot be fetched is passed over, for it is the reader's to report.
+    needs: the shards of a micro-step, in the order of need; micro_steps: those of the plan; in_hand: micro-steps ahead
+    of training that loader processes already have, and download for themselves; budget: bytes that this process may pin
+    at a time; the cache limits the pins of all processes. A shard that does not fit is downloaded by the reader when it
+    is needed. Failed downloads are ignored, since the reader reports them.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Prefetcher:
         self.micro_steps = micro_steps
         self.in_hand = in_hand
         self.budget = budget
-        self._training = micro_steps.start  # the micro-step that training is at
+        self._training = micro_steps.start  # the current micro-step of training
         self._last_need: dict[int, int] = {}  # of each pinned shard, as far as the plan was walked
         self._pins: dict[int, int] = {}  # descriptors
         self._closed = False
@@ -44,24 +44,24 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._walk, name="prefetch", daemon=True)
 
     def start(self) -> None:
-        """Begin; loader processes should have been started before, for they inherit what is open."""
+        """Start; loader processes should be started before, since they inherit open descriptors."""
         self._thread.start()
 
     def advance(self, micro_step: int) -> None:
-        """Tell which micro-step training is at."""
+        """Set the current micro-step of training."""
         with self._moved:
             self._training = micro_step
             self._moved.notify()
 
     def close(self) -> None:
-        """Let go of everything, as soon as the fetch under way has ended; nobody need wait for that."""
+        """Stop and release all pins once the current download has ended; does not wait for that."""
         with self._moved:
             self._closed = True
             self._moved.notify()
 
     @property
     def pinned(self) -> set[int]:
-        """The shards that are held now."""
+        """The shards pinned at present."""
         return set(self._pins)
 
     def _walk(self) -> None:
@@ -85,7 +85,7 @@ class Prefetcher:
             self._pins.clear()
 
     def _pin(self, shard: int, micro_step: int) -> None:
-        """Wait until there is room for it, and pin it; do without where there is none when it is needed."""
+        """Wait for room and pin the shard; give up where there is none by the time it is needed."""
         wanted = self.shards[shard]
         while not self._closed and (now := self._training) + self.in_hand <= micro_step:
             self._let_go()
@@ -93,7 +93,7 @@ class Prefetcher:
                 try:
                     descriptor = self.cache.pin(wanted)
                 except DataError:
-                    return  # the reader will meet the same where it matters
+                    return  # the reader will report it
                 if descriptor is not None:
                     self._pins[shard] = descriptor
                     return

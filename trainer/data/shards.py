@@ -1,10 +1,11 @@
-"""The datasets that data_prep writes: checked against manifest and index when opened, and by crc32 when read."""
+"""Datasets written by data_prep: manifest and index are checked when opened, a crc32 when an image is read."""
 
 import re
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from data_prep.format import INDEX_DTYPE, INDEX_NAME, SOURCE_ENCODING, FormatError, crc32, load_manifest, sha256_of
 from trainer.data.dataset import InPlace, Shard, ShardFiles
@@ -17,11 +18,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class ShardedDataset(IndexedDataset):
-    """The images that data_prep wrote.
+    """A dataset written by data_prep.
 
-    Opening checks the manifest, the index and, of shards that lie in `folder`, every size; reading checks each sample's
-    crc32. `folder` holds manifest and index, and the shards too unless `origin` (a path or URL) says where they are.
-    Raises DataError.
+    Opening checks the manifest, the index and the sizes of shards in `folder`; reading checks each sample's crc32.
+    `folder` holds manifest and index, and also the shards unless `origin` (a path or URL) is their location. Raises
+    DataError.
     """
 
     damage = "crc32 differs"
@@ -60,19 +61,21 @@ class ShardedDataset(IndexedDataset):
             self._check_sizes()
         self._check_index()
 
+    @override
     def is_intact(self, row: Row, encoded: bytes) -> bool:
-        """See `IndexedDataset`: by crc32."""
+        """Compares the crc32."""
         return super().is_intact(row, encoded) and crc32(encoded) == row[_CRC32_AT]
 
+    @override
     def describe(self, sample: int) -> str:
-        """See `IndexedDataset`."""
         member = f"{self.index[sample]['key']:09d}"
-        if not self.crop:  # else each member has the extension of its own format
+        if not self.crop:  # with `crop`, members keep the extension of their format
             member += f".{self.manifest.encoding}"
         return f"{self.shards[int(self.shards_of(sample))].url}: member {member} (sample {sample})"
 
+    @override
     def split_keys(self) -> npt.NDArray[np.uint64]:
-        """See `IndexedDataset`: by content, so that two copies of an image are never on both sides of a split."""
+        """Hashes of the content, so that copies of an image are on the same side of the held-out split."""
         return (self.index["crc32"].astype(np.uint64) << np.uint64(32)) | self.index["length"]
 
     def _check_sizes(self) -> None:
@@ -94,7 +97,7 @@ class ShardedDataset(IndexedDataset):
         if sha256_of(path) != self.manifest.index_sha256:
             raise DataError(f"{path}: sha256 differs from the manifest's; the file was changed or is stale")
         try:
-            self.index  # noqa: B018 - it is read here for the first time
+            self.index  # noqa: B018 - loads and checks the index
         except ValueError as error:
             raise DataError(f"{path}: not an index ({error}); prepare the dataset again") from error
         if self.index.dtype != INDEX_DTYPE or self.index.shape != (self.manifest.samples,):

@@ -1,4 +1,4 @@
-"""The stream of micro-batches: every rank's share of every global batch, in order, resumed from one integer."""
+"""The stream of micro-batches: every rank's share of every global batch, in order, resumable from one integer."""
 
 import functools
 import gc
@@ -30,15 +30,15 @@ from trainer.signals import STOP_SIGNALS, on_parents_death
 
 StartMethod = Literal["fork", "spawn"]
 
-_PLANNED_AT_ONCE = 32  # micro-batches: an order takes hardly longer for many positions than for few
-_IN_TRAINING = 2  # batches that the trainer has at a time: one in use and the next one
-_DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\) .*")  # torch's words
+_PLANNED_AT_ONCE = 32  # micro-batches: computing an order has a cost per call
+_IN_TRAINING = 2  # batches that the trainer holds at a time: the current one and the next
+_DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\) .*")  # torch's message
 _ERROR_NAME = re.compile(r"^trainer\.errors\.\w+: ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout:
-    """How a global batch is divided: global_batch = world_size x accumulation x micro_batch."""
+    """Division of a global batch: global_batch = world_size x accumulation x micro_batch."""
 
     global_batch: int
     world_size: int
@@ -46,7 +46,8 @@ class BatchLayout:
 
     @classmethod
     def plan(cls, global_batch: int, world_size: int, largest_micro_batch: int | None) -> "BatchLayout":
-        """Divide the global batch over the ranks, and a rank's share into micro-batches that fit.
+        """Divide the global batch over the ranks, and a rank's share into micro-batches of at most
+        `largest_micro_batch`.
 
         Raises ConfigError with the valid values where it does not divide.
         """
@@ -68,13 +69,13 @@ class BatchLayout:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of one rank in one optimizer step."""
+        """Micro-batches of one rank per optimizer step."""
         return self.global_batch // (self.world_size * self.micro_batch)
 
     def positions(self, rank: int, micro_step: int) -> np.ndarray:
-        """Positions of one micro-batch, (micro_batch,) int64; micro_step counts from the run's beginning.
+        """Positions of one micro-batch, (micro_batch,) int64; micro_step counts from the start of the run.
 
-        Ranks take contiguous parts of the global batch, so that the union over ranks does not depend on their number.
+        Ranks take contiguous parts of the global batch, so the union over ranks does not depend on their number.
         """
         step, accumulated = divmod(micro_step, self.accumulation)
         share = self.global_batch // self.world_size
@@ -83,10 +84,10 @@ class BatchLayout:
 
 
 class MicroBatchPlan:
-    """The pipeline's source: this loader worker's positions and ids, a micro-batch at a time.
+    """The source of the pipeline: this loader worker's positions and ids, one micro-batch at a time.
 
-    Worker w of W takes micro-batches first + w, first + w + W, ...: the DataLoader asks its workers in turn, which
-    puts them back in order.
+    Worker w of W takes micro-batches first + w, first + w + W, ...: the DataLoader reads from its workers in turn,
+    which restores the order.
     """
 
     def __init__(self, layout: BatchLayout, *, order: Order, rank: int, first_step: int, last_step: int) -> None:
@@ -106,7 +107,7 @@ class MicroBatchPlan:
             yield from zip(positions, self.order.ids(positions.ravel()).reshape(positions.shape))
 
     def shards(self, dataset: Dataset, micro_step: int) -> list[int]:
-        """The shards that a micro-step reads, in the order of need."""
+        """Shards that a micro-step reads, in the order of need."""
         found = dataset.shards_of(self.order.ids(self.layout.positions(self.rank, micro_step)))
         return list(dict.fromkeys(found.tolist()))
 
@@ -122,16 +123,16 @@ def micro_batches(
     bad_samples: BadSamples | None = None,
     prefetcher: Prefetcher | None = None,
 ) -> Generator[dict[str, torch.Tensor], None, None]:
-    """Stream the plan's micro-batches, as `ReadAndDecode` makes them but for their faults, in order.
+    """Iterate over the plan's micro-batches in order, as made by `ReadAndDecode`, without "faults".
 
-    Raises DataError, in one line, where a sample is damaged; with `bad_samples` it is replaced and counted there. Also
-    where a loader process was killed; see `dead_loaders_told`.
+    Raises DataError, with a one-line message, where a sample is damaged; with `bad_samples` it is replaced and counted
+    there. Also where a loader process was killed; see `dead_loaders_told`.
     """
     if len(plan.micro_steps) == 0:
         return
     decode = ReadAndDecode(dataset, replace_by=plan.order if bad_samples is not None else None)
     loaders = min(workers, len(plan.micro_steps))
-    # A loader has as many batches under way as it keeps ready, and the trainer holds one while it asks for the next.
+    # A loader prepares as many batches as it may prefetch, while the trainer holds one and requests the next.
     memory = BatchMemory(
         decode.shape(plan.layout.micro_batch), loaders=loaders, slots=_IN_TRAINING + (prefetch if loaders else 0)
     )
@@ -149,7 +150,7 @@ def micro_batches(
     try:
         with dead_loaders_told():
             with _stop_signals_blocked():
-                first = next(batches)  # starts the loader processes, which inherit the mask
+                first = next(batches)  # starts the loader processes, which inherit the signal mask
             if prefetcher is not None:
                 prefetcher.start()
             for micro_step, packed in itertools.chain([first], batches):
@@ -162,7 +163,7 @@ def micro_batches(
                 yield batch
     except DataError as error:
         _let_go_of_loaders(error)
-        # A loader process wraps the message in its traceback; the last line is the one that was raised.
+        # A loader process puts its traceback into the message; the last line is the original message.
         raise DataError(_ERROR_NAME.sub("", str(error).strip().splitlines()[-1])) from error
     finally:
         if prefetcher is not None:
@@ -170,15 +171,16 @@ def micro_batches(
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    """In the place of torch's collation, which would put each small array into a shared memory of its own."""
+    """Replaces torch's collation, which would copy each small array to its own shared memory."""
     return batch
 
 
 @contextmanager
 def dead_loaders_told() -> Iterator[None]:
-    """Turn torch's word that a loader process was killed into DataError.
+    """A context that turns torch's error for a killed loader process into DataError.
 
-    It comes with a signal, in whatever the main thread is doing: so not only the stream but its user needs this.
+    torch raises it in a signal handler, at any point of the main thread: so all code that runs while a stream is open
+    needs this context, not only the stream.
     """
     try:
         yield
@@ -194,15 +196,17 @@ def dead_loaders_told() -> Iterator[None]:
 
 
 def _let_go_of_loaders(error: BaseException) -> None:
-    # The error and the frames of its traceback hold each other, and among them the loader: without this its processes
-    # would live until a garbage collection, which takes them apart in no order.
+    # The error and its traceback's frames reference each other, and through them the loader: without this its processes
+    # would stay alive until a garbage collection, which destroys them in arbitrary order.
     traceback.clear_frames(error.__traceback__)
 
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Launchers and schedulers signal whole process groups: to stop is the trainer's to decide, not its loaders'."""
-    # The tracker that spawned processes share lifts this very mask where it has to start; so it starts before.
+    """A context that blocks stop signals: launchers signal whole process groups, but only the trainer may stop its
+    loaders.
+    """
+    # Starting the resource tracker of spawned processes resets this mask, so it is started before.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -212,17 +216,19 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _prepare_worker(trainer: int, _: int) -> None:
-    # A forked loader holds the trainer's connections: as long as it lives, the other ranks do not see a dead one.
+    # A forked loader inherits the trainer's sockets: while it lives, other ranks do not notice a dead trainer.
     on_parents_death(signal.SIGKILL)
     if os.getppid() != trainer:
         os._exit(0)
-    gc.enable()  # the trainer has turned its own off
-    torch.set_num_threads(1)  # one process a worker is the parallelism that was asked for
+    gc.enable()  # disabled in the trainer, from which it was forked
+    torch.set_num_threads(1)  # parallelism is by worker processes
     threading.Thread(target=_end_when_the_trainer_says, args=(trainer,), daemon=True).start()
 
 
 def _end_when_the_trainer_says(trainer: int) -> None:
-    """Deaf to everyone else's SIGTERM, a loader must heed its trainer's: whoever waits for it would wait for ever."""
+    """Since SIGTERM is otherwise blocked, accept it from the trainer: a loader that ignored it would hang the
+    trainer.
+    """
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

@@ -1,7 +1,7 @@
-"""Plain webdataset tars, of anyone's making: no manifest, so their headers are walked once and the index is kept.
+"""WebDataset tars without a manifest: their headers are read once, and the index is kept.
 
-A tar holds no checksum of its members, so what can be found is a damaged header, a hole over one, a cut file, and an
-image that cannot be decoded; a flipped bit inside an image cannot. data_prep's shards have a crc32 for each image.
+A tar has no checksums of its members' content. Damaged or zeroed headers, truncated files and images that do not decode
+are detected; a flipped bit inside an image is not. data_prep's shards have a crc32 for each image.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from data_prep.format import UNLABELLED, sha256_of
 from data_prep.progress import WorkProgress
@@ -27,7 +28,7 @@ TAR_DTYPE = np.dtype(
     [
         ("offset", "<u8"),  # of the image's first byte
         ("length", "<u4"),
-        ("label", "<i4"),  # the number in the sample's .cls, or UNLABELLED
+        ("label", "<i4"),  # from the sample's .cls, or UNLABELLED
         ("name", "<u8"),  # first 8 bytes of the sha256 of the member's name
     ]
 )
@@ -37,11 +38,11 @@ _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 
 
 class TarDataset(IndexedDataset):
-    """The images of tars that data_prep did not write, cropped to the middle square when loaded.
+    """The images of tars that were not written by data_prep, cropped to the centre square when loaded.
 
-    shards: with `samples` = 0, for nobody knows it yet; image_size and mode: what every image must have (the shorter
-    side) or become (grey becomes RGB); index_folder: where the index is kept for the next start, None for nowhere.
-    Raises DataError that names shard and offset where a tar is damaged.
+    shards: with `samples` = 0, since their numbers are not known yet; image_size and mode: what every image must have
+    (the shorter side) or is converted to (grey to RGB); index_folder: where the index is kept for the next start, None
+    for nowhere. Raises DataError with shard and offset where a tar is damaged.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class TarDataset(IndexedDataset):
             columns=tuple(TAR_DTYPE.fields or ()),
         )
 
+    @override
     def describe(self, sample: int) -> str:
-        """See `IndexedDataset`; the name is looked up in the tar, for no index of millions of names is kept."""
+        """Location of a sample; its name is read from the tar, since the index does not store names."""
         shard = int(self.shards_of(sample))
         offset = int(self.index[sample]["offset"])
         try:
@@ -89,15 +91,16 @@ class TarDataset(IndexedDataset):
             names = {}
         return f"{self.shards[shard].url}: member {names.get(offset, f'at offset {offset}')} (sample {sample})"
 
+    @override
     def split_keys(self) -> npt.NDArray[np.uint64]:
-        """See `IndexedDataset`: by name."""
+        """Hashes of the members' names."""
         return self.index["name"].astype(np.uint64)
 
 
 def _kept_index(shards: Sequence[Shard], files: ShardFiles, folder: Path) -> tuple[list[int], Path]:
-    """The index of earlier, or a new one: of the processes that ask at once, one walks and the others wait for it.
+    """The stored index, or a new one: one process reads the headers while others wait for it.
 
-    It is keyed by what the shards are called, their sizes and times, so that a changed shard makes a new index.
+    It is keyed by the shards' names, sizes and times, so that a changed shard results in a new index.
     """
     key = hashlib.sha256(json.dumps([[s.url, s.bytes, s.digest] for s in shards]).encode()).hexdigest()[:32]
     path, record = folder / f"{key}.npy", folder / f"{key}.json"
@@ -114,7 +117,7 @@ def _kept_index(shards: Sequence[Shard], files: ShardFiles, folder: Path) -> tup
 
 
 def _counts_kept(path: Path, record: Path) -> list[int] | None:
-    """The number of samples of each shard; None where index and record are not here, or not as they were written."""
+    """Number of samples of each shard; None where index and record are missing or do not match."""
     try:
         kept = json.loads(record.read_text())
         counts = [int(count) for count in kept["counts"]]
@@ -137,10 +140,9 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.NDArray[np.void]]:
-    """Walk all shards. Returns the number of samples of each, and the index, (N,) TAR_DTYPE.
+    """Read the headers of all shards. Returns the number of samples of each, and the index, (N,) TAR_DTYPE.
 
-    Says, in one line each, which images and labels are left out: it is the only one of all processes and starts that
-    meets them.
+    Reports the images and labels that are left out, one line each: no other process or start does.
     """
     parts, left_out, without_number = [], [], []
     with WorkProgress(total=len(shards), what="indexing", unit="tar") as progress:
@@ -172,11 +174,12 @@ def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.N
 
 
 def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
-    """Webdataset's rule: a sample is what shares a name up to its first dot, and its image is the one called .jpg etc.
+    """WebDataset's grouping: a sample is all members with the same name up to the first dot; its image is .jpg, .png,
+    ...
 
-    Beyond that rule, images that would have been lost are samples of their own: `a.1.jpg` and `a.2.jpg` where there
-    is no `a.jpg`, and images without an extension. Returns the index's rows, the names of the images that are left out
-    for all that (of other formats, links, sparse files), and those of the `.cls` that hold no number.
+    In addition, images that this rule would drop are samples of their own: `a.1.jpg` and `a.2.jpg` where there is no
+    `a.jpg`, and images without an extension. Returns the rows of the index, the names of images that are still left out
+    (other formats, links, sparse files), and the names of `.cls` members without a number.
     """
     samples: dict[str, dict[str, Member]] = {}
     left_out: list[str] = []
@@ -184,7 +187,7 @@ def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np
     for member in members:
         folder, _, base = member.name.rpartition("/")
         key, _, extension = base.partition(".")
-        if base.startswith(".") or member.kind == "folder":  # macOS's ._ files and the like
+        if base.startswith(".") or member.kind == "folder":  # for example macOS's ._ files
             continue
         if member.kind != "file":
             left_out += [member.name] if _is_image(extension) else []
@@ -209,7 +212,7 @@ def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np
 
 
 def _is_image(extension: str) -> bool:
-    """By all that stands behind a name's first dot."""
+    """Whether the part of a name after its first dot is that of an image."""
     return extension.lower().rpartition(".")[2] in _IMAGE_EXTENSIONS | _OTHER_IMAGES
 
 
@@ -227,7 +230,7 @@ def _images(descriptor: int, fields: dict[str, Member]) -> list[Member]:
 
 
 def _label(descriptor: int, member: Member) -> int | None:
-    """The number in a `.cls`; None where it holds none, or one that is no class."""
+    """The number in a `.cls`; None where it holds none, or one that is no valid class."""
     text = os.pread(descriptor, min(member.length, 32), member.offset)
     try:
         label = int(text)

@@ -1,4 +1,4 @@
-"""From the configuration's [data] to the images that are trained on and their order."""
+"""Opens the configuration's [data]: dataset, held-out split and order."""
 
 import hashlib
 import math
@@ -29,16 +29,16 @@ from trainer.data.unprepared import check_prepared
 from trainer.data.windowed import WindowedOrder
 from trainer.errors import ConfigError, DataError
 
-DATA_FINGERPRINT = "data (manifest)"  # its name in a run's identity
+DATA_FINGERPRINT = "data (manifest)"  # its key in a run's identity
 _WILDCARDS = set("*?[")
-_UNFINISHED = ".staging"  # data_prep's, in a folder that has no manifest yet
+_UNFINISHED = ".staging"  # of data_prep, in a folder that has no manifest yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """A dataset, the order in which it is trained on, and what of both must not change within a run.
+    """A dataset, its training order, and the fingerprint of both, which must not change within a run.
 
-    cache: None where the shards are read where they lie; held_out: (H,) int64, the ids that the order leaves out.
+    cache: None where the shards are read in place; held_out: (H,) int64, the ids that the order leaves out.
     """
 
     dataset: Dataset
@@ -49,10 +49,11 @@ class TrainingData:
 
 
 def open_training_data(config: Config, *, index_folder: Path | None, nodes: int | None = None) -> TrainingData:
-    """Open what `config.data` names.
+    """Open the data described by `config.data`.
 
-    index_folder: where the indexes of tars without one are kept if there is no data.cache_dir; None for nowhere; nodes:
-    those that train, each on its share of the lanes; None: on one lane at least. Raises ConfigError or DataError.
+    index_folder: where the indexes of tars are kept if there is no data.cache_dir; None for nowhere; nodes: number of
+    training nodes, each reading its share of the lanes; None where unknown: at least one lane each. Raises ConfigError
+    or DataError.
     """
     data = config.data
     cache = NodeCache(Path(data.cache_dir), data.cache_size) if data.cache_dir is not None else None
@@ -85,7 +86,7 @@ def _identity(data: DataConfig, fingerprint: str) -> dict[str, Any]:
 
 
 def _split_and_order(config: Config, dataset: IndexedDataset, seed: int) -> tuple[npt.NDArray[np.int64], Order]:
-    """The held-out ids and the order of the others."""
+    """The held-out ids, and the order of the others."""
     data = config.data
     bounds = dataset.bounds
     if data.holdout:
@@ -121,12 +122,12 @@ def _mixture(config: Config, orders: Sequence[Order], joined: JoinedDatasets) ->
 
 
 def _check_cache_size(data: DataConfig, dataset: Dataset, nodes: int | None) -> None:
-    """Refuse what would fetch every shard again and again."""
+    """Raise ConfigError where the cache is so small that every shard would be downloaded again and again."""
     sizes = sorted((shard.bytes for shard in dataset.shards), reverse=True)
-    at_once = max(1, len(data.mixture))  # orders that are gone through side by side
+    at_once = max(1, len(data.mixture))  # orders that are read side by side
     if data.order == "lanes":
         at_once = math.ceil(data.lanes / (nodes or data.lanes))
-    # Of each a window that is read and the next one that is fetched.
+    # For each, the window being read and the next one being prefetched.
     needed = sum(sizes) if data.order == "global" else sum(sizes[: 2 * data.window * at_once])
     if needed > data.cache_size:
         raise ConfigError(
@@ -136,7 +137,7 @@ def _check_cache_size(data: DataConfig, dataset: Dataset, nodes: int | None) -> 
 
 
 class _Opener:
-    """Opens one path or URL after the other."""
+    """Opens paths and URLs of [data]."""
 
     def __init__(self, config: Config, cache: NodeCache | None, index_folder: Path | None) -> None:
         self.model = config.model
@@ -145,7 +146,7 @@ class _Opener:
         self.patience = cache.patience if cache is not None else Patience()
 
     def open(self, path: str) -> IndexedDataset:
-        """Data that data_prep wrote, or tars of others. Raises DataError or ConfigError."""
+        """Open a dataset of data_prep, or plain tars. Raises DataError or ConfigError."""
         dataset = self._open_remote(path) if "://" in path else self._open_local(path)
         for field, wanted, found in (
             ("image_size", self.model.image_size, dataset.image_size),

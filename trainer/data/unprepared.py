@@ -1,4 +1,4 @@
-"""What to say where data.path is something else than prepared data or tars."""
+"""Error messages for a data.path that is neither a prepared dataset nor tars."""
 
 import os
 import shlex
@@ -8,11 +8,11 @@ from data_prep.sources.rules import has_image_suffix, is_by_product
 from trainer.errors import DataError
 
 _ARCHIVES = (".zip", ".tgz", ".gz", ".tfrecords", ".parquet", ".mdb")
-_MOST_LOOKED_AT = 10_000  # files, so that a folder of anything gets its line at once
+_MOST_LOOKED_AT = 10_000  # files, so that a large folder is not searched for long
 
 
 def check_prepared(path: Path, *, image_size: int, channels: int) -> None:
-    """Raise DataError where `path` is there, with the command that prepares it if it holds images.
+    """Raise DataError where `path` exists; if it holds images, the message has the command to prepare them.
 
     image_size and channels: the configuration's.
     """
@@ -30,7 +30,7 @@ def check_prepared(path: Path, *, image_size: int, channels: int) -> None:
 
 
 def _first_to_prepare(folder: Path) -> str | None:
-    """An image or an archive of images in `folder`, by its name; None where there is none."""
+    """Name of an image or an archive of images in `folder`; None where there is none."""
     looked_at = 0
     for place, below, files in os.walk(folder):
         below[:] = sorted(name for name in below if not is_by_product(name))

@@ -1,7 +1,7 @@
-"""The windowed order: shards in a keyed order, and samples mixed among a few shards at a time.
+"""The windowed order: shards in a keyed order, and samples shuffled within windows of a few shards.
 
-A rank reads only the shards of one window for a while, so a cache needs to hold about two windows. With a window of all
-shards it is as good a shuffle as `global`.
+At any time a rank reads only the shards of one window, so a cache needs to hold about two windows. With a window of all
+shards the shuffle is as good as `global`.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ import numpy.typing as npt
 from trainer.data.order import Int64Array
 from trainer.data.permutation import derive_key, permute
 
-_WINDOWED = 0x77696E646F776564  # "windowed": apart from the keys of the other orders
+_WINDOWED = 0x77696E646F776564  # "windowed": distinguishes its keys from those of other orders
 
 
 class WindowedOrder:
-    """See the module. Shards may hold any number of samples; ids are numbered through the shards in turn."""
+    """The windowed order, see the module. Shards may hold any number of samples; ids run through the shards."""
 
     def __init__(self, shard_sizes: Sequence[int], *, window: int, seed: int) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
@@ -27,7 +27,7 @@ class WindowedOrder:
         self._epochs: dict[int, Windows] = {}
 
     def ids(self, positions: npt.ArrayLike) -> Int64Array:
-        """See `Order`; ids are 0..N-1."""
+        """Implements `Order.ids`; ids are 0..N-1."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         ids = np.empty(places.shape, dtype=np.int64)
         for epoch in np.unique(epochs):
@@ -36,18 +36,18 @@ class WindowedOrder:
         return ids
 
     def _windows(self, epoch: int) -> "Windows":
-        known = self._epochs  # replaced, never changed: the prefetcher's thread asks too
+        known = self._epochs  # replaced, never modified: the prefetcher's thread reads it too
         if epoch in known:
             return known[epoch]
         made = Windows(self.starts, self.sizes, window=self.window, key=derive_key(self.seed, _WINDOWED, epoch))
-        self._epochs = dict([*known.items(), (epoch, made)][-2:])  # a stream looks at this epoch and the next
+        self._epochs = dict([*known.items(), (epoch, made)][-2:])  # a stream needs this epoch and the next
         return made
 
 
 class Windows:
-    """Pieces of shards in a keyed order; in each run of `window` pieces, their samples in a keyed order.
+    """Sections of shards in a keyed order; within each window of `window` sections, their samples in a keyed order.
 
-    starts, sizes: (P,) int64, each piece's first id and number of samples, which may be 0.
+    starts, sizes: (P,) int64, each section's first id and number of samples, which may be 0.
     """
 
     def __init__(self, starts: Int64Array, sizes: Int64Array, *, window: int, key: int) -> None:

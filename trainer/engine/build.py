@@ -1,4 +1,4 @@
-"""From a configuration to the objects that it describes."""
+"""Builds the objects that a configuration describes: network, diffusion process, objective, optimizer, state."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,7 @@ from trainer.models.unet import UNet, UNetConfig
 
 
 def unet_config(model: ModelConfig, variance: ReverseVariance) -> UNetConfig:
-    """The network's own description of its shape. Raises ConfigError where the sizes do not fit together."""
+    """The UNet's own configuration. Raises ConfigError where its sizes are inconsistent."""
     fields = model.model_dump()
     fields["channel_multipliers"] = tuple(model.channel_multipliers)
     fields["attention_resolutions"] = tuple(model.attention_resolutions)
@@ -48,14 +48,14 @@ def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:
 
 
 def build_reverse(network: nn.Module, diffusion: GaussianDiffusion, config: Config) -> ReverseProcess:
-    """What the network's output means, on a process that may have been respaced."""
+    """The reverse process: interprets the network's output, on a forward process that may have been respaced."""
     return ReverseProcess(
         network, diffusion, prediction=config.diffusion.prediction, variance=config.diffusion.variance
     )
 
 
 def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> UNet:
-    """A network to draw from or to judge: those weights, in eval mode, on the device, in the run's precision.
+    """A network for sampling or evaluation: `weights` loaded, in eval mode, on the device, in the run's precision.
 
     Raises CheckpointError where the weights are of another network.
     """
@@ -71,7 +71,7 @@ def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: t
 
 
 def build_objective(config: Config, device: torch.device) -> GaussianObjective:
-    """What the network is trained to minimise, its tables and what it remembers on the device."""
+    """The training objective, its tables and its recorded state (importance sampling of t) on the device."""
     process = config.diffusion
     importance = process.timestep_sampling == "importance"
     return GaussianObjective(
@@ -95,7 +95,7 @@ def build_optimizer(config: Config, network: nn.Module) -> GuardedAdam:
 
 
 def build_state(config: Config, strategy: Strategy) -> TrainState:
-    """The state of a run that has not begun, spread over the ranks; the same for every number of them. Collective."""
+    """The state of a run at step 0, sharded over the ranks; its values do not depend on their number. Collective."""
     torch.manual_seed(config.seed)
     network = build_network(config)
     layout = BatchLayout.plan(config.train.global_batch, strategy.accelerator.num_processes, config.train.micro_batch)

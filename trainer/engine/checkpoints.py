@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written by all ranks, verified before use, one damaged one never the end of a run.
+"""Checkpoints of a run: written by all ranks, verified before use; where the newest is damaged, an older one is used.
 
     RUN/checkpoints/step-00001000/part-00000-of-00002.safetensors   each rank's share of the tensors
                                   manifest.json                     files and their hashes, tensors, scalars, identity
@@ -31,7 +31,9 @@ STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Methods are collective, if not said else: all call, all return or all raise."""
+    """The checkpoints in one folder. Unless stated otherwise, methods are collective and return or raise on all ranks
+    alike.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder = folder
@@ -40,15 +42,15 @@ class Checkpoints:
         self.wait = accelerator.wait_for_everyone
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Path of a step's checkpoint, whether or not it exists."""
         return self.folder / f"step-{step:08d}"
 
     def exists(self, step: int) -> bool:
-        """Whether there is one of that step, whatever it is worth; rank 0's word."""
+        """Whether a checkpoint of that step exists, verified or not, as rank 0 sees it."""
         return bool(broadcast(self.path(step).exists()))
 
     def begin(self, contents: Contents, *, step: int, identity: Mapping[str, Any]) -> Saving:
-        """Copy the state and start to write it behind the training's back; `finish` makes it a checkpoint.
+        """Copy the state and start an async save; `finish` completes it.
 
         Raises CheckpointError on all ranks where any of them cannot write.
         """
@@ -68,9 +70,9 @@ class Checkpoints:
         return Saving(staging, final, content, part, contents.slices)
 
     def finish(self, saving: Saving) -> Path:
-        """Wait until every rank has written its part, then give the checkpoint its name: every byte is on disk.
+        """Wait until every rank has written and synced its part, then rename the folder to its final name.
 
-        Raises CheckpointError on all ranks where any of them could not write; older checkpoints stay as they are.
+        Raises CheckpointError on all ranks where any of them could not write; older checkpoints are left unchanged.
         """
         what = f"{saving.final}: cannot be written"
         try:
@@ -83,30 +85,31 @@ class Checkpoints:
             )
         except CheckpointError:
             if self.rank == 0:
-                shutil.rmtree(saving.staging, ignore_errors=True)  # make room; what was complete before is untouched
+                shutil.rmtree(saving.staging, ignore_errors=True)  # free the disk space
             raise
         return saving.final
 
     def save(self, contents: Contents, *, step: int, identity: Mapping[str, Any]) -> Path:
-        """Both at once; errors as theirs."""
+        """`begin` followed by `finish`: a synchronous save. Errors as theirs."""
         return self.finish(self.begin(contents, step=step, identity=identity))
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first; verified or not."""
+        """Steps that have a checkpoint, oldest first; not verified."""
         matches = [STEP_NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
         return sorted(int(match[1]) for match in matches if match)
 
     def verify(self, path: Path) -> str | None:
-        """Check every byte of a checkpoint, each rank its share. Returns the reason why it is damaged, or None.
+        """Check the hashes of a checkpoint's files, which the ranks divide among them. Returns why it is damaged, or
+        None.
 
-        Raises CheckpointError where it cannot be read, which does not say that it is damaged.
+        Raises CheckpointError where it cannot be read: an I/O error is no proof of damage.
         """
         what = f"{path}: cannot be verified"
         reasons = together(what, lambda: self.damage_of_own_share(path), kind=CheckpointError)
         return next((reason for reason in reasons if reason is not None), None)
 
     def damage_of_own_share(self, path: Path) -> str | None:
-        """What `verify` does on each rank; not collective. Raises OSError where the file system fails."""
+        """This rank's share of `verify`; not collective. Raises OSError where the file system fails."""
         try:
             for record in manifests.read(path)["files"][self.rank :: self.world_size]:
                 sealed.verify_file(path, record)
@@ -115,9 +118,10 @@ class Checkpoints:
         return None
 
     def find_verified(self) -> tuple[Path | None, dict[Path, str]]:
-        """The newest checkpoint that is whole, or None, and the newer ones that are not, with the reason of each.
+        """The newest undamaged checkpoint, or None, and the newer damaged ones, each with the reason.
 
-        Raises CheckpointError where none is whole but one cannot be read: it may be, when the disk is back.
+        Raises CheckpointError where no checkpoint is known to be undamaged but one cannot be read: it may be readable
+        later.
         """
         damaged: dict[Path, str] = {}
         unreadable: CheckpointError | None = None
@@ -135,7 +139,7 @@ class Checkpoints:
         return None, damaged
 
     def choose(self, path: Path | None) -> Path:
-        """The given checkpoint, or the newest that is whole; verified. Raises CheckpointError where there is none."""
+        """The given checkpoint, or the newest undamaged one; verified. Raises CheckpointError where there is none."""
         if path is not None:
             self.check(path)
             return path
@@ -145,9 +149,10 @@ class Checkpoints:
         return newest
 
     def recover(self) -> tuple[Path | None, dict[Path, str]]:
-        """Like `find_verified`, and put the damaged ones into quarantine.
+        """Like `find_verified`, and move the damaged checkpoints to quarantine.
 
-        Raises CheckpointError where checkpoints were made but none is whole: training anew would lose a run silently.
+        Raises CheckpointError where checkpoints exist but none is undamaged: starting from step 0 would silently lose a
+        run.
         """
         newest, damaged = self.find_verified()
         for path, reason in damaged.items():
@@ -163,37 +168,37 @@ class Checkpoints:
         return newest, damaged
 
     def check(self, path: Path) -> None:
-        """Raise CheckpointError where one certain checkpoint is damaged."""
+        """Raise CheckpointError where this checkpoint is damaged."""
         reason = self.verify(path)
         if reason is not None:
             raise CheckpointError(f"{path}: damaged: {reason}", agreed=True)
 
     def supersede(self, source: Path | str, step: int) -> None:
-        """Set aside what the run will write again when it goes on from `source`, a checkpoint of `step`."""
+        """Move those of `step` and later to superseded/: the run resumes from `source`, of `step`."""
         for other in broadcast(self.steps()):
             if other > step or (other == step and self.path(other).resolve() != Path(source).resolve()):
                 self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
 
     def supersede_after(self, step: int, source: Path) -> None:
-        """Like `supersede`, of snapshots, which have no state: one of `step` itself stays."""
+        """Like `supersede`, for snapshots of averages, which have no state to resume from: one of `step` stays."""
         for other in broadcast(self.steps()):
             if other > step:
                 self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
 
     def retire(self, keep: int, keep_forever: Callable[[int], bool]) -> None:
-        """Delete checkpoints that are neither among the `keep` newest nor to be kept for ever."""
+        """Delete checkpoints that are neither among the `keep` newest nor to be kept forever."""
 
         def delete() -> None:
             for step in self.steps()[:-keep]:
                 if not keep_forever(step):
                     doomed = self.folder / f".staging-retired-{step:08d}"
-                    self.path(step).rename(doomed)  # at once, so that a half-deleted one is never taken for damaged
-                    shutil.rmtree(doomed, ignore_errors=True)  # what stays is discarded at the next start
+                    self.path(step).rename(doomed)  # atomic: a partly deleted one would look damaged
+                    shutil.rmtree(doomed, ignore_errors=True)  # what remains is deleted at the next start
 
         together(f"{self.folder}: an old checkpoint cannot be deleted", delete, kind=CheckpointError, only_rank=0)
 
     def discard_unfinished(self) -> None:
-        """Delete what an interrupted save or deletion left."""
+        """Delete the remains of interrupted saves and deletions."""
         if self.rank == 0:
             for leftover in self.folder.glob(".staging-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -213,14 +218,15 @@ class Checkpoints:
 
 
 def reason_file(aside: Path) -> Path:
-    """Where it is written why this was set aside: in the folder, or beside what is none."""
+    """The file with the reason why this was set aside: inside it if it is a folder, otherwise beside it."""
     return aside / "REASON" if aside.is_dir() else aside.with_name(f"{aside.name}.REASON")
 
 
 def open_verified(path: Path) -> tuple[TensorReader, dict[str, Any]]:
-    """Tensors, to be read as far as needed, and manifest of a checkpoint whose files have been verified.
+    """A reader of the tensors, which reads them on demand, and the manifest of a checkpoint whose files have been
+    verified.
 
-    Raises CheckpointError where the format is another or its files do not make up its tensors.
+    Raises CheckpointError where its format version is unknown or its files do not hold exactly its tensors.
     """
     try:
         manifest = manifests.read(path)
@@ -238,14 +244,18 @@ def open_verified(path: Path) -> tuple[TensorReader, dict[str, Any]]:
 
 
 def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All tensors, whole, and manifest of a checkpoint whose files have been verified; errors as `open_verified`."""
+    """The tensors, whole, and the manifest of a checkpoint whose files have been verified; errors as
+    `open_verified`.
+    """
     reader, manifest = open_verified(path)
     return {name: reader.whole(name) for name in reader.shapes}, manifest
 
 
 def read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The network's state dict, averaged ("ema", "ema-<sigma_rel>") or raw ("model"), and the manifest of a verified
-    checkpoint. Raises CheckpointError where it has no such weights, or where one of them is not finite.
+    """A network's state dict and the manifest of a verified checkpoint.
+
+    `kind`: "model" for the raw weights, "ema" or "ema-<sigma_rel>" for an average. Raises CheckpointError where the
+    checkpoint has no such weights, or where one of them is not finite.
     """
     reader, manifest = open_verified(path)
     kinds = {name.partition("/")[0] for name in reader.shapes}
@@ -260,7 +270,7 @@ def read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[s
 def _usable(weight: torch.Tensor, where: str) -> torch.Tensor:
     if not weight.is_floating_point():
         raise CheckpointError(f"{where}: {weight.dtype}, weights are floating point numbers", agreed=True)
-    if not bool(weight.float().isfinite().all()):  # as float32, which is what a network has
+    if not bool(weight.float().isfinite().all()):  # in float32, the network's dtype
         raise CheckpointError(f"{where}: holds NaN or infinity; take an older checkpoint", agreed=True)
     return weight
 

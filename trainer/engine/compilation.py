@@ -1,6 +1,6 @@
-"""The network's stages compiled by torch.compile, one by one ("regional"): stages alike share what is compiled once.
+"""Regional torch.compile: the network's stages are compiled one by one, and stages of the same shape share their code.
 
-Parameters and their names stay as they are, so checkpoints do not tell whether their run was compiled.
+Parameters and their names are unchanged, so checkpoints are independent of compilation.
 """
 
 import os
@@ -17,48 +17,48 @@ from trainer.engine.cpu_share import own_cores
 from trainer.errors import ConfigError
 from trainer.models.unet import Stage, UNet
 
-_MOST_SHAPES = 128  # of stages, in training and in evaluation mode; the paper's 256 x 256 network has 25 in each
+_MOST_SHAPES = 128  # variants of stages, in train and eval mode; the paper's 256 x 256 network needs 25 for each mode
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "deterministic": True,  # no kernel chosen by timing it: a restart would round otherwise
-    "fallback_random": True,  # dropout's masks are those of an uncompiled run
-    "triton.mix_order_reduction": False,  # gave wrong gradients of norms, silently (pytorch issue 193061)
+    "deterministic": True,  # no autotuning: after a restart it might choose kernels that round differently
+    "fallback_random": True,  # the same dropout masks as in eager mode
+    "triton.mix_order_reduction": False,  # silently computes wrong gradients of norms (pytorch issue 193061)
 }
 
 
 def compile_stages(network: UNet, cache: str | None, *, cuda_graphs: bool = False) -> None:
-    """Have every stage of the network compiled when it first runs, in place; each shape of input on its own.
+    """Compile every stage of the network in place when it first runs, once for each input shape.
 
-    `cache`: where compiled code is kept, see `use_cache`. `cuda_graphs`: replay a stage's kernels as one graph, which
-    reuses the memory of its outputs and gradients. So `torch.compiler.cudagraph_mark_step_begin` has to be called
-    before each forward pass, and gradients have to be added to tensors that were there before (`GuardedAdam`).
-    Raises ConfigError where the device's code cannot be compiled. A stage that cannot be compiled as a whole is an
-    error, never run uncompiled.
+    `cache`: folder for compiled code, see `use_cache`. `cuda_graphs`: replay a stage's kernels as one CUDA graph, which
+    reuses the memory of its outputs and gradients. The caller then has to call
+    `torch.compiler.cudagraph_mark_step_begin` before each forward pass and to accumulate gradients into tensors
+    allocated before (`GuardedAdam`). Raises ConfigError where there is no compiler for the device. A stage that cannot
+    be compiled without graph breaks is an error; it is never run in eager mode.
     """
     if cuda_graphs and not torch.cuda.is_available():
         raise ConfigError("train.cuda_graphs = true: no CUDA device is here; take false")
     if not torch.cuda.is_available() and not has_compiler():
         raise ConfigError('train.compile = "regional": no C++ compiler is here; install g++, set CXX, or take "none"')
     use_cache(cache)
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # else inductor starts 32, or as many as the machine has
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # otherwise inductor starts min(32, cores of the machine)
         torch._inductor.config.compile_threads = min(32, own_cores())
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
     for stage in network.modules():
         if isinstance(stage, Stage):
-            # Its forward, not the module: what a strategy hooks to the module stays outside.
+            # Its forward, not the module: hooks registered by a strategy on the module stay outside the compiled graph.
             stage.forward = torch.compile(  # type: ignore[method-assign]
                 stage.forward, dynamic=False, fullgraph=True, options=_OPTIONS | {"triton.cudagraphs": cuda_graphs}
             )
 
 
 def has_compiler() -> bool:
-    """Whether a C++ compiler is here, which inductor needs to compile for CPUs."""
+    """Whether a C++ compiler is installed, which inductor needs for CPUs."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
 
 
 def use_cache(folder: str | None) -> None:
-    """Keep compiled code in this folder, for the restarts and for other ranks.
+    """Keep compiled code in this folder, shared by restarts and by other ranks.
 
-    Left out, it is TORCHINDUCTOR_CACHE_DIR where that is set, else a folder of the user's that survives a reboot.
+    `folder` None: TORCHINDUCTOR_CACHE_DIR where that is set, else a folder in the user's home that survives a reboot.
     """
     if folder is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -1,4 +1,4 @@
-"""Ranks that must hold the same weights are asked whether they do, before those are saved."""
+"""Checks before a save that ranks which replicate weights hold identical ones."""
 
 import torch
 import torch.distributed as dist
@@ -8,9 +8,9 @@ from trainer.errors import TrainerError
 
 
 def check_replicas(strategy: Strategy, step: int) -> None:
-    """Raise TrainerError on all ranks where copies of a parameter differ in a bit: they have been training apart.
+    """Raise TrainerError on all ranks where replicas of a parameter differ in any bit: the ranks have diverged.
 
-    Collective; reads the device.
+    Collective; synchronises with the device.
     """
     named, group = strategy.replicas()
     if group is None or not named:
@@ -22,7 +22,7 @@ def check_replicas(strategy: Strategy, step: int) -> None:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         different = [name for (name, _), equal in zip(named, (least == most).tolist(), strict=True) if not equal]
     found = torch.tensor(float(len(different)), device=strategy.device)
-    if dist.is_initialized():  # other groups of ranks have copies of other parts
+    if dist.is_initialized():  # sharding groups: each group holds replicas of different shards
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if found.item():
         where = different[0] if different else "a parameter of another group of ranks"

@@ -1,6 +1,6 @@
-"""Checkpoints copied elsewhere while training goes on: every rank its part, and the first one what makes it a copy.
+"""Mirrors checkpoints to a remote location while training goes on: every rank uploads its part, rank 0 seals the copy.
 
-What fails is told and tried again with the next checkpoint: it ends neither the run nor the checkpoint on disk.
+A failed upload is reported and repeated with the next checkpoint; it affects neither the run nor the local checkpoint.
 """
 
 import threading
@@ -21,10 +21,10 @@ from trainer.engine.watchdog import wait_for
 
 
 class Copies:
-    """One checkpoint at a time is copied; of those that wait only the newest.
+    """Mirrors one checkpoint at a time; of those that are waiting only the newest is kept.
 
-    Three phases, each of which ends on all ranks before the next begins: "prepare" (the first rank: is it a copy
-    already, is the place this run's), "parts" (all ranks), "seal" (the first rank).
+    Three phases, each of which ends on all ranks before the next begins: "prepare" (rank 0: is this checkpoint mirrored
+    already, and is the location this run's), "parts" (all ranks upload), "seal" (rank 0 writes manifest and marker).
     """
 
     def __init__(
@@ -51,34 +51,34 @@ class Copies:
         self._source = Path()
         self._started = 0.0
         self._wanted: Path | None = None
-        self._is_ours = False  # whether the place is known to hold this run's copies or none
+        self._is_ours = False  # whether the location has been checked to hold copies of this run or none
 
     @property
     def is_copying(self) -> bool:
-        """Whether this rank has something under way."""
+        """Whether this rank has an upload in progress."""
         return self._task.is_running
 
     @property
     def is_pending(self) -> bool:
-        """Whether something is wanted that is not yet copied; the same on all ranks."""
+        """Whether a requested checkpoint has not been mirrored yet; the same on all ranks."""
         return self._phase != "idle" or self._wanted is not None
 
     def want(self, checkpoint: Path) -> None:
-        """A checkpoint is complete: copy it, instead of one that has waited until now. On all ranks alike."""
+        """Request a mirror of a complete checkpoint, in place of one that is still waiting. Called on all ranks."""
         self._wanted = checkpoint
 
     def needs(self, step: int) -> bool:
-        """Whether the checkpoint of a step must stay for a while, since it is to be copied."""
+        """Whether the checkpoint of a step must not be deleted yet, because it is to be mirrored."""
         sources = [self._source] if self._phase != "idle" else []
         return any(_step_of(path) == step for path in [*sources, *([self._wanted] if self._wanted else [])])
 
     def poll(self, ranks_copying: int) -> None:
-        """Go on where no rank has anything under way; `ranks_copying` is what all ranks know of it. Collective."""
+        """Start the next phase where no rank has an upload in progress; `ranks_copying` is their number. Collective."""
         if ranks_copying == 0:
             self._advance()
 
     def end(self) -> None:
-        """Wait until all that was wanted is copied, or has failed. Collective."""
+        """Wait until everything requested has been mirrored or has failed. Collective."""
         while self.is_pending:
             self._advance()
 
@@ -135,7 +135,7 @@ class Copies:
 
 
 def check_place(place: CopyFolder, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError where the copies there are of another run, which would be mixed with this one's."""
+    """Raise CheckpointError where the copies at that location belong to another run."""
     if steps := place.steps():
         manifest = place.manifest(steps[-1])
         if manifest is not None:
@@ -143,12 +143,12 @@ def check_place(place: CopyFolder, identity: dict[str, Any]) -> None:
 
 
 class _Task:
-    """Something done by a thread: what came of it, or what went wrong."""
+    """A function running in a thread: its result or its error."""
 
     def __init__(self, action: Callable[[], str | None]) -> None:
         self._action = action
         self._outcome: tuple[str | None, str | None] = (None, None)
-        # A daemon: an upload that hangs must not keep a process alive that is to end.
+        # A daemon thread: a hanging upload must not keep the process alive at exit.
         self._thread = threading.Thread(target=self._run, daemon=True, name="copy of a checkpoint")
 
     @property
@@ -159,14 +159,14 @@ class _Task:
         self._thread.start()
 
     def outcome(self) -> tuple[str | None, str | None]:
-        """Wait; result and fault."""
+        """Wait for the thread; returns (result, error message)."""
         wait_for(self._thread, "copy")
         return self._outcome
 
     def _run(self) -> None:
         try:
             self._outcome = self._action(), None
-        except Exception as error:  # each file system's library raises its own
+        except Exception as error:  # fsspec backends raise exceptions of their libraries
             self._outcome = None, words(error)
 
 

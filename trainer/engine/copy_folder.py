@@ -1,9 +1,9 @@
-"""Copies of a run's checkpoints in another place: a bucket, a server, another disk; whatever fsspec can write.
+"""A mirror of a run's checkpoints: in a bucket, on a server or another disk; anything that fsspec can write to.
 
     URL/step-00001000/part-...  manifest.json  COMPLETE     as in RUN/checkpoints; COMPLETE is written last
-    URL/step-00002000/...                      SUPERSEDED   the marker of a copy of what the run was taken back from
+    URL/step-00002000/...                      SUPERSEDED   replaces COMPLETE where the run resumed from an earlier step
 
-Nobody renames a folder in a bucket, so the marker alone makes a copy of files; what it is worth, hashes say.
+Buckets have no atomic rename of folders, so files count as a copy only once the marker exists. The hashes verify it.
 """
 
 import json
@@ -25,9 +25,10 @@ _PATIENCE = Patience(attempts=3)
 
 
 class CopyFolder:
-    """One run's copies. No method is collective; each raises what the file system's library raises, if not said else.
+    """The mirror of one run. No method is collective; unless stated otherwise, errors are those of the file system's
+    library.
 
-    Raises ConfigError where there is no library for such a URL.
+    Raises ConfigError where the library for such a URL is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -38,22 +39,22 @@ class CopyFolder:
             raise ConfigError(f"checkpoint.copy_to = {url}: {' '.join(str(error).split())}") from error
 
     def where(self, step: int) -> str:
-        """The URL of a step's copy."""
+        """URL of a step's copy."""
         return f"{self.url}/step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of which there is a copy with its marker, oldest first."""
+        """Steps that have a copy with its marker, oldest first."""
         return [step for step in self._all_steps() if self._files.exists(self._path(step, COMPLETE_NAME))]
 
     def marker(self, step: int) -> str | None:
-        """What COMPLETE holds, which no other checkpoint's does; None where there is none."""
+        """Content of COMPLETE, which is unique to a checkpoint; None where there is none."""
         try:
             return str(self._files.cat_file(self._path(step, COMPLETE_NAME)).decode(errors="replace").strip())
         except FileNotFoundError:
             return None
 
     def manifest(self, step: int) -> dict[str, Any] | None:
-        """What manifest.json says, proven or not; None where it cannot be understood."""
+        """The parsed manifest.json, not verified; None where it cannot be parsed."""
         try:
             content = json.loads(self._files.cat_file(self._path(step, MANIFEST_NAME)))
         except (FileNotFoundError, ValueError):
@@ -61,26 +62,26 @@ class CopyFolder:
         return content if isinstance(content, dict) else None
 
     def open(self, step: int) -> None:
-        """Take the marker away, so that what is written from now on is no copy before it is sealed."""
+        """Delete the marker, so that files written from now on do not count as a copy until `seal`."""
         self._forget()
         if self._files.exists(self._path(step, COMPLETE_NAME)):
             self._files.rm_file(self._path(step, COMPLETE_NAME))
 
     def upload(self, folder: Path, step: int, records: Iterable[FileRecord]) -> None:
-        """Copy files of a checkpoint. Raises OSError where one does not arrive whole."""
+        """Upload files of a checkpoint. Raises OSError where a file's uploaded size differs."""
         for record in records:
             self._put(folder / record.name, step)
 
     def seal(self, folder: Path, step: int) -> None:
-        """The files are there: copy the manifest, and the marker last."""
+        """Upload the manifest, then the marker. The files must have been uploaded."""
         for name in (MANIFEST_NAME, COMPLETE_NAME):
             self._put(folder / name, step)
 
     def tidy(self, step: int, records: Iterable[FileRecord], keep: int, keep_forever: Callable[[int], bool]) -> None:
-        """A copy of `step` has been sealed: older ones go, but the `keep` newest and those to be kept for ever.
+        """Apply retention after the copy of `step` was sealed: the `keep` newest and those to be kept forever stay.
 
-        So do files that an interrupted copying left. Copies of later steps are of work that the run was taken back
-        from: they lose their marker.
+        Files left by interrupted uploads are deleted too. Copies of later steps belong to work that the run abandoned
+        when it resumed from an earlier checkpoint: their marker is removed.
         """
         known = {MANIFEST_NAME, COMPLETE_NAME, *(record.name for record in records)}
         for path in self._names(step):
@@ -92,13 +93,13 @@ class CopyFolder:
         kept = [other for other in complete if other <= step][-keep:]
         for older in self._all_steps():
             if older < step and older not in kept and not (older in complete and keep_forever(older)):
-                self.open(older)  # first, so that a half-deleted one is never taken for a copy
+                self.open(older)  # marker first, so that a partly deleted copy is never taken for a complete one
                 self._files.rm(self._path(older), recursive=True)
 
     def download(
         self, step: int, name: str, target: Path, *, size: int | None = None, sha256: str | None = None
     ) -> None:
-        """Fetch a file of a copy. Raises DataError where it cannot be had or is not what was promised."""
+        """Download a file of a copy. Raises DataError where it is unavailable, or not as recorded in the manifest."""
         if PurePosixPath(name).name != name:
             raise DataError(f"{self.where(step)}: names a file {name!r}, which would lie elsewhere")
         with target.open("w+b") as out:
@@ -110,7 +111,7 @@ class CopyFolder:
 
     def _put(self, source: Path, step: int) -> None:
         target = self._path(step, source.name)
-        if not isinstance(self._files, AsyncFileSystem):  # object stores have no folders, and would make a bucket
+        if not isinstance(self._files, AsyncFileSystem):  # on object stores makedirs would create a bucket
             self._files.makedirs(posixpath.dirname(target), exist_ok=True)
         self._files.put_file(str(source), target)
         self._forget()
@@ -130,9 +131,9 @@ class CopyFolder:
         return list(self._files.ls(self._path(step), detail=False))
 
     def _forget(self) -> None:
-        self._files.invalidate_cache()  # of listings: another rank, and another job before, has written there
+        self._files.invalidate_cache()  # listings are cached; another rank or an earlier job has written there
 
 
 def words(error: Any) -> str:
-    """An error of whichever library, in one line."""
+    """The message of an exception of any library, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""What a network costs, found by running it on tensors that have shapes and lifetimes, but no numbers."""
+"""FLOPs and peak memory of a network, measured on fake tensors: they have shapes and lifetimes, but no data."""
 
 import contextlib
 import weakref
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs count a multiply-add as two. `peak_bytes` holds weights, gradients and activations of one micro-batch."""
+    """FLOPs count a multiply-add as two. `peak_bytes`: weights, gradients and activations of one micro-batch."""
 
     parameters: int
     forward_flops_per_image: int
@@ -26,7 +26,7 @@ class Cost:
 
 
 class Flops(NamedTuple):
-    """Of one image; a multiply-add counts as two."""
+    """FLOPs for one image; a multiply-add is two."""
 
     forward: int
     training: int
@@ -35,13 +35,12 @@ class Flops(NamedTuple):
 def training_flops(build: Callable[[], nn.Module], image_shape: tuple[int, int, int]) -> Flops:
     """FLOPs of one forward, and of a forward and backward pass, over an image of `image_shape` (C, H, W).
 
-    Counted without autocast and checkpointing, on tensors without values: they are of the mathematics, not of how it is
-    run.
+    Counted on fake tensors, without autocast and activation checkpointing: recomputation is not included.
     """
     with torch.device("meta"):
         network = build().eval()
         x, t = torch.empty(1, *image_shape), torch.zeros(1, dtype=torch.int64)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU goes uncounted
+    with sdpa_kernel(SDPBackend.MATH):  # FlopCounterMode does not count fused attention on CPUs
         with FlopCounterMode(display=False) as forward:
             prediction = network(x, t)
         with FlopCounterMode(display=False) as backward:
@@ -50,7 +49,7 @@ def training_flops(build: Callable[[], nn.Module], image_shape: tuple[int, int, 
 
 
 def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> Cost:
-    """Cost of one forward and backward pass over `batch` images of `image_shape` (C, H, W); nothing is allocated."""
+    """Cost of a forward and backward pass over `batch` images of `image_shape` (C, H, W); allocates no tensor data."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build().parameters())
     flops = training_flops(build, image_shape)
@@ -63,7 +62,7 @@ def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *
 
 
 def foretold_peak(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> int:
-    """`Cost.peak_bytes` alone."""
+    """An estimate of `Cost.peak_bytes` alone."""
     with FakeTensorMode():
         network = build()
         precision = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -76,7 +75,7 @@ def foretold_peak(build: Callable[[], nn.Module], image_shape: tuple[int, int, i
 
 
 class _PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
+    """Tracks the peak of the bytes held by tensors that are created inside this mode."""
 
     def __init__(self) -> None:
         super().__init__()

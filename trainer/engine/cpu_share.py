@@ -1,4 +1,4 @@
-"""A process's share of the cores: threads of its arithmetic, and processes that load its data."""
+"""How a host's cores are divided among its processes: intra-op threads and data-loading processes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,25 +8,25 @@ import torch
 
 from data_prep.cores import available_cores
 
-_LAUNCHER = os.getppid()  # when this module was imported: the launcher, if there is one
-_MOST_LOADERS = 4  # for a process, where data.workers is left out
+_LAUNCHER = os.getppid()  # at import: the launcher's pid, if there is a launcher
+_MOST_LOADERS = 4  # per process, where data.workers is not set
 _THREADS_OPTION = "--num_cpu_threads_per_process"
 
 
 def own_cores() -> int:
-    """Whole cores for each process of this host, at least 1."""
+    """Cores per process of this host, rounded down, at least 1."""
     return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def loader_processes(asked: int | None) -> int:
-    """`data.workers`, or where it is left out 4, but no more than the process has cores."""
+    """`data.workers`; where that is not set, 4 or the number of cores per process, whichever is smaller."""
     return asked if asked is not None else min(_MOST_LOADERS, own_cores())
 
 
 def set_threads() -> None:
-    """Let torch compute with as many threads as the user asks for by OMP_NUM_THREADS, else with one for each core.
+    """Set torch's number of threads: the user's OMP_NUM_THREADS, otherwise one per core of this process's share.
 
-    Where GPUs compute, never with more than torch would take anyway.
+    With GPUs, never more than torch's default.
     """
     threads = threads_asked_for(os.environ, *_launcher()) or own_cores()
     torch.set_num_threads(min(threads, torch.get_num_threads()) if torch.cuda.is_available() else threads)
@@ -35,13 +35,13 @@ def set_threads() -> None:
 def threads_asked_for(
     environ: Mapping[str, str], launcher_environ: Mapping[str, str] | None, launcher_command: Sequence[str]
 ) -> int | None:
-    """The OMP_NUM_THREADS that the user has set; None where there is none, or a launcher has made it up.
+    """The user's OMP_NUM_THREADS; None where it is not set, or was set by a launcher.
 
-    torchrun and accelerate set it, mostly to 1, for processes that they start, whatever the number of cores. The user
-    set it if the launcher itself was started with it, or with accelerate's option for it. `launcher_environ` is None
-    where that cannot be seen: then 1 is taken for the launcher's.
+    torchrun and accelerate set it for their workers, usually to 1, whatever the number of cores. It counts as the
+    user's if it is in the launcher's own environment, or was given by accelerate's option for it. `launcher_environ` is
+    None where it cannot be read; a value of 1 then counts as the launcher's.
     """
-    first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # further numbers are of nested threads
+    first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # further numbers: nested parallelism
     threads = int(first) if first.isascii() and first.isdigit() else 0
     if threads == 0:
         return None
@@ -55,7 +55,7 @@ def threads_asked_for(
 
 
 def _launcher() -> tuple[Mapping[str, str] | None, Sequence[str]]:
-    """What the parent process was started with: environment, None where it may not be read, and command line."""
+    """The parent process's environment (None where it may not be read) and its command line."""
     try:
         environment = Path(f"/proc/{_LAUNCHER}/environ").read_bytes()
         command = Path(f"/proc/{_LAUNCHER}/cmdline").read_bytes()

@@ -1,4 +1,4 @@
-"""What a configuration means before it is run: sizes, divisions, memory, disk, and whether the data is there."""
+"""The dry run: what a configuration results in, without training: batch layout, FLOPs, memory, disk, dataset check."""
 
 import json
 import os
@@ -32,7 +32,7 @@ _RECOMPUTED = {"none": "nothing", "selective": "all but what takes time", "full"
 def describe_run(
     config: Config, *, world_size: int | None, hardware: Hardware | None = None
 ) -> tuple[dict[str, Any], TrainerError | None]:
-    """Everything that can be said without training, and what is wrong with the dataset, if anything.
+    """The plan of a run, and the error of its dataset or None.
 
     `world_size` defaults to the launcher's; `hardware` is what durations are estimated for. Raises ConfigError where
     the configuration cannot be run at all.
@@ -85,7 +85,7 @@ def describe_run(
 
 
 def as_text(plan: dict[str, Any]) -> str:
-    """The plan for people."""
+    """The plan as text."""
     epochs = f" = {plan['epochs']:,.1f} epochs" if plan["epochs"] is not None else ""
     data = plan["dataset"]
     samples = f"{data['samples']:,} images in {data['shards']:,} shards" if data["fault"] is None else data["fault"]
@@ -117,7 +117,7 @@ def _beside_training(flops: dict[str, float]) -> str:
 
 
 def _durations(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """A line for each device: how long the run would take on as many as there are processes."""
+    """One line for each device: the run's estimated duration on one of it per process."""
     for row in plan["devices"]:
         if row["seconds"] is None:
             text = f"its data sheet has no {row['precision']}"
@@ -132,7 +132,7 @@ def _durations(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def as_json(plan: dict[str, Any]) -> str:
-    """The plan for programs; sizes in bytes."""
+    """The plan as JSON; sizes in bytes."""
     return json.dumps(plan, indent=1)
 
 
@@ -144,14 +144,14 @@ def _open_data(config: Config) -> tuple[TrainingData | None, TrainerError | None
 
 
 def _remarks(config: Config) -> list[str]:
-    """What can be run here, but not as fast as it may seem."""
+    """Warnings: settings that are emulated or slow on this machine."""
     if config.train.precision == "bf16" and not torch.cuda.is_available() and cpu_lacks_bf16():
         return ["train.precision = 'bf16': this CPU has neither AVX512-BF16 nor AMX; 'fp32' is faster here"]
     return []
 
 
 def measure_cost(config: Config, micro_batch: int) -> Cost:
-    """What a forward and backward pass over a micro-batch takes, found without running it."""
+    """FLOPs and memory of a forward and backward pass over a micro-batch, without running it."""
     return _cost(config, micro_batch, stage_kinds(lambda: build_network(config), config, micro_batch))
 
 
@@ -166,17 +166,17 @@ def _cost(config: Config, micro_batch: int, kinds: list[ActivationCheckpointing]
 
 
 def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:
-    """What a rank holds beside weights, gradients and activations; less what it does not hold of those.
+    """Bytes of a rank's training state, beyond the unsharded weights and gradients that `Cost.peak_bytes` includes.
 
-    `docs/strategies.md` has the table.
+    What a strategy shards is subtracted, so the result may be negative. `docs/strategies.md` has the table.
     """
     sharers = {"ddp": 1, "hsdp": shards_in_group(train, world_size)}
     share = 1 / sharers.get(train.strategy, world_size)
     copies = 2 * share + (1 + len(train.ema_sigma_rel)) / world_size  # moments, averages
     if train.strategy in ("zero1", "zero2"):
-        copies += share  # the weights that the optimizer steps are not those that compute
+        copies += share  # separate master weights for the optimizer
     if train.offload_optimizer:
-        copies = 0  # the averages lie beside the weights that they average
+        copies = 0  # moments, master weights and averages are in the host's memory
     if train.strategy not in ("ddp", "zero1"):
         copies -= 1 - share  # gradients
     if train.strategy in ("zero3", "fsdp2", "hsdp"):
@@ -185,7 +185,7 @@ def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:
 
 
 def _checkpoints_on_disk(config: Config) -> int:
-    """The kept ones, those kept for ever, and the one being written."""
+    """Number of checkpoints: retained ones, those kept forever, and the one being written."""
     global_batch, keep_every = config.train.global_batch, config.checkpoint.keep_every.images(config.train.global_batch)
     forever = config.train.duration.images(global_batch) // keep_every if keep_every else 0
     return config.checkpoint.keep + config.checkpoint.keep_best + forever + 1

@@ -1,4 +1,4 @@
-"""The last words of a training run: how long it took, where its results lie, and what can be done with them."""
+"""The summary printed at the end of a training run: its duration, its outputs, and the commands to use them."""
 
 import shlex
 from dataclasses import dataclass
@@ -10,7 +10,10 @@ from trainer.units import in_words
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """A run in `run` that has come to `step` of `last_step`; `seconds` of this start, `goodput` of all of them."""
+    """The end of a run in folder `run` at `step` of `last_step`.
+
+    `seconds`: duration of this process's training; `goodput`: over all starts of the run.
+    """
 
     run: Path
     step: int
@@ -19,7 +22,7 @@ class Ending:
     goodput: Goodput
 
     def text(self) -> str:
-        """Several lines; of the checkpoint and the samples it names what is there."""
+        """Several lines; paths of checkpoint and samples only where they exist."""
         finished = self.step >= self.last_step
         took = f"{'finished' if finished else 'stopped'}: step {self.step:,} of {self.last_step:,}, "
         took += f"after {in_words(self.seconds)}"
@@ -32,7 +35,7 @@ class Ending:
         return "\n".join([*lines, *(f"{what:<11} {command}" for what, command in self.next_commands())])
 
     def next_commands(self) -> list[tuple[str, str]]:
-        """What to do with a finished run, and the command for it."""
+        """Commands for a finished run, each with its purpose."""
         run = shlex.quote(str(self.run))
         exported = shlex.quote(str(self.run / "exported"))
         return [

@@ -1,4 +1,4 @@
-"""What a run would take of GPUs that are not here, of the disk and of the network: estimates, for `--dry-run`."""
+"""Estimates for `--dry-run`: durations on given GPUs, bytes on disk, bytes over the network."""
 
 import os
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from trainer.errors import ConfigError
 from trainer.models.unet import ActivationCheckpointing
 from trainer.telemetry.device import DataSheet, data_sheet_of, known_devices, peak_teraflops
 
-DEVICES = ("A100", "H100", "H200", "V100", "RTX 4090")  # where nobody has named one
-UTILISATION = 0.3  # share of a device's peak that the network's FLOPs reach
+DEVICES = ("A100", "H100", "H200", "V100", "RTX 4090")  # default for the command line
+UTILISATION = 0.3  # default model FLOPs utilisation (MFU): share of a device's peak
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What to plan for: GPUs by name, and the share of their peak that is reached, above 0 to 1.
+    """GPUs by name, and the assumed share of their peak FLOP/s, in (0, 1].
 
-    Raises ConfigError for a name that is not in the table, or another share.
+    Raises ConfigError for a name that is not in the table, or a share out of range.
     """
 
     devices: Sequence[str] = DEVICES
@@ -36,14 +36,12 @@ class Hardware:
 
     @property
     def sheets(self) -> list[DataSheet]:
-        """Of the devices, in their order."""
+        """Data sheets of the devices, in their order."""
         return [sheet for name in self.devices if (sheet := data_sheet_of(name)) is not None]
 
 
 def flops_of_run(config: Config, cost: Cost, kinds: Sequence[ActivationCheckpointing]) -> dict[str, float]:
-    """FLOPs of the whole run: of the training itself, of what the backward pass recomputes, of the pictures that are
-    drawn and of the measurements on held-out images.
-    """
+    """FLOPs of the whole run: training, recomputed activations, sample grids, validation and feature distance."""
     global_batch, log = config.train.global_batch, config.log
     images = config.train.duration.steps(global_batch) * global_batch
     forward = cost.forward_flops_per_image
@@ -65,9 +63,10 @@ def flops_of_run(config: Config, cost: Cost, kinds: Sequence[ActivationCheckpoin
 def on_devices(
     flops: float, memory: int, hardware: Hardware, *, precision: str, world_size: int
 ) -> list[dict[str, Any]]:
-    """How long `flops` take on `world_size` of each device; None where its data sheet has no such arithmetic.
+    """Duration of `flops` on `world_size` of each device; None where its data sheet has no peak for the run's
+    precision.
 
-    `memory`: bytes that a rank needs, held against the device's.
+    `memory`: bytes that a rank needs, compared with the device's.
     """
     rows = []
     for sheet in hardware.sheets:
@@ -88,9 +87,9 @@ def on_devices(
 
 
 def sent_bytes(train: TrainConfig, parameters: int, layout: BatchLayout) -> int:
-    """Bytes of weights and gradients, float32, that each rank sends in an optimizer step, by rings.
+    """Bytes of weights and gradients, float32, that each rank sends in an optimizer step, with ring algorithms.
 
-    A sum over N ranks sends 2 (N - 1) / N of what is summed; spreading the sum's parts, or gathering parts, half of it.
+    An all-reduce over N ranks sends 2 (N - 1) / N of the tensor's size; a reduce-scatter or an all-gather half of that.
     """
     ranks, micro_steps, size = layout.world_size, layout.accumulation, _FLOAT32 * parameters
     share = (ranks - 1) / ranks
@@ -110,12 +109,12 @@ def sent_bytes(train: TrainConfig, parameters: int, layout: BatchLayout) -> int:
 
 
 def shards_in_group(train: TrainConfig, world_size: int) -> int:
-    """Ranks that share what "hsdp" cuts up: as configured, or those of a node as the launcher says."""
+    """Ranks in a sharding group of "hsdp": as configured, otherwise the processes of a node as set by the launcher."""
     return train.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
 
 
 def snapshots_on_disk(config: Config, parameters: int) -> int:
-    """Bytes of all snapshots of averages that the run will have written, which stay."""
+    """Bytes of all snapshots of averages over the whole run; they are never deleted."""
     every = config.train.ema_snapshots.images(config.train.global_batch)
     count = config.train.duration.images(config.train.global_batch) // every if every else 0
     return count * len(config.train.ema_sigma_rel) * _FLOAT32 * parameters

@@ -1,4 +1,4 @@
-"""How far samples drawn while training are from real images, by features of a small network that is installed."""
+"""Distance between samples drawn during training and real images, in the features of a small installed network."""
 
 import time
 from functools import partial
@@ -22,16 +22,16 @@ from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
 from trainer.signals import StopRequest
 
-_BATCH = 32  # one for all numbers of ranks: a network's rounding may depend on it
+_BATCH = 32  # the same for all numbers of ranks: a network's rounding may depend on the batch size
 
 
 class FeatureDistance:
-    """The kernel distance of `log.distance_samples` samples of the averaged weights and as many real images: held-out
-    ones, or where there are none those of the training, always the same.
+    """The kernel distance between `log.distance_samples` samples of the averaged weights and as many real images.
 
-    Samples are a function of the seed and their number. They are drawn a batch on every rank at a time, until the ranks
-    agree that another batch would take longer than `log.distance_seconds`. The distance is unbiased: fewer samples make
-    it less exact, but on average neither larger nor smaller, as a Fréchet distance would be.
+    The real images are held-out ones, or training images where none are held out; the same ones every time. Samples are
+    a function of the seed and their index. Every rank draws a batch at a time, until the ranks agree that another batch
+    would exceed `log.distance_seconds`. The estimator is unbiased, so fewer samples increase its variance only; the
+    Fréchet distance would be biased upwards.
     """
 
     def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
@@ -42,14 +42,14 @@ class FeatureDistance:
         self.stop = stop
         self.network = EfficientNetLite0(state.strategy.device)
         timesteps = config.diffusion.timesteps
-        self.steps = respaced(timesteps, str(min(config.log.distance_steps, timesteps)))  # those that are visited
-        self.real: torch.Tensor | None = None  # features, once they have been needed
+        self.steps = respaced(timesteps, str(min(config.log.distance_steps, timesteps)))  # of the respaced sampler
+        self.real: torch.Tensor | None = None  # features, computed when first needed
 
     def measure(self) -> dict[str, float] | None:
-        """validation/feature_distance, and validation/feature_distance_samples that it was measured with.
+        """validation/feature_distance and validation/feature_distance_samples, the number of samples used.
 
-        Collective; the same on all ranks. None where there was a request to stop, which is heeded between two calls of
-        a network. Raises DataError on all of them where a real image cannot be read.
+        Collective; the same on all ranks. None after a request to stop, which is checked between two calls of a
+        network. Raises DataError on all of them where a real image cannot be read.
         """
         if self.real is None:
             self.real = self._real_features()
@@ -70,7 +70,7 @@ class FeatureDistance:
         ranks, rank = strategy.accelerator.num_processes, strategy.accelerator.process_index
         batches = batches_of(self.config.log.distance_samples, _BATCH)
         parts: list[torch.Tensor] = []
-        longest = 0.0  # seconds that one batch on every rank took
+        longest = 0.0  # seconds for the slowest batch so far
         for first in range(0, len(batches), ranks):
             begun = time.monotonic()
             drawn = sample(
@@ -95,7 +95,7 @@ class FeatureDistance:
         return torch.cat(parts)
 
     def _real_features(self) -> torch.Tensor | None:
-        """(N, D), on every rank; made once. None after a request to stop."""
+        """(N, D), on every rank; computed once and cached. None after a request to stop."""
         accelerator = self.state.strategy.accelerator
         held_out = self.data.held_out
         everything = held_out if len(held_out) else np.arange(len(self.data.dataset))
@@ -124,7 +124,7 @@ class FeatureDistance:
         return real
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, D) float32 of (B, C, H, W) uint8, on the host, so that they can travel."""
+        """(B, D) float32 features of (B, C, H, W) uint8 pixels, on the host, for collectives of Python objects."""
         if not len(pixels):
             return torch.empty(0, self.network.convention.dimensions)
         return extract(self.network, pixels.to(self.state.strategy.device))[0].cpu()

@@ -1,4 +1,4 @@
-"""The micro-batch that computes fastest of those that fit, found by trying them (`trainer/train.py --find-batch`)."""
+"""Finds the fastest micro-batch that fits into memory, by measuring (`trainer/train.py --find-batch`)."""
 
 import itertools
 import math
@@ -23,13 +23,13 @@ from trainer.errors import ConfigError
 from trainer.signals import StopRequest
 from trainer.units import as_size
 
-_PASSES = 5  # that are timed; the same on all ranks, which meet in each
-_NEAR = 0.97  # of the best speed: a smaller batch that is as fast leaves memory for other things
+_PASSES = 5  # timed passes; the same number on all ranks, since each pass is collective
+_NEAR = 0.97  # of the highest speed: among micro-batches that reach it the smallest is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A micro-batch that fits: images/s of all ranks together, and the most memory that a rank has held, in bytes."""
+    """A micro-batch that fits: images/s over all ranks, and the peak memory in bytes, the maximum over the ranks."""
 
     micro_batch: int
     images_per_second: float
@@ -39,9 +39,9 @@ class Trial:
 def find_batch(config: Config) -> Iterator[Trial]:
     """Try every micro-batch that divides a rank's share of the global batch, smallest first, until one does not fit.
 
-    A trial is forward and backward passes over random images, with weights, moments and averages in memory as in
-    training. A size that `train.memory_budget` cannot hold is not tried; nor on CPUs, where the process would be
-    killed, one for which more memory is foretold than is free. Collective; all ranks try the same sizes. Raises
+    A trial runs forward and backward passes over random images, with weights, moments and averages allocated as in
+    training. Sizes that exceed `train.memory_budget` are skipped; so are, on CPUs, sizes whose estimated memory exceeds
+    the free memory, since the kernel would kill the process. Collective; all ranks try the same sizes. Raises
     ConfigError for other strategies than ddp.
     """
     if config.train.strategy != "ddp":
@@ -50,12 +50,12 @@ def find_batch(config: Config) -> Iterator[Trial]:
             "where less is held"
         )
     strategy = DataParallel(config.train)
-    # What is recomputed within a budget depends on the size, so it is set for each below, and now for the smallest.
+    # With a budget, activation checkpointing depends on the size: set for each size below, and here for the smallest.
     smallest = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
     state = build_state(smallest, strategy)
     world_size = strategy.accelerator.num_processes
     share = BatchLayout.plan(config.train.global_batch, world_size, None).micro_batch
-    # One for all sizes: what it hooks to the exchange between ranks can be hooked once.
+    # One objective and step for all sizes: its communication hook can be registered only once.
     layout = BatchLayout(global_batch=world_size, world_size=world_size, micro_batch=1)
     train_step = TrainStep(config=config, layout=layout, strategy=strategy, state=state, stop=StopRequest())
     for size in (n for n in range(1, share + 1) if share % n == 0):
@@ -74,7 +74,7 @@ def find_batch(config: Config) -> Iterator[Trial]:
 
 
 def choose(trials: list[Trial]) -> Trial:
-    """The smallest micro-batch that is about as fast as the fastest. Raises ConfigError where none fits."""
+    """The smallest micro-batch within a few per cent of the highest speed. Raises ConfigError where none fits."""
     if not trials:
         raise ConfigError(
             "train.micro_batch: not even 1 fits this device; take train.activation_checkpointing = "
@@ -85,7 +85,7 @@ def choose(trials: list[Trial]) -> Trial:
 
 
 def print_trials(trials: Iterable[Trial]) -> None:
-    """Print each trial when it is done, and at last the line for the configuration, on rank 0. Errors as `choose`."""
+    """Print each trial as it ends, then the line for the configuration file; on rank 0. Errors as `choose`."""
     done = []
     for trial in trials:
         done.append(trial)
@@ -99,11 +99,11 @@ def _say(line: str) -> None:
 
 
 def _seconds_a_pass(train_step: TrainStep) -> float:
-    """Of forward and backward; infinity where the device has too little memory."""
+    """Seconds for a forward and backward pass; infinity where the device runs out of memory."""
     device, batches = train_step.strategy.device, _random_batches(train_step)
-    torch.compiler.reset()  # compiled code of other sizes
+    torch.compiler.reset()  # drop the compiled code of other sizes
     try:
-        train_step.backward(batches)  # what is done once: compiling, choosing kernels, allocating
+        train_step.backward(batches)  # warm-up: compilation, choice of kernels, allocation
         _wait(device)
         started = time.perf_counter()
         for _ in range(_PASSES):
@@ -125,7 +125,7 @@ def _random_batches(train_step: TrainStep) -> Iterator[dict[str, torch.Tensor]]:
 
 def _is_likely_to_fit(config: Config, device: torch.device, micro_batch: int) -> bool:
     if device.type == "cuda":
-        return True  # whether it does is found by trying
+        return True  # no estimate: only a trial shows it
     return measure_cost(config, micro_batch).peak_bytes < psutil.virtual_memory().available
 
 

@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collected when all ranks do: a rank that collects alone makes the others wait for it."""
+"""Python's cyclic garbage collection in the same step on all ranks: a rank that collects alone delays the others."""
 
 import gc
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ _STEPS = 500
 
 @contextmanager
 def collected_when_told() -> Iterator[None]:
-    """Inside, nothing is collected but by `gc.collect`; what is there already is not looked at again."""
+    """A context in which only explicit `gc.collect` collects; objects that exist already are frozen (`gc.freeze`)."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -21,6 +21,6 @@ def collected_when_told() -> Iterator[None]:
 
 
 def collect_after(step: int) -> None:
-    """Collect where this step says so, which is the same for all ranks."""
+    """Collect in every n-th step; called on all ranks with the same step."""
     if step % _STEPS == 0:
         gc.collect()

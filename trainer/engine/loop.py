@@ -1,4 +1,4 @@
-"""The training loop: streams, steps, and what happens between steps."""
+"""The training loop: takes batches from the stream, runs steps, and does what is due between steps."""
 
 import gc
 import math
@@ -41,8 +41,8 @@ _MOST_OVERFLOWS = 64
 class TrainingLoop:
     """Trains from the state's position to the end of the run, or to a request to stop.
 
-    The verdict on a step is read while the next step's backward pass is queued, so the device never waits for the
-    host; only then is the step settled: averaged into the EMA if it was applied, counted, logged.
+    The verdict on a step (finite or not) is read after the next step's backward pass has been queued, so the device
+    never waits for the host. Then the step is settled: if it was applied, the EMA is updated; counters and logs follow.
     """
 
     def __init__(
@@ -89,20 +89,20 @@ class TrainingLoop:
         self.validation = Validation(config, data, state, self.stop)
         self.distance = FeatureDistance(config, data, state, self.stop) if config.log.distance_every.count else None
         scores = self.saves.retention.scores.get(self.step, {})
-        # What a stop or a kill kept from being measured, after the checkpoint was written, is measured now.
+        # Validation that a stop or a kill prevented after the last checkpoint is made up for.
         self.validated_step = self.step if not self.step or "validation/loss" in scores else -1
         self.measured_step = self.step if not self.step or "validation/feature_distance" in scores else -1
-        self.overflows = 0  # steps in a row that loss scaling made too large
+        self.overflows = 0  # consecutive steps that were skipped because of the loss scale
         self.pending: PendingVerdict | None = None
         self.stopping = False
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps settled."""
         return self.state.position // self.layout.global_batch
 
     def run(self, stream: Iterator[dict[str, torch.Tensor]]) -> bool:
-        """Train; returns whether the whole duration is done. A checkpoint of the last step is there either way."""
+        """Train; returns whether the last step of the run is reached. Either way the last step trained is saved."""
         self._measure_what_is_due()
         stream = self.telemetry.timed(stream)
         first_step = self.step
@@ -124,7 +124,7 @@ class TrainingLoop:
                     self._before_minutes()
                     with self.telemetry.pause("sampling"):
                         self._draw_samples()
-                        gc.collect()  # its network
+                        gc.collect()  # free the network
             collect_after(self.step)
         self._settle()
         self.recordings.end()
@@ -143,8 +143,8 @@ class TrainingLoop:
         self.telemetry.end("finished" if finished else "stopped")
         marker = self.folder.done if finished else self.folder.stopped
         together(f"{marker}: cannot be written", lambda: self.folder.mark(marker, self.step), only_rank=0)
-        self.telemetry.close()  # after the marker, for a tracker that never answers
-        # No rank ends before: a launcher that sees one of them end may kill the others.
+        self.telemetry.close()  # after the marker is written: a tracker's server may not answer
+        # All ranks end together: a launcher may kill the others when one exits.
         self.accelerator.wait_for_everyone()
         return finished
 
@@ -160,12 +160,12 @@ class TrainingLoop:
             self._measure_distance()
 
     def _before_minutes(self) -> None:
-        """What is being written comes to the disk before what takes minutes, in which the run may be killed."""
+        """Complete a pending save before an operation of minutes, during which the run may be killed."""
         with self.telemetry.pause("saving"):
             self.saves.complete()
 
     def _settle(self) -> None:
-        """Finish the step whose update was queued last: all ranks read the same verdict and do the same."""
+        """Settle the step whose update was queued last; all ranks read the same verdict."""
         if self.pending is None:
             return
         enter("settle")
@@ -175,7 +175,7 @@ class TrainingLoop:
             self.state.averages.update(self.state.updates)
             self.overflows = 0
         elif self._is_overflow(verdict) and self.overflows < _MOST_OVERFLOWS:
-            self.overflows += 1  # this is how the scale is found: no fault of the batch's
+            self.overflows += 1  # the loss scaler's normal search for a scale, no sign of a bad batch
         else:
             self._report_nonfinite(verdict)
         self.saves.poll(verdict.writing, verdict.copying)
@@ -188,7 +188,7 @@ class TrainingLoop:
         return self.state.strategy.scaler is not None and math.isfinite(verdict.loss)
 
     def _report_nonfinite(self, verdict: Verdict) -> None:
-        """Dump which images, timesteps and seed made a step that was skipped, and give up after too many."""
+        """Write images, timesteps and seed of a skipped step to a file; raise after too many in a row."""
         self.state.nonfinite_steps += 1
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
         with self.telemetry.best_effort():
@@ -208,7 +208,7 @@ class TrainingLoop:
             )
 
     def _validate(self) -> None:
-        """Measure the loss on held-out images, if that has not been done in this step."""
+        """Compute the loss on held-out images, unless this step has it already."""
         if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
             return
         self._before_minutes()
@@ -226,10 +226,10 @@ class TrainingLoop:
                 f"step {self.step}: on {images} held-out images loss {values['validation/loss']:.4f}, "
                 f"of the average {values['validation/ema_loss']:.4f}, in {seconds:.1f} s"
             )
-            gc.collect()  # the networks that were measured
+            gc.collect()  # free the networks
 
     def _measure_distance(self) -> None:
-        """Measure how far samples are from real images, if that has not been done in this step."""
+        """Compute the feature distance between samples and real images, unless this step has it already."""
         if self.distance is None or self.step == self.measured_step or self.stopping:
             return
         self._before_minutes()
@@ -248,10 +248,10 @@ class TrainingLoop:
                 f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}, "
                 f"in {seconds:.1f} s"
             )
-            gc.collect()  # the networks that drew and looked
+            gc.collect()  # free the networks
 
     def _draw_samples(self) -> None:
-        """Draw a grid from the EMA weights, every rank its share."""
+        """Draw a grid with the EMA weights; the ranks divide its images."""
         enter("sample")
         count = self.config.log.samples
         batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)

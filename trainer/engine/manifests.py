@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it must say before anything relies on it, whoever wrote it."""
+"""Validation of a checkpoint's manifest: types and ranges of fields are checked before use; it is untrusted input."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from trainer.engine import sealed
 from trainer.engine.sealed import MANIFEST_NAME, DamagedError
 
 FORMAT_VERSION = 2
-_MOST_DIMENSIONS = 8  # torch allows more, but no layer has them
+_MOST_DIMENSIONS = 8  # far above those of any layer; torch allows more
 _MOST_ELEMENTS = 2**48  # of one tensor
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -26,9 +26,9 @@ _COUNTERS = ("position", "updates")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """As `sealed.read_manifest`, and every field that this program relies on is of its kind.
+    """Like `sealed.read_manifest`, with the type of every field that is used later checked.
 
-    A manifest of another format is returned as it is: only its "format_version" is known to mean anything.
+    A manifest of another format version is returned unchecked: only its "format_version" may be used.
     """
     manifest = sealed.read_manifest(folder)
     if type(manifest.get("format_version")) is not int:
@@ -45,7 +45,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_unproven(folder: Path) -> dict[str, Any]:
-    """What the manifest says, whatever it is worth; nothing where it cannot be read."""
+    """The manifest's content, not verified; empty where it cannot be read."""
     try:
         content = json.loads(sealed.read_file(folder / MANIFEST_NAME))
     except (DamagedError, OSError, ValueError, RecursionError):

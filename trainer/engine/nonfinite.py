@@ -1,7 +1,7 @@
-"""RUN/nonfinite/step-00000123.json: all that is needed to compute a step again whose loss or gradient was not finite.
+"""RUN/nonfinite/step-00000123.json: the inputs of a step whose loss or gradient was not finite, for `replay.py`.
 
-Images, flips and noise follow from seed and positions; t and weight are written down, for importance sampling draws
-them by losses that go on; dropout's mask follows from the seed and how the batch was divided.
+Images, flips and noise are functions of seed and position. t and weight are recorded, since importance sampling draws
+them from a history of losses. Dropout masks are functions of the seed and of the micro-batches.
 """
 
 from pathlib import Path
@@ -21,9 +21,7 @@ from trainer.errors import DataError
 
 
 class DumpedSample(BaseModel):
-    """One image of the batch: its position in the run, its id in the dataset, its t, the weight of its loss (None
-    for 1), and where it lies.
-    """
+    """One image of the batch: position in the run, id in the dataset, t, loss weight (None for 1), and location."""
 
     model_config = ConfigDict(frozen=True)
     position: int
@@ -34,10 +32,10 @@ class DumpedSample(BaseModel):
 
 
 class NonFiniteDump(BaseModel):
-    """A step that was skipped. `loss` and `grad_norm` as Python prints them, "nan" or "inf" among them.
+    """A skipped step. `loss` and `grad_norm` as Python's `str` of a float, so "nan" and "inf" are possible.
 
-    `updates`: those that had been applied before, so that the weights are known; `micro_batch`, `precision` and
-    `device` ("cpu" or "cuda"): how it was computed.
+    `updates`: optimizer steps applied before, which identifies the weights; `micro_batch`, `precision` and `device`
+    ("cpu" or "cuda"): how it was computed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,11 +53,11 @@ class NonFiniteDump(BaseModel):
     def of_step(
         cls, verdict: Verdict, *, config: Config, layout: BatchLayout, state: TrainState, data: TrainingData
     ) -> Self:
-        """The step that the state has just counted and not applied. Waits for the device."""
+        """The step that the state counted last, which was not applied. Synchronises with the device."""
         positions = np.arange(state.position - layout.global_batch, state.position)
         ids = data.order.ids(positions)
         device = state.strategy.device
-        # Nothing has been learned from since, so the same timesteps are drawn again.
+        # The objective has recorded nothing since, so the same timesteps are drawn again.
         noise = KeyedNoise.training(config.seed, torch.from_numpy(positions).to(device))
         t, weight = state.objective.times.draw(noise)
         weights = weight.tolist() if weight is not None else [None] * len(positions)
@@ -79,13 +77,13 @@ class NonFiniteDump(BaseModel):
         )
 
     def write(self, path: Path) -> None:
-        """To a file, whose folder is made. Raises OSError."""
+        """Write to a file, creating its folder. Raises OSError."""
         path.parent.mkdir(exist_ok=True)
         path.write_text(self.model_dump_json(indent=1))
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """From a file. Raises DataError where it is none, or one that lacks what a replay needs."""
+        """Read from a file. Raises DataError where it is missing, is no dump, or lacks fields that a replay needs."""
         try:
             return cls.model_validate_json(path.read_text())
         except OSError as fault:

@@ -1,19 +1,18 @@
-"""Adam with the two things that every strategy needs of it: the gradient clipped by its global norm, and a step that
-is not finite skipped everywhere, both decided on the device.
-"""
+"""Adam with gradient clipping by global norm, which skips a non-finite step on all ranks, without a host sync."""
 
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GuardedAdam(torch.optim.Adam):
-    """Adam (fused) over whatever part of the parameters this rank holds.
+    """Fused Adam over the parameters, or parts of parameters, that this rank holds.
 
-    `sharded`: ranks hold different parts, so that the gradient's norm is summed over them.
+    `sharded`: ranks hold different parts, so the gradient norm is reduced over them.
     """
 
     def __init__(
@@ -34,9 +33,9 @@ class GuardedAdam(torch.optim.Adam):
         self.skipped = torch.tensor(0.0)
 
     def prepare_step(self, *, learning_rate: float, loss: torch.Tensor) -> None:
-        """Say what the next `step` needs to know: its learning rate, and the loss of all ranks, a scalar.
+        """Set the inputs of the next `step`: its learning rate, and the loss averaged over the ranks, a scalar.
 
-        `grad_norm` and `skipped` are of a step that never was until `step` has been called.
+        Until `step` returns, `grad_norm` and `skipped` read as those of a skipped step.
         """
         for group in self.param_groups:
             group["lr"] = learning_rate
@@ -46,17 +45,17 @@ class GuardedAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Clip and step, or change nothing where the loss or the norm is not finite on any rank.
+        """Clip and step; change nothing where the loss or the norm is not finite on any rank.
 
-        Leaves `grad_norm` (before clipping) and `skipped` (1 or 0), scalars on the loss's device.
+        Sets `grad_norm` (before clipping) and `skipped` (1 or 0), scalars on the loss's device.
         """
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = self._global_norm(gradients)
         self.skipped = 1 - (self._loss + self.grad_norm).isfinite().float()
         if gradients:
-            device = gradients[0].device  # the host's, where the optimizer is offloaded
+            device = gradients[0].device  # the CPU where the optimizer is offloaded
             torch._foreach_mul_(gradients, (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).to(device))
-            self.found_inf = self.skipped.to(device)  # what a fused optimizer asks before it touches anything
+            self.found_inf = self.skipped.to(device)  # fused optimizers skip the update where this is 1
             super().step()
 
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -68,27 +67,29 @@ class GuardedAdam(torch.optim.Adam):
         return squares.sqrt()
 
     def keep_gradients(self) -> None:
-        """Have gradients in memory of their own from now on, zero instead of None after a step.
+        """From now on accumulate gradients into tensors owned by the optimizer, zeroed after a step instead of set to
+        None.
 
-        Otherwise autograd takes what a backward pass puts out first for the gradient, and adds to it. Where that is the
-        memory of a CUDA graph, the next micro-batch writes over it, and what was accumulated is lost without a word.
+        By default autograd stores the first output of a backward pass as the gradient itself. Where that tensor lies in
+        the memory pool of a CUDA graph, the next micro-batch overwrites it, and the accumulated gradient is silently
+        lost.
         """
         self._keeps_gradients = True
         for parameter in (p for group in self.param_groups for p in group["params"]):
             parameter.grad = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
+    @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """See `torch.optim.Optimizer.zero_grad`."""
         super().zero_grad(set_to_none=set_to_none and not self._keeps_gradients)
 
     def make_state(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Zero moments for tensors that this optimizer will step, laid out like them."""
+        """Initialise zero moments for tensors that this optimizer will step, laid out like them."""
         for parameter in parameters:
             moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
             count = torch.zeros((), dtype=torch.float32, device=parameter.device)
             self.state[parameter] = {"step": count, **moments}
 
     def set_updates(self, updates: int) -> None:
-        """The number of steps that were applied, which Adam's bias correction needs."""
+        """Set the number of steps applied so far, which Adam's bias correction depends on."""
         for state in self.state.values():
             state["step"].fill_(updates)

@@ -1,4 +1,4 @@
-"""What a run's folder tells of checkpoints that are not there any more: such a run must not start anew silently."""
+"""Finds traces of lost checkpoints in a run's folder: such a run must not silently start from step 0."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from trainer.telemetry.metrics import read_metrics
 
 
 def check_that_it_is_new(folder: RunFolder) -> None:
-    """Raise CheckpointError where the folder, which holds no checkpoint, tells of some."""
+    """Raise CheckpointError where the folder holds no checkpoint, but traces of some."""
     events = read_events(folder.path)
     told = _by_journal(events) or _by_ends(folder) or _by_steps(folder, events)
     if told is not None:
@@ -24,7 +24,7 @@ def check_that_it_is_new(folder: RunFolder) -> None:
 
 
 def _by_journal(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """By the events since the run was last begun at its beginning."""
+    """Evidence in the journal since the run last started from step 0."""
     told = None
     for event in events:
         name, step, source = event["event"], event.get("step"), event.get("resumed_from")
@@ -38,7 +38,7 @@ def _by_journal(events: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _by_ends(folder: RunFolder) -> str | None:
-    """Of DONE, STOPPED and the last heartbeat, which come when a checkpoint is there; none is needed of step 0."""
+    """Evidence in DONE, STOPPED and the last heartbeat: they are written once a checkpoint exists, step 0 excepted."""
     for marker in (folder.done, folder.stopped):
         if step := marked_step(marker):
             return f"{marker.name} tells that step {step} was saved"
@@ -49,7 +49,7 @@ def _by_ends(folder: RunFolder) -> str | None:
 
 
 def _by_steps(folder: RunFolder, events: Sequence[Mapping[str, Any]]) -> str | None:
-    """Once a step after the second checkpoint is logged, the first one is complete, or the run has said why not."""
+    """Evidence in the logged steps: if a step after the second save was due, the first save completed or failed."""
     step = max((int(record["step"]) for record in read_metrics(folder.logs)), default=0)
     if step and not any(event["event"] == "started" for event in events):
         return f"the logs tell of step {step}, and {JOURNAL_NAME}, which would tell of checkpoints, is gone"

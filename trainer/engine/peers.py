@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside their collectives: how far each is, and why the run must end."""
+"""What ranks exchange through the store, outside collectives: their progress, and why the run must end."""
 
 import json
 import time
@@ -10,18 +10,18 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a rank is. `entered` counts the phases that it has entered: the ranks enter the same ones in turn, so
-    the smallest count is the rank that the others wait for.
+    """Progress of a rank. `entered` counts the phases entered: all ranks enter the same phases in the same order, so
+    the rank with the smallest count is the one that the others wait for.
     """
 
     phase: str = "start"
     step: int = 0
     entered: int = 0
-    steps: int = 0  # begun in this process
-    since: float = 0.0  # time.monotonic() when the rank last said that it is alive
+    steps: int = 0  # steps begun in this process
+    since: float = 0.0  # time.monotonic() of the rank's last sign of activity
 
     def enter(self, phase: str, step: int | None) -> "Progress":
-        """The next state: another phase, or another step, or just a sign of life."""
+        """The next state: another phase, another step, or the same with a new time."""
         step = self.step if step is None else step
         news = phase != self.phase or step != self.step
         return Progress(phase, step, self.entered + news, self.steps + (step != self.step), time.monotonic())
@@ -32,8 +32,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Status:
-    """A rank's progress as it last told it. `pulse` grows for as long as its watchdog lives; `idle`: seconds for which
-    the rank had given no sign of life; `stuck`: what does not get on behind its back, where something does not.
+    """A rank's progress as last published. `pulse` increases for as long as its watchdog thread runs; `idle`: seconds
+    without activity; `stuck`: a background task that makes no progress, or "".
     """
 
     progress: Progress
@@ -45,7 +45,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Ending:
-    """Why all ranks end: rank `rank` failed for `reason`, or ranks hang, which rank `rank` was the first to see."""
+    """Why all ranks end: rank `rank` failed with `reason`, or rank `rank` was the first to detect a hang."""
 
     kind: Literal["failed", "hang"]
     rank: int
@@ -53,7 +53,10 @@ class Ending:
 
 
 class Peers:
-    """The ranks of a run through a store. Raises torch.distributed.DistError where the store does not answer."""
+    """Communication between the ranks of a run through a store.
+
+    Methods raise torch.distributed.DistError where the store does not answer.
+    """
 
     def __init__(self, store: dist.Store, *, rank: int, world_size: int, host: str) -> None:
         self.rank = rank
@@ -62,26 +65,26 @@ class Peers:
         self._mine = Status(Progress(), 0, host)
 
     def tell(self, progress: Progress, *, idle: float = 0.0, stuck: str = "") -> None:
-        """Publish this rank's progress, with a sign of life of its watchdog."""
+        """Publish this rank's progress, and increase its watchdog's pulse."""
         self._mine = replace(self._mine, progress=progress, pulse=self._mine.pulse + 1, idle=idle, stuck=stuck)
         self._store.set(f"status/{self.rank}", json.dumps(asdict(self._mine)))
 
     def ending(self) -> Ending | None:
-        """Why all ranks must end, if they must."""
+        """Why all ranks must end; None where they need not."""
         return Ending(**json.loads(self._store.get("ending"))) if self._store.check(["ending"]) else None
 
     def stop_requested(self, *, here: bool) -> bool:
-        """Whether any rank has been asked to stop; `here`: this one has, which the others are told."""
+        """Whether any rank has a request to stop; `here`: whether this one has, which is published."""
         if here:
             self._store.set("stop", "")
         return here or self._store.check(["stop"])
 
     def end(self, ending: Ending) -> Ending:
-        """Make all ranks end; returns the reason, which is an earlier one where another rank was faster."""
+        """Make all ranks end. Returns the reason, which is an earlier one where another rank published first."""
         return Ending(**json.loads(self._store.compare_set("ending", "", json.dumps(asdict(ending)))))
 
     def statuses(self) -> dict[int, Status]:
-        """What each rank last told, of those that have told anything."""
+        """The last published status of each rank that has published one."""
         found = {}
         for rank in range(self.world_size):
             if self._store.check([f"status/{rank}"]):
@@ -90,8 +93,8 @@ class Peers:
         return found
 
     def at_work(self, before: dict[int, Status], after: dict[int, Status], patience: float) -> bool:
-        """Whether a rank that is no further than this one gave signs of life within `patience` seconds, and its
-        watchdog between two looks: then this one waits for it, and neither hangs.
+        """Whether a rank with no more progress than this one was active within `patience` seconds, its watchdog's pulse
+        having increased from `before` to `after`: then this rank waits for it, and neither hangs.
         """
         return any(
             rank != self.rank
@@ -103,30 +106,30 @@ class Peers:
         )
 
     def silent(self, before: dict[int, Status], after: dict[int, Status]) -> list[int]:
-        """Ranks that gave no sign of life between two looks, a few pulses apart."""
+        """Ranks whose pulse is the same in `before` and `after`, which are read a few pulses apart."""
         return [
             r for r in range(self.world_size) if r not in after or (r in before and before[r].pulse == after[r].pulse)
         ]
 
     def conclude(self) -> None:
-        """Tell the others that what there was to find out about a hang has been found out."""
+        """Publish that the diagnosis of a hang is complete."""
         self._store.set("concluded", "")
 
     def concluded(self) -> bool:
-        """Whether a rank has concluded."""
+        """Whether a rank has published the diagnosis."""
         return self._store.check(["concluded"])
 
     def leave(self) -> None:
-        """Say that this rank needs the store no more."""
+        """Publish that this rank no longer needs the store."""
         self._store.add("left", 1)
 
     def all_left(self) -> bool:
-        """Whether no rank needs the store any more."""
+        """Whether no rank needs the store any longer."""
         return self._store.add("left", 0) >= self.world_size
 
 
 def verdict(statuses: dict[int, Status], silent: list[int], world_size: int) -> str:
-    """One line on which ranks hang and which wait for them."""
+    """One line: which ranks hang, and which wait for them."""
     stuck = {rank: status.stuck for rank, status in statuses.items() if status.stuck}
     if world_size == 1:
         return f"this process hangs in {stuck.get(0) or statuses[0].progress}"

@@ -1,4 +1,4 @@
-"""Arithmetic of the network: autocast around its forward pass, the same whatever wraps the network."""
+"""Precision of the network's arithmetic: autocast around its forward pass, however the network is wrapped."""
 
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -15,16 +15,16 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Run what is inside in `precision`; weights stay float32.
 
-    Each weight is used once in a pass, so nothing is gained by keeping the copies that were cast, but memory lost.
+    The cache of cast weights is off: each weight is used once in a pass, so caching would only cost memory.
     """
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def run_in(precision: Precision, network: nn.Module, device: torch.device) -> None:
-    """Make the network's forward pass run under `autocast` and return float32, in place.
+    """Wrap the network's forward pass in `autocast` and return its output in float32, in place.
 
-    Raises ConfigError where the device cannot.
+    Raises ConfigError where the device does not support the precision.
     """
     if precision in ("tf32", "fp16") and device.type == "cpu":
         raise ConfigError(f"train.precision = '{precision}': needs a GPU; on a CPU take 'fp32' or 'bf16'")
@@ -41,14 +41,14 @@ def run_in(precision: Precision, network: nn.Module, device: torch.device) -> No
 
 
 def multiply_float32(how: Literal["ieee", "tf32"]) -> None:
-    """Whether GPUs multiply float32 as it is or rounded to TF32's 10 bits, for this process.
+    """Set how GPUs multiply float32 matrices in this process: in float32, or rounded to TF32 (10 bits of mantissa).
 
-    Said for convolutions too, which PyTorch rounds unless it is told not to.
+    Set for convolutions too, for which PyTorch uses TF32 by default.
     """
     torch.backends.cuda.matmul.fp32_precision = how
     torch.backends.cudnn.conv.fp32_precision = how  # type: ignore[attr-defined]  # missing from torch's stubs
 
 
 def cpu_lacks_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 only by way of float32 (neither AVX512-BF16 nor AMX), which is slower."""
+    """Whether this CPU emulates bfloat16 by float32 (it has neither AVX512-BF16 nor AMX), which is slower."""
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,4 +1,4 @@
-"""Processes: how many there are, that they really train together, and how they agree."""
+"""The process group, checks that the processes are connected, and helpers for collectives of Python objects."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -21,16 +21,15 @@ _PATIENCE = timedelta(minutes=10)
 
 
 def make_accelerator(*, patience: timedelta = _PATIENCE, bucket_size: int = 25 * 2**20) -> Accelerator:
-    """Join the process group that the launcher prepared: CUDA devices where there are any, else CPUs with gloo.
+    """Join the process group that the launcher set up: CUDA devices where there are any, otherwise CPUs with gloo.
 
-    `patience`: how long a rank waits for the others before it gives them up; `bucket_size`: bytes of gradients that are
-    summed over the ranks in one exchange.
+    `patience`: timeout of collectives; `bucket_size`: bytes of gradients in one all-reduce.
 
-    Raises TrainerError where the processes would not train together.
+    Raises TrainerError where the processes are not connected.
     """
     join_group(patience)
     accelerator = new_accelerator(
-        cpu=not torch.cuda.is_available(),  # without it Accelerate leaves processes on CPUs unconnected
+        cpu=not torch.cuda.is_available(),  # otherwise Accelerate does not connect processes on CPUs
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket_size / 2**20)
         ],
@@ -40,17 +39,17 @@ def make_accelerator(*, patience: timedelta = _PATIENCE, bucket_size: int = 25 *
 
 
 def new_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator that leaves the arithmetic to `trainer/engine/precision.py`; sets torch's threads, too."""
+    """An Accelerator without mixed precision, which `trainer/engine/precision.py` handles; sets torch's threads."""
     accelerator = Accelerator(mixed_precision="no", **settings)
-    set_threads()  # last: Accelerate sets them too, by the cores that the machine has
+    set_threads()  # last: Accelerate sets them too, from the number of cores of the machine
     return accelerator
 
 
 def join_group(patience: timedelta, *, alone: bool = False) -> None:
-    """Make torch's process group, which Accelerate and DeepSpeed take as they find it.
+    """Create torch's default process group, which Accelerate and DeepSpeed reuse.
 
-    From here on they find nothing in the environment, either, of what a launcher wants of them: what was taken of it
-    is in the configuration. `alone`: of one rank where no launcher started several; sharding libraries ask for one.
+    Launchers' settings for these libraries are removed from the environment: those that are supported are already part
+    of the configuration. `alone`: create a group of one rank where there is no launcher, which sharding libraries need.
     Errors as `rendezvous.join`.
     """
     forget(os.environ)
@@ -65,7 +64,7 @@ def join_group(patience: timedelta, *, alone: bool = False) -> None:
 
 
 def check_connected(accelerator: Accelerator) -> None:
-    """Raise TrainerError where processes were launched together but would train alone."""
+    """Raise TrainerError where several processes were launched but each has a group of its own."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")
@@ -74,12 +73,12 @@ def check_connected(accelerator: Accelerator) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """One value from each rank, in rank order, on every rank."""
+    """All ranks' values, in rank order, on every rank."""
     return gather_object([value])
 
 
 def gather_numbers(own: torch.Tensor) -> list[list[float]]:
-    """A row of numbers, (n,) on the device, of each rank, in rank order, on every rank. Waits for the device."""
+    """A row of numbers, (n,) on the device, from each rank, in rank order, on every rank. Waits for the device."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [own.tolist()]
     everyone = own.new_empty(dist.get_world_size(), len(own))
@@ -97,7 +96,7 @@ def broadcast(value: Any) -> Any:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of every rank's tensor, in place and on every rank; it lies on the rank's device."""
+    """All-reduce by sum, in place; the tensor is on the rank's device. Returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -106,10 +105,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 def together(
     what: str, action: Callable[[], T], *, kind: type[TrainerError] = TrainerError, only_rank: int | None = None
 ) -> list[T]:
-    """Let every rank (or only one) act on files; where it fails on any, all raise, so that none waits for ever.
+    """Run file operations on every rank (or on one only); where they fail on any, all ranks raise, so that none waits
+    forever.
 
-    Returns the results in rank order (they travel, so keep them small). The error is of `kind` and says `what` could
-    not be done, why, and on which rank; a TrainerError keeps its own words.
+    Returns the results in rank order (they are pickled and sent, so keep them small). The error is of `kind`; its
+    message has `what` could not be done, why, and on which rank. A TrainerError keeps its own message.
     """
     outcome: tuple[list[T], str | None] = ([], None)
     failure: Exception | None = None
@@ -123,21 +123,21 @@ def together(
     for rank, (_, reason) in enumerate(outcomes):
         if reason is not None:
             if failure is not None and not isinstance(failure, OSError | SafetensorError | TrainerError):
-                raise failure  # no fault of the user's: the rank that has it shows where
+                raise failure  # a bug, not a user's error: raised unchanged for its traceback
             where = f" (rank {rank})" if len(outcomes) > 1 else ""
             raise kind(reason + where, agreed=True) from failure
     return [result for results, _ in outcomes for result in results]
 
 
 def each_its_own(what: str, action: Callable[[], T], *, kind: type[TrainerError] = TrainerError) -> T:
-    """As `together`, for results that stay on their rank."""
+    """Like `together`, for results that stay on their rank."""
     kept: list[T] = []
     together(what, lambda: kept.append(action()), kind=kind)
     return kept[0]
 
 
 def check_alike(values: Mapping[str, Any], *, kind: type[TrainerError]) -> None:
-    """Raise `kind` on all ranks where a rank has other values than rank 0: they would train another run."""
+    """Raise `kind` on all ranks where a rank's values differ from rank 0's: the ranks would train different runs."""
     first, *others = gather(dict(values))
     for rank, other in enumerate(others, start=1):
         for name in first | other:

@@ -1,7 +1,7 @@
-"""Which stages of the network keep their activations for the backward pass, and which compute them again.
+"""Activation checkpointing of each stage: which keep their activations for the backward pass, which recompute them.
 
-`train.activation_checkpointing` says so of all stages, or it is "budget": then as few are recomputed as make a
-micro-batch fit into `train.memory_budget`, those first that free most memory for the time that they take.
+`train.activation_checkpointing` applies to all stages; with "budget", as few stages are checkpointed as make a
+micro-batch fit into `train.memory_budget`, first those that save most memory per recomputation time.
 """
 
 import bisect
@@ -18,13 +18,14 @@ from trainer.units import as_size
 
 
 def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
-    """Set what each stage of a network, which may be wrapped, does in training; in the order of `stage_kinds`."""
+    """Set each stage's activation checkpointing in a network, which may be wrapped; in the order of `stage_kinds`."""
     for stage, kind in zip(_stages(network), kinds, strict=True):
         stage.activation_checkpointing = kind
 
 
 def stage_kinds(build: Callable[[], UNet], config: Config, micro_batch: int) -> list[ActivationCheckpointing]:
-    """What each stage of a built network does for micro-batches of that size, in the order of the network's modules.
+    """Kind of activation checkpointing of each stage for micro-batches of that size, in the order of the network's
+    modules.
 
     Within a budget, stages become "selective" one by one, then "full", until weights, gradients and activations fit by
     `foretold_peak`. A stage's activations grow with its width and its time with the square of it, so the narrow ones

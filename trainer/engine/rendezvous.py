@@ -1,9 +1,9 @@
-"""Joining the process group, again after every restart of the workers.
+"""Joins the process group, again after every restart of the workers.
 
-A launcher's store outlives its workers, and those of a restart would find the addresses of the dead in it. Nothing in
-their environment says which attempt they belong to: TORCHELASTIC_RESTART_COUNT counts the failures of one node's own
-workers, so it differs between nodes that restart together. Rank 0 therefore numbers the attempts in the store and calls
-the roll; each attempt has the keys of its number to itself.
+A launcher's store outlives its workers, so after a restart it still holds the addresses of the previous workers. No
+environment variable identifies the attempt: TORCHELASTIC_RESTART_COUNT counts the failures of one node's own workers,
+so it differs between nodes that restart together. Rank 0 therefore numbers the attempts in the store and every other
+rank confirms the number; the keys of each attempt have the number as a prefix.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ _joined: dist.Store | None = None
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """Make the default process group of the processes that a launcher started; nothing where it started only this one.
+    """Create the default process group of the launched processes; does nothing where there is only this one.
 
-    `timeout`: how long a rank waits for the others, here and in every collective. Raises TrainerError where one does
-    not come; the message says which.
+    `timeout`: how long to wait for the other ranks, here and in every collective. Raises TrainerError where ranks are
+    missing; the message has their numbers.
     """
     global _joined
     if dist.is_initialized() or ("LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"):
@@ -63,14 +63,14 @@ def join(backend: str, timeout: timedelta) -> None:
 
 
 def hosts_store() -> bool:
-    """Whether this process holds the store that all ranks speak through: without a launcher of torch's, rank 0 does."""
+    """Whether this process hosts the store of all ranks: rank 0 does, unless torch's launcher does."""
     return os.environ.get("RANK", "0") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def own_connection() -> dist.Store:
-    """A connection of one's own to the store of this attempt, so that another thread's waiting does not block it.
+    """A separate connection to the store of this attempt, so that it is not blocked by another thread's waiting.
 
-    Alone, a process gets a store that nobody else sees.
+    Without a process group, a store of this process alone.
     """
     if _joined is None:
         return dist.HashStore()
@@ -78,9 +78,9 @@ def own_connection() -> dist.Store:
 
 
 def _call_roll(store: dist.Store, world_size: int, deadline: float) -> int:
-    """Rank 0: number this attempt, and tell it to whoever asks until every rank has confirmed that it knows.
+    """Rank 0: number this attempt, and answer requests for the number until every rank has confirmed it.
 
-    Questions that dead workers left are answered as well; nobody reads that.
+    Requests that previous workers left are answered too; nothing reads those answers.
     """
     attempt = store.add("attempts", 1)
     answered: dict[int, bytes] = {}
@@ -101,7 +101,7 @@ def _call_roll(store: dist.Store, world_size: int, deadline: float) -> int:
 
 
 def _answer(store: dist.Store, rank: int, deadline: float) -> int:
-    """Another rank: ask for the attempt's number with a question that was never asked before, and confirm it."""
+    """Other ranks: request the attempt's number under a key that is unique to this process, and confirm it."""
     question = uuid.uuid4().hex
     store.set(f"asks/{rank}", question)
     while not store.check([f"answer/{question}"]):
@@ -116,16 +116,16 @@ def _answer(store: dist.Store, rank: int, deadline: float) -> int:
 
 
 def _choose_interface(host: str, port: int) -> None:
-    """Let gloo use the network interface that leads to rank 0, unless the user has said which.
+    """Set gloo's network interface to the one that routes to rank 0, unless the user has set it.
 
-    By itself it takes the address that /etc/hosts gives the host's own name, on Debian 127.0.1.1, where no other host
-    can reach it. On rank 0's own host the way to rank 0 may lead no further, either; then the only other one is taken.
+    By default gloo resolves the host's own name, by /etc/hosts on Debian to 127.0.1.1, which no other host can reach.
+    On rank 0's own host the route may be the loopback; then the only other interface is used, if there is exactly one.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or host in ("localhost", "127.0.0.1"):
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, port))  # sends nothing
+            probe.connect((host, port))  # UDP: sends no packet
         except OSError:
             return
         source = probe.getsockname()[0]

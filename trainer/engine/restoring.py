@@ -1,4 +1,4 @@
-"""A checkpoint brought back from its copy, verified byte by byte before it gets its name."""
+"""Restores a checkpoint from its mirror; its bytes are verified before it gets its final name."""
 
 import posixpath
 import shutil
@@ -15,17 +15,17 @@ from trainer.errors import CheckpointError, DataError
 
 
 def is_url(text: str) -> bool:
-    """Whether it names a copy that has to be fetched first."""
+    """Whether `text` is a URL, hence a copy that has to be downloaded first."""
     return "://" in text
 
 
 def list_copies(place: CopyFolder) -> list[int]:
-    """Steps of which there is a copy, oldest first. Collective; CheckpointError where nobody can say."""
+    """Steps that have a copy, oldest first. Collective; raises CheckpointError where they cannot be listed."""
 
     def steps() -> list[int]:
         try:
             return place.steps()
-        except Exception as error:  # each file system's library raises its own
+        except Exception as error:  # fsspec backends raise exceptions of their libraries
             raise CheckpointError(
                 f"{place.url}: cannot be listed ({words(error)}), so nobody knows whether there is a copy to go on "
                 "from; try again, or leave checkpoint.copy_to out"
@@ -43,10 +43,10 @@ def restore(
     only: int | None = None,
     say: Callable[[str], None],
 ) -> Path | None:
-    """Fetch the newest copy that is whole, or `only` that step's, into the run's checkpoints; None where there is none.
+    """Download the newest undamaged copy, or `only` that step's, into the run's checkpoints; None where there is none.
 
-    Collective. What is not whole is told and passed over. Raises CheckpointError on all ranks where copies are there
-    but none is whole, where nobody can say whether there are any, or where they are of another run.
+    Collective. Damaged copies are reported and skipped. Raises CheckpointError on all ranks where copies exist but all
+    are damaged, where they cannot be listed, or where they belong to another run.
     """
     steps = list_copies(place)
     wanted = steps if only is None else [step for step in steps if step == only]
@@ -55,7 +55,7 @@ def restore(
         fault = _fetch(place, step, checkpoints, identity)
         if fault is None:
             final = checkpoints.path(step)
-            checkpoints.check(final)  # as it lies on this disk
+            checkpoints.check(final)  # as written to this disk
             folder.event("restored", step=step, url=place.where(step))
             say(f"{final}: restored from {place.where(step)}")
             return final
@@ -75,7 +75,7 @@ def restore_url(
     *,
     say: Callable[[str], None],
 ) -> Path:
-    """Fetch the copy that a URL names: one step's, or the newest of a run's. Errors as `restore`, also for none."""
+    """Download a URL's copy: of one step, or the newest of a run. Errors as `restore`, also where there is none."""
     parent, name = posixpath.split(url.rstrip("/"))
     match = STEP_NAME.fullmatch(name)
     place = CopyFolder(parent if match else url)
@@ -86,7 +86,7 @@ def restore_url(
 
 
 def _fetch(place: CopyFolder, step: int, checkpoints: Checkpoints, identity: dict[str, Any]) -> str | None:
-    """Bring a copy to its place among the checkpoints. Returns why it is not whole, or None."""
+    """Download a copy into the checkpoints' folder. Returns why it is damaged, or None."""
     final = checkpoints.path(step)
     staging = checkpoints.folder / f".staging-copy-{step:08d}"
     what = f"{final}: cannot be written"
@@ -125,7 +125,7 @@ def _fetch(place: CopyFolder, step: int, checkpoints: Checkpoints, identity: dic
         faults = together(what, own_share, kind=CheckpointError)
     fault = next((fault for fault in faults if fault is not None), None)
     if fault is None:
-        checkpoints.supersede(place.where(step), step)  # what has this name already, and later ones
+        checkpoints.supersede(place.where(step), step)  # moves those of this step and later ones away
         together(what, name_it, kind=CheckpointError, only_rank=0)
     elif checkpoints.rank == 0:
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and going on from it."""
+"""Chooses the checkpoint to resume from, and loads it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +23,11 @@ def find_checkpoint(
     identity: dict[str, Any],
     say: Callable[[str], None],
 ) -> Path | None:
-    """The verified checkpoint that `resume` ("auto", "none", a path or a URL) asks for; None to start.
+    """The verified checkpoint for `resume` ("auto", "none", a path or a URL); None for a new run.
 
-    Where "auto" finds none here, it is fetched from the `copies`. Raises CheckpointError on all ranks where there is
-    none such, where a new run would mix with an old one, or where "auto" finds none in a folder that tells of some.
+    Where "auto" finds none in the run's folder, the newest of the mirror `copies` is downloaded. Raises CheckpointError
+    on all ranks where the given one does not exist, where a new run would mix with an old one, or where "auto" finds no
+    checkpoint but traces of lost ones.
     """
     if resume == "auto":
         newest, damaged = checkpoints.recover()
@@ -64,7 +65,7 @@ def find_checkpoint(
 
 
 def load_checkpoint(path: Path, state: TrainState, identity: dict[str, Any], *, say: Callable[[str], None]) -> int:
-    """Make a verified checkpoint this run's state; returns its step.
+    """Load a verified checkpoint into the state; returns its step.
 
     Raises CheckpointError on all ranks where it cannot be read or belongs to another run.
     """

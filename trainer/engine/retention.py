@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the newest, one every so often, the best; no whole one goes for a damaged one."""
+"""Retention: which checkpoints are kept: the newest, one every so many steps, the best. Only undamaged ones count."""
 
 import threading
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from trainer.engine.watchdog import wait_for, watch_over
 
 
 class Retention:
-    """Deletes old checkpoints once others have been found whole: those that stay are read again, in the background.
+    """Deletes old checkpoints, after those that are to be kept have been read again and verified in the background.
 
-    What was written is verified when it is written; but disks forget. `keep` whole ones stay, not counting those that
-    are damaged, and the one that has just been written is always among them.
+    A checkpoint is verified when it is written, but disks may corrupt it later. `keep` undamaged ones are kept, not
+    counting damaged ones, and always the one written last.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Retention:
         self.global_batch = config.train.global_batch
         self.checkpoints = checkpoints
         self.folder = folder
-        self.is_needed = is_needed  # for a while, by something else
+        self.is_needed = is_needed  # temporarily, by the mirror
         self.say = say
         found: Scores = broadcast(read_scores(checkpoints.folder))
-        self.scores = {of: values for of, values in found.items() if of <= step}  # the rest is of work that was lost
+        self.scores = {of: values for of, values in found.items() if of <= step}  # later ones: of abandoned work
         self._check: threading.Thread | None = None
         self._found: dict[int, str | None] = {}
         self._fault: OSError | None = None
@@ -43,20 +43,20 @@ class Retention:
 
     @property
     def is_checking(self) -> bool:
-        """Whether this rank is still reading."""
+        """Whether this rank is still verifying."""
         return self._check is not None and self._check.is_alive()
 
     def score(self, step: int, values: dict[str, float]) -> None:
-        """Remember what validation said of a step, before it is saved. On all ranks alike."""
+        """Record the validation metrics of a step, before it is saved. Called on all ranks alike."""
         self.scores[step] = {**self.scores.get(step, {}), **values}
         if self.checkpoints.rank == 0:
             try:
                 write_scores(self.checkpoints.folder, self.scores)
-            except OSError as error:  # the next one may be, and until then this process knows
+            except OSError as error:  # kept in memory; writing is tried again with the next score
                 self.say(f"step {step}: the score cannot be written: {error}")
 
     def is_kept_forever(self, step: int) -> bool:
-        """Whether a checkpoint stays however old it is."""
+        """Whether a checkpoint is kept whatever its age."""
         if self.config.keep_every.is_due(step * self.global_batch, self.global_batch):
             return True
         return step in best(
@@ -64,7 +64,7 @@ class Retention:
         )
 
     def begin(self) -> None:
-        """A checkpoint is complete: see whether those that are to stay are whole, if others are to go. Collective."""
+        """Start verifying those to be kept after a save, if any others are to be deleted. Collective."""
         self.finish()
         steps = broadcast(self.checkpoints.steps())
         if not broadcast(any(not self._stays(step) for step in steps[: -self.config.keep])):
@@ -75,9 +75,9 @@ class Retention:
         watch_over(self._check, "save")
 
     def finish(self) -> None:
-        """Wait for what `begin` has begun, and delete. Collective.
+        """Wait for the verification and delete. Collective.
 
-        Raises CheckpointError on all ranks where nothing can be deleted.
+        Raises CheckpointError on all ranks where deletion fails.
         """
         if self._check is None:
             return
@@ -86,7 +86,7 @@ class Retention:
         damaged: dict[int, str] = {}
         for found, fault in gather((self._found, str(self._fault) if self._fault is not None else None)):
             damaged |= {step: reason for step, reason in found.items() if reason is not None}
-            if fault is not None:  # a file system's, which says nothing about the bytes
+            if fault is not None:  # an I/O error, which is no proof of damage
                 self.say(f"{self.checkpoints.folder}: cannot be verified, so nothing is deleted: {fault}")
                 return
         for step in sorted(damaged.keys() - self._told):

@@ -2,17 +2,17 @@
 
 RUN/config.toml      the configuration as resolved
 RUN/checkpoints/     see trainer/engine/checkpoints.py
-RUN/averages/        snapshots of averages of the weights, from which others can be made, see averages.py
+RUN/averages/        snapshots of averages of the weights, for post-hoc EMA, see post_hoc.py
 RUN/logs/            TensorBoard files and metrics.jsonl
 RUN/samples/         grids drawn while training
-RUN/nonfinite/       batches whose loss or gradient was not finite
+RUN/nonfinite/       dumps of batches whose loss or gradient was not finite
 RUN/hangs/           stacks of the ranks of a run that hung
 RUN/events.jsonl     starts, resumes, checkpoints, faults, stops; events-rank-....jsonl: damaged samples of other ranks
-RUN/indexes/         of tars that came without one
-RUN/lock             held by the job that trains here
-RUN/heartbeat.json   what the run is doing now
+RUN/indexes/         indexes of datasets of plain tars
+RUN/lock             locked by the job that trains here
+RUN/heartbeat.json   current activity of the run
 RUN/DONE             written when the whole duration has been trained
-RUN/STOPPED          written when it was stopped on request and its state saved; gone with the next start
+RUN/STOPPED          written when it was stopped on request, after its state was saved; deleted by the next start
 """
 
 import contextlib
@@ -39,14 +39,14 @@ from trainer.telemetry.heartbeat import attempt
 from trainer.telemetry.progress import print_line
 
 _PATIENCE_SECONDS = 20
-UNDECIDED = "undecided"  # in the identity of imported weights: the first training run decides
+UNDECIDED = "undecided"  # in the identity of imported weights: set by the first training run that starts from them
 
 
 class RunFolder:
-    """Paths of a run, its lock and its journal. Rank 0 alone writes.
+    """Paths of a run, its lock and its journal. Only rank 0 writes.
 
-    What only tells of the run, journal, configuration and markers, raises nothing where it cannot be written: `say`
-    takes a line about it.
+    Journal, configuration and markers are informative: where they cannot be written nothing is raised, and `say` is
+    called with a warning.
     """
 
     def __init__(self, path: Path, *, writes: bool, say: Callable[[str], None] = print_line) -> None:
@@ -65,10 +65,11 @@ class RunFolder:
         self._journals: dict[str, AppendedFile] = {}
 
     def claim(self) -> None:
-        """Make the folder and lock it for this process's life; the kernel frees the lock of a process that died.
+        """Create the folder and lock it for the lifetime of this process; the kernel releases the lock of a dead
+        process.
 
-        Waits a little for the workers of a killed launcher, which save before they end. Raises TrainerError where
-        another job goes on training there, ConfigError where the folder is something else than a run's.
+        Waits a little for the workers of a killed launcher, which save before they exit. Raises TrainerError where
+        another job holds the lock, ConfigError where the folder is not a run's.
         """
         check_run_dir(self.path)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -84,47 +85,47 @@ class RunFolder:
                     owner = self._lock.read().strip()
                     raise TrainerError(f"run_dir = {self.path}: another job trains there ({owner})") from None
                 time.sleep(0.2)
-        with contextlib.suppress(OSError):  # it is locked; who did it need not be known, on a full disk
+        with contextlib.suppress(OSError):  # the lock is held; the owner's name is informative
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._lock.flush()
 
     @property
     def has_vanished(self) -> bool:
-        """Whether the folder that was claimed is no more: deleted, moved, unmounted, or made anew by another job."""
+        """Whether the folder claimed by this process was deleted, moved, unmounted, or created anew by another job."""
         if self._lock is None:
             return False
         try:
             (self.path / "lock").stat()
-            return os.fstat(self._lock.fileno()).st_nlink == 0  # there is another one
+            return os.fstat(self._lock.fileno()).st_nlink == 0  # the lock file was replaced
         except (FileNotFoundError, NotADirectoryError):
             return not self.checkpoints.is_dir()
-        except OSError:  # a file system that does not answer right now says nothing
+        except OSError:  # the file system does not answer, which is no proof
             return False
 
     def check_that_it_is_there(self) -> None:
-        """Raise TrainerError where the folder has vanished: what would be written would make a half of one anew."""
+        """Raise TrainerError where the folder has vanished: writing would create an incomplete one in its place."""
         if self.has_vanished:
             raise TrainerError(self.vanished)
 
     @property
     def vanished(self) -> str:
-        """What to say then."""
+        """The error message for that."""
         return (
             f"run_dir = {self.path}: has vanished while the run was training (deleted, moved or unmounted), so nothing "
             "can be saved there any more; bring it back, and start again to go on from its last checkpoint"
         )
 
     def load_config(self) -> Config:
-        """The configuration that was saved with the run. Raises ConfigError where there is none."""
+        """The saved configuration of the run. Raises ConfigError where there is none."""
         if not self.config.is_file():
             raise ConfigError(f"--run {self.path}: holds no config.toml, so it is no run's folder")
         return Config.load(self.config)
 
     def begin(self, config: Config) -> list[str]:
-        """Save the resolved configuration; the run is not done any more, should it have been, nor stopped.
+        """Save the resolved configuration and delete the markers DONE and STOPPED.
 
-        Returns what has changed since the last start, a line a field.
+        Returns the fields that differ from the last start's, a line each.
         """
         changes = self._changes(config)
         with self.best_effort.writing(self.config):
@@ -156,10 +157,11 @@ class RunFolder:
         ]
 
     def mark(self, marker: Path, step: int) -> None:
-        """Write DONE or STOPPED for whoever started this: how the launcher exits says nothing after a signal.
+        """Write the marker DONE or STOPPED for the process that started this one: exit codes after a signal are the
+        launcher's.
 
-        To be called when the state of `step` is saved. Waits a little for a full disk; without the marker, the next
-        start finds the checkpoint and ends as this one did.
+        To be called after the state of `step` was saved. Waits a little for a full disk; where the marker cannot be
+        written, the next start finds the last checkpoint and ends in the same way.
         """
         by = f"attempt {attempt()}\n" if attempt() is not None else ""
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -173,12 +175,12 @@ class RunFolder:
                 time.sleep(0.5)
 
     def event(self, name: str, **details: Any) -> None:
-        """Append a line to the journal; a journal that cannot be written is no reason to stop."""
+        """Append a line to the journal; a failure to write is not raised."""
         if self._writes:
             self._append(JOURNAL_NAME, name, details)
 
     def event_here(self, rank: int, name: str, **details: Any) -> None:
-        """Like `event`, of what this rank alone has seen; other ranks than 0 have journals of their own."""
+        """Like `event`, for an event of this rank alone; ranks other than 0 have their own journal files."""
         self._append(JOURNAL_NAME if self._writes else f"events-rank-{rank:05d}.jsonl", name, details)
 
     def _append(self, journal: str, name: str, details: dict[str, Any]) -> None:
@@ -188,7 +190,7 @@ class RunFolder:
 
 
 def flat_fields(config: Config) -> dict[str, Any]:
-    """Every field that the configuration's file would have, as "train.global_batch" and so on."""
+    """Every field of the configuration by its dotted name, for example "train.global_batch"."""
     return _flat(tomllib.loads(config.to_toml()))
 
 
@@ -200,17 +202,17 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
-    """What must not change within a run, or it would be another one: network, process, seed, batch and images.
+    """The fields that must not change within a run: network, process, seed, batch and images.
 
-    Without data it is that of weights that a run may start from: what belongs to the training is UNDECIDED.
+    Without `data` it is the identity of imported weights: fields that belong to training are UNDECIDED.
     """
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
     process = {f"diffusion.{name}": value for name, value in config.diffusion.model_dump().items()}
     training = {name: process.pop(name) for name in ("diffusion.variance", "diffusion.loss")}
     if is_learned(config.diffusion.variance):
-        process["diffusion.variance"] = training.pop("diffusion.variance")  # what half of the network's output means
+        process["diffusion.variance"] = training.pop("diffusion.variance")  # half of the network's output
     elif config.diffusion.loss == "mse":
-        del training["diffusion.variance"]  # only sampling knows of it
+        del training["diffusion.variance"]  # used by sampling only
     training |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
     if data is None:
         undecided = ["diffusion.variance", *training, DATA_FINGERPRINT]
@@ -221,8 +223,8 @@ def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path | str) -> None:
     """Raise CheckpointError with the differences where a checkpoint belongs to another run.
 
-    A field that the saved identity lacks is of a later version than the one that saved it, which did what is the
-    field's default now.
+    A field that the saved identity lacks was added by a later version; it counts as its default, which is the behaviour
+    of the version that saved it.
     """
     on_any_data = saved.get(DATA_FINGERPRINT) == UNDECIDED
     known = {name: saved[name] if name in saved else _default(name) for name in current | saved}
@@ -238,7 +240,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
 
 
 def _default(name: str) -> Any:
-    """Of a field of the configuration, by its dotted name; None for what has none, or is no field."""
+    """Default of a field of the configuration, by its dotted name; None where it has none or does not exist."""
     *sections, field = name.split(".")
     model: Any = Config
     for section in sections:

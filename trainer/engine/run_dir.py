@@ -1,4 +1,4 @@
-"""What a folder is, before anything is written there: whether it may be a run's, and what its markers say."""
+"""Classifies a folder before anything is written to it: whether it is or may become a run's, and its markers."""
 
 import os
 import re
@@ -8,20 +8,20 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.telemetry.files import read_bytes
 
-# What nobody else has: a start makes the first ones, submitting a job or reading tars the last ones.
+# Files that only a run has: the first ones are made by a start, the last ones by submitting a job or indexing tars.
 _OURS = ("events.jsonl", "heartbeat.json", "submissions", "indexes")
 _CHECKPOINTS = re.compile(r"step-\d{8,}|quarantine|superseded|scores\.json|\.staging-.*")
-# What the shell, the system, the launcher or the watchdog may have put there before the run begins.
+# Files that the shell, the system, the launcher or the watchdog may create there before the run begins.
 _HARMLESS = re.compile(
     r"\..*|lost\+found|nohup\.out|.*\.(?:log|out|err)|(?!config\.toml$).*\.toml"
     r"|slurm|wandb|flight|hangs|profiles|nonfinite"
 )
 _MOST_NAMED = 3
-_MOST_BYTES = 200  # of a marker
+_MOST_BYTES = 200  # of a marker file
 
 
 def check_run_dir(path: Path) -> None:
-    """Raise ConfigError where the folder holds other things than a run. Logs, dot files and TOML files do not count."""
+    """Raise ConfigError where the folder holds files other than a run's. Logs, dot files and TOML files are ignored."""
     if not os.path.lexists(path):
         return
     if not path.is_dir():
@@ -42,7 +42,7 @@ def check_run_dir(path: Path) -> None:
 
 
 def is_run_dir(path: Path) -> bool:
-    """Whether a run was begun, submitted or imported there, however damaged it is now."""
+    """Whether a run was started, submitted or imported there, even if it is damaged now."""
     if any((path / name).exists() for name in _OURS) or _is_lock(path / "lock") or _is_config(path / "config.toml"):
         return True
     checkpoints = path / "checkpoints"
@@ -50,7 +50,7 @@ def is_run_dir(path: Path) -> bool:
 
 
 def _is_lock(path: Path) -> bool:
-    """A run's says who holds it, or nothing."""
+    """Whether the file's content is a run's lock: its owner, or empty."""
     try:
         with path.open("rb") as stream:
             return path.is_file() and stream.read(8) in (b"", b"process ")
@@ -67,7 +67,7 @@ def _is_config(path: Path) -> bool:
 
 
 def marked_step(marker: Path) -> int | None:
-    """Of a DONE or STOPPED; None where there is none that can be read."""
+    """The step in a DONE or STOPPED; None where there is no such file or it cannot be parsed."""
     try:
         first, *_ = read_bytes(marker)[:_MOST_BYTES].decode(errors="replace").splitlines()
         return int(first.removeprefix("step "))

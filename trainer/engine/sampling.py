@@ -1,4 +1,4 @@
-"""Sampling over all processes: the same seed gives the same images on any number of them."""
+"""Sampling over all processes: for a given seed, the images do not depend on the number of processes."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,9 +12,9 @@ from trainer.telemetry.pictures import Pixels, to_uint8
 
 
 def batches_of(count: int, batch: int) -> list[range]:
-    """The numbers 0..count-1, `batch` at a time.
+    """The indices 0..count-1 in batches of `batch`.
 
-    With one `batch` they are cut the same way for any number of ranks: a network's rounding may depend on its size.
+    The batches do not depend on the number of ranks: a network's rounding may depend on the batch size.
     """
     return [range(first, min(first + batch, count)) for first in range(0, count, batch)]
 
@@ -30,10 +30,10 @@ def sample(
     on_step: Callable[[int], None] | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[tuple[range, Pixels]]:
-    """Draw the samples of each batch of numbers; yields the numbers and (B, C, H, W) uint8 images.
+    """Draw the samples of each batch of indices; yields the indices and (B, C, H, W) uint8 images.
 
-    `on_step` is called after each denoising step with the number of images that advanced. After a request to `stop`
-    nothing more comes, from the next step on.
+    `on_step` is called after each denoising step with the number of images that advanced. A request to `stop` ends the
+    iteration at the next step.
     """
     for numbers in batches:
         noise = KeyedNoise.sampling(seed, torch.tensor(list(numbers), device=device))

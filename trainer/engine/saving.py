@@ -1,4 +1,4 @@
-"""Writing a share of the state while training goes on: copied at once, then brought to disk by a thread."""
+"""Async save of this rank's part of the state: copied at once, then written to disk by a thread."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ from trainer.errors import CheckpointError
 
 
 class Saving:
-    """A sealed folder in the making: this rank's part of it, and what its manifest will say."""
+    """A sealed folder being written: this rank's part, and the content of its manifest."""
 
     def __init__(
         self, staging: Path, final: Path, content: Mapping[str, Any], part: Path, slices: Iterable[SavedSlice]
@@ -33,11 +33,11 @@ class Saving:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's part is on disk, or never will be."""
+        """Whether the write of this rank's part has ended, successfully or not."""
         return not self._thread.is_alive()
 
     def record(self) -> sealed.FileRecord:
-        """Wait for this rank's part; its size and hash. Raises what kept it from being written."""
+        """Wait for this rank's part; returns its size and hash. Raises the error of the write."""
         wait_for(self._thread, "save")
         if self._fault is not None:
             raise self._fault
@@ -47,17 +47,17 @@ class Saving:
     def _write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
         try:
             self._record = _write_part(part, tensors)
-        except Exception as fault:  # the training thread raises it, on all ranks
+        except Exception as fault:  # raised later by the training thread, on all ranks
             self._fault = fault
 
 
 def _write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> sealed.FileRecord:
-    """Write, then read what is on the disk: only what was read back right is worth a hash."""
+    """Write, then read back from the disk and compare: the hash is that of verified bytes."""
     save_file(dict(tensors), path)
     sealed.fsync(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # so that it comes from the disk
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk
     finally:
         os.close(descriptor)
     record = sealed.record_file(path)
@@ -68,4 +68,4 @@ def _write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> sealed.FileR
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)  # NaN is not equal to itself
+    return tensor.reshape(-1).view(torch.uint8)  # compared as bytes, since NaN is not equal to itself

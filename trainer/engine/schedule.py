@@ -1,4 +1,4 @@
-"""When a run saves: checkpoints and snapshots of averages, written while training goes on, agreed by all ranks."""
+"""The save schedule: checkpoints and snapshots of averages, saved asynchronously, in the same steps on all ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from trainer.errors import CheckpointError
 
 
 class SaveSchedule:
-    """Every method is collective. One folder at most is being written at a time."""
+    """Every method is collective. At most one folder is being written at a time."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class SaveSchedule:
         self.say = say
         self._saving: tuple[Checkpoints, Saving, int] | None = None
         self._saved_step = self.step
-        self._is_last = False  # whether the save is the last of this process
+        self._is_last = False  # whether this save is the last one of this process
         self.retention = Retention(
             config, checkpoints, folder, step=self.step, is_needed=self._is_needed_for_copies, say=say
         )
@@ -49,21 +49,21 @@ class SaveSchedule:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps settled."""
         return self.state.position // self.config.train.global_batch
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's part is not yet on disk, or it still reads what stays before it deletes what goes."""
+        """Whether this rank is still writing its part of a save, or verifying checkpoints for retention."""
         return (self._saving is not None and not self._saving[1].is_written) or self.retention.is_checking
 
     @property
     def is_copying(self) -> bool:
-        """Whether this rank is copying a checkpoint elsewhere."""
+        """Whether this rank is uploading to the mirror."""
         return self.copies is not None and self.copies.is_copying
 
     def after_step(self) -> None:
-        """Save what is due after the step that has just been settled."""
+        """Start the saves that are due after the step that was settled last."""
         position, global_batch = self.state.position, self.config.train.global_batch
         if self.config.checkpoint.every.is_due(position, global_batch):
             self._save(self.checkpoints)
@@ -71,25 +71,25 @@ class SaveSchedule:
             self._save(self.snapshots)
 
     def poll(self, ranks_writing: int, ranks_copying: int) -> None:
-        """Give a folder its name once no rank writes any more, and go on copying; all ranks know the two numbers."""
-        if self.copies is not None:  # before anything new is begun, of which the numbers say nothing
+        """Complete a save once no rank is writing, and continue mirroring; all ranks pass the same two numbers."""
+        if self.copies is not None:  # before a new save begins, which the numbers do not include
             self.copies.poll(ranks_copying)
         if ranks_writing == 0:
             self._retire()
             self._finish()
 
     def complete(self) -> None:
-        """Wait for what is being written: before what takes minutes, in which the run may be killed."""
+        """Wait for a pending save: call it before an operation of minutes, during which the run may be killed."""
         self._finish()
 
     def save_last(self) -> None:
-        """Wait for what is being written, and save this step if that has not been done.
+        """Wait for a pending save, and save this step unless that was done already.
 
-        Raises CheckpointError on all ranks where its checkpoint is not there afterwards, whatever
-        `checkpoint.on_failure` says: nothing comes that could be tried again.
+        Raises CheckpointError on all ranks where its checkpoint does not exist afterwards, whatever
+        `checkpoint.on_failure` is: no later save can make up for it.
         """
         self._finish()
-        # Not there: deleted since, or the run went on from elsewhere and has trained nothing. Step 0 needs none.
+        # The checkpoint is missing: deleted since, or resumed from elsewhere without a step trained. Step 0 needs none.
         if self.step > self._saved_step or (self.step > 0 and not self.checkpoints.exists(self.step)):
             self._is_last = True
             self._save(self.checkpoints)
@@ -99,9 +99,9 @@ class SaveSchedule:
             together(f"{path}: is not whole", lambda: _check_there(path), kind=CheckpointError, only_rank=0)
 
     def end(self) -> None:
-        """Save this step if that has not been done, delete what need not stay, and wait for copies."""
+        """Save this step unless that was done already, apply retention, and wait for the mirror."""
         self.save_last()
-        self.retention.begin()  # again: the last step may have been measured after it was saved
+        self.retention.begin()  # again: the last step may have been scored after it was saved
         self._retire()
         if self.copies is not None and self.copies.is_pending:
             self.say(f"step {self.step}: saved; waiting for the copy to {self.copies.place.url}")
@@ -155,7 +155,7 @@ class SaveSchedule:
             keep_forever=self.retention.is_kept_forever,
             say=self.say,
         )
-        if steps := broadcast(self.checkpoints.steps()):  # a job that was killed may not have come to it
+        if steps := broadcast(self.checkpoints.steps()):  # an earlier job may not have mirrored the newest
             copies.want(self.checkpoints.path(steps[-1]))
         return copies
 
@@ -163,7 +163,7 @@ class SaveSchedule:
         return self.copies is not None and self.copies.needs(step)
 
     def _retire(self) -> None:
-        """Delete what need not stay; what cannot be deleted is told, for what has been saved is saved."""
+        """Apply retention; a failure to delete is reported only, since the save itself succeeded."""
         try:
             self.retention.finish()
         except CheckpointError as fault:
@@ -181,7 +181,7 @@ class SaveSchedule:
 
 
 def _check_there(path: Path) -> None:
-    """Raise CheckpointError where a checkpoint, whose bytes were verified when they were written, is not complete."""
+    """Raise CheckpointError where a checkpoint is incomplete; its bytes were verified when they were written."""
     try:
         for record in sealed.read_manifest(path)["files"]:
             if (path / record.name).stat().st_size != record.bytes:

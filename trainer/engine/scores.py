@@ -1,4 +1,4 @@
-"""What validation said of each step, kept beside the checkpoints: RUN/checkpoints/scores.json."""
+"""Validation metrics of each step, kept beside the checkpoints: RUN/checkpoints/scores.json."""
 
 import json
 import math
@@ -14,8 +14,8 @@ Scores = dict[int, dict[str, float]]
 
 
 def read_scores(checkpoints: Path) -> Scores:
-    """Metrics by step. Where the file is missing or damaged they are those that the logs beside the checkpoints have;
-    entries that are none are left out.
+    """Metrics by step. Where the file is missing or damaged they are taken from the run's logs; invalid ones are
+    dropped.
     """
     content = read_object(checkpoints / SCORES_NAME)
     if content is None:
@@ -35,13 +35,13 @@ def _scores_of(values: Any) -> dict[str, float]:
 
 
 def write_scores(checkpoints: Path, scores: Scores) -> None:
-    """The file appears whole or not at all. Raises OSError."""
+    """Write the file atomically. Raises OSError."""
     write_whole(checkpoints / SCORES_NAME, json.dumps(scores, indent=1) + "\n")
 
 
 def best(scores: Mapping[int, Mapping[str, float]], steps: Iterable[int], *, metric: str, count: int) -> list[int]:
-    """Of `steps` the `count` with the lowest metric, the best first; of equals the newer. Those that have none, or one
-    that is not finite, are not among them.
+    """The `count` of `steps` with the lowest metric, best first; of equal ones the newer first. Steps without a metric,
+    or with one that is not finite, are excluded.
     """
     scored = [(scores[step][metric], -step) for step in steps if metric in scores.get(step, {})]
     return [-step for value, step in sorted(scored) if math.isfinite(value)][:count]

@@ -1,8 +1,8 @@
-"""Sealed folders: a set of files that is either whole and provably unchanged, or refused.
+"""Sealed folders: sets of files that are complete and unchanged by their hashes, or rejected.
 
-A sealed folder holds its files, `manifest.json` that records name, size and sha256 of each beside whatever the owner
-wants to say, and `COMPLETE`, which holds the manifest's own sha256. It is made under another name and renamed into
-place as the last act, so a folder under its final name was finished; whatever is wrong with it was damaged later.
+A sealed folder holds its files, `manifest.json` with the name, size and sha256 of each and with content of the
+caller's, and `COMPLETE` with the manifest's own sha256. It is written under another name and renamed last, so a folder
+under its final name was complete; any defect is later damage.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 COMPLETE_NAME = "COMPLETE"
-_MOST_BYTES = 1 << 26  # of a manifest of thousands of ranks; reading a file without end would never end
+_MOST_BYTES = 1 << 26  # of a manifest for thousands of ranks; a bound, since a device file has no end
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -32,7 +32,7 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """What a manifest promises about one file."""
+    """Name, size and hash of a file, as recorded in a manifest."""
 
     name: str
     bytes: int
@@ -40,18 +40,18 @@ class FileRecord:
 
 
 class DamagedError(Exception):
-    """The folder is not what was sealed; the message is the reason."""
+    """The folder differs from what was sealed; the message has the reason."""
 
 
 def record_file(path: Path) -> FileRecord:
-    """Bring a written file to the disk and record it as it is there."""
+    """fsync a written file, and record its size and hash as read back."""
     fsync(path)
     with path.open("rb") as stream:
         return FileRecord(name=path.name, bytes=os.fstat(stream.fileno()).st_size, sha256=_sha256(stream))
 
 
 def seal(staging: Path, final: Path, files: Sequence[FileRecord], content: dict[str, Any]) -> None:
-    """Write manifest and completion marker into `staging`, then rename it to `final`; each step is on disk first."""
+    """Write manifest and completion marker into `staging`, then rename it to `final`; each is synced first."""
     manifest = json.dumps({**content, "files": [asdict(file) for file in files]}, indent=1).encode()
     _write(staging / MANIFEST_NAME, manifest)
     _write(staging / COMPLETE_NAME, hashlib.sha256(manifest).hexdigest().encode())
@@ -61,11 +61,11 @@ def seal(staging: Path, final: Path, files: Sequence[FileRecord], content: dict[
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest's content with "files" as a list of FileRecord, each of a file that lies in the folder itself.
+    """The manifest's content, with "files" as a list of FileRecord, each naming a file directly in the folder.
 
-    Whoever made a manifest can make its marker too, so nothing that it says is taken for granted. Raises DamagedError
-    where one of both is missing, is no regular file, is not of the other, or says what no manifest can, and OSError
-    where they cannot be read: that may be the file system's fault, and no reason to give a checkpoint up.
+    A manifest is untrusted input: its author could write a matching marker. Raises DamagedError where manifest or
+    marker is missing, is no regular file, does not match the other, or is malformed, and OSError where they cannot be
+    read: that may be an I/O error, which is no proof of damage.
     """
     manifest = read_file(folder / MANIFEST_NAME)
     marker = read_file(folder / COMPLETE_NAME).decode(errors="replace").strip()
@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{COMPLETE_NAME} does not belong to this {MANIFEST_NAME}: one of them was changed")
     try:
         content = json.loads(manifest)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or lists in lists without end
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
         raise DamagedError(f"{MANIFEST_NAME}: no JSON that can be read ({error})") from error
     if not isinstance(content, dict):
         raise DamagedError(f"{MANIFEST_NAME}: should be an object, is a {type(content).__name__}")
@@ -82,8 +82,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> bytes:
-    """A small file of a sealed folder. Raises DamagedError where it is missing, no regular file or too large to be
-    one; OSError as `read_manifest`.
+    """Content of a small file of a sealed folder. Raises DamagedError where it is missing, no regular file or too
+    large; OSError as `read_manifest`.
     """
     with _open(path) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -93,7 +93,7 @@ def read_file(path: Path) -> bytes:
 
 
 def verify_file(folder: Path, record: FileRecord) -> None:
-    """Raise DamagedError where the file is not, byte for byte, the one that was sealed; OSError as `read_manifest`."""
+    """Raise DamagedError where the file's bytes differ from those sealed; OSError as `read_manifest`."""
     with _open(folder / record.name) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size != record.bytes:
@@ -103,7 +103,7 @@ def verify_file(folder: Path, record: FileRecord) -> None:
 
 
 def verify_size(folder: Path, record: FileRecord) -> None:
-    """Like `verify_file`, of the length alone: no byte is read."""
+    """Like `verify_file`, for the size alone: no byte is read."""
     with _open(folder / record.name) as stream:
         size = os.fstat(stream.fileno()).st_size
     if size != record.bytes:
@@ -132,12 +132,12 @@ def _records(files: Any) -> list[FileRecord]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it names something in the folder that it is looked up in, and nowhere else."""
+    """Whether the name is a plain file name, which cannot refer to another folder."""
     return name not in ("", ".", "..") and "/" not in name and name.isprintable()
 
 
 def _open(path: Path) -> BufferedReader:
-    """A regular file; a link would lead elsewhere, and reading a FIFO or a device may never end."""
+    """Open a regular file: a link could lead elsewhere, and reading a FIFO or a device may never end."""
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
@@ -148,7 +148,7 @@ def _open(path: Path) -> BufferedReader:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to the disk."""
+    """fsync a file, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

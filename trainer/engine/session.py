@@ -1,4 +1,4 @@
-"""From a configuration to a running loop: processes, data, network, state, resume."""
+"""One start of a run, from a configuration to a running loop: processes, data, network, state, resume."""
 
 import os
 from pathlib import Path
@@ -37,8 +37,8 @@ from trainer.telemetry.trackers import Trackers, check_trackers, open_trackers
 def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
     """Train to the end of the run or to a request to stop; returns whether the run is complete.
 
-    `resume` is "auto", "none", or the path or URL of a checkpoint; `record`: steps to look at closely. Raises
-    TrainerError for whatever the user can mend.
+    `resume` is "auto", "none", or the path or URL of a checkpoint; `record`: steps to profile. Raises TrainerError for
+    errors that the user can fix.
     """
     end_with_launcher()
     stop = StopRequest()
@@ -78,7 +78,7 @@ def _train(
     run = Path(config.run_dir)
     together(f"run_dir = {run}: cannot be read", lambda: check_run_dir(run), kind=ConfigError, only_rank=0)
     data = _open_data(config)
-    # The parts of the configuration that may differ between restarts must not differ between ranks.
+    # Fields that may differ between restarts must still be equal on all ranks.
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
 
     state = build_state(config, strategy)
@@ -122,7 +122,7 @@ def _train(
 def _resume(
     config: Config, resume: str, data: TrainingData, state: TrainState, folder: RunFolder, checkpoints: Checkpoints
 ) -> Path | None:
-    """Load the checkpoint to go on from, and put aside what lies behind it; returns it, None for a new run."""
+    """Load the checkpoint to resume from, and set later ones aside; returns its path, None for a new run."""
     accelerator = state.strategy.accelerator
     snapshots = Checkpoints(folder.averages, accelerator)
     for each in (checkpoints, snapshots):
@@ -140,7 +140,7 @@ def _resume(
         checkpoints.supersede(source, step)
         snapshots.supersede_after(step, source)
     else:
-        snapshots.supersede_after(0, Path("its beginning"))  # what a start before this one has left
+        snapshots.supersede_after(0, Path("its beginning"))  # snapshots of an earlier start
     return source
 
 
@@ -157,7 +157,7 @@ def _open_data(config: Config) -> TrainingData:
 
 
 def _open_trackers(config: Config, folder: RunFolder, accelerator: Accelerator) -> Trackers:
-    opened = [Trackers([], accelerator.print)]  # what the others than rank 0 have
+    opened = [Trackers([], accelerator.print)]  # on ranks other than 0
     together(
         f"log.trackers = {config.log.trackers}: cannot be started",
         lambda: opened.append(open_trackers(config, folder.path, accelerator.print)),
@@ -168,7 +168,7 @@ def _open_trackers(config: Config, folder: RunFolder, accelerator: Accelerator) 
 
 
 def _nodes() -> int | None:
-    """None where the launcher does not say how many processes a node has."""
+    """Number of nodes; None where the launcher does not set the number of processes per node."""
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return 1 if os.environ.get("WORLD_SIZE", "1") == "1" else None
     return max(1, int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -206,7 +206,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
 def _prefetcher(config: DataConfig, data: TrainingData, plan: MicroBatchPlan) -> Prefetcher | None:
     if data.cache is None:
         return None
-    # Half of the cache for what comes, the other half for what is being read; the ranks of a node share it.
+    # Half of the cache for shards that are prefetched, half for those being read; the ranks of a node share it.
     budget = data.cache.limit // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Prefetcher(
         data.cache,

@@ -1,7 +1,7 @@
-"""The parameters as this rank holds them: whole or in part, each element with one rank that answers for it.
+"""Slices: the parameters as this rank holds them, whole or in part; each element is owned by exactly one rank.
 
-Every strategy, whatever it shards, is described by a list of slices. Averages and checkpoints are made of them and
-know nothing of strategies.
+Every strategy is described by a list of slices. Averages and checkpoints are written in terms of slices, so they are
+independent of the strategy.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,9 +15,9 @@ from trainer.engine.processes import gather
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSlice:
-    """The part of one parameter that this rank's optimizer steps: elements `start` to `stop`, counted row by row.
+    """The part of one parameter that this rank's optimizer steps: elements `start` to `stop`, in row-major order.
 
-    `storage` is the float32 tensor that the optimizer knows: the parameter itself, its local shard, or a flat partition
+    `storage` is the float32 tensor that the optimizer steps: the parameter itself, its local shard, or a flat partition
     that holds slices of many parameters, this one from `offset` on.
     """
 
@@ -30,23 +30,23 @@ class ParameterSlice:
 
     @property
     def numel(self) -> int:
-        """Elements in the slice."""
+        """Number of elements in the slice."""
         return self.stop - self.start
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slice's elements in a tensor that is laid out like `storage`, a moment for example; a view."""
+        """View of the slice's elements in a tensor that is laid out like `storage`, for example a moment."""
         if tensor.numel() == self.numel:
             return tensor
         return tensor.view(-1).narrow(0, self.offset, self.numel)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The master weights, float32; a view."""
+        """View of the master weights, float32."""
         return self.of(self.storage.detach())
 
 
 def row_by_row(values: torch.Tensor) -> torch.Tensor:
-    """Elements in the order in which slices count them, whatever the memory format; (numel,), a copy only if needed."""
+    """Elements in row-major order, whatever the memory format; (numel,), copied only if needed."""
     return values.reshape(-1)
 
 
@@ -56,9 +56,10 @@ def fill(values: torch.Tensor, elements: torch.Tensor) -> None:
 
 
 def owned(slices: Sequence[ParameterSlice]) -> list[ParameterSlice]:
-    """The slices that this rank answers for: of the ranks that hold the same one, the one with the least to do.
+    """The slices that this rank owns: among the ranks that hold a slice, the one with the fewest owned elements owns
+    it.
 
-    Collective. What ranks hold must be equal or disjoint.
+    Collective. Slices of different ranks must be equal or disjoint.
     """
     holders: dict[tuple[str, int, int], list[int]] = {}
     everyone = gather([(piece.name, piece.start, piece.stop) for piece in slices])
@@ -77,9 +78,9 @@ def owned(slices: Sequence[ParameterSlice]) -> list[ParameterSlice]:
 def assemble(
     shapes: dict[str, torch.Size], parts: Iterable[tuple[ParameterSlice, torch.Tensor]], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Whole float32 tensors on every rank, from the parts that each rank owns. Collective.
+    """Whole float32 tensors on every rank, from the slices that each rank owns. Collective.
 
-    Parts of different ranks do not overlap, so their sum over ranks is each of them.
+    Owned slices of different ranks are disjoint, so an all-reduce by sum over zero-filled tensors assembles them.
     """
     whole = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
     for piece, values in parts:

@@ -1,6 +1,6 @@
-"""TrainState: everything that a run is. What is not in it does not survive a restart, so nothing else may matter.
+"""TrainState: the complete state of a run. What is not part of it does not survive a restart.
 
-Learning rate, epoch, order, flips, t, noise and dropout are no part of it: they are functions of the seed and of
+Learning rate, epoch, order, flips, t, noise and dropout are not stored: they are functions of the seed and of
 `position`.
 """
 
@@ -20,9 +20,7 @@ from trainer.telemetry.meters import Meters
 
 
 class Contents(NamedTuple):
-    """What all ranks together write: this rank's `slices`, the `shapes` of all tensors, scalars as plain JSON, and how
-    the run was spread.
-    """
+    """What a save writes: this rank's `slices`, the `shapes` of all tensors, scalars as plain JSON, and `strategy`."""
 
     slices: list[SavedSlice]
     shapes: dict[str, torch.Size]
@@ -31,7 +29,7 @@ class Contents(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """One tensor a parameter: `kind` begins its name in checkpoints; `values` are of the `slices`, one each."""
+    """One tensor per parameter: `kind` is the prefix of its name in checkpoints; `values` has one entry per slice."""
 
     kind: str
     slices: list[ParameterSlice]
@@ -39,10 +37,10 @@ class _Group(NamedTuple):
 
 
 class TrainState:
-    """The state of a run, spread over the ranks as the strategy has it. Making one is collective.
+    """The state of a run, sharded over the ranks by the strategy. Construction is collective.
 
-    `position` counts images consumed, `updates` the steps that were applied, `nonfinite_steps` those that were skipped
-    by the guard. `meters` hold what waits for the next log line, which a restart must not change.
+    `position` counts images consumed, `updates` the steps applied, `nonfinite_steps` those skipped as not finite.
+    `meters` accumulate until the next log line, and are saved so that a restart does not change that line.
     """
 
     def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], objective: GaussianObjective) -> None:
@@ -50,17 +48,17 @@ class TrainState:
         self.objective = objective
         self.owned = owned(strategy.slices)
         self.averages = Averages(self.owned, dict(decays))
-        self.shapes = strategy.shapes  # of all parameters, those too of which this rank has no slice
+        self.shapes = strategy.shapes  # of all parameters, including those of which this rank has no slice
         self.position = 0
         self.updates = 0
         self.nonfinite_steps = 0
         self.meters = Meters()
 
     def contents(self) -> Contents:
-        """What a checkpoint holds, and this rank's share of it.
+        """Content of a checkpoint, and this rank's share of it.
 
-        Names say what a tensor is, whatever the strategy and the number of ranks: model/<parameter>, ema/<parameter>
-        (and ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>, and what the objective
+        Names of tensors do not depend on the strategy or the number of ranks: model/<parameter>, ema/<parameter> (and
+        ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>, and what the objective
         recorded, timesteps/<quantity>.
         """
         mine = {(piece.name, piece.start) for piece in self.owned}
@@ -76,7 +74,7 @@ class TrainState:
         return Contents(slices, self._tensor_shapes(), self._scalars(), self._strategy)
 
     def snapshot_contents(self) -> Contents:
-        """What a snapshot of the averages with a power-function profile holds, and this rank's share of it."""
+        """Content of a snapshot of the averages with power-function profiles, and this rank's share of it."""
         averages = {name: average for name, average in self.averages.by_name.items() if name != MAIN}
         shapes = {f"{average}/{name}": shape for average in averages for name, shape in self.shapes.items()}
         slices = [
@@ -88,18 +86,18 @@ class TrainState:
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Make a state dict the weights and every average of a run that has not begun."""
+        """Set the weights and every average of a run at step 0 from a state dict."""
         for kind, slices, values in self._groups():
             if not kind.startswith("optimizer."):
                 for piece, tensor in zip(slices, values, strict=True):
                     fill(tensor, row_by_row(weights[piece.name])[piece.start : piece.stop])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The raw weights as a whole state dict, float32, on every rank's device. Collective."""
+        """The raw weights as a complete state dict, float32, on every rank's device. Collective."""
         return assemble(self.shapes, [(piece, piece.weight) for piece in self.owned], self.strategy.device)
 
     def average(self, name: str = MAIN) -> dict[str, torch.Tensor]:
-        """An average as a whole state dict, float32, on every rank's device. Collective."""
+        """An average as a complete state dict, float32, on every rank's device. Collective."""
         parts = zip(self.owned, self.averages.by_name[name].values, strict=True)
         return assemble(self.shapes, parts, self.strategy.device)
 
@@ -115,12 +113,11 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, saved: TensorReader, scalars: Mapping[str, Any]) -> list[str]:
-        """Become the saved state; each rank reads the slices that it holds, whatever ranks wrote them. When all have,
-        `strategy.weights_changed` is to be called.
+        """Load a saved state; each rank reads the slices that it holds, whatever number of ranks wrote them.
 
-        An average that the checkpoint does not have starts as its main one; one that it has too many is left.
-        Returns a line for each of these. Raises CheckpointError, and changes nothing, where a tensor is missing, left
-        over or of another shape.
+        After all ranks have loaded, `strategy.weights_changed` must be called. An average that the checkpoint lacks is
+        initialised from the main one; additional ones are ignored. Returns a line for each of these. Raises
+        CheckpointError, and changes nothing, where a tensor is missing, unexpected or of another shape.
         """
         remarks, source = self._check(saved.shapes)
         for kind, slices, values in self._groups():
@@ -141,7 +138,7 @@ class TrainState:
         return self.strategy.config.strategy
 
     def _tensor_shapes(self) -> dict[str, torch.Size]:
-        """Of every tensor of the state, whichever rank has it."""
+        """Shapes of all tensors of the state, whichever rank holds them."""
         kinds = ["model", *(f"optimizer.{moment}" for moment in MOMENTS), *self.averages.by_name]
         shapes = {f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}
         return shapes | {name: value.shape for name, value in self.objective.tensors().items()}
@@ -156,7 +153,7 @@ class TrainState:
             yield _Group(name, self.owned, average.values)
 
     def _check(self, found: Mapping[str, torch.Size]) -> tuple[list[str], dict[str, str]]:
-        """Returns remarks, and of kinds that are read from another one, that one."""
+        """Returns remarks, and for each kind that is read from another kind, that kind."""
         remarks, source = [], {}
         kinds = {name.partition("/")[0] for name in found}
         for name in self.averages.by_name.keys() - kinds - {MAIN}:

@@ -1,4 +1,4 @@
-"""One optimizer step: losses, gradients, accumulation, clipping, update; no host sync on the way."""
+"""One optimizer step: losses, gradients, accumulation, clipping, update; without synchronising with the device."""
 
 from collections.abc import Iterator
 
@@ -19,10 +19,10 @@ from trainer.telemetry.meters import step_sums
 
 
 def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.device) -> Batch:
-    """A micro-batch as the loader gives it, on the device.
+    """Move a micro-batch of the loader to the device.
 
-    batch: "image" (B, C, H, W) uint8 and "position" (B,) int64. With `data.flip`, each image is flipped or not by
-    the key of its position.
+    batch: "image" (B, C, H, W) uint8 and "position" (B,) int64. With `data.flip`, whether an image is flipped is a
+    function of the seed and its position.
     """
     position = batch["position"].to(device, non_blocking=True)
     images = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -33,13 +33,13 @@ def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.d
 
 
 def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
-    """Before the forward pass of a micro-batch: dropout's mask is a function of the seed and its first position."""
+    """Call before the forward pass of a micro-batch: dropout masks become a function of seed and first position."""
     if config.model.dropout > 0:
         torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
 
 
 class TrainStep:
-    """The two halves of a step: `backward` fills the gradients, `update` applies them where they are finite."""
+    """The two halves of a step: `backward` computes the gradients, `update` applies them where they are finite."""
 
     def __init__(
         self,
@@ -55,17 +55,17 @@ class TrainStep:
         self.strategy = strategy
         self.state = state
         self.objective = state.objective
-        self._losses: Losses | None = None  # of the last `backward`
+        self._losses: Losses | None = None  # of the last micro-batches, set by `backward`
         self.stop = stop
         self.gradient_square = GradientSquare(strategy, layout)
 
     def learning_rate(self, step: int) -> float:
-        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), so that the first step moves nothing (Ho et al.)."""
+        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), hence 0 in step 0 (Ho et al.)."""
         warmup = self.config.optimizer.warmup.steps(self.layout.global_batch)
         return self.config.optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
 
     def rehearse(self) -> None:
-        """One forward and backward pass over nothing, for strategies that have to warm up."""
+        """One forward and backward pass over zeros, for strategies that need a warm-up."""
         model = self.config.model
         shape = (self.layout.micro_batch, model.channels, model.image_size, model.image_size)
         zeros = torch.zeros(shape, device=self.strategy.device).contiguous(memory_format=torch.channels_last)
@@ -100,10 +100,10 @@ class TrainStep:
         return torch.stack(means).sum()
 
     def update(self, loss: torch.Tensor, *, writing: bool = False, copying: bool = False) -> PendingVerdict:
-        """Clip and apply the gradients on all ranks, or on none if any rank's loss or gradient is not finite.
+        """Clip and apply the gradients on all ranks; on none if any rank's loss or gradient is not finite.
 
-        The decision is taken on the device, see `GuardedAdam`. `writing`, `copying`: this rank still writes a
-        checkpoint, still copies one.
+        The decision is made on the device, see `GuardedAdam`. `writing`, `copying`: this rank is still writing a
+        checkpoint or uploading one to the mirror.
         """
         enter("update")
         losses = self._losses
@@ -128,9 +128,10 @@ class TrainStep:
         return PendingVerdict(torch.cat([optimizer.grad_norm[None], report]), batches)
 
     def _record(self, losses: Losses, *, skipped: torch.Tensor) -> None:
-        """Let the objective learn from the losses of all ranks, and from none where `skipped`, a scalar, is not 0.
+        """Record the losses of all ranks in the objective (importance sampling); none where `skipped`, a scalar, is not
+        0.
 
-        They are in the order of the images' positions, so what is learned does not depend on the number of ranks.
+        They are in the order of the images' positions, so the result does not depend on the number of ranks.
         """
         recorded = self.objective.tensors()
         if not recorded:
@@ -142,7 +143,7 @@ class TrainStep:
 
 
 def _of_all_ranks(part: torch.Tensor) -> torch.Tensor:
-    """The ranks' parts of a global batch, which are contiguous in position, one behind another."""
+    """All-gather of the ranks' parts of a global batch, which are contiguous in position, in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return part
     whole = part.new_empty(dist.get_world_size() * len(part))

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: gathers the meters' figures once a log interval and hands them to their writers."""
+"""Telemetry of a training run: once a log interval, the meters are read and their values passed to the writers."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 
 class Telemetry:
-    """Scalars, progress, heartbeat and times of a run. All ranks make one and call it alike; rank 0 writes.
+    """Scalars, progress, heartbeat and goodput of a run. All ranks make the same calls; rank 0 writes.
 
-    `samples` are the images of an epoch; `last_step` is where the run ends.
+    `samples`: images in an epoch; `last_step`: the run's last step.
 
-    Between two calls of `log` nothing waits for the device and nothing is exchanged.
+    Between two calls of `log` there is no synchronisation with the device and no communication.
     """
 
     def __init__(
@@ -66,37 +66,37 @@ class Telemetry:
         self.metrics = Metrics(folder.logs, self.step, trackers, say=self.progress.say) if writes else None
         if self.metrics is not None:
             self.metrics.configuration(config.to_toml(), flat_fields(config), judged_by=_judged_by(config))
-        # What was before it is the start-up.
+        # Time before this counts as start-up.
         self.heartbeat = Heartbeat(folder.path, writes=writes, best_effort=folder.best_effort)
         self.stopwatch = Stopwatch(self.beat)
         self.pace = Pace(self._device)
         self.pace.watch(state.strategy.network)
         self.clock = StepClock(self._device)
         self._starts: list[dict[str, Any]] = []
-        self._waited = 0.0  # for data, until the last log line
+        self._waited = 0.0  # seconds spent waiting for data, up to the last log line
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps settled."""
         return self.state.position // self.layout.global_batch
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Where the time of this process went."""
+        """Seconds of this process by activity."""
         return self.heartbeat.seconds({**self.stopwatch.spent, "data": self.pace.waited})
 
     def timed(self, stream: Iterator[T]) -> Iterator[T]:
-        """The stream, with the waits for it timed. Training begins with it."""
+        """The stream, with the time spent waiting for it measured. Training time starts here."""
         self.clock.start()
         return self.pace.timed(stream)
 
     def queued(self) -> None:
-        """All of a step has been given to the device."""
+        """Call when all work of a step has been queued on the device."""
         self.clock.step_ended()
         self.stopwatch.count(self.layout.global_batch)
 
     def count(self, verdict: Verdict) -> None:
-        """A step is settled; the state has its verdict."""
+        """Call when a step is settled, with its verdict; the state has been updated."""
         if verdict.finite:
             self.state.meters.add(loss=verdict.loss, grad_norm=verdict.grad_norm, figures=verdict.figures)
         self.progress.advance()
@@ -104,14 +104,14 @@ class Telemetry:
 
     @contextmanager
     def pause(self, reason: str) -> Iterator[None]:
-        """Around what is not training."""
+        """A context for activities other than training, timed under `reason`."""
         resume = self.stopwatch.pause(reason)
         yield
         resume()
         self.clock.start()
 
     def log(self) -> None:
-        """Write the scalars of the steps since the last call. Collective; waits for the device.
+        """Write the scalars of the steps since the last call. Collective; synchronises with the device.
 
         Raises TrainerError on all ranks where the run's folder has vanished.
         """
@@ -138,12 +138,12 @@ class Telemetry:
         self.progress.log(f"step {self.step}/{self.last_step}: {summary}{self._left(rate)}")
 
     def scalars(self, values: Mapping[str, float]) -> None:
-        """Record scalars of this step."""
+        """Write scalars of this step."""
         if self.metrics is not None:
             self.metrics.scalars(self.step, dict(values))
 
     def beat(self, activity: str) -> None:
-        """Tell those outside what the run is doing."""
+        """Write the heartbeat with the current activity."""
         self.heartbeat.beat(
             step=self.step,
             last_step=self.last_step,
@@ -152,7 +152,7 @@ class Telemetry:
         )
 
     def end(self, end: str) -> None:
-        """Tell how the training ended, "finished" or "stopped", and saved; and what there is of it."""
+        """Report that training ended, `end` being "finished" or "stopped", and was saved; with a summary."""
         seconds = self.seconds
         self.folder.event(end, step=self.step, seconds=seconds)
         self.beat(end)
@@ -169,20 +169,20 @@ class Telemetry:
                 self.progress.say(ending.text())
 
     def close(self) -> None:
-        """Bring everything to the disk and to the trackers, which may take their time."""
+        """Flush all writers to the disk and to the trackers, whose servers may be slow."""
         if self.metrics is not None:
             self.metrics.close()
 
     @contextmanager
     def best_effort(self) -> Iterator[None]:
-        """What only tells of the run must not end it."""
+        """A context in which errors of telemetry are caught and reported: they must not end the run."""
         try:
             yield
         except OSError as fault:
             self.progress.say(f"step {self.step}: not written: {fault}")
 
     def _of_all_ranks(self, seconds: float) -> dict[str, float]:
-        """What ranks have to be asked for: once, together."""
+        """Scalars that need communication between ranks, exchanged in one collective."""
         waited, self._waited = self.pace.waited - self._waited, self.pace.waited
         own = torch.tensor(
             [waited / seconds, host_memory(), *device_memory(self._device), float(self.folder.has_vanished)],
@@ -216,7 +216,7 @@ class Telemetry:
         return values
 
     def _left(self, rate: float) -> str:
-        """What is left at `rate` images/s of training, with as much time for everything else as it has taken so far."""
+        """Estimated time left: training at `rate` images/s, plus other activities in the proportion so far."""
         if self.step >= self.last_step:
             return ""
         seconds = (self.last_step - self.step) * self.layout.global_batch / rate
@@ -226,14 +226,14 @@ class Telemetry:
         return f", {in_words(seconds * (1 + others / max(trained, 1e-9)))} left"
 
     def _goodput(self) -> Goodput:
-        if not self._starts:  # read once: while this process trains, no other start is told of
+        if not self._starts:  # read once: no other process starts this run while it is locked
             self._starts = read_starts(self.folder.path)
         now = {"time": time.time(), "step": self.step, "seconds": self.seconds}
         return add_up(self._starts, now)
 
 
 def _judged_by(config: Config) -> list[str]:
-    """The scalars that tell how good a run is."""
+    """Names of the scalars that measure the quality of a run."""
     log = config.log
     measured = ["validation/loss", "validation/ema_loss"] if log.validate_every.count else []
     return ["train/loss", *measured, *(["validation/feature_distance"] if log.distance_every.count else [])]

@@ -1,7 +1,7 @@
 """Tensors in safetensors files, whole or in slices: written by some number of ranks, read by any other.
 
-A tensor that a rank holds whole is stored under its name, as any program reads it. A slice is stored flat under
-"name[start:stop]", elements counted row by row. Nothing says in which file a tensor lies but the files themselves.
+A tensor that a rank holds whole is stored under its name, readable by any program. A slice is stored flat under
+"name[start:stop]", with indices in row-major order. Which file holds a tensor is recorded only in the files' headers.
 """
 
 import os
@@ -18,11 +18,11 @@ from trainer.errors import CheckpointError
 
 _SLICE = re.compile(r"(.+)\[(\d{1,18}):(\d{1,18})\]")
 _TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-_MOST_HEADER_BYTES = 1 << 24  # of a hundred thousand tensors; a larger one is made to be parsed for long
+_MOST_HEADER_BYTES = 1 << 24  # for a hundred thousand tensors; parsing a larger one takes too long
 
 
 class SavedSlice(NamedTuple):
-    """A tensor's elements from `start` on: `values` in any layout, `shape` the whole tensor's."""
+    """Elements of a tensor from `start` on: `values` in any memory format, `shape` of the whole tensor."""
 
     name: str
     shape: torch.Size
@@ -31,7 +31,7 @@ class SavedSlice(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Under which it is stored."""
+        """Key of the slice in the file."""
         if self.values.numel() == self.shape.numel():
             return self.name
         return f"{self.name}[{self.start}:{self.start + self.values.numel()}]"
@@ -47,10 +47,10 @@ class _Stored:
 
 
 class TensorReader:
-    """The tensors of a set of files, of which each is read where and as far as it is asked for.
+    """Reads tensors, or slices of them, from a set of files on demand.
 
-    `shapes`: what the files must hold. Raises CheckpointError where a file is no safetensors file, or a tensor has
-    another shape, a type that no state has, a gap or an overlap.
+    `shapes`: the expected tensors. Raises CheckpointError where a file is no safetensors file, or a tensor has another
+    shape, a dtype that no state has, a gap or an overlap.
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Mapping[str, torch.Size]) -> None:
@@ -60,7 +60,7 @@ class TensorReader:
             check_header(path)
             try:
                 file = safe_open(path, framework="pt")
-                for key in file.keys():  # noqa: SIM118  # no dict
+                for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
                     self._add(key, file, path)
             except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{path.name}: no tensors that can be read ({error})") from error
@@ -87,7 +87,7 @@ class TensorReader:
             self._stored[name].append(_Stored(start, stop, file, key, match is None))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop of a tensor, flat."""
+        """Elements start..stop of a tensor, flattened."""
         parts = [
             _read_part(part, self.shapes[name], max(start, part.start), min(stop, part.stop))
             for part in self._stored[name]
@@ -96,12 +96,12 @@ class TensorReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor in its shape."""
+        """A whole tensor in its shape."""
         return self.read(name, 0, self.shapes[name].numel()).view(self.shapes[name])
 
 
 def check_header(path: Path) -> None:
-    """Raise CheckpointError where a file cannot be in the format of safetensors, before its header is read."""
+    """Raise CheckpointError where a file's header is not valid safetensors; called before the library parses it."""
     try:
         with path.open("rb") as stream:
             size, start = os.fstat(stream.fileno()).st_size, stream.read(8)
@@ -126,7 +126,7 @@ def _read_part(part: _Stored, shape: torch.Size, start: int, stop: int) -> torch
 
 
 def row_by_row_copy(slices: Iterable[SavedSlice]) -> dict[str, torch.Tensor]:
-    """Copies of slices in the host's memory, by key, each as it is to be stored."""
+    """Copies of slices in the host's memory by key, row-major as stored."""
     copies = {}
     for piece in slices:
         values = piece.values.detach()

@@ -1,4 +1,4 @@
-"""The loss on images that are never trained on, with the same noise every time: what changes is the network alone."""
+"""The loss on held-out images, with the same noise every time: differences are due to the network alone."""
 
 from typing import Any
 
@@ -22,14 +22,14 @@ from trainer.engine.watchdog import enter
 from trainer.errors import DataError, SampleError
 from trainer.signals import StopRequest
 
-_BATCH = 16  # one for all numbers of ranks: a network's rounding may depend on it
+_BATCH = 16  # the same for all numbers of ranks: a network's rounding may depend on the batch size
 _QUARTILES = 4
 
 
 class Validation:
-    """Scores a state by `log.validate_images` of the held-out images, or all where there are fewer.
+    """Validates a state on `log.validate_images` of the held-out images, or all where there are fewer.
 
-    Image, t and eps of each are a function of the seed and the image's id: not of the step, the ranks or the batch.
+    t and eps of each image are functions of the seed and the image's id, so they do not depend on step, ranks or batch.
     """
 
     def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
@@ -38,17 +38,17 @@ class Validation:
         self.state = state
         self.objective = state.objective
         self.stop = stop
-        self.times = UniformTimesteps(config.diffusion.timesteps)  # however t is drawn in training
+        self.times = UniformTimesteps(config.diffusion.timesteps)  # uniform, however t is drawn in training
         count = min(config.log.validate_images, len(data.held_out))
-        # Drawn at random, so that a part of them is a fair one; the same part for every seed.
+        # A random subset, so that it represents the held-out images; independent of the seed.
         self.ids = data.held_out[sample_ids(np.arange(count), len(data.held_out), seed=0)] if count else data.held_out
 
     def measure(self) -> dict[str, float] | None:
-        """validation/loss of the raw weights and validation/ema_loss of the averaged ones, unweighted means over the
-        images; and of both, as .../loss_q1 to _q4, means over the images whose t is in each quarter of the timesteps.
+        """validation/loss of the raw weights and validation/ema_loss of the averaged ones: unweighted means over the
+        images; for both also ..._q1 to ..._q4: means over the images whose t is in each quarter of the timesteps.
 
-        Collective; the same on all ranks. None where there was a request to stop, which is heeded between two batches.
-        Raises DataError on all of them where an image cannot be read.
+        Collective; the same on all ranks. None after a request to stop, which is checked between batches. Raises
+        DataError on all of them where an image cannot be read.
         """
         batches = batches_of(len(self.ids), _BATCH)
         accelerator = self.state.strategy.accelerator
@@ -74,7 +74,7 @@ class Validation:
 
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
-        """t and loss of each image; of those that are damaged, where data.on_bad_sample passes over them, of none."""
+        """t and loss of each image; damaged images are left out where `data.on_bad_sample` is "skip"."""
         pixels, kept = read_images(self.config, self.dataset, ids)
         if not kept:
             return [], []
@@ -85,7 +85,7 @@ class Validation:
         return losses.t.tolist(), losses.loss.tolist()
 
     def _means(self, name: str, parts: list[tuple[int, list[int], list[float]]]) -> dict[str, float]:
-        """Summed in float64 and in the order of the images, whichever rank had them."""
+        """Means, summed in float64 in the order of the images, independent of their distribution over ranks."""
         t = np.array([t for _, some, _ in parts for t in some], dtype=np.int64)
         losses = np.array([loss for _, _, some in parts for loss in some], dtype=np.float64)
         if not len(losses):
@@ -98,9 +98,9 @@ class Validation:
 
 
 def read_images(config: Config, dataset: Dataset, ids: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[int]]:
-    """Images (B, C, H, W) uint8, and the ids of these: all, but where data.on_bad_sample is "skip" the damaged ones.
+    """Images (B, C, H, W) uint8, and their ids; damaged images are left out where `data.on_bad_sample` is "skip".
 
-    Raises DataError that names a damaged one where it is not.
+    Otherwise raises DataError with the name of the damaged image.
     """
     side = dataset.image_size
     pixels, kept = np.empty((len(ids), side, side, dataset.channels), dtype=np.uint8), list[int]()

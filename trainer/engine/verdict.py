@@ -1,4 +1,4 @@
-"""What all ranks know about a step, and how it comes from the device to the host without holding up either."""
+"""The outcome of a step, the same on all ranks, and its asynchronous copy from the device to the host."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from trainer.telemetry.noise_scale import GradientNoise
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What all ranks know about a step: mean loss of the global batch, gradient norm before clipping, how many ranks
-    are to stop, how many still write their part of a checkpoint, how many copy one elsewhere, and what is only logged.
+    """Outcome of a step: mean loss of the global batch, gradient norm before clipping, how many ranks have a request to
+    stop, are writing a checkpoint, are uploading one to the mirror, and values for the log.
     """
 
     loss: float
@@ -24,14 +24,15 @@ class Verdict:
 
     @property
     def finite(self) -> bool:
-        """Whether the step was applied; a NaN or infinity anywhere makes it a step that never was."""
+        """Whether the step was applied; it is skipped where loss or gradient is NaN or infinite on any rank."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """What the sums in a report are of: `images` of a step on `world_size` ranks; `timesteps`, T; and `small`, how many
-    images the gradient is of whose squared norm each rank reports, None where none does (gradient_squares.py).
+    """Sizes that the sums in a report refer to: `images` of a step on `world_size` ranks; `timesteps`, T; and `small`,
+    the number of images in the gradient whose squared norm each rank reports, None where none is measured
+    (gradient_squares.py).
     """
 
     world_size: int
@@ -41,9 +42,9 @@ class StepBatches:
 
 
 class PendingVerdict:
-    """A verdict on its way from the device; reading it waits for the step, so read it when the next one is queued.
+    """A verdict being copied from the device; reading it waits for the step, so read it after queueing the next one.
 
-    report: float32, on the device: the gradient's norm before clipping, and as sums over the ranks: loss / world_size;
+    report: float32, on the device: the gradient norm before clipping, and, summed over the ranks: loss / world_size;
     whether to stop, writing, copying (1 or 0); |g|^2 of the gradient of `StepBatches.small` images; `step_sums`.
     """
 
@@ -55,7 +56,7 @@ class PendingVerdict:
             self._arrived.record()
 
     def read(self) -> Verdict:
-        """Wait and read."""
+        """Wait for the copy; returns the verdict."""
         if self._arrived is not None:
             self._arrived.synchronize()
         grad_norm, loss, stop_requests, writing, copying, small_square, *sums = self._report.tolist()

@@ -1,8 +1,8 @@
-"""A thread in every rank that ends the run where it would wait for ever.
+"""A watchdog thread in every rank, which ends the run where it would otherwise hang forever.
 
-It looks once a second for two things: that another rank has failed or hangs, which the ranks tell each other through
-the store, and that this rank, or a thread that works behind its back, has done nothing new for too long. The training
-loop only says which phase it enters; before the first step, and of such threads, the kernel tells whether they work.
+Once a second it checks two things: whether another rank has failed or hangs, which the ranks publish in the store, and
+whether this rank or one of its background threads has made no progress for too long. The training loop calls `enter`
+for each phase. Before the first step, and for background threads, activity is measured by the kernel's counters.
 """
 
 import faulthandler
@@ -29,19 +29,19 @@ from trainer.engine.run import RunFolder
 from trainer.errors import TrainerError
 from trainer.signals import StopRequest
 
-EXIT_CODE = 3  # of a process that the watchdog ended
+EXIT_CODE = 3  # of a process ended by the watchdog
 
 T = TypeVar("T")
 Phase = Literal["start", "data", "forward", "backward", "update", "settle", "log", "save", "copy", "validate", "sample"]
 
 _LOOK_SECONDS = 1.0
-_ANSWER_SECONDS = 10.0  # for the store
-_PULSES_SECONDS = 3.5  # in which every watchdog that lives gives a sign of life
-_FIRST_STEP = 4  # times as patient: caches are filled and kernels compiled
-_BACKGROUND = 4  # times as patient: one call brings all that was written to the disk
-_EXIT_SECONDS = 20.0  # for a process that has failed to be gone
-_STORE_SECONDS = 5.0  # that the store is kept for the others to read why the run ends
-# How gloo and NCCL say that another process is gone, and that it does not answer.
+_ANSWER_SECONDS = 10.0  # timeout of the store
+_PULSES_SECONDS = 3.5  # every live watchdog increases its pulse within this time
+_FIRST_STEP = 4  # factor of the timeout: caches are filled and kernels compiled
+_BACKGROUND = 4  # factor of the timeout: one fsync may write everything to the disk
+_EXIT_SECONDS = 20.0  # after which a failed process is killed
+_STORE_SECONDS = 5.0  # that the store is kept up for others to read why the run ends
+# Messages of gloo and NCCL for a peer that exited, and for a timeout.
 _COLLECTIVE = re.compile(r"gloo|nccl|c10d", re.IGNORECASE)
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|remote process exited|no route to host", re.IGNORECASE
@@ -51,18 +51,18 @@ _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds without a sign of life after which a process hangs: before its first step, in it, and later. 0: never."""
+    """Timeouts in seconds without activity: before the first step, during it, and later. 0: none."""
 
     start: float = 0.0
     first: float = 0.0
     later: float = 0.0
 
     def at(self, steps: int) -> float:
-        """That of a process which has begun so many steps."""
+        """The timeout of a process that has begun `steps` steps."""
         return {0: self.start, 1: self.first}.get(steps, self.later)
 
     def arm(self, steps: int) -> None:
-        """Have a thread of C's end this process then: nothing in Python does where something keeps its lock."""
+        """Start faulthandler's timer, a C thread, to end this process: it needs no GIL."""
         if self.at(steps):
             faulthandler.dump_traceback_later(self.at(steps) + _ANSWER_SECONDS + _PULSES_SECONDS, exit=True)
 
@@ -73,48 +73,49 @@ _background: list[BackgroundWork] = []
 
 
 def enter(phase: Phase, step: int | None = None) -> None:
-    """Tell the watchdog of this process what it does from now on, and in which step (by default the same as before).
+    """Report to this process's watchdog that a phase begins, and in which step (default: the same as before).
 
-    Between two calls no more than `train.hang_timeout` may pass. It costs less than a microsecond.
+    At most `train.hang_timeout` may pass between two calls. A call takes less than a microsecond.
     """
     global _progress
     begun = _progress.steps
     _progress = _progress.enter(phase, step)
-    if begun != _progress.steps <= 2:  # later the watchdog's looks suffice
+    if begun != _progress.steps <= 2:  # later steps are covered by the watchdog's regular checks
         _patience.arm(_progress.steps)
 
 
 def wait_for(thread: threading.Thread, phase: Phase) -> None:
-    """Join a thread that writes or copies: however slow the disk or the network, this is no hang. See `watch_over`."""
+    """Join a thread that writes or uploads: slow I/O is no hang as long as it continues. See `watch_over`."""
     while thread.is_alive():
         enter(phase)
         thread.join(_LOOK_SECONDS)
 
 
 def watch_over(thread: threading.Thread, phase: Phase) -> None:
-    """Of a thread that has been started, and moves bytes: the run ends where for long it does not, nor ends."""
+    """Watch a started background thread: the run ends where the thread neither moves bytes nor ends for too long."""
     _background[:] = [work for work in _background if work.thread.is_alive()]
     _background.append(BackgroundWork(thread, f"{_progress.enter(phase, None)}, in the background"))
 
 
 class Watchdog:
-    """Watches over what happens in its `with` block on every rank, from the joining of the process group on.
+    """Watches its `with` block on every rank, once the process group is joined.
 
-    Without a fault it does nothing. Where this rank raises, the others end within seconds and name it and the reason;
-    where a rank hangs, all write their stacks and end. What all ranks raise together (`agreed`) they tell themselves.
+    Without a fault it does nothing. Where this rank raises, the others end within seconds, with its number and the
+    reason; where a rank hangs, all write their stacks and end. Errors raised by all ranks together (`agreed`) are not
+    published.
     """
 
     def __init__(self, *, rank: int, world_size: int, hang_timeout: float, timeout: float, stop: StopRequest) -> None:
-        """`hang_timeout`, `timeout`: those of the configuration's [train], in seconds."""
-        self.folder: RunFolder | None = None  # where stacks and events go, once the run has claimed it
+        """`hang_timeout`, `timeout`: of the configuration's [train], in seconds."""
+        self.folder: RunFolder | None = None  # for stacks and events, set once the run has claimed it
         self._rank, self._world_size = rank, world_size
         self._peers = Peers(rendezvous.own_connection(), rank=rank, world_size=world_size, host=socket.gethostname())
-        # Before the first step ranks wait for each other's data and files, for which they have `timeout`.
+        # Before the first step ranks wait for each other's data and files, with `timeout`.
         start = max(_FIRST_STEP * hang_timeout, timeout) if hang_timeout else 0.0
         self._activity = StartActivity()
         self._patience = Patience(start if self._activity.is_counted else 0.0, _FIRST_STEP * hang_timeout, hang_timeout)
         self._stop = stop
-        self._deaf = False  # the store has not answered
+        self._deaf = False  # the store did not answer; it is not called again
         self._closed = threading.Event()
         self._one_end = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -137,15 +138,15 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._leave()
         if not told_by_all and self._world_size > 1:
-            faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)  # the others have ended; nothing may keep this
+            faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)  # the other ranks have ended
 
     def _watch(self) -> None:
         heard = None
         while not self._closed.wait(_LOOK_SECONDS):
             self._activity.look()
-            # Where something keeps the interpreter's lock, this thread stands still, but the timer does not.
+            # While another thread holds the GIL this thread cannot run, but faulthandler's timer fires.
             self._patience.arm(_progress.steps)
-            # A rank that fails as well has a look's time to tell it itself.
+            # A rank that fails too has one interval to report it itself.
             if heard is not None:
                 self._end(heard)
             heard = self._ask(self._exchange)
@@ -155,12 +156,12 @@ class Watchdog:
                 self._end(heard)
 
     def _idle(self) -> float:
-        """Seconds without a sign of life."""
+        """Seconds without activity."""
         since = _progress.since if _progress.steps else max(_progress.since, self._activity.since)
         return time.monotonic() - since
 
     def _is_late(self) -> bool:
-        """Whether this rank has been idle for too long, and not because it waits for one that works."""
+        """Whether this rank has been idle for too long without waiting for an active rank."""
         limit = self._patience.at(_progress.steps)
         if not limit or self._idle() <= limit:
             return False
@@ -172,13 +173,13 @@ class Watchdog:
             if self._closed.wait(_LOOK_SECONDS):
                 return False
             if self._ask(self._exchange) is not None:
-                return False  # the next look hears it, too
+                return False  # checked again at the next interval
             self._activity.look()
         after = self._ask(self._peers.statuses) or {}
         return self._idle() > limit and not self._peers.at_work(before, after, limit)
 
     def _stuck(self) -> str:
-        """What in the background does not get on, or nothing."""
+        """A background task that makes no progress, or ""."""
         limit = _BACKGROUND * self._patience.later
         return next((work.what for work in list(_background) if limit and work.is_stuck(limit)), "")
 
@@ -187,7 +188,7 @@ class Watchdog:
 
     def _exchange(self) -> Ending | None:
         self._tell()
-        # A launcher may signal one rank alone; the others must not go on drawing for minutes that it waits for.
+        # A launcher may signal one rank only; the others must not continue a sampling of minutes.
         if self._peers.stop_requested(here=self._stop.signal is not None):
             self._stop.hear()
         return self._peers.ending()
@@ -196,9 +197,9 @@ class Watchdog:
         return self._ask(lambda: self._peers.end(ending)) or ending
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """The store's answer, or None where there is none, and from then on at once.
+        """The store's answer, or None where it does not answer; after that, None at once.
 
-        It may never come: a connection to a host that was lost is just silent. So a thread waits that may be left.
+        The call runs in a thread that can be abandoned: over a lost connection it may block forever.
         """
         if self._deaf:
             return None
@@ -215,7 +216,9 @@ class Watchdog:
         return answers[0] if answers else None
 
     def _failed(self, error: BaseException) -> None:
-        """Tell the others, unless they are the reason why this rank fails: then end with them, and do not return."""
+        """Publish the error. Where another rank's failure caused it, end with the others instead; does not return
+        then.
+        """
         reason = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
         reason = " ".join(reason.split())
         if isinstance(error, RuntimeError) and _COLLECTIVE.search(reason):
@@ -226,7 +229,7 @@ class Watchdog:
         self._announce(Ending("failed", self._rank, reason))
 
     def _others_failed(self, reason: str, error: BaseException) -> None:
-        """A connection broke: another rank has said why, or a launcher ends this one too, or one is silent."""
+        """A connection broke: wait for another rank's reason, or a launcher's signal, or find the silent rank."""
         before = self._ask(self._peers.statuses) or {}
         deadline = time.monotonic() + _PULSES_SECONDS
         while time.monotonic() < deadline:
@@ -238,15 +241,15 @@ class Watchdog:
             time.sleep(_PULSES_SECONDS / 50)
         silent = self._peers.silent(before, self._ask(self._peers.statuses) or {})
         if self._deaf:
-            silent = [0]  # with the store that it held, or on the host that did
+            silent = [0]  # rank 0 hosts the store, or is on the host that does
         if silent:
             gone = f"it is gone (killed, or its host is lost): {reason}"
             self._end(self._announce(Ending("failed", silent[0], gone)))
 
     def _end(self, ending: Ending) -> None:
-        """End this process, in the thread that comes first; the other one waits for that."""
+        """End this process, from whichever thread calls first; the other thread waits for the exit."""
         self._one_end.acquire()
-        faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)  # should this hang, too
+        faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)  # in case this hangs too
         if ending.kind == "hang":
             self._write_stacks()
             self._conclude() if ending.rank == self._rank else self._await_conclusion()
@@ -279,7 +282,7 @@ class Watchdog:
                     file.write(text + "\n")
 
     def _conclude(self) -> None:
-        """Find out which ranks hang, tell it, and let the others end."""
+        """Find the ranks that hang, report them, and let the others end."""
         line = self._ask(self._survey)
         if line is None:
             line = f"rank {self._rank} waits in {_progress}, and the store is silent: rank 0 or its host is lost"
@@ -304,7 +307,7 @@ class Watchdog:
             time.sleep(_LOOK_SECONDS / 2)
 
     def _leave(self) -> None:
-        """The process that holds the store waits a little for the others to have read it."""
+        """The process that hosts the store waits a little until the others have read it."""
         self._ask(self._peers.leave)
         deadline = time.monotonic() + _STORE_SECONDS
         while rendezvous.hosts_store() and not self._deaf and time.monotonic() < deadline:
@@ -315,4 +318,4 @@ class Watchdog:
     @staticmethod
     def _say(text: str) -> None:
         with suppress(OSError):
-            os.write(2, f"{text}\n".encode())  # sys.stderr may be locked by the thread that hangs
+            os.write(2, f"{text}\n".encode())  # sys.stderr's lock may be held by the hanging thread

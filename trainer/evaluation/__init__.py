@@ -1,1 +1,1 @@
-"""Judging a trained network: samples, likelihood, the figures of the paper. Stands on the engine."""
+"""Evaluation of a trained network: samples, likelihood, feature metrics, the paper's figures. Built on the engine."""

@@ -1,4 +1,4 @@
-"""Command-line arguments that several programs share."""
+"""Command-line arguments shared by several programs."""
 
 import argparse
 import math
@@ -11,11 +11,11 @@ from trainer.evaluation.samplers import SamplerChoice, SamplerName
 from trainer.evaluation.trained import TrainedRequest
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
-_MOST_COUNTED = 10**8  # images, whose batches are listed in memory
+_MOST_COUNTED = 10**8  # images; their batches are listed in memory
 
 
 def at_least_one(text: str) -> int:
-    """An argument that counts."""
+    """An argument type: an integer from 1 to a limit."""
     value = int(text)
     if not 1 <= value <= _MOST_COUNTED:
         raise argparse.ArgumentTypeError(f"{brief(value)}: should be from 1 to {_MOST_COUNTED:,}")
@@ -23,7 +23,7 @@ def at_least_one(text: str) -> int:
 
 
 def at_least_two(text: str) -> int:
-    """As many as a standard error needs."""
+    """An argument type: an integer of at least 2, as a standard error requires."""
     value = int(text)
     if not 2 <= value <= _MOST_COUNTED:
         raise argparse.ArgumentTypeError(
@@ -33,7 +33,7 @@ def at_least_two(text: str) -> int:
 
 
 def weights_name(text: str) -> str:
-    """ema, model, or ema-0.1 for the average of train.ema_sigma_rel = 0.1, however the number is written."""
+    """Canonical name of weights: ema, model, or ema-0.1 for the average of train.ema_sigma_rel = 0.1."""
     if text in ("ema", "model"):
         return text
     try:
@@ -48,7 +48,7 @@ def weights_name(text: str) -> str:
 
 
 def width(text: str) -> float:
-    """A sigma_rel that a power-function profile can have."""
+    """An argument type: a valid sigma_rel of a power-function profile."""
     value = float(text)
     if not 0 < value < 0.28:
         raise argparse.ArgumentTypeError(f"{text}: should be above 0 and below 0.28")
@@ -56,7 +56,7 @@ def width(text: str) -> float:
 
 
 def add_trained(parser: argparse.ArgumentParser) -> None:
-    """Which weights of which run."""
+    """Add the arguments for a run's weights and timesteps."""
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest that verifies")
     parser.add_argument("--weights", type=weights_name, default="ema", metavar="NAME", help=WEIGHTS_HELP)
@@ -73,7 +73,7 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
 
 
 def trained_request(arguments: argparse.Namespace) -> TrainedRequest:
-    """What `add_trained` read."""
+    """The request parsed from the arguments of `add_trained`."""
     return TrainedRequest(
         run=arguments.run,
         checkpoint=arguments.checkpoint,
@@ -84,7 +84,7 @@ def trained_request(arguments: argparse.Namespace) -> TrainedRequest:
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
-    """How it is drawn from."""
+    """Add the arguments for the sampler."""
     parser.add_argument(
         "--sampler",
         choices=get_args(SamplerName),
@@ -96,5 +96,5 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
 
 
 def sampler_choice(arguments: argparse.Namespace) -> SamplerChoice:
-    """What `add_sampler` read."""
+    """The choice parsed from the arguments of `add_sampler`."""
     return SamplerChoice(name=arguments.sampler, eta=arguments.eta)

@@ -1,4 +1,4 @@
-"""The variational bound of real images in bits per dimension, and the rate-distortion curve that it contains.
+"""The variational bound of real images in bits per dimension, and its rate-distortion curve.
 
 Ho et al. 2020, section 4.3, table 1 (NLL), table 4 and figure 5.
 """
@@ -29,9 +29,10 @@ _QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
 
 @dataclass(frozen=True, kw_only=True)
 class BoundRequest:
-    """Whose bound, on which images: so many of `data` (None: the run's own), drawn at random, or all (None).
+    """The network, and the images for which the bound is computed: `count` of `data` (None: the run's own), a random
+    subset, or all (None).
 
-    `held_out`: of the run's images those that it does not train on.
+    `held_out`: of the run's images only those excluded from training.
     """
 
     trained: TrainedRequest
@@ -45,7 +46,7 @@ class BoundRequest:
 
 
 def summary(bound: BitsPerDim) -> dict[str, float]:
-    """Means over the images, the standard error of the total, and the rate and distortion of section 4.3."""
+    """Means over the images, the standard error of the total, and rate and distortion as in section 4.3."""
     rate = bound.prior + bound.bits[:, 1:].sum(dim=1)
     return {
         "bits_per_dim": bound.total.mean().item(),
@@ -58,8 +59,9 @@ def summary(bound: BitsPerDim) -> dict[str, float]:
 
 
 def rows(bound: BitsPerDim, timesteps: list[int]) -> list[dict[str, float]]:
-    """One row a timestep: L_t with its standard error and the mean squared errors behind it; and, where a receiver
-    stands who has x_t, the rate so far (bits/dim) and the distortion (root mean squared error on 0..255)."""
+    """One row per timestep: L_t with its standard error and mean squared errors; and, given x_t, the rate so far
+    (bits/dim) and the distortion (root mean squared error on 0..255).
+    """
     received = rate_distortion(bound)
     return [
         {
@@ -76,15 +78,15 @@ def rows(bound: BitsPerDim, timesteps: list[int]) -> list[dict[str, float]]:
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of independent values, (N,) with N >= 2."""
+    """Standard error of the mean of independent values, (N,) with N >= 2."""
     return values.std().item() / math.sqrt(len(values))
 
 
 def evaluate_bound(request: BoundRequest) -> Path:
-    """Write bpd.json, terms.csv, curves.png and TensorBoard scalars; returns their folder. Killed or
-    asked to stop, it goes on with the same request.
+    """Write bpd.json, terms.csv, curves.png and TensorBoard scalars; returns their folder.
 
-    Raises TrainerError where the run, the checkpoint or the data cannot be used.
+    After a kill or a request to stop, the same request resumes. Raises TrainerError where the run, the checkpoint or
+    the data cannot be used.
     """
     trained = open_trained(request.trained)
     opened: list[RealImages] = []
@@ -109,7 +111,7 @@ def evaluate_bound(request: BoundRequest) -> Path:
 
 
 def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> bool:
-    """This rank's share, unless a stop is asked for; returns whether it was done to the end."""
+    """Compute this rank's share until a request to stop; returns whether it is complete."""
     share = work.missing(batches)
     with WorkProgress(
         total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
@@ -139,7 +141,7 @@ def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: 
 
 
 def _read(work: Work, batches: list[range]) -> BitsPerDim:
-    """The batches' results, put together in float64."""
+    """The results of all batches, concatenated in float64."""
     parts = [work.load(numbers) for numbers in batches]
     return BitsPerDim(
         **{name: torch.from_numpy(np.concatenate([part[name] for part in parts])).double() for name in _QUANTITIES}

@@ -1,8 +1,8 @@
-"""A run judged by features of its samples: FID, KID, Inception score, precision and recall, density and coverage.
+"""Feature metrics of a run's samples: FID, KID, Inception score, precision and recall, density and coverage.
 
-OUT/samples-.../            features of the samples, which all metrics share
-OUT/reference-.../          features of the real images, which all checkpoints share
-OUT/fid-....json            the number, and all conventions that it depends on; so for kid, is, prdc
+OUT/samples-.../            features of the samples, shared by all metrics
+OUT/reference-.../          features of the real images, shared by all checkpoints
+OUT/fid-....json            the metric and all conventions that it depends on; likewise kid, is, prdc
 """
 
 import os
@@ -27,12 +27,14 @@ from trainer.evaluation.work import Work
 from trainer.features.inception import Inception, download_weights, weights_path
 from trainer.features.networks import EfficientNetLite0, FeatureName, FeatureNetwork
 
-_REFERENCE_BATCH = 256  # real images whose features are one file
+_REFERENCE_BATCH = 256  # real images per file of features
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRequest:
-    """Which features; for Inception the file of its weights (None: downloaded), which may be told to be others."""
+    """The feature network; for Inception the file of its weights (None: downloaded), and whether to accept `unchecked`
+    ones.
+    """
 
     name: FeatureName
     weights: Path | None
@@ -41,7 +43,7 @@ class NetworkRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRequest:
-    """What to draw from which weights, and what to compare it with by which features; out: None for RUN/evaluation."""
+    """What to sample, from which weights, the reference and the features; out: None for RUN/evaluation."""
 
     trained: TrainedRequest
     sampler: SamplerChoice
@@ -54,10 +56,10 @@ class FeatureRequest:
 
 
 def evaluate_by_features(request: FeatureRequest, metric: FeatureMetric) -> Path | None:
-    """Draw, compare, print the number and write it; returns the JSON file. Killed or asked to stop (None), it goes on
-    with the same request.
+    """Sample, compute the metric, print it and write it; returns the JSON file, or None after a request to stop.
 
-    Raises TrainerError where the run, the weights of either network or the reference cannot be used.
+    After a kill or a stop, the same request resumes. Raises TrainerError where the run, the weights of either network
+    or the reference cannot be used.
     """
     sampler = make_sampler(request.sampler)
     trained = open_trained(request.trained)
@@ -133,7 +135,7 @@ def _reference_features(
     metric: FeatureMetric,
     out: Path,
 ) -> Reference:
-    """None where there is none, or where a signal asked to stop first."""
+    """Features of the real images, or the file's statistics; None without a reference, or after a request to stop."""
     if not isinstance(opened, ReferenceImages):
         return opened
     name = f"reference-{_slug(opened.name)}-{opened.fingerprint[:8]}-n-{opened.count}-{network.convention.features}"
@@ -168,7 +170,7 @@ def _sample_features(
     metric: FeatureMetric,
     out: Path,
 ) -> FeatureSet | None:
-    """None where a signal asked to stop first."""
+    """Features of the samples; None after a request to stop."""
     identity = {
         **samples_identity(
             trained, request.sampler, respacing=request.trained.respacing, batch=request.batch, seed=request.seed
@@ -216,5 +218,5 @@ def _features_of(network: FeatureNetwork) -> dict[str, str]:
 
 
 def _slug(name: str) -> str:
-    """A folder's or a file's last part, as a part of another one's name."""
+    """The last component of a folder's or file's name, made usable within another name."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", Path(name).name.removesuffix(".npz")).strip("-")

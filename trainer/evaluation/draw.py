@@ -1,4 +1,4 @@
-"""Images from a run's checkpoint, over all processes, as many as an evaluation needs; killed, it goes on."""
+"""Draws images from a run's checkpoint over all processes, resumable after a kill."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from trainer.evaluation.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRequest:
-    """What to draw, from which weights, how, and where to put it."""
+    """The weights, the sampler, the number of images, and the output."""
 
     trained: TrainedRequest
     sampler: SamplerChoice
@@ -27,9 +27,9 @@ class DrawRequest:
 
 
 def draw(request: DrawRequest) -> Path:
-    """Draw the images and return their folder; see trainer/evaluation/outputs.py for what is in it.
+    """Draw the images and return their folder; see trainer/evaluation/outputs.py for its content.
 
-    Asked to stop, all ranks finish the batch that they are at; what is there is kept, and the same request goes on.
+    After a request to stop, all ranks finish their current batch; the results are kept, and the same request resumes.
     Raises TrainerError where the run or the checkpoint cannot be used, or the folder cannot be written.
     """
     if not 0 <= request.seed < 2**63:
@@ -79,7 +79,7 @@ def draw(request: DrawRequest) -> Path:
 
 
 def default_folder(trained: Trained, request: DrawRequest) -> Path:
-    """RUN/samples/ and what makes these samples what they are."""
+    """RUN/samples/ and a name made of the settings that determine the samples."""
     parts = [f"step-{trained.step:08d}", trained.weights]
     if (how := str(request.sampler)) != "ddpm":
         parts.append(how)
@@ -94,7 +94,7 @@ def default_folder(trained: Trained, request: DrawRequest) -> Path:
 
 
 def _identity(trained: Trained, request: DrawRequest) -> dict[str, object]:
-    # More images may be asked for later, but what has been put together stays as it is.
+    # A folder of single files can be extended to more images later; a combined file cannot.
     count = {"count": request.count} if request.output != "folder" else {}
     return {
         **count,
@@ -106,7 +106,7 @@ def _identity(trained: Trained, request: DrawRequest) -> dict[str, object]:
 
 
 def samples_identity(trained: Trained, sampler: object, *, respacing: str, batch: int, seed: int) -> dict[str, object]:
-    """What decides how samples come out; work on them goes on only where it is the same."""
+    """The settings that determine the samples; partial results are reused only where all are equal."""
     return {
         "checkpoint": trained.fingerprint,
         "weights": trained.weights,

@@ -1,4 +1,4 @@
-"""Command-line arguments of what judges by features."""
+"""Command-line arguments of the feature metrics."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from trainer.features.networks import FeatureName
 
 
 def add_features(parser: argparse.ArgumentParser, *, reference: bool = True) -> None:
-    """What is drawn, which features, and, where there is one, which reference."""
+    """Add the arguments for samples, features and, if the metric needs one, the reference."""
     add_sampler(parser)
     parser.add_argument("--samples", type=at_least_two, default=50_000, help="images to draw (default 50000)")
     parser.add_argument("--batch", type=at_least_one, default=64, help="images drawn at a time (default 64)")
@@ -45,7 +45,7 @@ def add_features(parser: argparse.ArgumentParser, *, reference: bool = True) -> 
 
 
 def feature_request(arguments: argparse.Namespace) -> FeatureRequest:
-    """What `add_features` read, and what all of evaluate.py's commands have."""
+    """The request parsed from the arguments of `add_features` and those common to evaluate.py's commands."""
     return FeatureRequest(
         trained=trained_request(arguments),
         sampler=sampler_choice(arguments),

@@ -1,4 +1,4 @@
-"""The metrics: what each needs, and how all ranks compute it together."""
+"""Feature metrics: their requirements, and their computation over all ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ from trainer.features.manifold import (
 from trainer.features.networks import Convention
 
 Reference = FeatureSet | ReferenceStatistics | None
-_ROWS = 512  # of a matrix of distances at a time
-_MOST = 50_000  # real images that samples are compared with one by one
+_ROWS = 512  # of a distance matrix computed at a time
+_MOST = 50_000  # real images in metrics of pairwise distances
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a metric is made of: of the reference `statistics` or single features, at most so many; or no reference."""
+    """The reference that a metric needs: none, `statistics` or single features, and at most how many of those."""
 
     reference: bool
     statistics: bool
@@ -41,22 +41,22 @@ class Needs:
 
 
 class FeatureMetric(Protocol):
-    """A number, or several, by features of samples and of a reference."""
+    """One or several numbers computed from features of samples and of a reference."""
 
     name: str
     needs: Needs
 
     def title(self, convention: Convention) -> str:
-        """What the number is called where it stands alone: only Inception's are called FID, KID, IS."""
+        """Name of the metric as reported: FID, KID and IS only with Inception's features."""
 
     def check(self, samples: int, reference: int | None) -> None:
-        """Raise ConfigError where so many samples and reference images (None: unknown) are too few."""
+        """Raise ConfigError where there are too few samples or reference images (None: unknown number)."""
 
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """The numbers by name, the one that matters first. Collective, the same on all ranks."""
+        """The values by name, the main one first. Collective, the same on all ranks."""
 
     def about(self) -> dict[str, Any]:
-        """Its settings."""
+        """The metric's settings, for the report."""
 
 
 class FrechetMetric:
@@ -66,17 +66,17 @@ class FrechetMetric:
     needs = Needs(reference=True, statistics=True)
 
     def title(self, convention: Convention) -> str:
-        """See `FeatureMetric`."""
+        """FID with Inception's features, otherwise Fréchet distance."""
         return "FID" if convention.is_inception else f"Fréchet distance on {convention.network} features"
 
     def check(self, samples: int, reference: int | None) -> None:
-        """See `FeatureMetric`."""
+        """Raise ConfigError where there are fewer than 2 samples or images, too few for a covariance."""
         for what, count in (("--samples", samples), ("--images", reference)):
             if count is not None and count < 2:
                 raise ConfigError(f"{what} {count}: should be at least 2, for a covariance")
 
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """See `FeatureMetric`."""
+        """The Fréchet distance of the Gaussians of samples and reference. Collective."""
         assert reference is not None
         drawn, real = samples.gaussian(), reference.gaussian()
         if drawn.mean.shape != real.mean.shape:
@@ -88,7 +88,7 @@ class FrechetMetric:
         return {"frechet_distance": frechet_distance(drawn, real.to(drawn.mean.device))}
 
     def about(self) -> dict[str, Any]:
-        """See `FeatureMetric`."""
+        """The metric's settings, for the report."""
         return {}
 
 
@@ -102,17 +102,17 @@ class KernelMetric:
     needs = Needs(reference=True, statistics=False, most=_MOST)
 
     def title(self, convention: Convention) -> str:
-        """See `FeatureMetric`."""
+        """KID with Inception's features, otherwise kernel distance."""
         return "KID" if convention.is_inception else f"kernel distance on {convention.network} features"
 
     def check(self, samples: int, reference: int | None) -> None:
-        """See `FeatureMetric`."""
+        """Raise ConfigError where samples or reference are fewer than a subset."""
         least = min(samples, reference or samples)
         if not 2 <= self.subset_size <= least:
             raise ConfigError(f"--subset-size {self.subset_size}: should be from 2 to {least}, the images there are")
 
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """See `FeatureMetric`."""
+        """Mean and standard deviation over the subsets. Collective."""
         assert isinstance(reference, FeatureSet)
         x, y = samples.rows("features"), reference.rows("features")
         chosen = subsets((len(x), len(y)), number=self.subsets, size=self.subset_size)
@@ -120,7 +120,7 @@ class KernelMetric:
         return {"kernel_distance": float(np.mean(distances)), "deviation_of_subsets": float(np.std(distances))}
 
     def about(self) -> dict[str, Any]:
-        """See `FeatureMetric`."""
+        """The metric's settings, for the report."""
         return {"subsets": self.subsets, "subset_size": self.subset_size}
 
 
@@ -133,18 +133,18 @@ class ScoreMetric:
     needs = Needs(reference=False, statistics=False)
 
     def title(self, convention: Convention) -> str:
-        """See `FeatureMetric`."""
+        """Inception score with Inception's features, otherwise its formula on the network's classes."""
         formula = "the Inception score's formula"
         return "Inception score" if convention.is_inception else f"{formula} on {convention.network} classes"
 
     def check(self, samples: int, reference: int | None) -> None:
-        """See `FeatureMetric`."""
+        """Raise ConfigError where there are fewer samples than splits."""
         del reference
         if self.splits > samples:
             raise ConfigError(f"--splits {self.splits}: should be at most {samples}, the samples there are")
 
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """See `FeatureMetric`."""
+        """Mean and standard deviation over the splits. Collective."""
         del reference
         logits = samples.rows("logits")
         parts = list(splits(len(logits), self.splits))
@@ -152,7 +152,7 @@ class ScoreMetric:
         return {"score": float(np.mean(scores)), "deviation_of_splits": float(np.std(scores))}
 
     def about(self) -> dict[str, Any]:
-        """See `FeatureMetric`."""
+        """The metric's settings, for the report."""
         return {"splits": self.splits}
 
 
@@ -163,20 +163,20 @@ class ManifoldMetric:
     needs = Needs(reference=True, statistics=False, most=_MOST)
 
     def title(self, convention: Convention) -> str:
-        """See `FeatureMetric`."""
+        """Name of the metric with its features."""
         return f"precision, recall, density and coverage on {convention.network} features"
 
     def check(self, samples: int, reference: int | None) -> None:
-        """See `FeatureMetric`."""
+        """Raise ConfigError where samples or reference are too few for the nearest neighbours."""
         least = min(samples, reference or samples)
         if least <= DENSITY_NEIGHBOURS:
             raise ConfigError(f"prdc: needs more than {DENSITY_NEIGHBOURS} samples and images, there are {least}")
 
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """See `FeatureMetric`."""
+        """Precision, recall, density and coverage. Collective."""
         assert isinstance(reference, FeatureSet)
         drawn, real = samples.rows("features"), reference.rows("features")
-        centre = real.double().mean(dim=0).float()  # near 0 float32 distances are more exact
+        centre = real.double().mean(dim=0).float()  # distances in float32 are more accurate near 0
         drawn, real = drawn - centre, real - centre
         accelerator = samples.work.accelerator
 
@@ -200,7 +200,7 @@ class ManifoldMetric:
         }
 
     def about(self) -> dict[str, Any]:
-        """See `FeatureMetric`."""
+        """The metric's settings, for the report."""
         return {
             "neighbours of precision and recall": PRECISION_NEIGHBOURS,
             "neighbours of density and coverage": DENSITY_NEIGHBOURS,
@@ -208,7 +208,7 @@ class ManifoldMetric:
 
 
 def _shared(accelerator: Accelerator, items: list[Any], function: Callable[[Any], Any]) -> list[Any]:
-    """`function` of each item, in their order, on every rank; each item is worked on by one. Results travel."""
+    """`function` of each item, in order, on every rank; the ranks divide the items, and exchange pickled results."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     shares = together("the features: cannot be compared", lambda: [function(item) for item in items[rank::ranks]])
     return [shares[number % ranks][number // ranks] for number in range(len(items))]

@@ -1,4 +1,4 @@
-"""A number by features never goes without what it depends on: the line that is printed, and the JSON file."""
+"""Reports of feature metrics, with all that the values depend on: the printed line and the JSON file."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,8 +14,8 @@ from trainer.features.networks import Convention
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """`title` names the metric, `numbers` are its values, the one that matters first, `settings` what it was told;
-    `about` has samples, features and, where there is one, reference.
+    """`title`: the metric; `numbers`: its values, the main one first; `settings`: the metric's; `about`: samples,
+    features and, if there is one, reference.
     """
 
     title: str
@@ -24,7 +24,7 @@ class Report:
     about: dict[str, dict[str, Any]]
 
     def write(self, path: Path) -> None:
-        """The JSON file, which appears whole or not at all."""
+        """Write the JSON file atomically."""
         versions = {name: _version(name) for name in ("ddpm-trainer", "torch", "torch-fidelity")}
         content = {"metric": self.title, **self.numbers, **self.settings, **self.about, "versions": versions}
         fresh = path.with_suffix(".tmp")
@@ -32,7 +32,7 @@ class Report:
         fresh.replace(path)
 
     def line(self) -> str:
-        """For people."""
+        """The report as a line of text."""
         samples, features = self.about["samples"], self.about["features"]
         line = (
             f"{self.title}: {self._values()}; {samples['number']} samples of step {samples['step']} "
@@ -47,7 +47,7 @@ class Report:
         return f"{line}; {features['network']} (sha256 {weights}), resized {features['resize']}"
 
     def _values(self) -> str:
-        if len(self.numbers) <= 2:  # one, maybe with its deviation
+        if len(self.numbers) <= 2:  # a value, and its deviation if there is one
             return " +- ".join(f"{value:.6g}" for value in self.numbers.values())
         return ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
 
@@ -55,7 +55,7 @@ class Report:
 def samples_about(
     trained: Trained, *, count: int, sampler: SamplerChoice, how: TrainedRequest, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """How the samples were drawn."""
+    """The report's entry on the samples."""
     about = {
         "number": count,
         "checkpoint": str(trained.checkpoint),
@@ -73,7 +73,7 @@ def samples_about(
 
 
 def reference_about(reference: ReferenceImages | ReferenceStatistics | None) -> dict[str, dict[str, Any]]:
-    """What they are compared with."""
+    """The report's entry on the reference."""
     if reference is None:
         return {}
     number = {"number": reference.count} if isinstance(reference, ReferenceImages) else {}
@@ -81,7 +81,7 @@ def reference_about(reference: ReferenceImages | ReferenceStatistics | None) -> 
 
 
 def features_about(convention: Convention) -> dict[str, dict[str, Any]]:
-    """By which features; they are computed in float32."""
+    """The report's entry on the features, which are computed in float32."""
     return {"features": {**asdict(convention), "precision": "fp32"}}
 
 

@@ -1,4 +1,4 @@
-"""Features of many images in a folder: made by all ranks, each its share; killed, they go on."""
+"""Features of many images in a folder: the ranks divide the work, which is resumable after a kill."""
 
 import zipfile
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from trainer.signals import StopRequest
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureSet:
-    """Features and logits of the images 0..N-1, in batches; `name` says of what, for people."""
+    """Features and logits of the images 0..N-1, in batches; `name` describes the images in messages."""
 
     name: str
     work: Work
@@ -31,7 +31,7 @@ class FeatureSet:
         return self.batches[-1].stop
 
     def missing(self) -> list[range]:
-        """This rank's share of the batches that are still to be made. Collective."""
+        """This rank's share of the missing batches. Collective."""
         return self.work.missing(self.batches)
 
     def fill(
@@ -41,10 +41,10 @@ class FeatureSet:
         network: FeatureNetwork,
         stop: StopRequest,
     ) -> bool:
-        """Make this rank's share, of images (B, C, H, W) uint8 by their numbers.
+        """Compute this rank's share, from images (B, C, H, W) uint8 by their indices.
 
-        Returns False where a signal asked to stop first, which is told then. Collective. Raises DataError on all ranks
-        where an image cannot be read or a result not be written.
+        Returns False after a request to stop, which is reported. Collective. Raises DataError on all ranks where an
+        image cannot be read or a result cannot be written.
         """
         device = self.work.accelerator.device
 
@@ -60,13 +60,13 @@ class FeatureSet:
         return all(done) or not self.work.tell_of_stop(stop, self.missing(), self.count, self.name)
 
     def has_moments(self) -> bool:
-        """Whether `gaussian` needs no features any more. Collective."""
+        """Whether the moments for `gaussian` are stored, so that features are not needed. Collective."""
         return together(f"{self._moments}: cannot be read", self._moments.exists, only_rank=0)[0]
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance of the features, summed in float64 by all ranks, each its share. Collective.
+        """Mean and covariance of the features, summed in float64; the ranks divide the batches. Collective.
 
-        They are kept in moments-n-N.npz, as pytorch-fid reads and writes them: mu (D,), sigma (D, D).
+        They are stored in moments-n-N.npz in the format of pytorch-fid: mu (D,), sigma (D, D).
         """
         if not self.has_moments():
             gaussian = self._sum_up()
@@ -117,5 +117,5 @@ class FeatureSet:
 
 
 def bar_of(work: Work, *, total: int, what: str, unit: str) -> WorkProgress:
-    """How far the first rank's share is."""
+    """A progress bar for rank 0's share."""
     return WorkProgress(total=total, what=what, unit=unit, visible=work.accelerator.is_main_process)

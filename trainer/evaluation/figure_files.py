@@ -1,4 +1,4 @@
-"""The files of a figure: a picture, and a JSON that says what made it; named so that none replaces another."""
+"""The files of a figure: a PNG, and a JSON with its settings; names are unique to the settings."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ from trainer.errors import ConfigError
 from trainer.evaluation.trained import Trained, TrainedRequest
 from trainer.telemetry.pictures import Pixels, save_png
 
-_LONGEST_PART = 48  # of a name, of which file systems take 255 bytes in all
+_LONGEST_PART = 48  # of a name's part; file systems allow 255 bytes for a name
 
 
 class FigureFile:
     """NAME-step-...-WEIGHTS[-RESPACING][-VARIANCE][-FILES]-seed-N-DIGEST.png, by default in RUN/evaluation.
 
-    made_by: whatever else decided what it shows. All of it goes into the digest, so that two figures of one name are
-    the same figure. Raises ConfigError where `out` is no name of a picture.
+    made_by: further settings that determine the figure. The digest covers all settings, so figures of equal names are
+    equal. Raises ConfigError where `out` does not end in .png.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class FigureFile:
             "variance": trained.config.diffusion.variance,
             **made_by,
         }
-        content = {**self.about, "checkpoint": trained.fingerprint}  # wherever it lies
+        content = {**self.about, "checkpoint": trained.fingerprint}  # independent of its location
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         parts = [name, f"step-{trained.step:08d}", trained.weights]
         if request.respacing != "all":
@@ -56,7 +56,7 @@ class FigureFile:
             raise ConfigError(f"--out {out}: should end in .png; the numbers go into a .json beside it")
 
     def check(self) -> None:
-        """Raise ConfigError where another figure, or what is none, would be overwritten."""
+        """Raise ConfigError where a different figure, or another kind of file, would be overwritten."""
         if not self.path.exists() and not self.numbers.exists():
             return
         try:
@@ -71,7 +71,7 @@ class FigureFile:
             )
 
     def write(self, picture: Pixels, *, rows: Sequence[Mapping[str, Any]]) -> None:
-        """picture: as `save_png` takes it; rows: what is to be said of each."""
+        """Write both files. picture: as for `save_png`; rows: an entry of the JSON for each row."""
         save_png(self.path, picture)
         content = {**self.about, "digest": self.digest, "rows": list(rows)}
         self.numbers.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""The figures of Ho et al. 2020 for a trained network, and DDIM's reconstructions; each a picture and its numbers.
+"""The figures of Ho et al. 2020 for a trained network, and DDIM's reconstructions; each a picture and a JSON.
 
-The rows of a figure are shared out over the processes; the same seed gives the same figure on any number of them.
+The processes divide the rows of a figure; the same seed gives the same figure on any number of them.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ from trainer.evaluation.figure_files import FigureFile
 from trainer.evaluation.trained import Trained, TrainedRequest
 from trainer.telemetry.pictures import Pixels, tile, to_uint8
 
-Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and what is to be said of it
+Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and the JSON's entry for it
 
 
 class _StopAskedError(Exception):
-    """Leaves the denoising loop."""
+    """Raised to leave the denoising loop after a request to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureRequest:
-    """How many rows, of which network, from which seed, and where the picture goes (None: into the run's folder)."""
+    """Number of rows, network, seed, and path of the picture (None: in the run's folder)."""
 
     trained: TrainedRequest
     rows: int
@@ -44,14 +44,16 @@ class FigureRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class FigureImages:
-    """Real images, (N, C, H, W) in [-1, 1], and where they come from, as the figure's JSON has it."""
+    """Real images, (N, C, H, W) in [-1, 1], and their origin, for the figure's JSON."""
 
     pixels: torch.Tensor
     source: dict[str, Any]
 
 
 def progressive_generation(trained: Trained, request: FigureRequest, *, every: int | None) -> Path:
-    """Figure 6: the estimate of x_0 every `every` steps of the reverse process (None: 20 of them), one sample a row."""
+    """Figure 6: estimates of x_0, one every `every` steps of the reverse process (None: 20 of them); a row is a
+    sample.
+    """
     diffusion = trained.reverse.diffusion
     every = every or max(1, diffusion.timesteps // 20)
 
@@ -70,10 +72,10 @@ def progressive_generation(trained: Trained, request: FigureRequest, *, every: i
 
 
 def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence[int] | None, variants: int) -> Path:
-    """Figure 7: samples that share x_t and go separate ways from there, t in `splits` (None: all steps of the process,
-    3/4, 1/2 and 1/4 of them; the paper's 1000, 750, 500, 250).
+    """Figure 7: samples that share x_t and are denoised independently from there, t in `splits` (None: all steps of the
+    process, 3/4, 1/2 and 1/4 of them; the paper's 1000, 750, 500, 250).
 
-    A row holds x_0 of one latent: for each split, `variants` samples.
+    A row has x_0 of one latent: for each split, `variants` samples.
     """
     diffusion = trained.reverse.diffusion
     splits = splits or sorted({max(1, diffusion.timesteps * quarters // 4) for quarters in (1, 2, 3, 4)}, reverse=True)
@@ -91,7 +93,7 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
                 shared[state.t] = state.x
             if state.t <= min(splits):
                 break
-        # Samples of other numbers: their noise is not that of the trunk, nor of other rows.
+        # Each with an index of its own, hence with noise independent of the shared steps and of other rows.
         numbers = request.rows + number * variants + torch.arange(variants, device=trained.device)
         others = KeyedNoise.sampling(request.seed, numbers)
         images = []
@@ -116,10 +118,11 @@ def interpolations(
     timesteps: Sequence[int] | None,
     lambdas: Sequence[float],
 ) -> Path:
-    """Figures 8 and 9: both images noised for t steps with the same noise, mixed, denoised; t = 0 mixes pixels.
+    """Figures 8 and 9: two images diffused for t steps with the same noise, interpolated and denoised; t = 0
+    interpolates pixels.
 
-    images: in pairs. A row is a pair at one t (None: half of the steps; the paper: 500; or 1000, 875, ..., 0): the one
-    image, the mixtures by `lambdas` (0.1 to 0.9), the other image. Raises ConfigError where an image is left over.
+    images: in pairs. A row is a pair at one t (None: half of the steps; the paper: 500; or 1000, 875, ..., 0): the
+    first image, interpolations by `lambdas` (0.1 to 0.9), the second. Raises ConfigError for an odd number of images.
     """
     if len(images.pixels) % 2:
         raise ConfigError(f"interpolate: takes images in pairs, got {len(images.pixels)}")
@@ -162,7 +165,9 @@ def interpolations(
 
 
 def reconstructions(trained: Trained, request: FigureRequest, *, images: FigureImages) -> Path:
-    """DDIM, section 5.4: image, its latent x_T by the deterministic process run backwards, the image made from it."""
+    """DDIM, section 5.4: an image, its latent x_T by the reversed deterministic process, and the image decoded from
+    x_T.
+    """
     diffusion = trained.reverse.diffusion
 
     def row(number: int, on_step: Callable[[], object]) -> Row:
@@ -202,9 +207,9 @@ def _draw(
     options: Mapping[str, Any] = MappingProxyType({}),
     images: FigureImages | None = None,
 ) -> Path:
-    """Make all rows, every rank its share, and let rank 0 write the picture and the numbers. Returns the picture.
+    """Compute all rows, divided among the ranks, and write picture and JSON on rank 0. Returns the picture's path.
 
-    Raises ConfigError where another figure is there already.
+    Raises ConfigError where a different figure exists at that path.
     """
     accelerator = trained.accelerator
     file = FigureFile(trained, request.trained, name=name, made_by=_made_by(request, options, images), out=request.out)

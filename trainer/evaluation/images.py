@@ -1,4 +1,4 @@
-"""Real images for a network: out of the run's shards, or files."""
+"""Real images for evaluation: from the run's dataset, other shards, or image files."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from trainer.errors import ConfigError, DataError
 
 
 class RealImages:
-    """`count` of a dataset's images, or all: a subset is drawn at random but always the same, none twice."""
+    """`count` images of a dataset, or all: a random subset without repetition, the same one every time."""
 
     def __init__(self, dataset: Dataset, ids: npt.NDArray[np.int64], count: int | None) -> None:
         if count is not None and count > len(ids):
@@ -26,12 +26,12 @@ class RealImages:
         self._ids = ids
 
     def ids(self, numbers: range) -> list[int]:
-        """Sample ids of the images with these numbers, 0..count-1."""
+        """Sample ids of the images with these indices, 0..count-1."""
         places = sample_ids(np.arange(numbers.start, numbers.stop), len(self._ids), seed=0)
         return [int(sample) for sample in self._ids[places]]
 
     def load(self, numbers: range) -> torch.Tensor:
-        """(B, C, H, W) float32 in [-1, 1]. Raises DataError that names a damaged one."""
+        """(B, C, H, W) float32 in [-1, 1]. Raises DataError with the name of a damaged image."""
         return self.pixels(numbers).float() / 127.5 - 1
 
     def pixels(self, numbers: range) -> torch.Tensor:
@@ -43,9 +43,9 @@ class RealImages:
 
 
 def open_images(config: Config, folder: Path | None, *, held_out: bool, count: int | None) -> RealImages:
-    """Images from `folder`, or (None) of the dataset that the run was trained on.
+    """Images from `folder`, or (None) from the run's training dataset.
 
-    held_out: those that the run's data.holdout keeps out of training. Raises ConfigError or DataError.
+    held_out: only those excluded from training by the run's data.holdout. Raises ConfigError or DataError.
     """
     if folder is not None and held_out:
         raise ConfigError("--held-out: goes with the run's own images, not with --data")
@@ -61,9 +61,9 @@ def open_images(config: Config, folder: Path | None, *, held_out: bool, count: i
 
 
 def load_files(paths: list[Path], model: ModelConfig) -> torch.Tensor:
-    """Image files, cropped at the centre to a square and resized (Lanczos): (B, C, H, W) float32 in [-1, 1].
+    """Image files, centre-cropped to a square and resized (Lanczos): (B, C, H, W) float32 in [-1, 1].
 
-    Raises DataError that names a file which is no image.
+    Raises DataError with the name of a file that is no image.
     """
     mode = "L" if model.channels == 1 else "RGB"
     images = []

@@ -1,4 +1,4 @@
-"""Where drawn images go: single files, one array as ADM's evaluation reads it, or tar shards to train on."""
+"""Output formats for samples: single files, one array as for ADM's evaluator, or WebDataset shards."""
 
 import io
 import zipfile
@@ -23,42 +23,42 @@ _LARGEST_GRID = 64
 
 
 class Output(Protocol):
-    """Images are written batch by batch, by any rank, in any order; `finish` makes of them what was asked for."""
+    """Batches are written by any rank, in any order; `finish` makes the final files of them."""
 
     def missing(self, batches: list[range]) -> list[range]:
-        """This rank's share of the batches that are not there yet. All ranks call it."""
+        """This rank's share of the missing batches. Collective."""
 
     def write(self, numbers: range, images: Pixels) -> None:
-        """Keep a batch, (B, C, H, W) uint8."""
+        """Store a batch, (B, C, H, W) uint8."""
 
     def finish(self, batches: list[range]) -> None:
-        """Put all batches together. All ranks call it."""
+        """Combine all batches. Collective."""
 
 
 def make_output(kind: OutputFormat, work: Work) -> Output:
-    """The output of that kind in the work's folder."""
+    """The output format `kind`, in the work's folder."""
     kinds: dict[OutputFormat, type[FolderOutput] | type[NpzOutput] | type[TarOutput]]
     kinds = {"folder": FolderOutput, "npz": NpzOutput, "tar": TarOutput}
     return kinds[kind](work)
 
 
 class FolderOutput:
-    """FOLDER/000000.png, ... and grid.png, the first 64 on one picture."""
+    """FOLDER/000000.png, ... and grid.png, a picture of the first 64."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
 
     def missing(self, batches: list[range]) -> list[range]:
-        """See `Output`."""
+        """This rank's share of the batches with missing files. Collective."""
         return self.work.missing(batches, lambda numbers: all(self._path(number).exists() for number in numbers))
 
     def write(self, numbers: range, images: Pixels) -> None:
-        """See `Output`."""
+        """Write one PNG file per image."""
         for number, image in zip(numbers, images, strict=True):
             save_png(self._path(number), rearrange(image, "c h w -> h w c"))
 
     def finish(self, batches: list[range]) -> None:
-        """See `Output`."""
+        """Write grid.png on rank 0. Collective."""
 
         def write_grid() -> None:
             images = []
@@ -74,22 +74,22 @@ class FolderOutput:
 
 
 class NpzOutput:
-    """FOLDER/samples.npz with one array "arr_0", (N, H, W, 3) uint8: what ADM's evaluator.py reads."""
+    """FOLDER/samples.npz with one array "arr_0", (N, H, W, 3) uint8: as read by ADM's evaluator.py."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.path = work.folder / NPZ_NAME
 
     def missing(self, batches: list[range]) -> list[range]:
-        """See `Output`."""
+        """This rank's share of the missing batches. Collective."""
         return [] if _is_finished(self.path) else self.work.missing(batches)
 
     def write(self, numbers: range, images: Pixels) -> None:
-        """See `Output`."""
+        """Store a batch as a part."""
         self.work.save(numbers, {"images": images})
 
     def finish(self, batches: list[range]) -> None:
-        """See `Output`; batch by batch, for fifty thousand images need not fit the memory."""
+        """Combine the parts on rank 0, batch by batch, since the whole array may exceed the memory. Collective."""
 
         def assemble() -> None:
             fresh = self.path.with_suffix(".tmp")
@@ -109,22 +109,22 @@ class NpzOutput:
 
 
 class TarOutput:
-    """FOLDER/samples-000000.tar, ...: PNG images in WebDataset shards of 2,048; the name of a member is its number."""
+    """FOLDER/samples-000000.tar, ...: PNG images in WebDataset shards of 2,048; a sample's key is its index."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.done = work.folder / "samples-complete"
 
     def missing(self, batches: list[range]) -> list[range]:
-        """See `Output`."""
+        """This rank's share of the missing batches. Collective."""
         return [] if _is_finished(self.done) else self.work.missing(batches)
 
     def write(self, numbers: range, images: Pixels) -> None:
-        """See `Output`."""
+        """Store a batch as a part."""
         self.work.save(numbers, {"images": images})
 
     def finish(self, batches: list[range]) -> None:
-        """See `Output`; every rank writes its share of the shards."""
+        """Write the shards, divided among the ranks. Collective."""
         accelerator = self.work.accelerator
         shards = range(0, batches[-1].stop, SHARD_SAMPLES)
 
@@ -150,7 +150,7 @@ class TarOutput:
 
 
 def _is_finished(marker: Path) -> bool:
-    """What rank 0 sees, on all ranks."""
+    """Whether the marker exists, as rank 0 sees it, on all ranks."""
     return together(f"{marker}: cannot be read", marker.exists, only_rank=0)[0]
 
 

@@ -1,4 +1,4 @@
-"""Curves as pictures."""
+"""Plots of curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 def save_curves(path: Path, rows: Sequence[dict[str, float]], timesteps: int) -> None:
     """The bound's terms over t, and figure 5 of Ho et al. 2020: distortion over t, rate over t, distortion over rate.
 
-    rows: as `bits_per_dim.rows` gives them; timesteps: T of the process that the network was trained on.
+    rows: as returned by `bits_per_dim.rows`; timesteps: T of the process that the network was trained on.
     """
     t = [row["t"] for row in rows]
     rate = [row["rate_bits_per_dim"] for row in rows]

@@ -1,4 +1,4 @@
-"""What samples are compared with: real images, or a file of images or statistics that others have published."""
+"""References for feature metrics: real images, or a published file of images or statistics."""
 
 import hashlib
 import zipfile
@@ -20,8 +20,8 @@ from trainer.features.frechet import Gaussian
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceRequest:
-    """Which images: `path` is a folder of shards or an .npz, None the images that the run was trained on, or, with
-    `held_out`, those that its data.holdout kept out; `images` of them, drawn at random, or all (None).
+    """`path`: a folder of shards or an .npz; None for the run's training images, or, with `held_out`, those excluded by
+    its data.holdout; `images`: size of a random subset, or None for all.
     """
 
     path: Path | None
@@ -31,7 +31,7 @@ class ReferenceRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceImages:
-    """`count` images; `pixels` gives (B, C, H, W) uint8 by their numbers, `fingerprint` tells them from others."""
+    """`count` images; `pixels` returns (B, C, H, W) uint8 by their indices, `fingerprint` identifies them."""
 
     name: str
     fingerprint: str
@@ -41,7 +41,7 @@ class ReferenceImages:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceStatistics:
-    """Mean and covariance of features that somebody else has measured; of how many images, the file does not say."""
+    """Mean and covariance of features, from a file; the file does not include the number of images."""
 
     name: str
     fingerprint: str
@@ -55,10 +55,10 @@ class ReferenceStatistics:
 def open_reference(
     request: ReferenceRequest, config: Config, *, most: int | None, statistics: bool
 ) -> ReferenceImages | ReferenceStatistics:
-    """What is asked for; of images not more than `most`, where the request does not say how many. `statistics`: take a
-    file's mean and covariance rather than its images.
+    """Open the requested reference; at most `most` images, where the request has no number. `statistics`: of an .npz,
+    use mean and covariance rather than images.
 
-    Raises ConfigError or DataError that names the file and what would be right.
+    Raises ConfigError or DataError with the file's name and what is expected.
     """
     if request.path is not None and request.held_out:
         raise ConfigError("--held-out: goes with the run's own images, not with --reference")

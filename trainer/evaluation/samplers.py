@@ -1,4 +1,4 @@
-"""Samplers by name, as the command line has them."""
+"""Samplers by name, for the command line."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ SamplerName = Literal["ddpm", "ddim", "ddpm-sigma-hat", "dpm-solver++"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerChoice:
-    """A sampler and, for "ddim", its eta: 0 is deterministic, 1 as noisy as ancestral sampling."""
+    """A sampler and, for "ddim", its eta: 0 is deterministic, 1 has the variance of ancestral sampling."""
 
     name: SamplerName
     eta: float = 0.0
@@ -28,7 +28,7 @@ class SamplerChoice:
 
 
 def make_sampler(choice: SamplerChoice) -> Sampler:
-    """Raises ConfigError where eta does not go with the sampler, or its library is missing."""
+    """Make the sampler. Raises ConfigError where eta does not apply to it, or its library is missing."""
     if choice.eta != 0 and choice.name != "ddim":
         raise ConfigError(f"--eta {choice.eta:g}: goes with --sampler ddim")
     if not 0 <= choice.eta <= 1:
@@ -49,7 +49,7 @@ def make_sampler(choice: SamplerChoice) -> Sampler:
 def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, noise: KeyedNoise) -> Iterator[SamplingStep]:
     """DPM-Solver++(2M) (Lu et al. 2022), deterministic; the mathematics is diffusers', the network's call ours.
 
-    It takes the timesteps of the (respaced) process, from the last one down to clean data.
+    It visits the timesteps of the (respaced) process, from the last one down to clean data.
     """
     del noise  # deterministic
     from diffusers import DPMSolverMultistepScheduler
@@ -57,7 +57,7 @@ def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, noise: KeyedNoise) 
     diffusion = reverse.diffusion
     solver = DPMSolverMultistepScheduler(
         num_train_timesteps=diffusion.timesteps,
-        trained_betas=diffusion.betas.clamp(max=1 - 1e-6).cpu().numpy(),  # a beta of 1 would make it divide by 0
+        trained_betas=diffusion.betas.clamp(max=1 - 1e-6).cpu().numpy(),  # it divides by 1 - beta
         algorithm_type="dpmsolver++",
         solver_order=2,
         prediction_type="sample",
@@ -65,7 +65,7 @@ def _dpm_solver(reverse: ReverseProcess, x: torch.Tensor, *, noise: KeyedNoise) 
         lower_order_final=True,
         final_sigmas_type="zero",
     )
-    originals = diffusion.original_timesteps.tolist()  # at once: asking in every step would wait for the device
+    originals = diffusion.original_timesteps.tolist()  # once, since every access synchronises with the device
     steps = list(reversed(range(diffusion.timesteps)))
     solver.set_timesteps(timesteps=steps, device=x.device)
     for step in steps:

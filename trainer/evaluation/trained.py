@@ -1,4 +1,4 @@
-"""A trained network, opened to draw from or to be judged: configuration, verified weights, reverse process."""
+"""Opens a trained network for sampling or evaluation: configuration, verified weights, reverse process."""
 
 import os
 import sys
@@ -24,15 +24,15 @@ from trainer.launcher.settle import without_effect
 from trainer.models.unet import UNet
 from trainer.signals import StopRequest
 
-_PATIENCE = timedelta(days=7)  # a rank that is done waits while others draw or judge their share
+_PATIENCE = timedelta(days=7)  # a rank that has finished waits for others, which may take long
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRequest:
-    """Which weights of which run, and over which of its timesteps.
+    """A run's weights, and the timesteps to use.
 
-    `checkpoint`: None for the newest that verifies; `respacing`: see trainer/diffusion/respacing.py; `variance`: one of
-    the fixed ones instead of the configuration's, or None.
+    `checkpoint`: None for the newest undamaged one; `respacing`: see trainer/diffusion/respacing.py; `variance`: a
+    fixed one in place of the configuration's, or None.
     """
 
     run: Path
@@ -44,9 +44,7 @@ class TrainedRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What `open_trained` found. `fingerprint` is the checkpoint's, which no other has; `stop` is asked when a batch is
-    done.
-    """
+    """The result of `open_trained`. `fingerprint` is unique to the checkpoint; `stop` is checked after each batch."""
 
     config: Config
     folder: RunFolder
@@ -66,14 +64,15 @@ class Trained:
 
     @property
     def device(self) -> torch.device:
-        """Where the network and the tables are."""
+        """Device of the network and the tables."""
         return self.accelerator.device
 
 
 def open_trained(request: TrainedRequest) -> Trained:
-    """Load the weights on every rank, in eval mode. From here on signals ask to stop and no more end the process.
+    """Load the weights on every rank, in eval mode. From here on signals set a request to stop and do not end the
+    process.
 
-    Raises TrainerError where the run or the checkpoint cannot be used, ConfigError where the request does not fit it.
+    Raises TrainerError where the run or the checkpoint cannot be used, ConfigError where the request does not suit it.
     """
     end_with_launcher()
     stop = StopRequest()
@@ -127,7 +126,7 @@ def _with_variance(config: Config, variance: Literal["small", "large"]) -> Confi
 
 
 def _load(path: Path, kind: str, config: Config, device: torch.device) -> tuple[UNet, int]:
-    """The network and the checkpoint's step."""
+    """The network and the step of its checkpoint."""
     weights, manifest = read_weights(path, kind)
     try:
         return build_trained(config, weights, device), int(manifest["step"])

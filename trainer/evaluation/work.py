@@ -1,4 +1,4 @@
-"""Work that outlives a kill: numbered items in batches, each batch's result a file, from whichever rank it fell to."""
+"""Resumable work: numbered items in batches, with one file per batch, written by whichever rank computes it."""
 
 import json
 import os
@@ -20,12 +20,12 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class Work:
-    """A folder of results, made for one request; batches that are there already are not done again.
+    """A folder of results for one request; batches with a result are not computed again.
 
-    FOLDER/request.json                 what was asked for: another request in this folder is refused
-    FOLDER/parts/000000000-000000064.npz   the result of a batch; images only until all are put together
+    FOLDER/request.json                 the request; a different one in the same folder is refused
+    FOLDER/parts/000000000-000000064.npz   the result of a batch; images until all are combined
 
-    The number of processes may change between two goes.
+    The number of processes may change between two starts.
     """
 
     def __init__(self, folder: Path, request: Mapping[str, Any], accelerator: Accelerator) -> None:
@@ -38,33 +38,35 @@ class Work:
         together(f"{folder}: cannot be written", self._claim, only_rank=0)
 
     def missing(self, batches: list[range], is_done: Callable[[range], bool] | None = None) -> list[range]:
-        """This rank's share of the batches that have no result yet. All ranks call it."""
+        """This rank's share of the batches without a result. Collective."""
         is_done = is_done or (lambda numbers: self.part(numbers).exists())
         missing = broadcast([numbers for numbers in batches if not is_done(numbers)])
         return missing[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def is_stopping(self, stop: StopRequest) -> bool:
-        """Whether this rank or another was asked to stop: a file tells, as no rank waits between batches."""
+        """Whether any rank has a request to stop. Shared through a file, since ranks do not synchronise between
+        batches.
+        """
         if stop:
             self._stopping.touch()
         return self._stopping.exists()
 
     def tell_of_stop(self, stop: StopRequest, share: list[range], items: int, what: str) -> bool:
-        """Print how far it got and return True where `share`, what is still missing, holds anything on any rank.
+        """Report the progress and return True where any rank's `share`, which is still missing, is not empty.
 
-        All ranks call it.
+        Collective.
         """
         left = sum(gather(sum(map(len, share))))
         signals = [name for name in gather(stop.signal.name if stop.signal is not None else None) if name]
         if self.accelerator.is_main_process:
-            self._stopping.unlink(missing_ok=True)  # all ranks have seen it
+            self._stopping.unlink(missing_ok=True)  # all ranks have read it
             if left:
                 done = f"{items - left} of {items} {what} are done, in {self.folder}"
                 print(f"stopped by {signals[0]}: {done}; the same command goes on")
         return left > 0
 
     def save(self, numbers: range, arrays: Arrays) -> None:
-        """Keep a batch's result; its file appears whole or not at all."""
+        """Store a batch's result atomically."""
         self._parts.mkdir(exist_ok=True)
         fresh = self._parts / f".{numbers.start}.{os.getpid()}.tmp"
         with fresh.open("wb") as stream:
@@ -74,7 +76,7 @@ class Work:
         fresh.replace(self.part(numbers))
 
     def load(self, numbers: range) -> dict[str, npt.NDArray[Any]]:
-        """A batch's result."""
+        """The stored result of a batch."""
         try:
             with np.load(self.part(numbers), allow_pickle=False) as stored:
                 return dict(stored)
@@ -82,11 +84,11 @@ class Work:
             raise DataError(f"{self.part(numbers)}: damaged ({error}); delete it and run this again") from error
 
     def part(self, numbers: range) -> Path:
-        """The file of a batch's result."""
+        """Path of a batch's result."""
         return self._parts / f"{numbers.start:09d}-{numbers.stop:09d}.npz"
 
     def discard_parts(self) -> None:
-        """Delete the single results: they have been put together. All ranks call it."""
+        """Delete the batches' results after they have been combined. Collective."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(self._parts, ignore_errors=True)

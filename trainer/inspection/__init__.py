@@ -1,1 +1,1 @@
-"""What lies in a run's folder, for people: in one process."""
+"""Inspection of a run's folder from the command line, in a single process."""

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, whatever strategy and number of ranks wrote each."""
+"""Comparison of two checkpoints, independent of the strategies and numbers of ranks that wrote them."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ _ABSENT = "-"
 
 
 def compare(one: Path, other: Path) -> dict[str, Any]:
-    """Plain values: "equal" where every tensor is bit for bit the same and so are counters and identity.
+    """Differences as plain values; "equal" where all tensors (bit for bit), counters and identities are equal.
 
     Raises CheckpointError where one is damaged or cannot be read.
     """
@@ -41,7 +41,7 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """The same, to be read."""
+    """The result of `compare` as text."""
     lines = [f"{found[which]['checkpoint']} ({found[which]['written_by']})" for which in ("first", "second")]
     for section in ("state", "identity"):
         lines += [f"{section}: {name}: {a} | {b}" for name, (a, b) in found[section].items()]

@@ -1,4 +1,4 @@
-"""One checkpoint for people: counters, identity, tensors by kind, and what is in them."""
+"""Description of a checkpoint: counters, identity, tensors by kind, statistics."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,9 +17,9 @@ from trainer.inspection.text import size, table
 
 
 def open_whole(path: Path) -> tuple[TensorReader, dict[str, Any]]:
-    """Tensors and manifest of a checkpoint of which every byte is verified first.
+    """A reader of tensors and the manifest of a checkpoint, after verifying every byte.
 
-    Raises CheckpointError where it is damaged, or of a format that this program does not read.
+    Raises CheckpointError where it is damaged, or of an unknown format version.
     """
     if faults := folders.damages(path):
         raise CheckpointError(f"{path}: damaged: {'; '.join(faults)}")
@@ -27,8 +27,9 @@ def open_whole(path: Path) -> tuple[TensorReader, dict[str, Any]]:
 
 
 def unusable_weights(path: Path) -> list[str]:
-    """Of a folder whose files are whole: what makes its weights or averages of no use, for nothing can be drawn from
-    them. Raises CheckpointError as `open_whole`.
+    """Reasons why weights or averages in an undamaged folder are unusable, for example NaN; empty if none is.
+
+    Raises CheckpointError as `open_whole`.
     """
     reader, _ = open_verified(path)
     kinds = {name: name.partition("/")[0] for name in reader.shapes}
@@ -38,7 +39,7 @@ def unusable_weights(path: Path) -> list[str]:
 
 
 def describe(path: Path, *, tensors: bool) -> dict[str, Any]:
-    """Plain values; with `tensors` statistics of each one, for which all of them are read.
+    """The description as plain values; with `tensors`, statistics of each tensor, which reads all of them.
 
     Raises CheckpointError as `open_whole`.
     """
@@ -59,7 +60,7 @@ def describe(path: Path, *, tensors: bool) -> dict[str, Any]:
 
 
 def as_text(about: dict[str, Any]) -> str:
-    """The same, to be read."""
+    """The result of `describe` as text."""
     lines = [
         f"{about['checkpoint']}: verified",
         f"  step {about['step']}, written by {written_by(about['strategy'], about['world_size'])}, "
@@ -84,7 +85,7 @@ def as_text(about: dict[str, Any]) -> str:
 
 
 def shape_text(shape: list[int] | torch.Size) -> str:
-    """128 x 3 x 3 x 3."""
+    """A shape as text: 128 x 3 x 3 x 3."""
     return " x ".join(map(str, shape)) or "scalar"
 
 

@@ -1,4 +1,4 @@
-"""Finding sealed folders, checkpoints and snapshots of averages alike, and saying what is wrong with one."""
+"""Finds sealed folders, both checkpoints and snapshots of averages, and their defects."""
 
 import os
 from collections.abc import Callable
@@ -13,14 +13,14 @@ SNAPSHOTS = "averages"
 
 
 def require_run(run: Path) -> Path:
-    """The same; raises CheckpointError where there is no run."""
+    """Returns `run`; raises CheckpointError where it is no run's folder."""
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run}: no run's folder; it has no checkpoints/")
     return run
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
-    """The folders named step-..., by step, oldest first; verified or not."""
+    """The folders named step-..., by step, oldest first; not verified."""
     found = {int(match[1]): path for path in folder.glob("step-*") if (match := STEP_NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
@@ -32,7 +32,7 @@ def of_run(run: Path) -> list[Path]:
 
 
 def find(path: Path, step: int | None = None) -> Path:
-    """The checkpoint that a path means: itself, or of a run the one of `step`, by default the newest.
+    """The checkpoint that a path refers to: the path itself, or, in a run, the one of `step`, by default the newest.
 
     Raises CheckpointError where there is none.
     """
@@ -51,20 +51,20 @@ def find(path: Path, step: int | None = None) -> Path:
 
 
 def damages(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder, file by file; every byte is read. Empty where it is whole.
+    """Defects of a sealed folder, file by file; every byte is read. Empty where it is undamaged.
 
-    Raises CheckpointError where it cannot be read, which does not say that it is damaged.
+    Raises CheckpointError where it cannot be read: an I/O error is no proof of damage.
     """
     return _faults(folder, sealed.verify_file)
 
 
 def visible_damages(folder: Path) -> list[str]:
-    """Like `damages`, but of the files only whether they are there and how long they are: bytes are not read."""
+    """Like `damages`, but checks only existence and sizes of the files, without reading them."""
     return _faults(folder, sealed.verify_size)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that has been found whole. Raises CheckpointError where it cannot be had."""
+    """The manifest of an undamaged folder. Raises CheckpointError where it cannot be read."""
     try:
         return manifests.read(folder)
     except (sealed.DamagedError, OSError) as fault:
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of its files, or its own where it is none."""
+    """Bytes of a folder's files, or of a file."""
     if not folder.is_dir():
         return folder.lstat().st_size
     with os.scandir(folder) as entries:

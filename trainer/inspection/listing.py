@@ -1,4 +1,4 @@
-"""The checkpoints of a run at a glance: what there is, whether it is whole, what was set aside and why."""
+"""List of a run's checkpoints: those that exist, whether they are damaged, which were set aside and why."""
 
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -17,8 +17,8 @@ from trainer.inspection.text import size, table
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One folder. `saved`: local time, ISO 8601, None where nobody knows; `faults`: empty where nothing was found;
-    `verified`: whether every byte was read and is the one that was written; `marks`: why it is kept.
+    """One folder. `saved`: local time, ISO 8601, None where unknown; `faults`: defects found; `verified`: whether every
+    byte was read and matches its hash; `marks`: why it is retained.
     """
 
     path: str
@@ -34,7 +34,7 @@ class Listed:
 
 @dataclass(frozen=True, kw_only=True)
 class SetAside:
-    """A folder in quarantine/ or superseded/, with the reason that was given for it."""
+    """A folder in quarantine/ or superseded/, with the recorded reason."""
 
     path: str
     where: str
@@ -43,7 +43,7 @@ class SetAside:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A run's checkpoints and snapshots of averages, oldest first, and what was set aside."""
+    """A run's checkpoints and snapshots of averages, oldest first, and folders that were set aside."""
 
     run: str
     checkpoints: list[Listed]
@@ -51,12 +51,12 @@ class Listing:
     set_aside: list[SetAside]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The listing as plain values."""
         return asdict(self)
 
 
 def list_run(run: Path, *, quick: bool) -> Listing:
-    """Look at all of a run's folders; `quick` reads no tensor, so that it says nothing about flipped bits.
+    """Check all of a run's folders; `quick` reads no tensors, so it does not detect flipped bits.
 
     Raises CheckpointError where there is no run or it cannot be read.
     """
@@ -86,7 +86,7 @@ def list_run(run: Path, *, quick: bool) -> Listing:
 
 
 def as_text(listing: Listing) -> str:
-    """A table for each kind."""
+    """The listing as text, one table per kind."""
     lines = [f"{listing.run}"]
     if not listing.checkpoints:
         lines.append("  no checkpoints")
@@ -113,7 +113,7 @@ def _row(one: Listed) -> list[str]:
 
 
 def written_by(strategy: str | None, world_size: int | None) -> str:
-    """zero2@8: a strategy and a number of ranks."""
+    """Strategy and number of ranks, for example zero2@8."""
     return f"{strategy or '?'}@{world_size or '?'}"
 
 
@@ -142,7 +142,7 @@ def _reason(path: Path) -> str:
 
 
 def _marks(run: Path) -> dict[int, list[str]]:
-    """Why retention keeps checkpoints besides the newest, as far as the run's configuration says."""
+    """Why retention keeps checkpoints besides the newest, according to the run's configuration."""
     try:
         config = RunFolder(run, writes=False).load_config()
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Where in a network the first NaN or infinity comes from, forward and backward."""
+"""Finds the module of a network where the first NaN or infinity occurs, in the forward and in the backward pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """A module by its name in the network and its class, and the positions of the samples that are not finite there.
+    """A module, by its name and class, and the positions of the samples that are not finite there.
 
-    Going forward it is the first module whose output is not finite; going backward the first that gets a gradient
-    which is not finite, so that the fault lies in what takes its output.
+    In the forward pass it is the first module whose output is not finite. In the backward pass it is the first module
+    that receives a gradient that is not finite, so the cause is a module that uses its output.
     """
 
     module: str
@@ -23,10 +23,10 @@ class Origin:
 
 
 class Watch:
-    """Watches one forward pass of a network and the backward pass that follows it; not for the training loop, which
-    must not wait for the device as this does.
+    """A context that watches a forward pass of a network and the following backward pass. It synchronises with the
+    device, so it is not used in training.
 
-    positions: of the samples in the micro-batch, in its order.
+    positions: of the samples in the micro-batch, in order.
     """
 
     def __init__(self, network: nn.Module, positions: Sequence[int]) -> None:
@@ -44,12 +44,12 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The forward pass is over; what checkpointed stages compute again in the backward pass is not looked at."""
+        """End of the forward pass: recomputation by activation checkpointing in the backward pass is not watched."""
         for handle in self._handles:
             handle.remove()
 
     def _on_output(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """A module's own modules are done before it is, so the innermost one is the first to be seen."""
+        """Submodules complete before their parent, so the innermost module is recorded first."""
 
         def look(module: nn.Module, _: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
@@ -67,7 +67,7 @@ class Watch:
         finite = tensor.detach().isfinite()
         if finite.all():
             return None
-        if len(finite) != len(self._positions):  # not one row a sample
+        if len(finite) != len(self._positions):  # not one row per sample
             return Origin(module=name, kind=type(module).__name__, positions=list(self._positions))
         rows = (~finite).flatten(1).any(dim=1).tolist()
         positions = [position for position, bad in zip(self._positions, rows, strict=True) if bad]
@@ -76,7 +76,7 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorm:
-    """Of the parameters of one module: the norm of their gradient, and how many of its elements are not finite."""
+    """Norm of the gradient of a module's parameters, and the number of its elements that are not finite."""
 
     module: str
     norm: float
@@ -84,9 +84,9 @@ class GradientNorm:
 
 
 def gradient_norms(network: nn.Module, *, divided_by: float = 1.0) -> list[GradientNorm]:
-    """Of each module of the network's first two floors ("conv_in", "down.0", ...), in the network's order.
+    """Gradient norms of the network's modules at the first two levels ("conv_in", "down.0", ...), in order.
 
-    divided_by: what the loss was multiplied with. Parameters without a gradient count as zero.
+    divided_by: the loss scale. Parameters without a gradient count as zero.
     """
     squares: dict[str, float] = {}
     nonfinite: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A step that was not finite, computed again: same images, flips, t, eps and dropout, at a checkpoint's weights."""
+"""Replays a step that was not finite: same images, flips, t, eps and dropout, with the weights of a checkpoint."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,12 +23,14 @@ from trainer.inspection import folders
 from trainer.inspection.origin import GradientNorm, Origin, Watch, gradient_norms
 from trainer.inspection.text import table
 
-_LISTED = 32  # samples of a batch in which none is at fault
+_LISTED = 32  # samples listed where no single one has a loss that is not finite
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a step computes. losses: one a sample, unweighted; loss: of the global batch; norms: of its gradient."""
+    """Results of a step. losses: one per sample, unweighted; loss: of the global batch; norms: of the gradient, by
+    module.
+    """
 
     losses: list[float] = field(default_factory=list)
     loss: float = 0.0
@@ -38,7 +40,7 @@ class Outcome:
 
     @property
     def grad_norm(self) -> float:
-        """Of the whole network, before clipping."""
+        """Gradient norm of the whole network, before clipping."""
         return math.sqrt(sum(module.norm**2 for module in self.norms))
 
     @property
@@ -49,7 +51,9 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """A dumped step and what it computed this time, on `device`, at a checkpoint after so many `updates`."""
+    """A dumped step and its replayed results, computed on `device` with the weights of a checkpoint after `updates`
+    steps.
+    """
 
     dump: NonFiniteDump
     checkpoint: Path
@@ -59,10 +63,10 @@ class Replay:
 
 
 def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Replay:
-    """Compute the dumped step in this process, a micro-batch after the other.
+    """Compute the dumped step in this process, one micro-batch after another.
 
-    checkpoint: None for the newest of the run that is whole and not behind the step. Raises TrainerError where dump,
-    checkpoint, configuration or data cannot be used or do not belong together.
+    checkpoint: None for the newest undamaged one of the run that is not later than the step. Raises TrainerError where
+    dump, checkpoint, configuration or data cannot be used or do not belong together.
     """
     dump = NonFiniteDump.read(path)
     run = path.resolve().parent.parent
@@ -77,7 +81,7 @@ def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Repl
     network = build_network(config)
     network.load_state_dict(weights)
     kind = config.train.activation_checkpointing
-    network.checkpoint_activations("full" if kind == "budget" else kind)  # the numbers are the same
+    network.checkpoint_activations("full" if kind == "budget" else kind)  # results do not depend on it
     network.train().to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
     run_in(config.train.precision, network, device)
@@ -94,7 +98,7 @@ def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Repl
 
 
 def as_text(result: Replay) -> str:
-    """The same, to be read."""
+    """The replay as text."""
     dump, outcome = result.dump, result.outcome
     lines = [
         f"step {dump.step}: loss {dump.loss}, gradient norm {dump.grad_norm}",
@@ -115,7 +119,7 @@ def as_text(result: Replay) -> str:
 
 
 def _about_samples(dump: NonFiniteDump, losses: list[float]) -> list[str]:
-    """Those whose loss is not finite, or all where there is none such."""
+    """The samples whose loss is not finite, or all where there is none."""
     all_of_them = list(zip(dump.samples, losses, strict=True))
     bad = [(sample, loss) for sample, loss in all_of_them if not math.isfinite(loss)]
     shown = bad or all_of_them
@@ -134,7 +138,7 @@ def _compute(
     device: torch.device,
     scale: float,
 ) -> Outcome:
-    """The step's forward and backward passes, the loss multiplied by `scale` as fp16 has it."""
+    """Forward and backward passes of the step, with the loss multiplied by `scale` as in fp16 training."""
     objective = build_objective(config, device)
     read = ReadAndDecode(data.dataset, replace_by=data.order if config.data.on_bad_sample == "skip" else None)
     outcome = Outcome()
@@ -163,7 +167,7 @@ def _compute(
 
 
 def _as_dumped(config: Config, dump: NonFiniteDump, path: Path) -> Config:
-    """The run's configuration, in the precision that the step was computed in."""
+    """The run's configuration, with the precision in which the step was computed."""
     if config.seed != dump.seed:
         raise ConfigError(f"{path}: of a run with seed {dump.seed}, config.toml beside it has {config.seed}")
     if not dump.samples or len(dump.samples) % dump.micro_batch:
@@ -173,7 +177,7 @@ def _as_dumped(config: Config, dump: NonFiniteDump, path: Path) -> Config:
 
 
 def _newest_before(run: Path, step: int) -> Path:
-    """That of the step itself will do, too: a step that is skipped leaves the weights as they were."""
+    """The newest undamaged checkpoint up to `step`, inclusive: a skipped step does not change the weights."""
     steps = folders.steps_in(folders.require_run(run) / "checkpoints")
     for found in sorted((found for found in steps if found <= step), reverse=True):
         if not folders.damages(steps[found]):

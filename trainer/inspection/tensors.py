@@ -1,4 +1,4 @@
-"""Statistics of stored tensors and of their differences, read a piece at a time: memory stays small."""
+"""Statistics of stored tensors and of their differences, read in pieces to bound memory."""
 
 import math
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ import torch
 
 from trainer.engine.tensor_files import TensorReader
 
-_PIECE = 1 << 20  # elements; of float32 4 MiB
+_PIECE = 1 << 20  # elements; 4 MiB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Of one tensor's elements, in float64: `norm` is Euclidean; NaN count in none but `nans`.
+    """Statistics of a tensor's elements, in float64: `norm` is Euclidean; NaN are excluded from all but `nans`.
 
-    `minimum` and `maximum` are NaN where there is no element to take them of.
+    `minimum` and `maximum` are NaN where no element is left.
     """
 
     norm: float
@@ -26,8 +26,8 @@ class Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of two tensors of one shape. `equal`: bit for bit. `largest`: max |a - b|, NaN where only one of two elements is
-    NaN; `relative`: the same over max(max |a|, max |b|).
+    """Differences of two tensors of the same shape. `equal`: bit for bit. `largest`: max |a - b|, NaN where only one of
+    two elements is NaN; `relative`: the same divided by max(max |a|, max |b|).
     """
 
     equal: bool
@@ -36,7 +36,7 @@ class Difference:
 
 
 def statistics(reader: TensorReader, name: str) -> Statistics:
-    """Read one tensor through."""
+    """Statistics of one tensor, read in pieces."""
     squares, minimum, maximum, nans = 0.0, math.inf, -math.inf, 0
     for piece in _pieces(reader, name):
         values = piece[~piece.isnan()].double()
@@ -50,12 +50,12 @@ def statistics(reader: TensorReader, name: str) -> Statistics:
 
 
 def is_finite(reader: TensorReader, name: str) -> bool:
-    """Whether all elements of one tensor are, as float32; read through until one is not."""
+    """Whether all elements of a tensor are finite as float32; stops reading at the first that is not."""
     return all(bool(piece.float().isfinite().all()) for piece in _pieces(reader, name))
 
 
 def difference(one: TensorReader, other: TensorReader, name: str) -> Difference:
-    """Read a tensor of two checkpoints side by side; both have it, in one shape."""
+    """Difference of a tensor that two checkpoints both have, in the same shape."""
     equal, largest, scale = True, 0.0, 0.0
     for a, b in zip(_pieces(one, name), _pieces(other, name), strict=True):
         if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
@@ -64,7 +64,7 @@ def difference(one: TensorReader, other: TensorReader, name: str) -> Difference:
         equal = False
         a, b = a.double(), b.double()
         scale = max(scale, _largest(a), _largest(b))
-        # Infinities of one sign and NaN in both places are no difference.
+        # Equal infinities, and NaN in both places, are no difference.
         apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).abs().max().item()
         largest = apart if math.isnan(apart) or apart > largest else largest
         if math.isnan(largest):
@@ -84,4 +84,4 @@ def _largest(values: torch.Tensor) -> float:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.uint8)  # NaN is not equal to itself
+    return values.contiguous().view(torch.uint8)  # compared as bytes, since NaN is not equal to itself

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def size(count: int) -> str:
-    """Bytes, in the decimal units in which configurations are written: "1.76 GB"."""
+    """A number of bytes in decimal units, as in configurations: "1.76 GB"."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:
@@ -14,7 +14,7 @@ def size(count: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns below each other, the header first; none where there are no rows."""
+    """Lines of aligned columns, the header first; empty where there are no rows."""
     if not rows:
         return []
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

@@ -1,1 +1,1 @@
-"""Weights in and out: other programs' files, and folders that other programs load."""
+"""Import and export of weights in the formats of other programs."""

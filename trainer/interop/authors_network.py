@@ -1,4 +1,4 @@
-"""The authors' networks from the shapes of their tensors: a state dict in the AUTHORS layout comes without settings."""
+"""Configuration of the authors' networks from tensor shapes: state dicts in the AUTHORS layout have no settings."""
 
 import itertools
 from collections.abc import Mapping
@@ -8,15 +8,16 @@ from torch import Tensor
 
 from trainer.errors import ConversionError
 
-_ATTENTION_SIDE = 16  # all of the authors' networks attend at 16 x 16, which tells the side of the image
+_ATTENTION_SIDE = 16  # the authors' networks have attention at 16 x 16, from which the image size follows
 _NORM_GROUPS = 32
 _CIFAR_SIDE = 32
 
 
 def model_section(tensors: Mapping[str, Tensor], image_size: int | None, *, source: str) -> dict[str, Any]:
-    """The [model] section; `image_size` only for a network that does not attend at 16 x 16 alone.
+    """The [model] section; `image_size` is needed only if attention is not at 16 x 16 alone.
 
-    Dropout leaves no trace in weights and is 0 here. Raises ConversionError where the tensors are of another layout.
+    Dropout cannot be inferred from weights and is 0 here. Raises ConversionError where the tensors are of another
+    layout.
     """
     first = _shape(tensors, "conv_in.weight", source)
     levels = list(itertools.takewhile(lambda i: f"down.{i}.block.0.conv1.weight" in tensors, itertools.count()))
@@ -48,7 +49,9 @@ def model_section(tensors: Mapping[str, Tensor], image_size: int | None, *, sour
 
 
 def diffusion_section(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The authors' process, the same for all; they sample CIFAR-10 with beta_t and everything larger with beta~_t."""
+    """The authors' process, the same for all their networks; sampling variance beta_t for CIFAR-10, beta~_t for larger
+    ones.
+    """
     variance = "large" if model["image_size"] == _CIFAR_SIDE else "small"
     return {"timesteps": 1000, "schedule": "linear", "variance": variance}
 

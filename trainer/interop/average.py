@@ -1,4 +1,4 @@
-"""A run's folder with an average of any width, put together from the snapshots of a run's averages."""
+"""Post-hoc EMA: makes a run's folder from an average of any width, combined from snapshots of a run's averages."""
 
 import re
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from trainer.interop.layouts import fit
 from trainer.interop.staging import new_folder
 from trainer.units import Span
 
-_POWER_NAME = re.compile(r"ema-(\d*\.?\d+(?:e-\d+)?)")  # as power_name writes it
+_POWER_NAME = re.compile(r"ema-(\d*\.?\d+(?:e-\d+)?)")  # as written by power_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageRequest:
-    """Which width (0 < sigma_rel < 0.28), of which run, at which step (None: of the newest snapshot), and where to."""
+    """Width (0 < sigma_rel < 0.28), run, step (None: that of the newest snapshot), and output folder."""
 
     run: Path
     sigma_rel: float
@@ -36,7 +36,7 @@ class AverageRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
-    """One average in one snapshot: its name in the reader, its width, and how many updates it has seen."""
+    """One average in one snapshot: its name in the reader, its width, and its number of updates."""
 
     reader: TensorReader
     name: str
@@ -45,9 +45,9 @@ class _Snapshot:
 
 
 def average(request: AverageRequest) -> None:
-    """Write a run's folder to draw from: its one checkpoint, of step 0, holds the average as raw and averaged weights.
+    """Write a run's folder for sampling: its only checkpoint, of step 0, holds the average as raw and averaged weights.
 
-    Raises TrainerError where the run has no snapshots that are whole, none of `step`, or `out` exists.
+    Raises TrainerError where the run has no undamaged snapshots, none of `step`, or `out` exists.
     """
     run, accelerator = RunFolder(request.run, writes=False), make_accelerator()
     config = run.load_config()
@@ -77,7 +77,7 @@ def average(request: AverageRequest) -> None:
 
 
 def _open(run: RunFolder, step: int | None, accelerator: Accelerator) -> tuple[list[_Snapshot], int, int]:
-    """All averages that snapshots up to `step` hold; that step, and the updates of the run until then."""
+    """All averages in snapshots up to `step`; that step, and the number of updates up to it."""
     snapshots = Checkpoints(run.averages, accelerator)
     whole = []
     for candidate in snapshots.steps():
@@ -106,7 +106,7 @@ def _open(run: RunFolder, step: int | None, accelerator: Accelerator) -> tuple[l
 
 
 def _sums(found: list[_Snapshot], weights: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of the network: read, added up in float64 and rounded, one after the other."""
+    """The tensors of the network one at a time: read, summed in float64 and rounded."""
     first = f"{found[0].name}/"
     for name in [name.removeprefix(first) for name in found[0].reader.shapes if name.startswith(first)]:
         total = torch.zeros(found[0].reader.shapes[first + name], dtype=torch.float64)
@@ -118,7 +118,7 @@ def _sums(found: list[_Snapshot], weights: torch.Tensor) -> Iterator[tuple[str, 
 
 
 def _to_draw_from(config: Config, out: Path) -> Config:
-    """The run's configuration; its own averages are left out, for theirs is another history."""
+    """The run's configuration without its own averages, which the new folder does not have."""
     train = config.train.model_copy(update={"ema_sigma_rel": [], "ema_snapshots": Span(0, "steps")})
     checkpoint = config.checkpoint.model_copy(update={"copy_to": None})
     return config.model_copy(update={"run_dir": str(out), "train": train, "checkpoint": checkpoint})

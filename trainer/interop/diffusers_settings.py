@@ -1,6 +1,6 @@
-"""The settings of diffusers' UNet2DModel and DDPMScheduler that make them this network and this process.
+"""Settings of diffusers' UNet2DModel and DDPMScheduler that are equivalent to this network and this process.
 
-A setting that a config.json leaves out has diffusers' default, which is often another network than the paper's.
+A setting missing in a config.json has diffusers' default, which often differs from the paper's.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from trainer.errors import ConversionError, brief
 from trainer.models.layers import GROUP_NORM_EPS
 from trainer.models.unet import UNetConfig
 
-# What this network has no choice about: field -> (the value that it needs, diffusers' default).
+# Settings that are fixed in this network: field -> (required value, diffusers' default).
 _FIXED: dict[str, tuple[Any, Any]] = {
     "center_input_sample": (False, False),
     "time_embedding_type": ("positional", "positional"),
@@ -36,7 +36,7 @@ _FIXED: dict[str, tuple[Any, Any]] = {
     "class_embed_type": (None, None),
     "num_class_embeds": (None, None),
 }
-# What is read from it, and diffusers' default where it has one.
+# Settings that are converted, with diffusers' default where there is one.
 _READ: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
@@ -50,14 +50,14 @@ _READ: dict[str, Any] = {
 }
 _MOST_LEVELS = 16
 _MOST_TIMESTEPS = 1_000_000
-_WITHOUT_EFFECT = {"num_train_timesteps"}  # on the embedding that is in use
+_WITHOUT_EFFECT = {"num_train_timesteps"}  # for the type of embedding in use
 _DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
 _UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
-# Ours -> diffusers'. It knows no prediction of mu~, and its "learned" is the variance itself, ours its logarithm.
+# Ours -> diffusers'. Predicting mu~ has no equivalent; diffusers' "learned" is the variance, ours its logarithm.
 _PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _VARIANCE_TYPE = {"small": "fixed_small", "large": "fixed_large", "learned-range": "learned_range"}
-# What this sampler has no choice about, as above. How a shorter chain is spaced is the caller's affair in both.
+# Settings that are fixed in this sampler, as above. The timesteps of shorter chains are chosen by the caller in both.
 _FIXED_SCHEDULER: dict[str, tuple[Any, Any]] = {
     "clip_sample": (True, True),
     "clip_sample_range": (1.0, 1.0),
@@ -68,9 +68,9 @@ _BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "be
 
 
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
-    """The config.json of the UNet2DModel that is this network.
+    """The config.json of the equivalent UNet2DModel.
 
-    Raises ConversionError that names the field where there is none.
+    Raises ConversionError with the field's name where there is none.
     """
     if config.channel_multipliers[0] != 1:
         raise ConversionError(
@@ -94,9 +94,9 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
 
 
 def model_section(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """The [model] section of the network that a UNet2DModel's config.json describes.
+    """The [model] section for a UNet2DModel's config.json.
 
-    Raises ConversionError that names the setting where this network has no such thing.
+    Raises ConversionError with the setting's name where this network does not support it.
     """
     if settings.get("_class_name") != "UNet2DModel":
         raise ConversionError(f"{source}: _class_name = {brief(settings.get('_class_name'))}: should be 'UNet2DModel'")
@@ -149,10 +149,10 @@ def _model_section(read: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def scheduler_settings(config: Config) -> dict[str, Any]:
-    """The scheduler_config.json of the DDPMScheduler whose steps are those of our ancestral sampler.
+    """The scheduler_config.json of a DDPMScheduler equivalent to our ancestral sampler.
 
-    DDIMScheduler reads it too. It asks for "leading" timesteps, the only ones that have the distance which its
-    step() takes for granted whatever their number; over all T steps every spacing is the same.
+    DDIMScheduler reads it too. "leading" timestep spacing is the only one whose distances are those assumed by its
+    step() for any number of steps; over all T steps every spacing is the same.
     """
     process = config.diffusion
     for field, value, known in (
@@ -171,15 +171,15 @@ def scheduler_settings(config: Config) -> dict[str, Any]:
         "variance_type": _VARIANCE_TYPE[process.variance],
         "timestep_spacing": "leading",
         "steps_offset": 0,
-        "set_alpha_to_one": True,  # DDIMScheduler's: abar before the first timestep is 1
+        "set_alpha_to_one": True,  # used by DDIMScheduler: abar before the first timestep is 1
         **{field: needed for field, (needed, _) in _FIXED_SCHEDULER.items()},
     }
 
 
 def diffusion_section(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """The [diffusion] section that a DDPMScheduler's or DDIMScheduler's config describes; the latter has no variance.
+    """The [diffusion] section for a DDPMScheduler's or DDIMScheduler's config; the latter has no variance.
 
-    Raises ConversionError that names the setting where this process has no such thing.
+    Raises ConversionError with the setting's name where this process does not support it.
     """
     _refuse_others(settings, _FIXED_SCHEDULER, source)
     betas = _read_betas(settings, source)
@@ -188,7 +188,7 @@ def diffusion_section(settings: Mapping[str, Any], *, source: str) -> dict[str, 
     if settings.get("_class_name", "DDPMScheduler") == "DDPMScheduler":
         section["variance"] = _ours(_VARIANCE_TYPE, "variance_type", settings, "fixed_small", source)
         if section["variance"] == "learned-range":
-            section["loss"] = "hybrid"  # what such a network is trained by
+            section["loss"] = "hybrid"  # the loss by which such networks are trained
     return section
 
 
@@ -213,7 +213,7 @@ def _evenly(start: float, end: float, timesteps: int) -> Tensor:
 
 
 def _beta_settings(betas: Tensor) -> dict[str, Any]:
-    """By name where diffusers has a schedule with these betas, else as a table."""
+    """The name of a diffusers schedule with these betas, otherwise a table."""
     first, last = betas[0].item(), betas[-1].item()
     if _same(_evenly(first, last, len(betas)), betas):
         return {"beta_schedule": "linear", "beta_start": first, "beta_end": last, "trained_betas": None}
@@ -254,7 +254,7 @@ def _read_betas(settings: Mapping[str, Any], source: str) -> Tensor:
 
 
 def _schedule_of(betas: Tensor) -> dict[str, Any]:
-    """Our name for these betas, or the table itself."""
+    """The name of our schedule with these betas, otherwise the table."""
     for name in get_args(ScheduleName):
         if name != "table" and _same(make_betas(name, len(betas)), betas):
             return {"schedule": name}
@@ -262,5 +262,5 @@ def _schedule_of(betas: Tensor) -> dict[str, Any]:
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Up to the rounding of float32, in which diffusers keeps them."""
+    """Whether betas are equal up to rounding to float32, in which diffusers stores them."""
     return ours.shape == theirs.shape and torch.allclose(ours.double(), theirs.double(), rtol=1e-6, atol=0)

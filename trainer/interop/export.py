@@ -1,4 +1,4 @@
-"""A run's weights as a folder that diffusers.DDPMPipeline and DDIMPipeline load."""
+"""Exports a run's weights as a folder that diffusers.DDPMPipeline and DDIMPipeline load."""
 
 import json
 import re
@@ -34,10 +34,10 @@ _MODEL_INDEX = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """Which weights of which run, and where to put them; `command`, `license` and `grid` are for the model card.
+    """Run, weights and output folder; `command`, `license` and `grid` are for the model card.
 
-    grid: a picture of samples, None for the newest that training drew of these weights; hub: a repository's name, or
-    None.
+    grid: a picture of samples, None for the newest one drawn in training with these weights; hub: name of a repository,
+    or None.
     """
 
     run: Path
@@ -51,10 +51,10 @@ class ExportRequest:
 
 
 def export(request: ExportRequest) -> None:
-    """Write model_index.json, unet/, scheduler/, README.md and samples.png, print what that is, and upload it if asked.
+    """Write model_index.json, unet/, scheduler/, README.md and samples.png, print a summary, and upload if requested.
 
-    Raises TrainerError where run or checkpoint cannot be used, diffusers has no such network, `out` exists, or the
-    upload fails.
+    Raises TrainerError where run or checkpoint cannot be used, diffusers has no equivalent network, `out` exists, or
+    the upload fails.
     """
     if request.hub is not None:
         check_name(request.hub)
@@ -97,7 +97,7 @@ def export(request: ExportRequest) -> None:
 
 
 def _newest_grid(run: RunFolder, weights: str, step: int) -> Path | None:
-    """Of the averaged weights, not after that step; training draws none of others."""
+    """The newest grid not later than that step; only the averaged weights have grids."""
     if weights != "ema":
         return None
     grids = {int(match[1]): path for path in run.samples.glob("*.png") if (match := _GRID_OF_STEP.fullmatch(path.name))}
@@ -115,7 +115,7 @@ def _copy_picture(path: Path, target: Path) -> None:
 def _summary(
     request: ExportRequest, checkpoint: Path, manifest: dict[str, Any], weights: Mapping[str, Tensor], grid: Path | None
 ) -> str:
-    """What was exported from where, file by file, and what to do with it."""
+    """Summary: source, files with their content, and how to use them."""
     files = sorted(path for path in request.out.rglob("*") if path.is_file())
     parameters = sum(tensor.numel() for tensor in weights.values())
     rows = {

@@ -1,4 +1,4 @@
-"""An exported folder on the Hugging Face Hub, by its own library and with the login that it knows."""
+"""Uploads an exported folder to the Hugging Face Hub, with huggingface_hub and its stored login."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from trainer.errors import ConversionError
 
 
 def check_name(name: str) -> str:
-    """The same. Raises ConversionError where no repository can be called so."""
+    """Returns the name. Raises ConversionError where it is not a valid repository name."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -19,15 +19,15 @@ def check_name(name: str) -> str:
 
 
 def push(folder: Path, name: str, *, message: str) -> str:
-    """Make the repository where there is none and upload the folder as one commit; returns its URL.
+    """Create the repository if needed and upload the folder as one commit; returns its URL.
 
-    Raises ConversionError where that fails: the folder stays, and the message says how to go on.
+    Raises ConversionError where that fails: the folder is kept, and the message has the command to upload it.
     """
     api = HfApi()
     try:
         repository = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=message)
-    except Exception as error:  # of the library, of HTTP, of the network: all the same to whoever waits for it
+    except Exception as error:  # library, HTTP and network errors alike
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if token := get_token():
             reason = reason.replace(token, "(token)")

@@ -1,4 +1,4 @@
-"""A run's folder from weights that were trained elsewhere: to draw from, or to train further."""
+"""Makes a run's folder from weights that were trained elsewhere, for sampling or further training."""
 
 import copy
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.interop.sources import Source, open_source
 from trainer.interop.staging import new_folder
 
-# How to train further where no --config says it: the paper's settings at 256 x 256, to be edited in config.toml.
+# Defaults for further training without --config: the paper's settings at 256 x 256, to be edited in config.toml.
 _FINE_TUNING: dict[str, dict[str, Any]] = {
     "data": {"path": "data/CHANGE_ME", "flip": False},
     "optimizer": {"learning_rate": 2e-5, "warmup": "5000 steps"},
@@ -27,14 +27,14 @@ _FINE_TUNING: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": "10k steps"},
     "log": {"every": "100 steps", "samples_every": "10k steps"},
 }
-# What weights do not bind: they fit whatever is chosen here.
+# Fields that may be chosen freely, since the weights do not depend on them.
 _FREE = {"model.dropout", "diffusion.variance", "diffusion.loss", "diffusion.timestep_sampling"}
-_LEARNED = {"learned", "learned-range"}  # but these are what half of the output means
+_LEARNED = {"learned", "learned-range"}  # exceptions: they define the meaning of half of the output
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRequest:
-    """Where the weights are, the run's folder to make, and what is to be decided besides."""
+    """Source of the weights, run's folder to create, and further settings."""
 
     source: Path
     out: Path
@@ -45,9 +45,9 @@ class ImportRequest:
 
 
 def import_weights(request: ImportRequest) -> None:
-    """Make a run's folder whose one checkpoint, of step 0, holds the weights as raw and as averaged ones.
+    """Make a run's folder whose only checkpoint, of step 0, holds the weights as raw and as averaged ones.
 
-    Raises TrainerError where the source cannot be taken, the configuration is of another network, or `out` exists.
+    Raises TrainerError where the source is not supported, the configuration is for another network, or `out` exists.
     """
     accelerator = make_accelerator()
     source = open_source(
@@ -71,9 +71,9 @@ def make_run(
     event: str,
     **details: Any,
 ) -> None:
-    """Fill a run's folder: one checkpoint, of step 0, with a network's state dict as raw and as averaged weights.
+    """Write a run's folder: one checkpoint, of step 0, with a network's state dict as raw and as averaged weights.
 
-    Its journal says by which `event` it came to be. Errors as `Checkpoints.save`.
+    The journal records its origin as `event`. Errors as `Checkpoints.save`.
     """
     plain = config.train.model_copy(update={"strategy": "ddp", "precision": "fp32"})
     state = build_state(config, DataParallel(plain))
@@ -90,7 +90,7 @@ def _configure(request: ImportRequest, source: Source) -> Config:
     else:
         raw: dict[str, Any] = {
             "run_dir": str(request.out),
-            **copy.deepcopy(_FINE_TUNING),  # overrides are written into it
+            **copy.deepcopy(_FINE_TUNING),  # copied, since overrides modify it
             "model": dict(source.model),
             "diffusion": dict(source.diffusion),
         }

@@ -1,11 +1,11 @@
-"""How other implementations of the same UNet name its tensors.
+"""Names of tensors in other implementations of the same UNet.
 
-DIFFUSERS        diffusers.UNet2DModel, and what `export` writes
+DIFFUSERS        diffusers.UNet2DModel, as written by `export`
 DIFFUSERS_OLD    the same before diffusers 0.15, as in the published `google/ddpm-*`
 AUTHORS          pesser/pytorch_diffusion: the authors' TensorFlow weights, converted
 
-The layers are the same one by one and so are the shapes, but for attention: its projections are dense layers here and
-in diffusers, and 1 x 1 convolutions in AUTHORS.
+Layers and shapes correspond one to one, except in attention: its projections are dense layers here and in diffusers,
+and 1 x 1 convolutions in AUTHORS.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ class Layout:
     """Templates of another implementation's names.
 
     {level} counts resolutions from the finest, {rise} from the coarsest, {block} residual blocks within one. `layers`
-    holds the layers that stand alone, `residual` and `attention` the parts of a block.
+    has the layers outside of blocks, `residual` and `attention` the parts of a block.
     """
 
     layers: Mapping[str, str]
@@ -99,7 +99,7 @@ AUTHORS = Layout(
 
 
 def names(config: UNetConfig, layout: Layout) -> dict[str, str]:
-    """Our name of every tensor -> the layout's, in the order of the network."""
+    """Our name of every tensor -> the layout's, in the network's order."""
     network = _shapes(config)
     modules = dict(_modules(network, layout))
     renamed = {}
@@ -122,10 +122,11 @@ def from_layout(tensors: Mapping[str, Tensor], config: UNetConfig, layout: Layou
 def fit(
     tensors: Mapping[str, Tensor], config: UNetConfig, theirs_of: Mapping[str, str] | None = None, *, source: str
 ) -> dict[str, Tensor]:
-    """The network's state dict, float32, from tensors named as `theirs_of` says: our name -> theirs (default: ours).
+    """The network's state dict, float32, from tensors named according to `theirs_of`: our name -> theirs (default:
+    ours).
 
-    Raises ConversionError that names the tensor where one is missing, left over, of another shape, no floating point
-    number or not finite; `source` says where it lies.
+    Raises ConversionError with the tensor's name where one is missing, unexpected, of another shape, not floating point
+    or not finite; `source` is their origin, for messages.
     """
     expected = {name: value.shape for name, value in _shapes(config).state_dict().items()}
     if theirs_of is None:
@@ -142,12 +143,12 @@ def fit(
 
 def _checked(tensor: Tensor, shape: torch.Size, *, where: str) -> Tensor:
     pointwise = tuple(tensor.shape[: len(shape)]) == tuple(shape) and set(tensor.shape[len(shape) :]) <= {1}
-    if not pointwise:  # a dense layer may come as a 1 x 1 convolution, (C, C, 1, 1) or (C, C, 1); nothing else may
+    if not pointwise:  # a dense layer may be stored as a 1 x 1 convolution, (C, C, 1, 1) or (C, C, 1)
         raise ConversionError(f"{where}: shape {tuple(tensor.shape)}, the network has {tuple(shape)}")
     if not tensor.is_floating_point():
         raise ConversionError(f"{where}: {tensor.dtype}, weights are floating point numbers")
     kept = tensor.reshape(shape).float().contiguous()
-    if not bool(kept.isfinite().all()):  # as it is kept: float64 has numbers that float32 has not
+    if not bool(kept.isfinite().all()):  # after conversion: float64 values may overflow float32
         raise ConversionError(f"{where}: holds NaN or infinity, as float32")
     return kept
 
@@ -158,7 +159,9 @@ def _shapes(config: UNetConfig) -> UNet:
 
 
 def _modules(network: UNet, layout: Layout) -> Iterator[tuple[str, str]]:
-    """Our name of every layer that may have weights, and the layout's; not every block has a shortcut or attention."""
+    """Our name and the layout's of every layer that may have weights; shortcut and attention are optional in a
+    block.
+    """
     yield from layout.layers.items()
     for number, residual in enumerate(layout.middle):
         yield from _stage(f"middle.{number}", layout, residual, layout.middle_attention)
@@ -167,7 +170,7 @@ def _modules(network: UNet, layout: Layout) -> Iterator[tuple[str, str]]:
         ("down", layout.down, layout.down_attention, layout.downsample),
         ("up", layout.up, layout.up_attention, layout.upsample),
     ):
-        steps = block = 0  # resampling layers passed, blocks since then
+        steps = block = 0  # resampling layers so far, blocks since the last one
         for number, layer in enumerate(getattr(network, path)):
             level = steps if path == "down" else last - steps
             here = {"level": level, "rise": last - level, "block": block}

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was trained on and how, how it is loaded."""
+"""The README.md (model card) of an exported model: what it is, how it was trained, how to load it."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from trainer.diffusion.reverse import is_learned
 from trainer.engine.run import UNDECIDED
 
 _KINDS = {"ema": "exponential moving average of the weights", "model": "raw weights, not averaged"}
-# Sections that decided what the weights are; the rest says where files lay and what was logged.
+# Sections that determine the weights; the others concern paths and logging.
 _SECTIONS = ("model", "diffusion", "optimizer", "train")
 
 
@@ -26,8 +26,8 @@ def model_card(
     grid: str | None,
     command: str,
 ) -> str:
-    """Markdown with the metadata that the Hugging Face Hub reads; `manifest` is the checkpoint's, `grid` a picture of
-    samples beside the card.
+    """Markdown with the metadata of the Hugging Face Hub; `manifest` is the checkpoint's, `grid` the path of a picture
+    of samples relative to the card.
     """
     front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: diffusers", "tags:"]
     front += [f"- {tag}" for tag in ("diffusers", "ddpm", "unconditional-image-generation")]
@@ -99,7 +99,7 @@ def _fields(config: Config) -> Iterator[tuple[str, str]]:
 
 def _usage(timesteps: int, *, learned: bool) -> list[str]:
     ddpm = f'images = DDPMPipeline.from_pretrained("FOLDER")(num_inference_steps={timesteps}).images'
-    if learned:  # DDIMPipeline takes the variance for a part of the prediction
+    if learned:  # DDIMPipeline treats the variance as part of the prediction
         return ["from diffusers import DDPMPipeline", "", ddpm]
     return [
         "from diffusers import DDIMPipeline, DDPMPipeline",
@@ -111,7 +111,7 @@ def _usage(timesteps: int, *, learned: bool) -> list[str]:
 
 
 def _kind(weights: str) -> str:
-    """In words; "ema-0.1" is the average with a power-function profile that is 0.1 of the run wide."""
+    """A description of the weights; "ema-0.1" is the average with a power-function profile of relative width 0.1."""
     if weights in _KINDS:
         return _KINDS[weights]
     return f"power-function average of the weights, sigma_rel {weights.removeprefix('ema-')} (Karras et al. 2024)"

@@ -1,6 +1,6 @@
-"""Weights to start from: whoever wrote the files, our names, float32, and what they say about network and process.
+"""Reads weights to start from, in several formats: our names, float32, and the configuration found with them.
 
-Nothing of another's file is executed: safetensors where there is one, and of a pickle only tensors.
+No code in the files is executed: safetensors files are preferred, and pickles are loaded with tensors only.
 """
 
 import json
@@ -32,13 +32,15 @@ from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from
 from trainer.models.unet import UNetConfig
 
 _DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-_MOST_SETTINGS_BYTES = 1 << 25  # a table of a million betas
-_DATA_PARALLEL = "module."  # torch.nn.DataParallel's prefix of every name
+_MOST_SETTINGS_BYTES = 1 << 25  # enough for a table of a million betas
+_DATA_PARALLEL = "module."  # prefix of all names in torch.nn.DataParallel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """`weights`: the network's state dict. `model`, `diffusion`: sections of a Config, as far as the source says."""
+    """`weights`: the network's state dict. `model`, `diffusion`: sections of a Config, as far as known from the
+    source.
+    """
 
     path: Path
     weights: dict[str, Tensor]
@@ -49,8 +51,8 @@ class Source:
 def open_source(path: Path, *, weights: str | None, image_size: int | None, accelerator: Accelerator) -> Source:
     """Read a diffusers folder, a state dict in the authors' layout, a run's folder or one of its checkpoints.
 
-    `weights` chooses among those of a run (default "ema"); `image_size` is for state dicts, which do not say it.
-    Raises TrainerError that names what is missing or wrong, also where a choice is given that the source leaves none.
+    `weights` selects those of a run (default "ema"); `image_size` is for state dicts, which do not include it. Raises
+    TrainerError with what is missing or wrong, also where an option does not apply to the source.
     """
     ours = (path / MANIFEST_NAME).is_file() or (path / "checkpoints").is_dir()
     if weights is not None and not ours:
@@ -67,7 +69,7 @@ def open_source(path: Path, *, weights: str | None, image_size: int | None, acce
 
 
 def _from_run(path: Path, kind: str, accelerator: Accelerator) -> Source:
-    """A checkpoint says what its network and process are; the sampler's variance stands in the run's config.toml."""
+    """A checkpoint's identity has network and process; the sampler's variance is in the run's config.toml."""
     single = (path / MANIFEST_NAME).is_file()
     run = RunFolder(path.resolve().parent.parent if single else path, writes=False)
     checkpoint = Checkpoints(run.checkpoints, accelerator).choose(path if single else None)
@@ -85,7 +87,7 @@ def _from_run(path: Path, kind: str, accelerator: Accelerator) -> Source:
 
 
 def _from_diffusers(path: Path) -> Source:
-    """Both layouts: a pipeline's sub-folders, and everything in one folder as in the published `google/ddpm-*`."""
+    """A pipeline with sub-folders, or a single folder with all files as in the published `google/ddpm-*`."""
     unet = path / "unet" if (path / "unet").is_dir() else path
     model = model_section(_read_json(unet / "config.json"), source=str(unet / "config.json"))
     diffusion: dict[str, Any] = {}
@@ -122,7 +124,7 @@ def _network(model: dict[str, Any], diffusion: dict[str, Any], path: Path) -> UN
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickled state dict; of a pickle nothing but tensors is loaded.
+    """The tensors of a .safetensors file, or of a pickled state dict; from a pickle only tensors are loaded.
 
     Raises ConversionError where it cannot be read or is something else.
     """
@@ -133,7 +135,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise ConversionError(f"{path}: cannot be read ({error})") from error
-    except Exception as error:  # whatever a hostile or broken pickle provokes; it is refused before it runs
+    except Exception as error:  # any error of loading a malformed or malicious pickle; its code is not run
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = "tensors of a known type" if path.suffix == ".safetensors" else "pickle that holds only tensors"
         raise ConversionError(f"{path}: no {what}, so it is not loaded ({reason})") from error
@@ -152,7 +154,7 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = path.stat()  # of what a link leads to: caches of the Hub are made of links
+        found = path.stat()  # of a link's target: caches of the Hub consist of links
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_SETTINGS_BYTES:
             raise ConversionError(f"{path}: no file of settings ({found.st_size} bytes)")
         content = json.loads(path.read_bytes())

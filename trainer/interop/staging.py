@@ -1,4 +1,4 @@
-"""Folders that appear under their name whole or not at all."""
+"""Folders that are created atomically."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from trainer.errors import ConversionError
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to write into; it gets that name when the block ends, and is deleted when it fails.
+    """A folder beside `final` to write to; renamed to `final` when the block ends, and deleted when it raises.
 
     Raises ConversionError where `final` exists already or cannot be written.
     """

@@ -1,1 +1,1 @@
-"""What a run tells: scalars, pictures, progress."""
+"""Telemetry of a run: scalars, pictures, progress, heartbeat, goodput, profiles."""

@@ -1,4 +1,4 @@
-"""What the hardware could do, and what memory the run takes of it."""
+"""Peak performance of devices, and memory use."""
 
 import re
 import time
@@ -10,8 +10,8 @@ import torch
 
 
 class DataSheet(NamedTuple):
-    """A GPU by NVIDIA's data sheet: its memory in GB, of the largest variant, and dense TFLOP/s (half of what is
-    printed "with sparsity") by arithmetic: "16-bit" is bf16 and fp16, "fp16" that alone, both accumulated in float32.
+    """A GPU by NVIDIA's data sheet: memory in GB, of the largest variant, and dense TFLOP/s (half of the figure "with
+    sparsity") by arithmetic: "16-bit" is bf16 and fp16, "fp16" that alone, both with float32 accumulation.
     """
 
     name: str
@@ -19,7 +19,7 @@ class DataSheet(NamedTuple):
     teraflops: dict[str, float]
 
 
-# The first whose words a device's name contains counts, so the special ones come first.
+# The first entry whose words are all in a device's name applies, so specific names come first.
 _DATA_SHEETS = [
     DataSheet("B200", 180, {"16-bit": 2250.0, "tf32": 1125.0}),
     DataSheet("H200 NVL", 141, {"16-bit": 835.5, "tf32": 417.5, "fp32": 60.0}),
@@ -41,16 +41,17 @@ _DATA_SHEETS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The most FLOP/s of a device in an arithmetic, and where the figure is from."""
+    """Peak FLOP/s of a device for a precision, and the source of the figure."""
 
     flops: float
     source: str
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
-    """By NVIDIA's data sheet where it is known, else of a matrix product that is timed now, which takes under a second.
+    """From NVIDIA's data sheet where the device is in the table, otherwise measured on a matrix product in under a
+    second.
 
-    precision: as `train.precision` has it. That of float32 is TF32's where cuDNN may use it for convolutions.
+    precision: as in `train.precision`. For float32 it is the peak of TF32 where cuDNN may use that for convolutions.
     """
     arithmetic = "tf32" if precision in ("fp32", "tf32") and _convolves_in_tf32() else precision
     if device.type == "cuda":
@@ -67,17 +68,17 @@ def _convolves_in_tf32() -> bool:
 
 
 def data_sheet(name: str) -> DataSheet | None:
-    """Of a device by the name that CUDA has for it; None where it is not in the table."""
+    """Data sheet of a device by its CUDA name; None where it is not in the table."""
     return next((sheet for sheet in _DATA_SHEETS if re.search(rf"\b{sheet.name}\b", name)), None)
 
 
 def data_sheet_of(short: str) -> DataSheet | None:
-    """Of a device as people write it, "h100" or "rtx-4090"; None where it is not in the table."""
+    """Data sheet of a device by its short name, "h100" or "rtx-4090"; None where it is not in the table."""
     return next((sheet for sheet in _DATA_SHEETS if _in_short(sheet.name) == _in_short(short)), None)
 
 
 def known_devices() -> list[str]:
-    """What `data_sheet_of` knows."""
+    """Short names that `data_sheet_of` accepts."""
     return [sheet.name for sheet in _DATA_SHEETS]
 
 
@@ -86,18 +87,18 @@ def _in_short(name: str) -> str:
 
 
 def peak_teraflops(sheet: DataSheet, arithmetic: str) -> float | None:
-    """Dense TFLOP/s in "bf16", "fp16", "tf32" or "fp32"; None where the device lacks it or its sheet does not say."""
+    """Dense TFLOP/s in "bf16", "fp16", "tf32" or "fp32"; None where unsupported or not in the sheet."""
     either = sheet.teraflops.get("16-bit") if arithmetic in ("bf16", "fp16") else None
     return sheet.teraflops.get(arithmetic, either)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product, the best of five."""
+    """FLOP/s of a large square matrix product, the best of five."""
     on_device = device.type == "cuda"
     side = 4096 if on_device else 512
     one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(6):  # the first warms up, and is slower
+    for _ in range(6):  # the first is a warm-up
         if on_device:
             torch.cuda.synchronize(device)
         began = time.perf_counter()
@@ -109,7 +110,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def device_memory(device: torch.device) -> tuple[float, float]:
-    """Most bytes that tensors took, and that torch held, since the last call: of a GPU; 0 on CPUs."""
+    """Peak bytes of tensors, and of memory reserved by torch, on a GPU since the last call; 0 on CPUs."""
     if device.type != "cuda":
         return 0.0, 0.0
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -118,5 +119,5 @@ def device_memory(device: torch.device) -> tuple[float, float]:
 
 
 def host_memory() -> float:
-    """Bytes of the host's memory that this process holds now (its resident set)."""
+    """Resident set size of this process, in bytes."""
     return float(psutil.Process().memory_info().rss)

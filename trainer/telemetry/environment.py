@@ -1,4 +1,4 @@
-"""What a run computes with: versions, device, host. For whoever asks later why two runs differ."""
+"""The software and hardware of a run: versions, device, host; recorded to explain differences between runs."""
 
 import platform
 import socket
@@ -12,7 +12,7 @@ _PACKAGES = ("accelerate", "deepspeed", "numpy", "webdataset")
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """For the journal, of this process; names that say what each is."""
+    """This process's versions, device and host by name, for the journal."""
     found = {
         "trainer": __version__,
         "python": platform.python_version(),

@@ -1,7 +1,6 @@
-"""Files that tell of a run: read whatever their bytes are, written so that no reader sees half, and never the end of
-a run.
+"""Informative files of a run: robust readers, atomic writers, and errors that do not end the run.
 
-What cannot be read is left out. What cannot be written is told in one line, kept, and written when it can be.
+Unreadable content is left out. A failed write is reported in one line, kept in memory and repeated later.
 """
 
 import contextlib
@@ -16,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_MOST_PENDING = 2**24  # bytes that are kept while they cannot be written
-_TOO_LARGE = 2**63  # integers from here on are no counts of anything
+_MOST_PENDING = 2**24  # bytes kept in memory while they cannot be written
+_TOO_LARGE = 2**63  # larger integers are not accepted as counts
 
 
 class BestEffort:
-    """Around writes that only tell of a run: the first fault of each file is told, and that it can be written again."""
+    """Wraps informative writes: reports the first failure of each file, and the first success after it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -29,7 +28,7 @@ class BestEffort:
 
     @contextmanager
     def writing(self, what: Path | str) -> Iterator[None]:
-        """An OSError, or a text that has no bytes, is told once; `what` names the file."""
+        """A context that reports an OSError or a UnicodeError once; `what` is the file, for the message."""
         name = str(what)
         try:
             yield
@@ -44,28 +43,30 @@ class BestEffort:
 
 
 def words(fault: Exception) -> str:
-    """What the system says, without the path, which the line names anyway."""
+    """The message of an exception, without the path, which the caller's line has already."""
     return fault.strerror or str(fault) if isinstance(fault, OSError) else str(fault)
 
 
 def read_bytes(path: Path) -> bytes:
-    """All bytes of a regular file. Raises OSError, also for what is none: a pipe would never end."""
+    """All bytes of a regular file. Raises OSError, also for other files: a pipe may have no end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     return path.read_bytes()
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """A JSON object, or None where the bytes are none. NUL bytes around it, as a power failure leaves, do not count."""
+    """A JSON object; None where the bytes are none. Surrounding NUL bytes, as a power failure may leave, are
+    ignored.
+    """
     try:
         content = json.loads(line.strip(b"\0 \t\r\n").decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number or a nesting without end
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or numbers or nesting beyond the limits
         return None
     return content if isinstance(content, dict) else None
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object that a file holds, or None where it cannot be read or holds none."""
+    """The JSON object in a file; None where it cannot be read or parsed."""
     try:
         return parse_object(read_bytes(path))
     except OSError:
@@ -73,7 +74,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file that has one a line; lines that are none, or a file that is none, are left out."""
+    """The JSON objects in a file with one a line; invalid lines are left out, and so is an unreadable file."""
     try:
         lines = read_bytes(path).split(b"\n")
     except OSError:
@@ -82,26 +83,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A number as one reads it from JSON, NaN and infinities too; None for what is none, or too large to be meant."""
+    """A number from JSON, including NaN and infinities; None for other values and integers that are too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return None if isinstance(value, int) and abs(value) >= _TOO_LARGE else value
 
 
 def count(value: Any) -> int | None:
-    """A whole number of things, 0 or more; None for what is none."""
+    """A non-negative integer from JSON; None for other values."""
     found = number(value)
     return int(found) if found is not None and math.isfinite(found) and found >= 0 and found == int(found) else None
 
 
 def numbers(value: Any) -> dict[str, float]:
-    """Of a table those values that are finite numbers."""
+    """The entries of a table whose values are finite numbers."""
     found = {name: number(one) for name, one in value.items()} if isinstance(value, Mapping) else {}
     return {name: one for name, one in found.items() if one is not None and math.isfinite(one)}
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """The file appears whole or not at all; if `durable`, it is on disk then. Raises OSError, or UnicodeError."""
+    """Write a file atomically; if `durable`, it is synced to disk. Raises OSError, or UnicodeError."""
     fresh = path.with_name(f"{path.name}.tmp")
     try:
         with fresh.open("wb") as stream:
@@ -117,32 +118,32 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
 
 
 class AppendedFile:
-    """A file that grows at its end by whole pieces: of one that does not fit nothing stays.
+    """A file that is appended to in whole pieces: after a failed write no part of the piece remains.
 
-    A piece that cannot be written is kept and written before the next one; of very many the newest. `lines`: a piece is
-    a line, and one that was cut by a kill is ended before the next.
+    A piece that cannot be written is kept and written before the next one; beyond a limit the oldest are dropped.
+    `lines`: a piece is a line; an incomplete last line, left by a kill, is terminated before the next.
     """
 
     def __init__(self, path: Path, *, lines: bool = True) -> None:
         self.path = path
         self._lines = lines
         self._pending: deque[bytes] = deque()
-        self._end = 0  # of the file, after what was written last
+        self._end = 0  # size of the file after the last write
         self._last = b""
 
     def append(self, piece: bytes) -> None:
-        """Write at the end. Raises OSError; the piece is kept."""
+        """Append a piece. Raises OSError; the piece is kept for the next call."""
         self._pending.append(piece)
         while len(self._pending) > 1 and sum(map(len, self._pending)) > _MOST_PENDING:
             self._pending.popleft()
         self._write()
 
     def append_json(self, record: Mapping[str, Any]) -> None:
-        """The same of a line with a JSON object."""
+        """Append a line with a JSON object; errors as `append`."""
         self.append(_line(record))
 
     def replace_last_json(self, record: Mapping[str, Any]) -> None:
-        """Write a record instead of the one that was appended last; beside it, where the file has changed since."""
+        """Replace the record that was appended last; if the file has changed since, append instead."""
         if self._pending:
             self._pending.pop()
         else:
@@ -162,7 +163,7 @@ class AppendedFile:
                 while written < len(content):
                     written += os.write(descriptor, content[written:])
             except OSError:
-                if os.fstat(descriptor).st_size == begin + written:  # nobody else has written since
+                if os.fstat(descriptor).st_size == begin + written:  # no other process has appended meanwhile
                     os.ftruncate(descriptor, begin)
                 raise
         self._last, self._end = self._pending[-1], begin + len(content)
@@ -170,7 +171,7 @@ class AppendedFile:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        # Not O_WRONLY, by which a named pipe without a reader would be waited for.
+        # Not O_WRONLY, which would block on a named pipe without a reader.
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,8 +1,8 @@
-"""Where a run's time went, added up from its journal: how much of it was training that counts.
+"""Goodput: how a run's wall-clock time is divided by activity, and the share of productive training, from its journal.
 
 RUN/events.jsonl has what is needed:
   {"event": "started", "time": ..., "step": 1200, "world_size": 16, "attempt": "4711.1", "startup_seconds": 21.3,
-   "lost_steps": 38, "last_seen": ..., "seconds_before": {...}}     the last three after an end without a word
+   "lost_steps": 38, "last_seen": ..., "seconds_before": {...}}     the last three if the one before died
   {"event": "stopped" or "finished", "time": ..., "step": ..., "seconds": {"startup": ..., "training": ..., ...}}
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from trainer.telemetry.files import count, number, numbers, read_lines
 
-ENDS = ("stopped", "finished")  # of a start that ended as it should; another one died
+ENDS = ("stopped", "finished")  # regular ends of a start; otherwise the process died
 PARTS = ("training", "data", "startup", "saving", "validating", "sampling", "redone", "waiting")
-_THROWN_AWAY = {"training", "data"}  # by a fault, with the steps behind the last checkpoint
+_THROWN_AWAY = {"training", "data"}  # activities that a fault wastes, by lost steps
 JOURNAL_NAME = "events.jsonl"
 _END_OF_TIME = 32503680000.0  # the year 3000
 Event = Mapping[str, Any]
@@ -23,10 +23,10 @@ Event = Mapping[str, Any]
 
 @dataclass
 class Goodput:
-    """Seconds from the first start on, by what they went into: the PARTS, which leave nothing out.
+    """Seconds since the first start, by activity: the PARTS, which add up to the total.
 
-    "training" is what counts; "data" was waited for; "redone" is of both what a fault threw away; "waiting" is the time
-    between an end and the next start: in the queue, or until someone noticed.
+    "training" is productive training; "data" is waiting for data; "redone" is the share of both lost to faults;
+    "waiting" is the time between an end and the next start, for example in the queue.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -37,44 +37,44 @@ class Goodput:
 
     @property
     def total(self) -> float:
-        """From the first start to the last sign of life."""
+        """Seconds from the first start to the last sign of activity."""
         return sum(self.seconds.values())
 
     def share(self, name: str) -> float:
-        """Of the total, 0 to 1."""
+        """Share of a part in the total, 0 to 1."""
         return self.seconds.get(name, 0.0) / self.total if self.total else 0.0
 
     def scalars(self) -> dict[str, float]:
-        """For the log: the share of each part, and what they are shares of."""
+        """Scalars for the log: the share of each part, and the total."""
         shares = {f"goodput/{name}": self.share(name) for name in (*PARTS, *(self.seconds.keys() - PARTS))}
         return {**shares, "goodput/wall_seconds": self.total}
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """Of the journal what `add_up` needs: starts and ends."""
+    """The journal's events that `add_up` needs: starts and ends."""
     return [event for event in read_events(run) if event["event"] in ("started", *ENDS)]
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The journal of a run, oldest first; a line cut by a kill is left out."""
+    """The journal of a run, oldest first; incomplete lines are left out."""
     return read_journal(run / JOURNAL_NAME)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The same of any rank's file; nothing where there is none.
+    """The journal file of any rank; empty where there is none.
 
-    Each has an "event" and its "time". Lines without, and fields that are not what they should be, are left out.
+    Each event has an "event" and a "time". Lines without these, and fields of invalid types, are left out.
     """
     return [_understood(event) for event in read_lines(path) if is_event(event)]
 
 
 def is_event(record: Mapping[str, Any]) -> bool:
-    """Whether it says what happened and when."""
+    """Whether a record has a valid "event" and "time"."""
     return isinstance(record.get("event"), str) and is_time(record.get("time"))
 
 
 def is_time(value: Any) -> bool:
-    """Whether a value can be seconds since 1970, of our millennium."""
+    """Whether a value is a plausible Unix time."""
     seconds = number(value)
     return seconds is not None and 0 <= seconds < _END_OF_TIME
 
@@ -101,7 +101,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 def add_up(events: Sequence[Event], heartbeat: Event | None) -> Goodput:
-    """Where the time went; the heartbeat tells of the start that has not ended yet, or never will."""
+    """Goodput from starts and ends; the heartbeat covers the last start if it has no end."""
     result = Goodput()
     starts = [event for event in events if event["event"] == "started"]
     for start, following in zip(starts, [*starts[1:], None]):
@@ -128,7 +128,7 @@ def add_up(events: Sequence[Event], heartbeat: Event | None) -> Goodput:
 def _of_one_start(
     start: Event, following: Event | None, end: Event | None, heartbeat: Event | None
 ) -> tuple[dict[str, float], float]:
-    """Its seconds by activity, and when it was last seen alive."""
+    """Seconds of a start by activity, and the time of its last sign of activity."""
     if end is not None:
         return dict(end.get("seconds") or {}), end["time"]
     if following is not None and following.get("last_seen"):

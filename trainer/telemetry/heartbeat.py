@@ -1,7 +1,7 @@
-"""RUN/heartbeat.json: what the run is doing now, for whoever watches it from outside, and what it was doing last.
+"""RUN/heartbeat.json: the current activity of a run, or the last one, for monitoring from outside.
 
 {"time": 1790000000.0, "step": 1200, "last_step": 2400000, "activity": "training", "attempt": "4711.0", "host": "n1",
- "process": 4242, "seconds": {"startup": 9.1, "training": 301.5, "data": 1.4, "saving": 2.2}}
+"process": 4242, "seconds": {"startup": 9.1, "training": 301.5, "data": 1.4, "saving": 2.2}}
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from trainer.telemetry.files import BestEffort, count, numbers, read_object, wri
 from trainer.telemetry.goodput import ENDS, is_time
 
 HEARTBEAT_NAME = "heartbeat.json"
-_EVERY = 10.0  # seconds between two that say nothing new
+_EVERY = 10.0  # seconds between two heartbeats of the same activity
 
 
 def attempt() -> str | None:
-    """Which start of which job this is, as launch/train.sbatch says ("4711.0"); None outside of jobs."""
+    """Job and start number as set by launch/train.sbatch ("4711.0"); None outside of jobs."""
     return os.environ.get("DDPM_ATTEMPT")
 
 
 def process_age() -> float:
-    """Seconds since this process was started; what it did before its first own line counts."""
+    """Seconds since this process was started, including the time before its first line of Python."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -35,7 +35,7 @@ def process_age() -> float:
 
 
 def read_heartbeat(run: Path) -> dict[str, Any] | None:
-    """The last one, or None where there is none that can be understood: whatever it lacks is of no use."""
+    """The last heartbeat; None where there is none, or where fields are missing or invalid."""
     beat = read_object(run / HEARTBEAT_NAME)
     if beat is None or not is_time(beat.get("time")) or count(beat.get("step")) is None:
         return None
@@ -45,7 +45,7 @@ def read_heartbeat(run: Path) -> dict[str, Any] | None:
 
 
 class Heartbeat:
-    """Writer of a run's heartbeat; only rank 0 `writes`. A heartbeat that cannot be written is no reason to stop."""
+    """Writer of a run's heartbeat; only rank 0 `writes`. A failure to write does not end the run."""
 
     def __init__(self, run: Path, *, writes: bool, best_effort: BestEffort) -> None:
         self.path = run / HEARTBEAT_NAME
@@ -58,9 +58,9 @@ class Heartbeat:
         self._next = 0.0
 
     def beat(self, *, step: int, last_step: int, activity: str, spent: Mapping[str, float]) -> None:
-        """Tell what the run is doing, at most every ten seconds unless it is something new.
+        """Write the current activity; every ten seconds at most, unless it has changed.
 
-        `spent`: seconds spent so far on what is not training.
+        `spent`: seconds so far of activities other than training.
         """
         now = time.monotonic()
         if not self._writes or (activity == self._activity and now < self._next):
@@ -80,15 +80,16 @@ class Heartbeat:
             write_whole(self.path, json.dumps(content) + "\n", durable=False)
 
     def seconds(self, spent: Mapping[str, float]) -> dict[str, float]:
-        """Where the time of this process went: startup, training, and what was `spent` otherwise."""
+        """Seconds of this process by activity: startup, training, and those in `spent`."""
         training = time.monotonic() - self._began - sum(spent.values())
         seconds = {"startup": self._startup, "training": max(0.0, training), **spent}
         return {name: round(value, 3) for name, value in seconds.items()}
 
     def about_start(self, step: int) -> dict[str, Any]:
-        """For the journal's line on a start at `step`: what the start before left, where it ended without a word.
+        """Fields for the journal's line on a start at `step`: what the start before lost, if it did not end regularly.
 
-        lost_steps: those that it had done behind `step`, to ten seconds; last_seen: when it was alive, and its seconds.
+        lost_steps: steps that it had done after `step`, up to its last heartbeat; last_seen: the time of that, and its
+        seconds.
         """
         told: dict[str, Any] = {"attempt": attempt(), "startup_seconds": round(self._startup, 3)}
         before = self.previous

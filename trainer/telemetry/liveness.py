@@ -1,4 +1,4 @@
-"""What a run is doing, seen from outside: by its markers, its lock and its heartbeat."""
+"""State of a run as seen from outside: by its markers, its lock and its heartbeat."""
 
 import fcntl
 import struct
@@ -10,11 +10,11 @@ from typing import Any
 from trainer.telemetry.goodput import ENDS
 from trainer.units import in_words
 
-_FRESH = 60.0  # seconds; a heartbeat comes every ten
+_FRESH = 60.0  # seconds; a heartbeat is written every ten
 
 
 def state(run: Path, heartbeat: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]]) -> str:
-    """Finished, stopped, training, starting or dead, in words."""
+    """Finished, stopped, training, starting or dead, as text."""
     age = time.time() - heartbeat["time"] if heartbeat else None
     owner = lock_owner(run / "lock")
     if age is not None and heartbeat is not None and heartbeat["activity"] not in ENDS and (owner or age < _FRESH):
@@ -36,12 +36,12 @@ def state(run: Path, heartbeat: Mapping[str, Any] | None, events: Sequence[Mappi
 
 
 def lock_owner(lock: Path) -> str | None:
-    """Who trains there, or None. It only asks: taking the lock, for a moment, could turn a starting job away."""
+    """Owner of a run's lock, or None. The lock is only queried: taking it briefly could make a starting job fail."""
     if not lock.is_file():
         return None
     try:
         stream = lock.open("rb")
-    except OSError:  # another user's, which may not be read
+    except OSError:  # no permission: another user's
         return None
     with stream:
         question = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)

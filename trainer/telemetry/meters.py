@@ -1,8 +1,8 @@
-"""What the training steps say: summed on the device in a step, and by the host from one log line to the next.
+"""Meters: figures of training steps, summed on the device within a step and on the host over a log interval.
 
-The sums of a step travel with its verdict, which all ranks exchange and read anyway (trainer/engine/verdict.py): a
-meter adds no exchange, no copy and no wait. The sums of an interval are plain numbers, alike on all ranks and part of
-the state, so a log line says the same whether the run was interrupted in the middle of its interval or not.
+The sums of a step are part of its verdict, which all ranks exchange and read anyway (trainer/engine/verdict.py), so
+meters add no communication, copy or synchronisation. The sums of an interval are plain numbers, equal on all ranks and
+part of the state, so a log line does not depend on whether the run was interrupted within its interval.
 """
 
 import math
@@ -18,14 +18,14 @@ from trainer.telemetry.noise_scale import GradientNoise
 
 QUARTILES = 4
 STEP_SUMS = 2 * QUARTILES + 1
-_SMOOTHING = 0.99  # decay a step
+_SMOOTHING = 0.99  # EMA decay per step
 
 
 def step_sums(losses: Losses, *, timesteps: int) -> Tensor:
-    """What a rank's images of a step add up to: (9,) float32, to be summed over ranks and read by `StepFigures`.
+    """Sums over this rank's images of a step: (9,) float32, to be summed over ranks and read by `StepFigures`.
 
-    losses: of these images, t in [0, timesteps). Nothing waits for the device, and sums are taken in one order: they
-    are the same bits every time.
+    losses: of these images, t in [0, timesteps). No synchronisation with the device; the order of summation is fixed,
+    so results are reproducible bit for bit.
     """
     weight = losses.weight
     if weight is None:
@@ -38,8 +38,9 @@ def step_sums(losses: Losses, *, timesteps: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """A step of all ranks: by quarter of the timesteps the summed losses and how many images they are of (both weighted
-    by 1 / (T p(t))), the bound without its prior in bits per dimension, and the gradient's noise where it is measured.
+    """Figures of a step over all ranks: by quarter of the timesteps the summed losses and the number of images (both
+    weighted by 1 / (T p(t))), the variational bound without its prior term in bits per dimension, and the gradient
+    noise where measured.
     """
 
     quartile_losses: Sequence[float]
@@ -49,7 +50,7 @@ class StepFigures:
 
     @classmethod
     def read(cls, sums: Sequence[float], *, global_batch: int, timesteps: int, noise: GradientNoise | None) -> Self:
-        """From `step_sums` of all ranks. The bound is a sum over t, which the images sample: T x their mean."""
+        """From `step_sums` of all ranks. The bound is a sum over t, estimated as T x the mean over the images' t."""
         *quartiles, bound = sums
         return cls(
             quartile_losses=quartiles[:QUARTILES],
@@ -61,7 +62,7 @@ class StepFigures:
 
 @dataclass
 class Meters:
-    """What is still to be logged of the steps that were applied, and averages over all of them. Part of the state."""
+    """Sums over the steps applied since the last log line, and running averages. Part of the state."""
 
     steps: int = 0
     loss: float = 0.0
@@ -71,13 +72,13 @@ class Meters:
     grad_norm: float = 0.0
     grad_norm_max: float = 0.0
     smoothed_loss: float = 0.0
-    smoothed_weight: float = 0.0  # of all steps in `smoothed_loss`: 1 - 0.99^n
-    noise_steps: int = 0  # of the interval, that measured the two below
-    noise_square: float = 0.0  # smoothed likewise
+    smoothed_weight: float = 0.0  # total weight in `smoothed_loss`: 1 - 0.99^n after n steps
+    noise_steps: int = 0  # steps of the interval in which the gradient noise was measured
+    noise_square: float = 0.0  # a running average, as the next
     noise_variance: float = 0.0
 
     def add(self, *, loss: float, grad_norm: float, figures: StepFigures) -> None:
-        """Count a step that was applied; `loss` and `grad_norm` are those of its global batch."""
+        """Add a step that was applied; `loss` and `grad_norm` are those of its global batch."""
         self.steps += 1
         self.loss += loss
         self.bound_bits += figures.bound_bits
@@ -95,7 +96,7 @@ class Meters:
             self.noise_variance = _SMOOTHING * self.noise_variance + (1 - _SMOOTHING) * variance
 
     def take(self) -> dict[str, float]:
-        """Scalars of the interval, which ends here; none where no step was applied in it."""
+        """Scalars of the interval, and start the next one; empty where no step was applied."""
         if not self.steps:
             return {}
         values = {
@@ -108,7 +109,7 @@ class Meters:
         for number, (loss, images) in enumerate(zip(self.quartile_losses, self.quartile_images, strict=True), start=1):
             if images:
                 values[f"train/loss_q{number}"] = loss / images
-        if self.noise_steps and self.noise_square > 0 and self.noise_variance > 0:  # negative: only noise so far
+        if self.noise_steps and self.noise_square > 0 and self.noise_variance > 0:  # negative where noise dominates
             values["train/noise_scale"] = self.noise_variance / self.noise_square
         self._begin_interval()
         return {name: value for name, value in values.items() if math.isfinite(value)}
@@ -119,11 +120,11 @@ class Meters:
         self.quartile_losses, self.quartile_images = [0.0] * QUARTILES, [0.0] * QUARTILES
 
     def state(self) -> dict[str, Any]:
-        """As plain JSON, exactly."""
+        """The state as plain JSON, exact."""
         return asdict(self)
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> Self:
-        """The inverse of `state`; of a checkpoint that lacks a meter, that one starts anew."""
+        """The inverse of `state`; a meter that the saved state lacks starts at its default."""
         known = {each.name for each in fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})

@@ -1,4 +1,4 @@
-"""Scalars and pictures of a run: TensorBoard, and the same scalars as one JSON object a line."""
+"""Writers of scalars and pictures: TensorBoard, and the same scalars as a JSON object per line."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class Metrics:
-    """Writer of RUN/logs; one process of a run holds it. Nothing that it cannot write raises.
+    """Writer of RUN/logs; one process of a run owns it. Failures to write raise nothing.
 
-    `step` is where the run goes on: what was logged behind it belongs to work that was lost and will be done again.
-    The `trackers` are told the same. `say` takes a line about what cannot be read or written.
+    `step`: the step at which the run resumes; logged later steps belong to lost work that will be done again.
+    Everything is also sent to the `trackers`. `say` is called with a line for each failure to read or write.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Metrics:
         self._step = step
         self._trackers = trackers
         self._last: tuple[int, dict[str, float]] | None = None
-        self._drop_behind: int | None = step  # until it has been done
+        self._drop_behind: int | None = step  # None once later steps have been removed
         self._tell_what_is_unreadable()
         with self._best_effort.writing(self._lines.path):
             self._prepare()
@@ -50,18 +50,18 @@ class Metrics:
             self._events.flush()
 
     def configuration(self, toml: str, fields: Mapping[str, Any], *, judged_by: Sequence[str]) -> None:
-        """Show TensorBoard the configuration as text, and `fields`, its values by name, as hyperparameters, beside
-        the scalars of this run that it is `judged_by`.
+        """Write the configuration to TensorBoard: as text, and `fields`, its values by name, as hyperparameters with
+        the scalars in `judged_by` as metrics.
         """
         plain = (bool, int, float, str)
         values = {name: value if isinstance(value, plain) else str(value) for name, value in fields.items()}
-        # Into this file: torch's add_hparams makes another run.
+        # Into the same file: torch's add_hparams would create a further run.
         shown = hparams(values, dict.fromkeys(judged_by, 0.0))
         with self._best_effort.writing(self._folder / "events.out.tfevents"):
             self._events.add(self._step, text("configuration", f"```toml\n{toml}\n```"), *shown)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Record scalars of one step; a step that comes twice in a row has one line all the same."""
+        """Write scalars of a step; repeated calls for the same step result in one line."""
         with self._best_effort.writing(self._folder / "events.out.tfevents"):
             self._events.scalars(step, values)
         again = self._last is not None and self._last[0] == step
@@ -74,21 +74,21 @@ class Metrics:
             self._trackers.scalars(step, merged)
 
     def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
-        """Record an (H, W, C) picture."""
+        """Write an (H, W, C) picture."""
         with self._best_effort.writing(self._folder / "events.out.tfevents"):
             self._events.picture(step, name, pixels)
         if self._trackers is not None:
             self._trackers.picture(step, name, pixels)
 
     def close(self) -> None:
-        """Bring to the disk what could not be written before, and tell the trackers the end."""
+        """Write what is still pending, and close the trackers."""
         with self._best_effort.writing(self._folder / "events.out.tfevents"):
             self._events.flush()
         if self._trackers is not None:
             self._trackers.close()
 
     def _prepare(self) -> None:
-        self._folder.mkdir(exist_ok=True)  # not its parents: a run's folder that has vanished is not made anew
+        self._folder.mkdir(exist_ok=True)  # without parents: a run's folder that has vanished must not be created anew
         if self._drop_behind is not None:
             _drop_behind(self._lines.path, self._drop_behind)
             self._drop_behind = None
@@ -96,7 +96,7 @@ class Metrics:
     def _tell_what_is_unreadable(self) -> None:
         path = self._lines.path
         try:
-            *lines, _ = read_bytes(path).split(b"\n")  # the last may have been cut by a kill
+            *lines, _ = read_bytes(path).split(b"\n")  # the last line may be incomplete
         except FileNotFoundError:
             return
         except OSError as fault:
@@ -107,9 +107,10 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All recorded scalars of RUN/logs in the order of their steps; of a step the last line counts.
+    """All scalars in RUN/logs ordered by step; for a step the last line counts.
 
-    Each has a whole "step"; lines without, values that are no numbers, and a line cut by a kill are left out.
+    Each record has an integer "step"; lines without one, values that are no numbers, and an incomplete line are left
+    out.
     """
     records: dict[int, dict[str, float]] = {}
     for record in read_lines(folder / METRICS_NAME):
@@ -125,7 +126,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _drop_behind(path: Path, step: int) -> None:
-    """Raises OSError. Lines that cannot be read stay as they are, for whoever wants to mend them."""
+    """Remove the records after `step`. Raises OSError. Unreadable lines are kept."""
     try:
         *lines, cut = read_bytes(path).split(b"\n")
     except FileNotFoundError:

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 
 class GradientNoise(NamedTuple):
-    """Unbiased estimates of one step: |G|^2, the square of the true gradient, and tr(Sigma), the variance of one
-    image's gradient. Either may come out negative; means over many steps do not.
+    """Unbiased estimates from one step: |G|^2, the squared norm of the true gradient, and tr(Sigma), the variance of
+    the gradient of one image. Both may be negative in a single step; averages over many steps are not.
     """
 
     square: float
@@ -15,7 +15,7 @@ class GradientNoise(NamedTuple):
     def estimate(
         cls, *, small_square: float, small_batch: int, large_square: float, large_batch: int
     ) -> "GradientNoise":
-        """From squared norms of the gradients of a small and of a large batch, by their sizes in images.
+        """From squared gradient norms of a small and a large batch, and the batches' sizes in images.
 
         E|G_B|^2 = |G|^2 + tr(Sigma) / B (equation A.1), solved for both unknowns.
         """

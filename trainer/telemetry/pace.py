@@ -1,9 +1,9 @@
-"""How long each rank takes for its own part of a step, so that a slow node has a name.
+"""Straggler detection: each rank's own time per micro-step, compared between the ranks.
 
-Ranks that exchange gradients all take as long as the slowest, so the length of a step says nothing. What is a rank's
-own is waiting for its data and the forward pass; these are timed, and compared once a log interval. On a device both
-ends of the forward pass are events in its queue, read long after they have passed: nothing waits. Where the weights are
-sharded, forward passes wait for one another, too, and only a node that is slow at its data can be told.
+Ranks that exchange gradients all take as long as the slowest, so step times do not identify a straggler. Waiting for
+data and the forward pass are a rank's own; they are timed, and compared once a log interval. On a device the forward
+pass is timed by events that are read long after they have passed, without synchronisation. With sharded weights forward
+passes wait for other ranks too, so only stragglers in data loading are identified.
 """
 
 import socket
@@ -19,22 +19,22 @@ import torch.distributed as dist
 from torch import nn
 
 T = TypeVar("T")
-_KEPT = 64  # forward passes that an interval's mean is taken over, at most
+_KEPT = 64  # at most so many forward passes in an interval's mean
 _SLOW = 1.25  # times the median of the ranks
-_TELLING = 0.020  # seconds a micro-step; less is noise
-_IN_A_ROW = 3  # intervals, before a slow rank is told of
+_TELLING = 0.020  # seconds per micro-step; smaller differences count as noise
+_IN_A_ROW = 3  # consecutive intervals before a straggler is reported
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Seconds a micro-step of each rank, in rank order, and the nodes that they are on."""
+    """Seconds per micro-step of each rank, in rank order, and the ranks' hosts."""
 
     data: Sequence[float]
     forward: Sequence[float]
     hosts: Sequence[str]
 
     def scalars(self) -> dict[str, float]:
-        """For the log: the median rank and the slowest, in what the ranks do on their own."""
+        """Scalars for the log: the median of the ranks, and the slowest rank relative to it."""
         own = [data + forward for data, forward in zip(self.data, self.forward)]
         return {
             "ranks/data_seconds": median_low(self.data),
@@ -43,7 +43,9 @@ class Spread:
         }
 
     def slow(self) -> tuple[int, str] | None:
-        """The rank that holds up the others most, and a line on its node and what it is slow at; or None."""
+        """The worst straggler's rank, and a line with its host and whether data or forward pass is slow; None if there
+        is none.
+        """
         found = []
         for what, seconds in (("forward pass", self.forward), ("data", self.data)):
             usual, slowest = median_low(seconds), max(seconds)
@@ -55,10 +57,10 @@ class Spread:
 
 
 class Pace:
-    """Times this rank's data and forward passes. `compare` is collective; the rest is this rank's."""
+    """Times this rank's data loading and forward passes. Only `compare` is collective."""
 
     def __init__(self, device: torch.device) -> None:
-        self.waited = 0.0  # seconds that this rank has waited for data
+        self.waited = 0.0  # seconds spent waiting for data
         self._device = device
         self._data: deque[float] = deque(maxlen=_KEPT)
         self._forward: deque[tuple[Any, Any]] = deque(maxlen=_KEPT)
@@ -66,15 +68,15 @@ class Pace:
         self._hosts: list[str] = []
         self._on_the_way: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._slow_rank: int | None = None
-        self._slow_for = 0  # intervals
+        self._slow_for = 0  # consecutive intervals
 
     def watch(self, network: nn.Module) -> None:
-        """Time the forward passes of this network, as it is called by the training step."""
+        """Time the forward passes of this network as called by the training step."""
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._end)
 
     def timed(self, stream: Iterator[T]) -> Iterator[T]:
-        """The stream, with the waits for it timed."""
+        """The stream, with the time spent waiting for it measured."""
         while True:
             began = time.perf_counter()
             try:
@@ -86,9 +88,9 @@ class Pace:
             yield item
 
     def report(self) -> tuple[dict[str, float], str | None]:
-        """Scalars of the interval before the last `compare`, and a line where a rank was slow for a while, told once.
+        """Scalars of the interval before the last `compare`, and a line the first time that a straggler persists.
 
-        Called an interval after it, it does not wait.
+        Does not wait if called an interval after `compare`.
         """
         spread = self._collect()
         if spread is None:
@@ -99,7 +101,9 @@ class Pace:
         return spread.scalars(), line if self._slow_for == _IN_A_ROW else None
 
     def compare(self) -> None:
-        """Send this rank's means to the others; the next `report` has what came of it."""
+        """Start the exchange of this interval's means between the ranks; the next `report` has the result.
+        Collective.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1 or not self._forward:
             return
         if not self._hosts:

@@ -1,4 +1,4 @@
-"""Samples as pictures."""
+"""Samples as pictures: quantisation, grids, PNG files."""
 
 import math
 import os
@@ -19,14 +19,14 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 def grid(images: Pixels, *, shortest_side: int = 256) -> Pixels:
-    """`tile` (N, C, H, W) images as near to a square as N allows."""
+    """`tile` (N, C, H, W) images in a grid as close to a square as N allows."""
     return tile(images, columns=math.ceil(math.sqrt(len(images))), shortest_side=shortest_side)
 
 
 def tile(images: Pixels, *, columns: int, shortest_side: int = 256) -> Pixels:
     """Arrange (N, C, H, W) images in rows of `columns`, with a thin border.
 
-    Returns (H', W', 3). Small images are magnified by a whole factor so that a tile can be looked at.
+    Returns (H', W', 3). Small images are magnified by an integer factor.
     """
     count, _, height, _ = images.shape
     rows = math.ceil(count / columns)
@@ -39,7 +39,7 @@ def tile(images: Pixels, *, columns: int, shortest_side: int = 256) -> Pixels:
 
 
 def save_png(path: Path, pixels: Pixels) -> None:
-    """Write an (H, W, C) picture; it appears under its name whole or not at all."""
+    """Write an (H, W, C) picture atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".tmp-{os.getpid()}")
     try:

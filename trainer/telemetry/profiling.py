@@ -1,7 +1,7 @@
-"""Some steps of a run looked at closely: torch.profiler's trace, and the history of CUDA's memory.
+"""Profiles of a range of steps: torch.profiler's trace, and the history of CUDA memory.
 
 RUN/profiles/steps-10-15/rank-00000.10.pt.trace.json.gz   for Perfetto, chrome://tracing and TensorBoard's plugin
-                         rank-00000.operators.txt         operators by the time that they took
+                         rank-00000.operators.txt         operators by total time
                          rank-00000.memory.pickle         for pytorch.org/memory_viz
 """
 
@@ -18,12 +18,12 @@ from trainer.errors import ConfigError
 
 _REQUEST = re.compile(r"steps=(\d+)(?:\.\.(\d+))?(,ranks=all)?")
 _OPERATORS = 40  # rows of the table
-_MEMORY_EVENTS = 1_000_000  # allocations and frees that are kept, the last ones
+_MEMORY_EVENTS = 1_000_000  # allocations and frees, of which the last ones are kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRange:
-    """Steps `first` to `last` of a run, both included, counted from 1; of rank 0, or of all ranks."""
+    """Steps `first` to `last` of a run, inclusive, counted from 1; on rank 0, or on all ranks."""
 
     first: int
     last: int
@@ -40,20 +40,20 @@ class StepRange:
 
 
 class Recorder(Protocol):
-    """What can be switched on for some steps."""
+    """A profiler that is active during a range of steps."""
 
     def start(self) -> None:
-        """Before the first of them."""
+        """Called before the first step of the range."""
 
     def begin_step(self, step: int) -> None:
-        """Before each of them."""
+        """Called before each step of the range."""
 
     def save(self, stem: Path) -> None:
-        """After the last of them: switch off, and write to files whose names begin with `stem`. Raises OSError."""
+        """Called after the last step: stop, and write files whose names begin with `stem`. Raises OSError."""
 
 
 class TraceRecorder:
-    """What the host and the device do, and when."""
+    """Records activities of host and device over time, by torch.profiler."""
 
     def __init__(self, device: torch.device) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -63,18 +63,18 @@ class TraceRecorder:
         self._first = 0
 
     def start(self) -> None:
-        """See `Recorder`."""
+        """Start the profiler."""
         self._profile.start()
 
     def begin_step(self, step: int) -> None:
-        """See `Recorder`; by this name TensorBoard's plugin knows a step."""
+        """Annotate the step with the name by which TensorBoard's plugin recognises steps."""
         self._end_step()
         self._first = self._first or step
         self._step = record_function(f"ProfilerStep#{step}")
         self._step.__enter__()
 
     def save(self, stem: Path) -> None:
-        """See `Recorder`."""
+        """Stop, and write the trace and the table of operators. Raises OSError."""
         self._end_step()
         self._profile.stop()
         self._profile.export_chrome_trace(f"{stem}.{self._first}.pt.trace.json.gz")
@@ -88,7 +88,7 @@ class TraceRecorder:
 
 
 class MemoryRecorder:
-    """Every allocation of CUDA's memory and where it was made. Raises ConfigError for a run without CUDA."""
+    """Records allocations of CUDA memory with their stacks. Raises ConfigError for a run without CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -98,20 +98,20 @@ class MemoryRecorder:
             )
 
     def start(self) -> None:
-        """See `Recorder`."""
+        """Start recording."""
         torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
 
     def begin_step(self, step: int) -> None:
-        """Steps are not told apart."""
+        """Do nothing: the record has no steps."""
 
     def save(self, stem: Path) -> None:
-        """See `Recorder`."""
+        """Stop, and write the history. Raises OSError."""
         torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
 class Recording:
-    """A recorder that is on during the steps of a range, or those of them that this process trains."""
+    """A recorder that is active during a range of steps, or the part of it that this process trains."""
 
     def __init__(
         self, recorder: Recorder, steps: StepRange, *, folder: Path, rank: int, say: Callable[[str], None]
@@ -124,7 +124,7 @@ class Recording:
         self._say = say
 
     def before_step(self, step: int) -> None:
-        """Switch on or off, as `step` (from 1) is the next to be trained."""
+        """Start or stop before `step` (counted from 1) is trained."""
         if not self._mine:
             return
         if step > self._steps.last:
@@ -136,14 +136,14 @@ class Recording:
             self._recorder.begin_step(step)
 
     def end(self) -> None:
-        """Write what was recorded; nothing where nothing was. A disk that cannot be written to ends no run."""
+        """Stop and write, if the recorder is active. A failure to write is reported, not raised."""
         if not self._on:
             return
         self._on = False
         try:
             self._stem.parent.mkdir(parents=True, exist_ok=True)
             self._recorder.save(self._stem)
-        except (OSError, RuntimeError) as fault:  # the latter is what the profiler's C++ says of a disk
+        except (OSError, RuntimeError) as fault:  # the profiler's C++ code raises RuntimeError on a full disk
             self._say(f"{self._stem}: not written: {fault}")
         else:
             self._say(f"steps {self._steps.first} to {self._steps.last} are recorded in {self._stem.parent}")
@@ -156,25 +156,25 @@ class Recordings:
         self._recordings = recordings
 
     def before_step(self, step: int) -> None:
-        """See `Recording`."""
+        """Call `Recording.before_step` of each."""
         for recording in self._recordings:
             recording.before_step(step)
 
     def end(self) -> None:
-        """See `Recording`; may be called again."""
+        """Call `Recording.end` of each; may be called again."""
         for recording in self._recordings:
             recording.end()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordingRequest:
-    """What the command line asks for; None for nothing."""
+    """The command line's profiling options; None where an option is not given."""
 
     trace: StepRange | None = None
     memory: StepRange | None = None
 
     def open(self, device: torch.device, *, folder: Path, rank: int, say: Callable[[str], None]) -> Recordings:
-        """Raises ConfigError where the device cannot."""
+        """The recordings requested, on this rank. Raises ConfigError where the device does not support one."""
         recorders: list[tuple[Recorder, StepRange]] = []
         if self.trace is not None:
             recorders.append((TraceRecorder(device), self.trace))

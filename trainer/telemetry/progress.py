@@ -1,4 +1,4 @@
-"""What a person at the terminal sees."""
+"""Progress on the terminal."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar with rate and ETA on a terminal, a line now and then in a log file, nothing on other ranks."""
+    """A bar with rate and ETA on a terminal, occasional lines in a log file, nothing on other ranks."""
 
     def __init__(self, *, total: int, done: int, unit: str, title: str, visible: bool) -> None:
         on_terminal = sys.stderr.isatty()
@@ -21,11 +21,11 @@ class Progress:
         self._print: Callable[[str], object] = self._bar.write if on_terminal else print_line
 
     def advance(self, count: int = 1) -> None:
-        """Count finished work."""
+        """Add finished work."""
         self._bar.update(count)
 
     def show(self, text: str) -> None:
-        """Put figures behind the bar."""
+        """Set the figures shown after the bar."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def say(self, line: str) -> None:
@@ -35,41 +35,41 @@ class Progress:
                 self._print(line)
 
     def log(self, line: str) -> None:
-        """Print a line where there is no bar that says the same."""
+        """Print a line only where there is no bar, which shows the same."""
         if self._visible and self._bar.disable:
             print_line(line)
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         self._bar.close()
 
 
 class Lap(NamedTuple):
-    """Images that were trained on, and the seconds that it took, pauses left out."""
+    """Images trained on, and the seconds taken, without pauses."""
 
     images: int
     seconds: float
 
 
 class Stopwatch:
-    """Time of training proper; what is paused (sampling, saving) does not count.
+    """Measures training time; paused activities (sampling, saving) are excluded.
 
-    `on_change` is told what begins: the reason of a pause, and "training" after it.
+    `on_change` is called with the activity that begins: the reason of a pause, and "training" after it.
     """
 
     def __init__(self, on_change: Callable[[str], object] = lambda _: None) -> None:
-        self.spent: dict[str, float] = {}  # seconds of pauses, by their reason
+        self.spent: dict[str, float] = {}  # seconds of pauses by reason
         self._on_change = on_change
         self._started = self._counted = time.perf_counter()
         self._images = 0
 
     def count(self, images: int) -> None:
-        """Count images as trained on, until now."""
+        """Add images that have been trained on up to now."""
         self._counted = time.perf_counter()
         self._images += images
 
     def pause(self, reason: str) -> Callable[[], None]:
-        """Stop the watch; call the result to let it run on."""
+        """Pause the measurement; call the result to continue."""
         paused = time.perf_counter()
         self._on_change(reason)
 
@@ -83,15 +83,15 @@ class Stopwatch:
         return resume
 
     def lap(self) -> Lap:
-        """What was counted since the last lap. The next one begins with the last count: what is done by now is its."""
+        """Images and seconds since the last lap. The next lap starts at the time of the last `count`."""
         lap = Lap(self._images, max(self._counted - self._started, 1e-9))
         self._started, self._images = self._counted, 0
         return lap
 
 
 def print_line(line: str) -> None:
-    """On the standard output. One that takes nothing, a file on a full disk or a pipe that nobody reads, ends nothing;
-    characters that its encoding lacks are escaped.
+    """Print to the standard output. Failures (a full disk, a closed pipe) are ignored; characters that its encoding
+    lacks are escaped.
     """
     with contextlib.suppress(OSError):
         try:

@@ -1,4 +1,4 @@
-"""How long steps take, for percentiles: the slow ones are what a mean hides."""
+"""Step times, for percentiles: slow steps are hidden by a mean."""
 
 import math
 import time
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-_KEPT = 4096  # of an interval's steps, the last ones
+_KEPT = 4096  # step times kept of an interval, the last ones
 
 
 class StepClock:
-    """Seconds from one step's end to the next on this rank, its wait for data included.
+    """Seconds from the end of a step to the end of the next on this rank, including waiting for data.
 
-    On a device an end is an event in its queue, read when the interval is logged, long after it has passed: nothing
-    waits. Ranks that exchange gradients take a step equally long, so one rank's times are those of all.
+    On a device the end of a step is an event, read when the interval is logged, long after it has passed: no
+    synchronisation. Ranks that exchange gradients have equal step times, so those of one rank represent all.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,18 +24,18 @@ class StepClock:
         self._steps: deque[tuple[Any, Any]] = deque(maxlen=_KEPT)
 
     def start(self) -> None:
-        """Count from now on; what was between the last end and now (a pause) is no step's time."""
+        """Start timing now; excludes the time between the last step's end and now (a pause)."""
         self._last = self._now()
 
     def step_ended(self) -> None:
-        """To be called when all of a step has been done or queued."""
+        """Call when all work of a step has been done or queued."""
         now = self._now()
         if self._last is not None:
             self._steps.append((self._last, now))
         self._last = now
 
     def take(self) -> dict[str, float]:
-        """Scalars of the steps since the last call that have passed on the device; none where none have."""
+        """Scalars of the steps that the device has completed since the last call; empty where there are none."""
         seconds = []
         while self._steps and self._has_passed(self._steps[0][1]):
             began, ended = self._steps.popleft()
@@ -61,5 +61,5 @@ class StepClock:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of ascending values that at least `share` (0 to 1] of them do not exceed: one that occurred."""
+    """The smallest of ascending values that at least `share` (0 to 1] of them do not exceed (nearest rank)."""
     return ordered[math.ceil(share * len(ordered)) - 1]

@@ -1,6 +1,6 @@
-"""A file of events for TensorBoard, written by whole records.
+"""Writer of TensorBoard event files, by whole records.
 
-torch's SummaryWriter writes in a thread that ends for good, with a traceback, the first time that a disk is full.
+It replaces torch's SummaryWriter, whose thread ends for good, with a traceback, the first time that a disk is full.
 """
 
 import io
@@ -21,10 +21,10 @@ from trainer.telemetry.files import AppendedFile
 
 
 class EventFile:
-    """One process's file in a folder of logs, made with the first record.
+    """One process's event file in a folder of logs, created with the first record.
 
-    `goes_on_at` is a step: of what other files of the folder hold, TensorBoard leaves out that step and later ones.
-    Methods raise OSError; what could not be written is kept, and written with the next call.
+    `goes_on_at`: a step; TensorBoard ignores this and later steps in the folder's older files. Methods raise OSError;
+    records that could not be written are kept and written with the next call.
     """
 
     def __init__(self, folder: Path, *, goes_on_at: int) -> None:
@@ -36,20 +36,20 @@ class EventFile:
         ]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars of a step."""
+        """Write scalars of a step."""
         self.add(step, *(scalar(name, value) for name, value in values.items()))
 
     def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
-        """An (H, W, C) picture of a step."""
+        """Write an (H, W, C) picture of a step."""
         self.add(step, image(name, pixels, dataformats="HWC"))
 
     def add(self, step: int, *summaries: Summary) -> None:
-        """Whatever torch.utils.tensorboard.summary makes."""
+        """Write summaries as made by torch.utils.tensorboard.summary."""
         now = time.time()
         self._write([Event(wall_time=now, step=step, summary=summary) for summary in summaries])
 
     def flush(self) -> None:
-        """Write what is kept."""
+        """Write pending records."""
         self._write([])
 
     def _write(self, events: Iterable[Event]) -> None:

@@ -1,6 +1,6 @@
-"""Other programs that are told a run's scalars and pictures, through Accelerate's trackers.
+"""Experiment trackers for a run's scalars and pictures, through Accelerate's trackers.
 
-RUN/wandb/id    the run's id at Weights & Biases, which every start of the run goes on with
+RUN/wandb/id    the run's id at Weights & Biases, which every start of the run continues
 """
 
 import contextlib
@@ -20,57 +20,59 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.telemetry.files import BestEffort, read_bytes, write_whole
 
-_PROJECT = "ddpm-trainer"  # where WANDB_PROJECT names no other
+_PROJECT = "ddpm-trainer"  # default of WANDB_PROJECT
 _ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
 class Trackers:
-    """Open trackers, none on ranks but 0. One that fails is told no more: what only tells of a run must not end it."""
+    """Open trackers; none on ranks other than 0. A tracker that fails is reported and not used again; the run
+    continues.
+    """
 
     def __init__(self, trackers: Sequence[GeneralTracker], say: Callable[[str], None]) -> None:
         self._trackers = list(trackers)
         self._say = say
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Scalars of one step; a step that comes twice in a row is one."""
+        """Send scalars of a step; repeated calls for the same step are merged."""
         self._tell(lambda tracker: tracker.log(values, step=step))
 
     def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
-        """An (H, W, C) picture."""
+        """Send an (H, W, C) picture."""
         self._tell(lambda tracker: tracker.log_images({name: [pixels]}, step=step))
 
     def close(self) -> None:
-        """Hand over what is still to be told."""
+        """Send what is pending, and finish."""
         self._tell(lambda tracker: tracker.finish())
 
     def _tell(self, action: Callable[[GeneralTracker], object]) -> None:
         for tracker in list(self._trackers):
             try:
                 action(tracker)
-            except (Exception, SystemExit) as fault:  # whatever other people's programs raise
+            except (Exception, SystemExit) as fault:  # trackers raise exceptions of their libraries
                 self._trackers.remove(tracker)
                 self._say(f"log.trackers: {tracker.name} has failed and is told no more: {fault}")
 
 
 def check_trackers(config: Config) -> None:
-    """Raise ConfigError where a tracker that `log.trackers` names is not installed."""
+    """Raise ConfigError where a tracker in `log.trackers` is not installed."""
     for name in config.log.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f'log.trackers = ["{name}"]: is not installed; pip install "ddpm-trainer[{name}]"')
 
 
 def open_trackers(config: Config, run: Path, say: Callable[[str], None]) -> Trackers:
-    """Those that `log.trackers` names, told the configuration; for rank 0.
+    """Open the trackers in `log.trackers` with the configuration; for rank 0.
 
-    Raises ConfigError where one does not start, OSError where the run's folder cannot be written to.
+    Raises ConfigError where one fails to start, OSError where the run's folder cannot be written to.
     """
     return Trackers([_open_wandb(config, run, say) for name in config.log.trackers if name == "wandb"], say)
 
 
 def run_id(folder: Path, say: Callable[[str], None]) -> str:
-    """The id that the run has at Weights & Biases; a new one, which is told, where that cannot be read.
+    """The run's id at Weights & Biases; where it cannot be read a new one, which is reported.
 
-    Raises OSError where the folder cannot be made.
+    Raises OSError where the folder cannot be created.
     """
     folder.mkdir(exist_ok=True)
     path = folder / "id"

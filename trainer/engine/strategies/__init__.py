@@ -1,4 +1,4 @@
-"""How a run is spread over processes: each strategy makes Accelerate do it and describes the result by slices."""
+"""Distribution strategies: each configures Accelerate, and describes what this rank holds by slices."""
 
 from trainer.config import TrainConfig
 from trainer.engine.strategies.base import DataParallel, Strategy
@@ -7,9 +7,9 @@ __all__ = ["DataParallel", "Strategy", "make_strategy"]
 
 
 def make_strategy(config: TrainConfig, *, micro_batch: int, accumulation: int) -> Strategy:
-    """Join the processes that the launcher started, in the way that `train.strategy` names.
+    """Join the process group and make the strategy named by `train.strategy`.
 
-    Raises ConfigError where the strategy cannot run here, TrainerError where the processes would not train together.
+    Raises ConfigError where the strategy cannot run here, TrainerError where the processes are not connected.
     """
     if config.strategy == "ddp":
         return DataParallel(config)
@@ -17,6 +17,6 @@ def make_strategy(config: TrainConfig, *, micro_batch: int, accumulation: int) -
         from trainer.engine.strategies.fsdp import FullyShardedDataParallel
 
         return FullyShardedDataParallel(config)
-    from trainer.engine.strategies.zero import ZeroRedundancy  # imports DeepSpeed, which takes seconds
+    from trainer.engine.strategies.zero import ZeroRedundancy  # import is slow: it imports DeepSpeed
 
     return ZeroRedundancy(config, micro_batch=micro_batch, accumulation=accumulation)

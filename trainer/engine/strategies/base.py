@@ -1,4 +1,4 @@
-"""What the engine asks of a strategy, and the simplest one: every rank holds everything (DistributedDataParallel)."""
+"""The interface of strategies, and DistributedDataParallel: every rank holds a full replica."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from trainer.config import TrainConfig
 from trainer.engine.optimizer import GuardedAdam
@@ -20,26 +21,26 @@ from trainer.engine.slices import ParameterSlice
 
 
 class Strategy(ABC):
-    """One per run. After `prepare`, `network` is what computes and `slices` is what this rank steps of it."""
+    """One per run. After `prepare`, `network` computes the forward pass, and this rank's optimizer steps `slices`."""
 
     accelerator: Accelerator
     network: nn.Module
     optimizer: GuardedAdam
     slices: list[ParameterSlice]
-    shapes: dict[str, torch.Size]  # of all parameters, whole
+    shapes: dict[str, torch.Size]  # of all parameters, unsharded
     scaler: torch.amp.GradScaler | None = None
-    keeps_own_gradients = False  # whether what a rank accumulates is its own until the last micro-batch of a step
+    keeps_own_gradients = False  # whether accumulated gradients stay local until the last micro-batch of a step
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device of this rank."""
         return self.accelerator.device
 
     def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], GuardedAdam]) -> None:
-        """Spread the model, whose weights are the same on every rank, over the ranks."""
+        """Distribute the model over the ranks; its weights are the same on every rank."""
         model.to(self.device)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         run_in(self.config.precision, model, self.device)
@@ -47,42 +48,47 @@ class Strategy(ABC):
 
     @abstractmethod
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
-        """Set `network`, `optimizer` with moments of zero, and `slices`."""
+        """Set `network`, `optimizer` with zero moments, and `slices`."""
 
     @abstractmethod
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward pass of a micro-batch; all but the last of a step may keep gradients local."""
+        """A context for forward and backward pass of a micro-batch; before the last of a step gradients may stay
+        local.
+        """
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`, which is already divided by the number of micro-batches."""
+        """Accumulate the gradients of `loss`, which is already divided by the number of micro-batches."""
 
     @abstractmethod
     def step(self) -> None:
-        """Apply the gradients by `optimizer.step` and forget them; `optimizer.prepare_step` was called before."""
+        """Call `optimizer.step` and clear the gradients; `optimizer.prepare_step` must have been called."""
 
-    def weights_changed(self) -> None:  # noqa: B027  # for most, what computes is what is stepped
-        """Bring what computes in line with the slices, which were written to from outside (a checkpoint was loaded)."""
+    def weights_changed(self) -> None:  # noqa: B027  # for most the slices are the weights that compute
+        """Copy the slices to the tensors of the forward pass, after the slices were modified by loading a
+        checkpoint.
+        """
 
-    def warm_up(self, forward_and_backward: Callable[[], object]) -> None:  # noqa: B027  # most need not
-        """Called before the state is loaded: whatever makes the first steps of a process unlike the later ones."""
+    def warm_up(self, forward_and_backward: Callable[[], object]) -> None:  # noqa: B027  # most strategies need none
+        """Called before the state is loaded: runs what would otherwise make a process's first steps differ."""
 
     def before_exchange(self, see: Callable[[torch.Tensor], None]) -> bool:  # noqa: ARG002
-        """Have `see` called, in every backward pass that ends in an exchange, with each part of the gradient that this
-        rank has accumulated on its own; returns False where the strategy never has it whole.
+        """Register `see`, called in every backward pass that ends in an all-reduce, with each part of the gradient that
+        this rank has accumulated locally; returns False where the strategy never holds a complete local gradient.
         """
         return False
 
     @abstractmethod
     def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
-        """Tensors that must be the same bit for bit on all ranks of the group, by parameter; none where all is sharded.
+        """Replicated tensors by parameter, equal bit for bit on all ranks of the group; none where everything is
+        sharded.
 
         The group is None where there is one rank.
         """
 
 
 class DataParallel(Strategy):
-    """Every rank holds weights, moments and gradients whole; gradients are averaged while they are computed."""
+    """Every rank holds a full replica of weights, moments and gradients; all-reduce overlaps with the backward pass."""
 
     keeps_own_gradients = True
 
@@ -92,6 +98,7 @@ class DataParallel(Strategy):
         if config.precision == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type)
 
+    @override
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
         if self.config.cuda_graphs:
@@ -104,18 +111,18 @@ class DataParallel(Strategy):
             for name, p in model.named_parameters()
         ]
 
+    @override
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """See `Strategy`."""
         if self.config.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # what graphs put out for the last micro-batch is done with
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs' last outputs are not needed
         return nullcontext() if is_last else self.accelerator.no_sync(self.network)
 
+    @override
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Strategy`."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    @override
     def step(self) -> None:
-        """See `Strategy`."""
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -124,19 +131,20 @@ class DataParallel(Strategy):
             self.scaler.update()
         self.optimizer.zero_grad()
 
+    @override
     def warm_up(self, forward_and_backward: Callable[[], object]) -> None:
-        """Throw one forward and backward away.
+        """Run one forward and backward pass and discard its gradients.
 
-        DistributedDataParallel regroups its gradient buckets after the first backward pass, which changes the order
-        of summation from then on. Done before the state is loaded, in new and resumed runs alike, all real steps sum
-        in one order and a resumed run is exact.
+        DistributedDataParallel regroups its gradient buckets after the first backward pass, which changes the order of
+        summation from then on. Because this runs before the state is loaded, in new and in resumed runs, all training
+        steps sum in the same order and a resumed run is exact.
         """
         if self.accelerator.num_processes > 1:
             forward_and_backward()
             self.optimizer.zero_grad()
 
+    @override
     def before_exchange(self, see: Callable[[torch.Tensor], None]) -> bool:
-        """See `Strategy`."""
 
         def see_and_average(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             see(bucket.buffer())
@@ -146,7 +154,7 @@ class DataParallel(Strategy):
         self.network.register_comm_hook(dist.group.WORLD, see_and_average)
         return True
 
+    @override
     def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
-        """See `Strategy`."""
         group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
         return [(piece.name, piece.weight) for piece in self.slices], group

@@ -1,6 +1,7 @@
-"""Fully sharded data parallel (FSDP2): each rank keeps a part of every weight and gathers a stage when it computes it.
+"""Fully sharded data parallel (FSDP2): each rank holds a shard of every weight; a stage is gathered for its
+computation.
 
-"hsdp" shards within groups of ranks, a node's for example, and replicates over the groups.
+"hsdp" shards within groups of ranks, for example those of a node, and replicates over the groups.
 """
 
 import os
@@ -16,6 +17,7 @@ from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, Partia
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from trainer.config import TrainConfig
 from trainer.engine.optimizer import GuardedAdam
@@ -26,7 +28,7 @@ from trainer.errors import ConfigError
 
 
 class FullyShardedDataParallel(Strategy):
-    """Accelerate wraps every stage of the network by `fully_shard`; the optimizer steps the local shards themselves."""
+    """Accelerate applies `fully_shard` to every stage of the network; the optimizer steps the local shards directly."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -60,39 +62,41 @@ class FullyShardedDataParallel(Strategy):
             )
         return {"parallelism_config": ParallelismConfig(dp_replicate_size=ranks // size, dp_shard_size=size)}
 
+    @override
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
         self.network, _ = self.accelerator.prepare(model, optimizer)
         self.parameters = {name: p for name, p in self.network.named_parameters() if isinstance(p, DTensor)}
         self.mesh = next(iter(self.parameters.values())).device_mesh
         self.slices = [self._slice(name, parameter) for name, parameter in self.parameters.items()]
-        # A plain tensor a shard: as fast as without DTensor, and the same code as for every other strategy.
+        # Each shard as a plain tensor: as fast as DTensor, and handled by the code of all other strategies.
         shards = [piece.storage for piece in self.slices]
         self.optimizer = optimizer
         self.optimizer.param_groups[0]["params"] = shards
         self.optimizer.make_state(shards)
         if self.mesh.size() > 1:
-            self.optimizer.sharded = self.mesh.get_group(self.mesh.ndim - 1)  # gradients are alike on replicas
+            self.optimizer.sharded = self.mesh.get_group(self.mesh.ndim - 1)  # gradients are equal on replicas
         self.slices = [piece for piece in self.slices if piece.numel]
 
     def _slice(self, name: str, parameter: DTensor) -> ParameterSlice:
-        """`fully_shard` cuts rows into chunks of equal size, of which the last may be short or empty."""
+        """The local slice: `fully_shard` cuts dimension 0 into equal chunks; the last may be short or empty."""
         local = parameter.to_local().detach()
         row = parameter[0].numel() if parameter.ndim > 1 else 1
         ranks, rank = self.mesh.size(self.mesh.ndim - 1), self.mesh.get_local_rank(self.mesh.ndim - 1)
         start = min(-(-parameter.shape[0] // ranks) * rank, parameter.shape[0]) * row
         return ParameterSlice(name=name, shape=parameter.shape, start=start, stop=start + local.numel(), storage=local)
 
+    @override
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """See `Strategy`. Gradients are reduced after every micro-batch: no rank keeps those of other shards."""
+        """Reduce-scatter after every micro-batch: no rank keeps gradients of other shards."""
         del is_last
         return nullcontext()
 
+    @override
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Strategy`."""
         loss.backward()
 
+    @override
     def step(self) -> None:
-        """See `Strategy`."""
         shards = self.optimizer.param_groups[0]["params"]
         for shard, parameter in zip(shards, self.parameters.values(), strict=True):
             assert isinstance(parameter.grad, DTensor)
@@ -101,8 +105,8 @@ class FullyShardedDataParallel(Strategy):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @override
     def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
-        """See `Strategy`."""
         if self.mesh.ndim == 1 or self.mesh.size(0) == 1:
             return [], None
         return [(piece.name, piece.weight) for piece in self.slices], self.mesh.get_group(0)
@@ -110,7 +114,7 @@ class FullyShardedDataParallel(Strategy):
 
 @contextmanager
 def _fsdp_on_cpus() -> Iterator[None]:
-    """Accelerate takes a run on CPUs for one without FSDP and would train it unsharded, without a word."""
+    """Make Accelerate apply FSDP on CPUs, where it would otherwise silently train without sharding."""
 
     def gloo(*_: Any, **__: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.MULTI_GPU

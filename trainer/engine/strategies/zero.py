@@ -1,4 +1,4 @@
-"""ZeRO by DeepSpeed: stage 1 shards the optimizer, stage 2 the gradients too, stage 3 the weights too."""
+"""ZeRO by DeepSpeed: stage 1 shards the optimizer's state, stage 2 also the gradients, stage 3 also the weights."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import override
 
 from trainer.config import TrainConfig
 from trainer.engine.optimizer import GuardedAdam
@@ -33,23 +34,23 @@ except ImportError as error:
     ) from error
 
 
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of choices that are made here
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings concern settings that are deliberate here
 
 
 class _Plugin(DeepSpeedPlugin):
     def set_deepspeed_weakref(self) -> None:
-        """Tell transformers, as Accelerate does, nothing: it would have to be installed."""
+        """Do nothing: Accelerate's method imports transformers, which would have to be installed."""
         self.dschf = None
 
 
 class ZeroRedundancy(Strategy):
-    """DeepSpeed computes, communicates and shards; it is told neither to clip nor to average nor to save."""
+    """DeepSpeed computes, communicates and shards; its clipping, averaging and saving are disabled."""
 
     def __init__(self, config: TrainConfig, *, micro_batch: int, accumulation: int) -> None:
         super().__init__(config)
         self.stage = int(config.strategy.removeprefix("zero"))
         if not torch.cuda.is_available():
-            # Shared-memory collectives for CPUs, which DeepSpeed would compile first; gloo's are there.
+            # DeepSpeed would first compile shared-memory collectives for CPUs; gloo is sufficient.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         join_group(timedelta(seconds=config.timeout), alone=True)
         on_cpu = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
@@ -63,24 +64,25 @@ class ZeroRedundancy(Strategy):
     def _settings(self, micro_batch: int, accumulation: int) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}
         if self.stage == 3:
-            zero["memory_efficient_linear"] = False  # its own backward pass, whose gradients of biases round worse
-            zero["sub_group_size"] = 10**15  # one call of the optimizer a step, which clips by the norm of all of it
+            zero["memory_efficient_linear"] = False  # its own backward pass rounds gradients of biases less accurately
+            zero["sub_group_size"] = 10**15  # one optimizer call a step, which clips by the global norm
         if self.config.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         elif self.stage < 3:
-            zero["compute_grad_norm"] = False  # GuardedAdam does, without waiting for it
+            zero["compute_grad_norm"] = False  # GuardedAdam computes the norm, without synchronising
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 0.0,  # DeepSpeed's default of 1.0 would clip what GuardedAdam clips
+            "gradient_clipping": 0.0,  # DeepSpeed's default of 1.0 would clip in addition to GuardedAdam
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
 
+    @override
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
         if self.stage == 3 and self.config.compile != "none":
-            # Weights of a stage are gathered around it, not within: hooks there would break the compiled graph.
+            # Weights of a stage are gathered around its forward: hooks inside would break the compiled graph.
             deepspeed.utils.set_z3_leaf_modules(model, [Stage])
         self.network, _ = self.accelerator.prepare(model, optimizer)
         self.engine: Any = self.network
@@ -96,16 +98,16 @@ class ZeroRedundancy(Strategy):
         )
 
     def _flat_partitions(self) -> list[torch.Tensor]:
-        """This rank's float32 master weights, flat."""
+        """This rank's float32 master weights, as flat tensors."""
         zero = self.zero
         return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _slices_of_optimizer(self, names: dict[nn.Parameter, str]) -> Iterator[ParameterSlice]:
-        """Stages 1 and 2 lay all parameters end to end and cut the line into equal parts."""
+        """Slices for stages 1 and 2, which concatenate all parameters and cut the result into equal partitions."""
         for group, flat in zip(self.zero.bit16_groups, self._flat_partitions(), strict=True):
             for parameter in group:
                 fragment = parameter._hp_mapping
-                if fragment is None:  # in another rank's part
+                if fragment is None:  # lies in another rank's partition
                     continue
                 start, count = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
                 yield ParameterSlice(
@@ -118,7 +120,7 @@ class ZeroRedundancy(Strategy):
                 )
 
     def _slices_of_weights(self, names: dict[nn.Parameter, str]) -> Iterator[ParameterSlice]:
-        """Stage 3 cuts each parameter into equal parts, the last ones padded."""
+        """Slices for stage 3, which cuts each parameter into equal parts, padded at the end."""
         rank = self.accelerator.process_index
         for group, flat in zip(self.zero.fp16_groups, self._flat_partitions(), strict=True):
             offset = 0
@@ -132,32 +134,35 @@ class ZeroRedundancy(Strategy):
                     )
                 offset += size
 
+    @override
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """See `Strategy`. Stages 2 and 3 reduce after every micro-batch: no rank keeps gradients of other parts."""
+        """Stages 2 and 3 reduce after every micro-batch: no rank keeps gradients of other partitions."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         return nullcontext()
 
+    @override
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Strategy`."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    @override
     def step(self) -> None:
-        """See `Strategy`. DeepSpeed calls `optimizer.step` between gathering gradients and spreading weights."""
+        """DeepSpeed calls `optimizer.step` between reducing the gradients and all-gathering the weights."""
         self.engine.step()
 
+    @override
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """See `Strategy`."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
         for number in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
-        if self.zero.persistent_parameters:  # small ones, which stay whole on every rank
+        if self.zero.persistent_parameters:  # small parameters that stay unsharded on every rank
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
+    @override
     def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
-        """See `Strategy`. Below stage 3 every rank computes with whole weights."""
+        """Below stage 3 every rank computes with a full replica of the weights."""
         if self.stage == 3 or self.accelerator.num_processes == 1:
             return [], None
         named = [(name, parameter.detach()) for name, parameter in self.engine.module.named_parameters()]
