@@ -69,7 +69,7 @@ def test_what_adds_up_over_a_run_is_float32_in_bfloat16_too(tmp_path: Path) -> N
     for name, tensors in kept.items():
         assert tensors
         assert {t.dtype for t in tensors if t is not None} == {torch.float32}, name
-    tables = [table for table in vars(step.diffusion).values() if isinstance(table, torch.Tensor)]
+    tables = [table for table in vars(step.objective.diffusion).values() if isinstance(table, torch.Tensor)]
     assert {table.dtype for table in tables if table.is_floating_point()} == {torch.float32, torch.float64}
 
 
