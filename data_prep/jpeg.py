@@ -17,7 +17,7 @@ except ImportError:  # reported when a JPEG is read
     simplejpeg = None
 
 JPEG_MAGIC = b"\xff\xd8\xff"
-NEEDS_SIMPLEJPEG = "JPEGs need simplejpeg, which tells the whole ones from the damaged: pip install simplejpeg"
+NEEDS_SIMPLEJPEG = "JPEGs need simplejpeg, which reports damage in them: pip install simplejpeg"
 
 _HOLE = bytes(256)  # half a sector: an interrupted download or copy leaves zeros in multiples of sectors
 

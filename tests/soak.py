@@ -2,11 +2,11 @@
 
 A tiny training is started again and again. Its jobs are killed or told to stop at random moments, checkpoints and files
 beside them are damaged while it is down, and some runs change strategy and number of processes at every start. A run
-that has come to its end is held against one that nobody interrupted: images, timesteps and noise to the bit, each image
-once an epoch; losses and state to the bit where nothing but time was taken away.
+that has finished is compared with an uninterrupted one: images, timesteps and noise must be equal to the bit, and each
+image seen once an epoch; losses and state, too, where strategy and number of processes stayed the same.
 
-The seed decides what is done and in which order; at which instruction a signal arrives the clock decides.
-DIR/report.json tells all of it; what broke is kept in DIR.
+The seed fixes the sequence of faults, but not the instruction at which a signal arrives. DIR/report.json lists every
+launch; the folders of runs that broke stay in DIR.
 """
 
 import argparse

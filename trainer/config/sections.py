@@ -198,7 +198,7 @@ class TrainConfig(Section):
     either of as few blocks as memory_budget asks for."""
     memory_budget: SizeField | None = None
     """With activation_checkpointing = "budget": "40 GB" for weights, gradients and activations of a micro-batch, as
-    --dry-run foretells them; moments and averages come on top."""
+    --dry-run estimates them; moments and averages come on top."""
     compile: Literal["none", "regional"] = "none"
     """"regional" has torch.compile fuse each residual block with its attention: less memory traffic on GPUs, for
     seconds a shape when a run first starts. Needs a C++ compiler on CPUs (docs/gpu.md)."""
@@ -290,7 +290,7 @@ class LogConfig(Section):
     validate_images: int = Field(default=1024, gt=0, le=10**9)
     """Most held-out images that are measured, always the same."""
     trackers: list[Literal["wandb"]] = []
-    """Who else is told the scalars, pictures and configuration: "wandb" is Weights & Biases (docs/report.md)."""
+    """Services that also receive scalars, pictures and configuration: "wandb" is Weights & Biases (docs/report.md)."""
     distance_every: SpanField = Span(0, "steps")
     """Between two measurements of how far samples of the averaged weights are from real images, by features of
     EfficientNet-Lite0 (docs/evaluation.md); "0 steps" for none."""

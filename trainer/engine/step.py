@@ -16,6 +16,7 @@ from trainer.engine.verdict import PendingVerdict, StepBatches
 from trainer.engine.watchdog import enter
 from trainer.signals import StopRequest
 from trainer.telemetry.meters import step_sums
+from trainer.telemetry.pictures import from_uint8
 
 
 def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.device) -> Batch:
@@ -26,7 +27,7 @@ def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.d
     """
     position = batch["position"].to(device, non_blocking=True)
     images = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    x = images.float() / 127.5 - 1
+    x = from_uint8(images)
     if config.data.flip:
         x = torch.where(keyed_flips(config.seed, position)[:, None, None, None], x.flip(-1), x)
     return Batch(x=x, position=position)

@@ -21,6 +21,7 @@ from trainer.engine.state import TrainState
 from trainer.engine.watchdog import enter
 from trainer.errors import DataError, SampleError
 from trainer.signals import StopRequest
+from trainer.telemetry.pictures import from_uint8
 
 _BATCH = 16  # the same for all numbers of ranks: a network's rounding may depend on the batch size
 _QUARTILES = 4
@@ -79,7 +80,7 @@ class Validation:
         if not kept:
             return [], []
         device = self.state.strategy.device
-        batch = Batch(x=pixels.to(device).float() / 127.5 - 1, position=torch.tensor(kept, device=device))
+        batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device))
         noise = KeyedNoise.validation(self.config.seed, batch.position)
         losses = self.objective.training_losses(network, batch, noise, times=self.times)
         return losses.t.tolist(), losses.loss.tolist()

@@ -13,6 +13,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.order import sample_ids
 from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError
+from trainer.telemetry.pictures import from_uint8
 
 
 class RealImages:
@@ -32,7 +33,7 @@ class RealImages:
 
     def load(self, numbers: range) -> torch.Tensor:
         """(B, C, H, W) float32 in [-1, 1]. Raises DataError with the name of a damaged image."""
-        return self.pixels(numbers).float() / 127.5 - 1
+        return from_uint8(self.pixels(numbers))
 
     def pixels(self, numbers: range) -> torch.Tensor:
         """(B, C, H, W) uint8; errors as `load`."""
@@ -77,4 +78,4 @@ def load_files(paths: list[Path], model: ModelConfig) -> torch.Tensor:
             raise DataError(f"{path}: not an image that can be read ({error})") from error
         fitted = ImageOps.fit(upright, (model.image_size, model.image_size), Image.Resampling.LANCZOS)
         images.append(np.atleast_3d(np.asarray(fitted)))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))

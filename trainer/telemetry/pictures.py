@@ -13,8 +13,13 @@ from PIL import Image
 Pixels = npt.NDArray[np.uint8]
 
 
+def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Scale pixels from 0..255 to [-1, 1], float32 (Ho et al. 2020, section 3.3)."""
+    return pixels.float() / 127.5 - 1
+
+
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Quantise images from [-1, 1] to 0..255: the inverse of x / 127.5 - 1, rounded."""
+    """Quantise images from [-1, 1] to 0..255: the inverse of `from_uint8`, rounded."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
