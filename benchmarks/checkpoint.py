@@ -29,12 +29,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from trainer.config import Config
-from trainer.data.stream import BatchLayout
+from trainer.data.stream.stream import BatchLayout
 from trainer.engine.build import build_state
-from trainer.engine.checkpoints import Checkpoints, open_verified
-from trainer.engine.slices import row_by_row
-from trainer.engine.state import TrainState
+from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified
+from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import make_strategy
+from trainer.engine.strategies.parameter_slices import row_by_row
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 

@@ -25,9 +25,9 @@ from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 
 from trainer.config import Config
-from trainer.engine.averages import Averages, constant
 from trainer.engine.build import build_network
-from trainer.engine.slices import ParameterSlice
+from trainer.engine.state.ema import Averages, constant
+from trainer.engine.strategies.parameter_slices import ParameterSlice
 
 
 def share(network: torch.nn.Module, ranks: int) -> list[ParameterSlice]:

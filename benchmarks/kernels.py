@@ -35,10 +35,10 @@ from benchmarks import ours, peers
 from benchmarks.machine import add_setting, best_rate, copy_limit, default_device, describe, peak_limit
 from benchmarks.turns import Run
 from trainer.config import Config
-from trainer.diffusion.noise import KeyedNoise
-from trainer.engine import step as step_module
-from trainer.engine.averages import Averages
-from trainer.engine.optimizer import GuardedAdam
+from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.engine.state.ema import Averages
+from trainer.engine.step import train_step as step_module
+from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.models.group_norm import ChannelsLastGroupNorm, GroupNorm
 
 # By the operation's name, the first that fits; ranges that stand around operations go before.

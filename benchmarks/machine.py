@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.turns import Run, load
-from trainer.engine.precision import cpu_lacks_bf16
+from trainer.engine.network.precision import cpu_lacks_bf16
 
 _REPEATS = 32  # in one measurement of a limit, so that it takes about as long as a contender's turn
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -18,10 +18,10 @@ from benchmarks.data import write_dataset
 from benchmarks.machine import synchronize
 from benchmarks.turns import Run
 from trainer.config import Config
-from trainer.data.stream import BatchLayout
+from trainer.data.stream.stream import BatchLayout
 from trainer.engine import session
 from trainer.engine.build import build_state
-from trainer.engine.step import TrainStep
+from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.signals import StopRequest
 from trainer.telemetry.profiling import RecordingRequest

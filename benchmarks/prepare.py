@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from benchmarks.turns import Contender, Result, Run, compare, load
-from data_prep.convert import SAVE_OPTIONS
-from data_prep.memory import keep_freed_memory
 from data_prep.recipe import Encoding, Recipe, Transform
 from data_prep.sources import open_source
-from data_prep.writer import ShardPlan, write_shard
+from data_prep.write.convert import SAVE_OPTIONS
+from data_prep.write.memory import keep_freed_memory
+from data_prep.write.writer import ShardPlan, write_shard
 
 LSUN_ASPECT = 4 / 3
 SEED = 0

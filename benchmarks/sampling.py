@@ -31,11 +31,11 @@ from benchmarks.machine import DTYPES, add_setting, default_device, describe, pe
 from benchmarks.peers import diffusers_network
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
-from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
-from trainer.diffusion.respacing import respaced
-from trainer.diffusion.samplers import ancestral, ddim
+from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.samplers import ancestral, ddim
+from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
 from trainer.engine.build import build_diffusion, build_network, build_reverse, build_trained, unet_config
-from trainer.engine.cost import measure
+from trainer.engine.network.cost import measure
 from trainer.engine.sampling import sample
 from trainer.interop.diffusers_settings import scheduler_settings
 from trainer.interop.layouts import DIFFUSERS, to_layout

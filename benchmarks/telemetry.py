@@ -27,16 +27,16 @@ import torch
 from benchmarks.machine import usual_precisions
 from benchmarks.turns import Contender, Run, compare, load
 from trainer.config import Config
-from trainer.data.stream import BatchLayout
-from trainer.engine import step as step_module
-from trainer.engine.averages import Averages
+from trainer.data.stream.stream import BatchLayout
 from trainer.engine.build import build_state
-from trainer.engine.gradient_squares import GradientSquare
-from trainer.engine.run import RunFolder
-from trainer.engine.step import TrainStep
+from trainer.engine.monitoring.run_telemetry import Telemetry
+from trainer.engine.run_folder import RunFolder
+from trainer.engine.state.ema import Averages
+from trainer.engine.step import train_step as step_module
+from trainer.engine.step.gradient_noise import GradientSquare
+from trainer.engine.step.step_report import PendingVerdict
+from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
-from trainer.engine.telemetry import Telemetry
-from trainer.engine.verdict import PendingVerdict
 from trainer.signals import StopRequest
 from trainer.telemetry.meters import STEP_SUMS
 

@@ -31,7 +31,7 @@ from benchmarks.machine import add_setting, default_device, describe, peak_limit
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
 from trainer.engine.build import build_network
-from trainer.engine.cost import measure
+from trainer.engine.network.cost import measure
 
 
 @dataclass(frozen=True, kw_only=True)

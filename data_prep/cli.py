@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep.build import build
 from data_prep.cores import available_cores
-from data_prep.dataset import Dataset
 from data_prep.errors import DataPrepError, InputError
-from data_prep.overview import left_out_line, print_contents, print_outcome
+from data_prep.inspection.dataset import Dataset
+from data_prep.inspection.overview import left_out_line, print_contents, print_outcome
+from data_prep.inspection.stats import write_stats
+from data_prep.inspection.verify import DECODE, verify
 from data_prep.recipe import ENCODINGS, MODES, TRANSFORMS, Recipe
 from data_prep.sources import LABELS, SPLITS, Split, open_source, split_called
-from data_prep.stats import write_stats
-from data_prep.verify import DECODE, verify
+from data_prep.write.build import build
 
 INTERRUPTED = 130  # exit code of a shell for Ctrl-C
 

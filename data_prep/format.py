@@ -7,7 +7,7 @@ A dataset folder holds::
     names.jsonl            one JSON string a line: the origin of the sample of that row
     rejects.jsonl          one object a line: {"name": ..., "reason": ..., "detail": ...}
     contact_sheet.png      some of the images, for visual inspection
-    stats.npz              only after `python -m data_prep stats`; see data_prep/stats.py
+    stats.npz              only after `python -m data_prep stats`; see data_prep/inspection/stats.py
     manifest.json          everything below in `Manifest`; written last, so a folder without it is unfinished
 
 Where `Manifest.encoding` is "webp", "png" or "jpeg", it is every member's extension, and every image is `image_size` x

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from trainer.config import Config
+from trainer.engine.checkpointing.sealed import DamagedError, read_manifest
 from trainer.engine.run_dir import check_run_dir, marked_step
-from trainer.engine.sealed import DamagedError, read_manifest
 from trainer.errors import exit_clearly
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.outlook import measured_outlook
 from trainer.config import Config
-from trainer.engine import sealed
+from trainer.engine.checkpointing import sealed
 from trainer.errors import ConfigError, exit_clearly
 from trainer.telemetry.files import read_bytes
 from trainer.telemetry.goodput import Goodput, add_up, read_events

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.server import FaultyServer
-from trainer.data.cache import NodeCache
-from trainer.data.fetch import Patience
-from trainer.data.shards import ShardedDataset
+from trainer.data.cache.download import Patience
+from trainer.data.cache.node_cache import NodeCache
+from trainer.data.datasets.shards import ShardedDataset
 
 IMPATIENT = Patience(attempts=3, first_delay=0.01, stall=1.5, least_bytes=1000)
 

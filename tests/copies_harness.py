@@ -8,12 +8,12 @@ import torch
 from tests.harness import checkpoint
 from tests.stored import write_checkpoint
 from trainer.config import CheckpointConfig
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.copies import Copies
-from trainer.engine.copy_folder import CopyFolder
-from trainer.engine.processes import make_accelerator
-from trainer.engine.restoring import restore
-from trainer.engine.run import RunFolder
+from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.checkpointing.remote.mirror import Copies
+from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
+from trainer.engine.checkpointing.remote.restore import restore
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import RunFolder
 
 IDENTITY = {"seed": 3}
 

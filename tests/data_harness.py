@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.harness import REPOSITORY, environment, free_port
 from tests.stream_ranks import Way, digest
-from trainer.data.shards import ShardedDataset
+from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.training_data import open_training_data
 
 

@@ -13,9 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from trainer.data import batches
-from trainer.diffusion import reverse
-from trainer.engine import checkpoints, processes, saving, schedule, sealed, step, validation
+from trainer.data.stream import batches
+from trainer.diffusion.ddpm import reverse
+from trainer.engine.checkpointing import async_save as saving
+from trainer.engine.checkpointing import checkpoints, sealed
+from trainer.engine.checkpointing import save_schedule as schedule
+from trainer.engine.monitoring import validation
+from trainer.engine.processes import collectives as processes
+from trainer.engine.step import train_step as step
 from trainer.evaluation import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {

@@ -21,7 +21,7 @@ from PIL import Image
 from data_prep.cli import main as data_prep
 from tests.faults import Fault
 from trainer.config import Config
-from trainer.engine.checkpoints import read_verified
+from trainer.engine.checkpointing.checkpoints import read_verified
 from trainer.launcher import parent as launcher
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -10,10 +10,10 @@ from tests.harness import CONFIG
 from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT
 from trainer.engine.build import build_network, build_state
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.run import RunFolder, identity
+from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.run_folder import RunFolder, identity
 from trainer.engine.strategies import DataParallel
-from trainer.models.unet import UNetConfig
+from trainer.models.ddpm_unet import UNetConfig
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.networks import reference
-from trainer.models.unet import UNetConfig
+from trainer.models.ddpm_unet import UNetConfig
 
 SMALL = UNetConfig(
     image_size=8,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tests.soak_job import Drawn
 from tests.yesterday import digest
-from trainer.engine import sealed
-from trainer.engine.checkpoints import STEP_NAME, read_verified
+from trainer.engine.checkpointing import sealed
+from trainer.engine.checkpointing.checkpoints import STEP_NAME, read_verified
 
 CLOSE = 1e-4  # of a loss near 1, after tens of steps, where sums were taken in another order
 

@@ -27,8 +27,8 @@ import torch
 
 from tests.faults import Fault
 from tests.harness import REPOSITORY, environment, free_port, run_rank, server
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.engine import step
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.engine.step import train_step as step
 
 TRAINED = "SOAK_TRAINED"  # environment variables for a real launcher's ranks
 FAULT = "SOAK_FAULT"

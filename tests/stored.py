@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from trainer.engine import sealed
-from trainer.engine.tensor_files import SavedSlice
+from trainer.engine.checkpointing import sealed
+from trainer.engine.state.tensor_files import SavedSlice
 
 
 def write_checkpoint(

@@ -16,8 +16,8 @@ import numpy as np
 import torch.distributed as dist
 
 from trainer.config import Config
-from trainer.data.bad_samples import BadSamples
-from trainer.data.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
+from trainer.data.stream.bad_samples import BadSamples
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
 from trainer.data.training_data import open_training_data
 
 

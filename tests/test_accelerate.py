@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.harness import load_config
-from trainer.engine.run import RunFolder
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import ConfigError
 from trainer.launcher.accelerate_environment import forget, read_accelerate
 from trainer.launcher.deepspeed_file import read_deepspeed_file

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.data import batch_memory
-from trainer.data.batch_memory import BatchMemory, Slot
-from trainer.data.order import GlobalOrder
-from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.orders.order import GlobalOrder
+from trainer.data.stream import batch_memory
+from trainer.data.stream.batch_memory import BatchMemory, Slot
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
 from trainer.errors import DataError
 
 STEPS, PREFETCH = 30, 2

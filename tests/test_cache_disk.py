@@ -14,12 +14,12 @@ from data_prep.format import sha256_of
 from tests.cache_harness import IMPATIENT, wait_until
 from tests.harness import load_config
 from tests.server import FaultyServer
-from trainer.data.cache import NodeCache
-from trainer.data.fetch import fetch
-from trainer.data.order import GlobalOrder
-from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.data.cache.download import fetch
+from trainer.data.cache.node_cache import NodeCache
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.orders.order import GlobalOrder
+from trainer.data.stream.prefetch import Prefetcher
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
 from trainer.errors import DataError
 
@@ -56,10 +56,11 @@ def test_a_disk_that_fails_while_a_shard_is_fetched_is_one_line(
             patch.setattr(Path, "rename", fail)
         elif point == "write":
             patch.setattr(
-                "trainer.data.cache.fetch", lambda url, _, **options: fetch(url, Unwritable(number), **options)
+                "trainer.data.cache.node_cache.fetch",
+                lambda url, _, **options: fetch(url, Unwritable(number), **options),
             )
         else:
-            patch.setattr(f"trainer.data.cache.os.{point}", fail)
+            patch.setattr(f"trainer.data.cache.node_cache.os.{point}", fail)
         with pytest.raises(DataError) as caught:
             dataset.read(5)
     assert str(caught.value) == f"data.cache_dir = {tmp_path / 'cache'}: cannot be written ({os.strerror(number)})"
@@ -129,7 +130,7 @@ def test_fetching_ahead_outlives_a_full_disk(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         allocate(*arguments)
 
-    monkeypatch.setattr("trainer.data.cache.os.posix_fallocate", full_at_second)
+    monkeypatch.setattr("trainer.data.cache.node_cache.os.posix_fallocate", full_at_second)
     prefetcher = Prefetcher(
         dataset.files, dataset.shards, needs=lambda step: [step], micro_steps=range(4), in_hand=0, budget=10**9
     )

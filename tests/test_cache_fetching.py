@@ -16,10 +16,10 @@ import pytest
 from tests.cache_harness import IMPATIENT, cached
 from tests.harness import REPOSITORY, environment
 from tests.server import FaultyServer, serving
-from trainer.data.cache import NodeCache
-from trainer.data.dataset import Shard
-from trainer.data.fetch import remote_size
-from trainer.data.shards import ShardedDataset
+from trainer.data.cache.download import remote_size
+from trainer.data.cache.node_cache import NodeCache
+from trainer.data.datasets.dataset import Shard
+from trainer.data.datasets.shards import ShardedDataset
 from trainer.errors import DataError
 
 
@@ -120,7 +120,7 @@ def test_a_sample_that_is_bad_at_its_source_is_told(many_shards: Path, tmp_path:
     index["crc32"][5] ^= 1
     np.save(copy / "index.npy", index)
     with serving(many_shards) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.data.shards.ShardedDataset._check_index", lambda _: None)
+        patch.setattr("trainer.data.datasets.shards.ShardedDataset._check_index", lambda _: None)
         dataset = cached(server, copy, tmp_path)
         with pytest.raises(DataError, match=r"shard-000001\.tar: member .* \(sample 5\): damaged \(crc32 differs\)"):
             dataset.read(5)

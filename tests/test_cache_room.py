@@ -12,12 +12,12 @@ import pytest
 from tests.cache_harness import cached, cached_bytes, wait_until
 from tests.harness import load_config
 from tests.server import FaultyServer
-from trainer.data.cache import NodeCache
-from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.data.cache.node_cache import NodeCache
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.orders.windowed import WindowedOrder
+from trainer.data.stream.prefetch import Prefetcher
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
-from trainer.data.windowed import WindowedOrder
 from trainer.errors import ConfigError, DataError
 
 
@@ -151,7 +151,7 @@ def test_files_that_vanish_while_they_are_counted_do_not_matter(
         return entries
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.data.cache._scan", scan_and_delete)
+        patch.setattr("trainer.data.cache.node_cache._scan", scan_and_delete)
         assert dataset.read(5) == ShardedDataset(many_shards).read(5)
     assert server.gets["shard-000001.tar"] == 1
 

@@ -12,9 +12,9 @@ from tests.cache_harness import wait_until
 from tests.data_harness import images_of, write_tar
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
 from tests.server import FaultyServer, serving
-from trainer.data.shards import ShardedDataset
+from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.training_data import open_training_data
-from trainer.engine import step
+from trainer.engine.step import train_step as step
 from trainer.errors import ConfigError, DataError
 
 

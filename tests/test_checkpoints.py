@@ -11,9 +11,9 @@ from typing import BinaryIO
 import pytest
 
 from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
-from trainer.engine.checkpoints import Checkpoints, read_verified
-from trainer.engine.processes import make_accelerator
-from trainer.engine.run import RunFolder
+from trainer.engine.checkpointing.checkpoints import Checkpoints, read_verified
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, TrainerError
 
 
@@ -148,7 +148,7 @@ def test_a_file_system_that_fails_is_no_damage(run: Path, monkeypatch: pytest.Mo
     def fail(_: BinaryIO) -> str:
         raise OSError(116, "Stale file handle", "part.safetensors")
 
-    monkeypatch.setattr("trainer.engine.sealed._sha256", fail)
+    monkeypatch.setattr("trainer.engine.checkpointing.sealed._sha256", fail)
     with pytest.raises(CheckpointError, match=r"step-00000006: cannot be verified: .*Stale file handle"):
         at(run).recover()
     assert checkpoint(run, 6).exists()
@@ -157,7 +157,7 @@ def test_a_file_system_that_fails_is_no_damage(run: Path, monkeypatch: pytest.Mo
 
 def test_one_job_trains_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second one waits a little for the first to end, then is refused; a dead one's lock is free."""
-    monkeypatch.setattr("trainer.engine.run._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("trainer.engine.run_folder._PATIENCE_SECONDS", 0.5)
     holder = os.fork()
     if holder == 0:
         first = RunFolder(tmp_path, writes=True)

@@ -22,12 +22,12 @@ from tests.harness import (
     write_config,
 )
 from tests.networks import randomise
-from trainer.engine import compilation
-from trainer.engine.compilation import compile_stages, has_compiler, use_cache
-from trainer.engine.precision import multiply_float32
+from trainer.engine.network import compilation
+from trainer.engine.network.compilation import compile_stages, has_compiler, use_cache
+from trainer.engine.network.precision import multiply_float32
 from trainer.errors import ConfigError
+from trainer.models.ddpm_unet import ActivationCheckpointing, Stage, UNet, UNetConfig
 from trainer.models.layers import ResidualBlock, group_norm
-from trainer.models.unet import ActivationCheckpointing, Stage, UNet, UNetConfig
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler: apt-get install g++")
 DEVICES = [

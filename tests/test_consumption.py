@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults import Fault
 from tests.harness import launch, overrides
-from trainer.engine import step
+from trainer.engine.step import train_step as step
 
 KILL_RANK_1_IN_STEP_5 = Fault(action="kill", point="device_batch", call=5, rank=1)
 

@@ -13,13 +13,13 @@ from tests.harness import checkpoint, overrides
 from tests.networks import make_run
 from trainer import convert
 from trainer.config import Config
-from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
-from trainer.diffusion.samplers import ancestral, sample
-from trainer.diffusion.schedules import ScheduleName, make_betas
+from trainer.diffusion.ddpm.samplers import ancestral, sample
+from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
+from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
 from trainer.engine.build import build_diffusion, build_network, build_reverse
-from trainer.engine.checkpoints import read_weights
+from trainer.engine.checkpointing.checkpoints import read_weights
 from trainer.interop import export as export_module
-from trainer.models.unet import UNet
+from trainer.models.ddpm_unet import UNet
 
 CIFAR_LIKE = overrides(
     model__image_size=16,

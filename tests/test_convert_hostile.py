@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.networks import reference
 from tests.published import PUBLISHED_SCHEDULER, PUBLISHED_UNET, SMALL, publish
 from tests.test_manifests import HEADERS
-from trainer.engine.processes import make_accelerator
+from trainer.engine.processes.collectives import make_accelerator
 from trainer.errors import ConversionError, TrainerError
 from trainer.interop.layouts import fit
 from trainer.interop.sources import open_source, read_tensors
@@ -173,7 +173,7 @@ def test_state_dicts_of_any_shapes_are_refused_at_once(tmp_path: Path, changes: 
 
 
 def weights_with(value: Tensor) -> dict[str, Tensor]:
-    from trainer.models.unet import UNet
+    from trainer.models.ddpm_unet import UNet
 
     tensors = UNet(SMALL).state_dict()
     return tensors | {"conv_in.bias": tensors["conv_in.bias"].to(value.dtype).index_fill(0, torch.tensor(3), value)}

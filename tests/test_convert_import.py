@@ -22,11 +22,11 @@ from tests.published import (
 )
 from tests.test_convert_export import TWO_LEVELS, export, network_of, run_convert
 from trainer.config import Config
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.processes import make_accelerator
-from trainer.engine.run import check_identity
+from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import check_identity
 from trainer.errors import CheckpointError
-from trainer.models.unet import UNetConfig
+from trainer.models.ddpm_unet import UNetConfig
 
 CIFAR10 = UNetConfig(image_size=32, base_channels=32)
 CELEBA64 = UNetConfig(image_size=64, base_channels=32, channel_multipliers=(1, 2, 2, 2, 4))

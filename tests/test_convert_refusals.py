@@ -19,8 +19,8 @@ from tests.published import (
 )
 from tests.test_convert_export import run_convert
 from trainer.config import Config
-from trainer.diffusion.schedules import make_betas
-from trainer.engine.run import identity
+from trainer.diffusion.ddpm.schedules import make_betas
+from trainer.engine.run_folder import identity
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: Path, *more: str) -> str:

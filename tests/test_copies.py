@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tests.copies_harness import bring_back, content, copies_of, copy_all, store
 from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
 from tests.stored import write_checkpoint
-from trainer.engine.copy_folder import CopyFolder
+from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
 from trainer.errors import CheckpointError
 
 

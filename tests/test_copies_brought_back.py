@@ -11,13 +11,13 @@ from fsspec.implementations.local import LocalFileSystem
 from tests.copies_harness import IDENTITY, bring_back, content, copies_of, copy_all, store
 from tests.harness import checkpoint, events
 from tests.stored import flip, write_checkpoint
-from trainer.engine import copy_folder
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.copy_folder import CopyFolder
-from trainer.engine.processes import make_accelerator
-from trainer.engine.restoring import restore_url
-from trainer.engine.resume import find_checkpoint
-from trainer.engine.run import RunFolder
+from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.checkpointing.remote import mirror_folder as copy_folder
+from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
+from trainer.engine.checkpointing.remote.restore import restore_url
+from trainer.engine.checkpointing.resume import find_checkpoint
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data_prep.cores import available_cores, cpu_quota
-from trainer.engine import cpu_share
-from trainer.engine.cpu_share import loader_processes, own_cores, threads_asked_for
+from trainer.engine.processes import cpu_share
+from trainer.engine.processes.cpu_share import loader_processes, own_cores, threads_asked_for
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw\n"
 V1 = "32 31 0:29 {shown} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"

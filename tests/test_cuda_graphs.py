@@ -12,11 +12,11 @@ from tests.networks import randomise
 from tests.test_compile import BATCH, relative_error
 from tests.test_train_step import make_step, micro_batches
 from trainer.engine import build
-from trainer.engine.compilation import compile_stages
-from trainer.engine.optimizer import GuardedAdam
-from trainer.engine.precision import multiply_float32
+from trainer.engine.network.compilation import compile_stages
+from trainer.engine.network.precision import multiply_float32
+from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.errors import ConfigError
-from trainer.models.unet import ActivationCheckpointing, UNet, UNetConfig
+from trainer.models.ddpm_unet import ActivationCheckpointing, UNet, UNetConfig
 
 
 @pytest.fixture(autouse=True)

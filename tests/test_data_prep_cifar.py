@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.dataset import Dataset
 from data_prep.errors import InputError
 from data_prep.format import load_manifest
+from data_prep.inspection.dataset import Dataset
 from data_prep.sources import open_source
 from tests.data_prep_harness import command, data_prep, error_line
 

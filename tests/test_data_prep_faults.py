@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.build import plan_shards
-from data_prep.disk import Room, check_room
 from data_prep.errors import DataPrepError
 from data_prep.format import sha256_of
-from data_prep.output import claimed, whole_file
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
-from data_prep.transforms import TRANSFORMS
-from data_prep.writer import load_result, write_shard
+from data_prep.write.build import plan_shards
+from data_prep.write.disk import Room, check_room
+from data_prep.write.output import claimed, whole_file
+from data_prep.write.transforms import TRANSFORMS
+from data_prep.write.writer import load_result, write_shard
 from tests.data_prep_harness import (
     BIG_OPTIONS,
     PHOTO_OPTIONS,
@@ -143,7 +143,9 @@ def test_full_disk_is_one_line_and_leaves_no_part_of_a_file(
     one_error_line: Callable[[], str],
 ) -> None:
     place = mounted("size=36k")
-    monkeypatch.setattr("data_prep.build.check_room", lambda *_: Room(needed=0, free=0))  # the disk fills up later
+    monkeypatch.setattr(
+        "data_prep.write.build.check_room", lambda *_: Room(needed=0, free=0)
+    )  # the disk fills up later
     assert data_prep(photos, place / "out", *PHOTO_OPTIONS, "--workers", 1) == 1
     line = one_error_line()
     assert "No space left on device" in line
@@ -166,7 +168,7 @@ def failing_fsync(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> No
             raise OSError(number, os.strerror(number))
         real(descriptor)
 
-    monkeypatch.setattr("data_prep.output.os.fsync", fsync)
+    monkeypatch.setattr("data_prep.write.output.os.fsync", fsync)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
@@ -226,7 +228,7 @@ def test_too_little_room_is_told_before_anything_is_written(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error_line: Callable[[], str]
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("data_prep.disk.shutil.disk_usage", lambda _: usage._replace(free=25_000))
+    monkeypatch.setattr("data_prep.write.disk.shutil.disk_usage", lambda _: usage._replace(free=25_000))
     assert data_prep(photos, tmp_path, *PHOTO_OPTIONS, "--workers", 1) == 2
     assert " kB, 25.0 kB are free; make room or give a folder on another disk" in one_error_line()
     assert not any(tmp_path.iterdir())

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, TiffTags
 
-from data_prep.convert import convert, encode
 from data_prep.errors import Reject
 from data_prep.png import png_fault
 from data_prep.recipe import Recipe
-from trainer.data.decode import decode
+from data_prep.write.convert import convert, encode
+from trainer.data.stream.decode import decode
 from trainer.errors import SampleError
 
 SIDE = 16

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.dataset import Dataset
 from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
+from data_prep.inspection.dataset import Dataset
 from data_prep.sources import Source, open_source
 from data_prep.sources.rules import SIDECAR
 from tests.data_prep_harness import data_prep, file_of, noise

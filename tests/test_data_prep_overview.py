@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.dataset import Dataset
 from data_prep.format import load_manifest, sha256_of
+from data_prep.inspection.dataset import Dataset
 from tests.data_prep_harness import bytes_of, data_prep, pixels_of_noise
 
 
@@ -71,7 +71,7 @@ def test_stats_are_those_of_the_pixels(dataset_copy: Path, capsys: pytest.Captur
 def test_stats_are_the_same_bytes_for_any_number_of_threads(
     dataset_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.stats.CHUNK", 3)
+    monkeypatch.setattr("data_prep.inspection.stats.CHUNK", 3)
     digests = set()
     for workers in (1, 3):
         assert data_prep("stats", dataset_copy, "--workers", workers) == 0

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.dataset import Dataset
 from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED, load_manifest
+from data_prep.inspection.dataset import Dataset
 from data_prep.sources import open_source
 from data_prep.sources.parquet import ROWS_AT_ONCE
 from tests.data_prep_harness import data_prep, file_of, noise

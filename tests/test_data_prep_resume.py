@@ -155,7 +155,8 @@ def test_a_run_is_not_resumed_with_other_codecs(
 KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
-from data_prep import build, cli
+from data_prep.write import build
+from data_prep import cli
 
 name, when, *arguments = sys.argv[1:]
 whole_file = build.whole_file

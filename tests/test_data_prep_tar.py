@@ -11,14 +11,14 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data_prep.convert import convert
-from data_prep.dataset import Dataset
 from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED, load_manifest
+from data_prep.inspection.dataset import Dataset
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
 from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR
 from data_prep.tars import entries
+from data_prep.write.convert import convert
 from tests.data_prep_harness import data_prep, file_of, noise, pixels_of_noise
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.dataset import Dataset
 from data_prep.errors import InputError, Reject
+from data_prep.inspection.dataset import Dataset
 from data_prep.sources import open_source
 from data_prep.sources.protobuf import bytes_and_integers
 from data_prep.sources.tfrecords import masked_crc32c

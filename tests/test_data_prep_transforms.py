@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.convert import Member, convert
-from data_prep.dataset import Dataset
 from data_prep.errors import Reject
 from data_prep.format import FormatError, center_crop_box, load_manifest
+from data_prep.inspection.dataset import Dataset
 from data_prep.recipe import TRANSFORMS, Recipe
+from data_prep.write.convert import Member, convert
 from tests.data_prep_harness import data_prep, error_line, file_of, noise, pixels_of_noise
 
 SIDE = 16
@@ -91,7 +91,7 @@ def test_the_middle_of_a_line_is_enlarged_as_all_of_it(shape: tuple[int, int], m
     data = file_of(Image.fromarray(96 + pixels_of_noise(*shape, seed=0) // 4), "PNG")  # bicubic stays within 0..255
     recipe = Recipe(image_size=SIDE, transform="adm", encoding="png", upscale=True)
     whole = np.asarray(Image.open(io.BytesIO(convert(data, recipe).data))).astype(int)
-    monkeypatch.setattr("data_prep.transforms.MOST_PIXELS", 0)
+    monkeypatch.setattr("data_prep.write.transforms.MOST_PIXELS", 0)
     part = np.asarray(Image.open(io.BytesIO(convert(data, recipe).data))).astype(int)
     assert np.abs(whole - part).max() <= 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.diffusion_reference import decoder_nll, images, linear, normal
-from trainer.diffusion.likelihood import (
+from trainer.diffusion.ddpm.likelihood import (
     BitsPerDim,
     bits_per_dim,
     discretised_gaussian_nll,
@@ -16,11 +16,11 @@ from trainer.diffusion.likelihood import (
     rate_distortion,
     term_bits,
 )
-from trainer.diffusion.noise import Stream, keyed_normal
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.respacing import respaced
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.schedules import make_betas
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.schedules import make_betas
+from trainer.diffusion.keyed_noise import Stream, keyed_normal
 
 REFERENCE = linear()
 VALUES = torch.arange(256) / 127.5 - 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.schedules import cosine_betas, linear_betas, make_betas, sigmoid_betas, sqrt_linear_betas
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.schedules import cosine_betas, linear_betas, make_betas, sigmoid_betas, sqrt_linear_betas
 
 T = 1000
 BETAS = [1e-4 + (0.02 - 1e-4) * i / (T - 1) for i in range(T)]

@@ -8,10 +8,10 @@ import torch
 from diffusers import DDIMScheduler
 
 from tests.diffusion_reference import linear
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.respacing import asked_for, respaced
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.schedules import make_betas
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.respacing import asked_for, respaced
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.schedules import make_betas
 
 # What improved-diffusion's space_timesteps (commit 6051920) returns.
 SECTIONS_10_15_20_OF_300 = [

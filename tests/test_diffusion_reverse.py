@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.diffusion_reference import images, linear, normal
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.reverse import ReverseProcess, interpret, output_channels
-from trainer.diffusion.schedules import make_betas
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.reverse import ReverseProcess, interpret, output_channels
+from trainer.diffusion.ddpm.schedules import make_betas
 
 T = torch.tensor([0, 1, 2, 499, 999])
 REFERENCE = linear()

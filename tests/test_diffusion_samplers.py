@@ -9,12 +9,12 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from tests.diffusion_reference import Reference, images, normal
-from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.respacing import respaced
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate, sample
-from trainer.diffusion.schedules import make_betas
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate, sample
+from trainer.diffusion.ddpm.schedules import make_betas
+from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
 
 T = 50
 SHAPE = (2, 3, 3)

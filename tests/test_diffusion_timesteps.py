@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.timesteps import ImportanceSampling, UniformTimesteps, timestep_uniform
+from trainer.diffusion.ddpm.timesteps import ImportanceSampling, UniformTimesteps, timestep_uniform
+from trainer.diffusion.keyed_noise import KeyedNoise
 
 
 class Sequential:

@@ -13,13 +13,13 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from tests.diffusion_reference import decoder_nll
-from trainer.diffusion.likelihood import bits_per_dim
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.respacing import respaced
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, sample
-from trainer.diffusion.schedules import make_betas
+from trainer.diffusion.ddpm.likelihood import bits_per_dim
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.samplers import SamplingStep, ancestral, ddim, sample
+from trainer.diffusion.ddpm.schedules import make_betas
+from trainer.diffusion.keyed_noise import KeyedNoise
 
 WHOLE = GaussianDiffusion(make_betas("linear", 1000))
 ABAR = WHOLE.abar64

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.harness import REPOSITORY, checkpoint, launch, load_config, overrides
-from trainer.engine.dry_run import as_text, describe_run
-from trainer.engine.estimates import Hardware
+from trainer.engine.planning.dry_run import as_text, describe_run
+from trainer.engine.planning.estimates import Hardware
 from trainer.errors import ConfigError
 from trainer.train import parse_arguments
 

@@ -12,11 +12,11 @@ import pytest
 
 from launch import preflight
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, write_config
-from trainer.engine import saving
-from trainer.engine.past import check_that_it_is_new
-from trainer.engine.run import RunFolder, check_identity
+from trainer.engine.checkpointing import async_save as saving
+from trainer.engine.checkpointing.lost_checkpoints import check_that_it_is_new
 from trainer.engine.run_dir import check_run_dir
-from trainer.engine.step import TrainStep
+from trainer.engine.run_folder import RunFolder, check_identity
+from trainer.engine.step.train_step import TrainStep
 from trainer.errors import CheckpointError, ConfigError
 
 CONTINUE = overrides(checkpoint__on_failure="continue")

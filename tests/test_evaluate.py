@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.faults import Fault
 from tests.harness import launch, load_config, overrides, write_config
-from trainer.diffusion.likelihood import bits_per_dim
+from trainer.diffusion.ddpm.likelihood import bits_per_dim
 from trainer.evaluation.images import open_images
 from trainer.evaluation.trained import TrainedRequest, open_trained
 

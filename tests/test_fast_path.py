@@ -10,11 +10,11 @@ from torch import nn
 
 from tests.harness import assert_same_state, checkpoint, launch, load_config, logged, overrides, write_config
 from tests.test_train_step import BATCH, make_step, micro_batches
-from trainer.engine import dry_run
-from trainer.engine.dry_run import as_text, describe_run
-from trainer.engine.precision import autocast, run_in
-from trainer.engine.processes import make_accelerator
-from trainer.engine.step import TrainStep
+from trainer.engine.network.precision import autocast, run_in
+from trainer.engine.planning import dry_run
+from trainer.engine.planning.dry_run import as_text, describe_run
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.step.train_step import TrainStep
 from trainer.models.layers import group_norm
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.harness import checkpoint, launch, load_config, logged, overrides, write_config
 from tests.test_metrics import tensorboard_steps
-from trainer.data.order import sample_ids
+from trainer.data.orders.order import sample_ids
 from trainer.data.training_data import open_training_data
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract

@@ -16,8 +16,8 @@ import pytest
 from launch import preflight, status
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, write_config
 from tests.test_metrics import tensorboard_steps
-from trainer.engine.run import RunFolder
-from trainer.engine.scores import read_scores
+from trainer.engine.checkpointing.scores import read_scores
+from trainer.engine.run_folder import RunFolder
 from trainer.reporting.page import render
 from trainer.reporting.run_files import read_run
 from trainer.telemetry.goodput import add_up, read_events

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.harness import launch, load_config, overrides
-from trainer.engine import find_batch as module
-from trainer.engine.find_batch import Trial, choose, find_batch
-from trainer.engine.step import TrainStep
+from trainer.engine.planning import find_batch as module
+from trainer.engine.planning.find_batch import Trial, choose, find_batch
+from trainer.engine.step.train_step import TrainStep
 from trainer.errors import ConfigError
 
 

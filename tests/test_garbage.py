@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness import load_config
-from trainer.engine import garbage, session
-from trainer.engine.garbage import collect_after, collected_when_told
+from trainer.engine import session
+from trainer.engine.step import garbage_collection as garbage
+from trainer.engine.step.garbage_collection import collect_after, collected_when_told
 from trainer.telemetry.profiling import RecordingRequest
 
 

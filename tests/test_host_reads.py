@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.harness import launch, overrides, write_config
 from tests.test_train_step import BATCH, make_step, micro_batches
 from trainer.engine.loop import TrainingLoop
-from trainer.engine.telemetry import Telemetry
-from trainer.engine.verdict import PendingVerdict
+from trainer.engine.monitoring.run_telemetry import Telemetry
+from trainer.engine.step.step_report import PendingVerdict
 
 _READS = ("tolist", "cpu", "numpy", "__array__")  # of torch.Tensor, that go by no operator on a CPU
 

@@ -10,13 +10,13 @@ import simplejpeg
 from PIL import Image
 
 from data_prep import jpeg as jpeg_module
-from data_prep.convert import convert
 from data_prep.errors import InputError, Reject
 from data_prep.jpeg import hole_of_zeros, jpeg_fault
 from data_prep.recipe import Recipe
-from data_prep.writer import write_shard
+from data_prep.write.convert import convert
+from data_prep.write.writer import write_shard
 from tests.data_prep_harness import bytes_of, data_prep, file_of, pixels_of_noise
-from trainer.data.decode import decode
+from trainer.data.stream.decode import decode
 from trainer.errors import SampleError
 
 SIDE = 96
@@ -153,9 +153,11 @@ def test_verify_tells_of_what_an_older_version_has_let_in(
     (source / "whole.jpg").write_bytes(BASELINE)
     (source / "ended.jpg").write_bytes(BASELINE[:-400] + b"\xff\xd9")
     with monkeypatch.context() as older:
-        older.setattr("data_prep.images.jpeg_fault", lambda _: None)
-        older.setattr("data_prep.dataset.jpeg_fault", lambda _: None)
-        older.setattr("data_prep.build.write_shards", lambda plans, *rest: (write_shard(p, *rest[:3]) for p in plans))
+        older.setattr("data_prep.write.images.jpeg_fault", lambda _: None)
+        older.setattr("data_prep.inspection.dataset.jpeg_fault", lambda _: None)
+        older.setattr(
+            "data_prep.write.build.write_shards", lambda plans, *rest: (write_shard(p, *rest[:3]) for p in plans)
+        )
         assert data_prep(source, out, "--size", SIDE, "--transform", "source") == 0
     capsys.readouterr()
     before = bytes_of(out)

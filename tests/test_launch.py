@@ -19,7 +19,7 @@ from tests.faults import Fault
 from tests.harness import REPOSITORY, checkpoint, events, launch, load_config, overrides, write_config
 from tests.stored import write_checkpoint
 from trainer.config import Config
-from trainer.engine.run import RunFolder
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import ConfigError
 from trainer.telemetry.goodput import PARTS, add_up, read_events
 from trainer.telemetry.heartbeat import read_heartbeat

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.stored import flip, write_checkpoint
-from trainer.engine import sealed
-from trainer.engine.checkpoints import Checkpoints, open_verified, read_weights
-from trainer.engine.processes import make_accelerator
+from trainer.engine.checkpointing import sealed
+from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified, read_weights
+from trainer.engine.processes.collectives import make_accelerator
 from trainer.errors import CheckpointError
 from trainer.inspection import folders, listing
 

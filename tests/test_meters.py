@@ -11,16 +11,16 @@ import torch
 
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
 from trainer.config import Config
-from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, ReadAndDecode
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.stream.stream import BatchLayout, ReadAndDecode
 from trainer.data.training_data import open_training_data
 from trainer.diffusion.contract import Losses
-from trainer.engine.averages import constant
 from trainer.engine.build import build_network, build_objective, build_state
-from trainer.engine.checkpoints import read_verified
-from trainer.engine.cost import measure, training_flops
-from trainer.engine.state import TrainState
-from trainer.engine.step import TrainStep
+from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.network.cost import measure, training_flops
+from trainer.engine.state.ema import constant
+from trainer.engine.state.train_state import TrainState
+from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.signals import StopRequest
 from trainer.telemetry import step_clock

@@ -6,7 +6,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from trainer.diffusion.noise import (
+from trainer.diffusion.ddpm.timesteps import UniformTimesteps
+from trainer.diffusion.keyed_noise import (
     KeyedNoise,
     Stream,
     keyed_bits,
@@ -16,7 +17,6 @@ from trainer.diffusion.noise import (
     keyed_uniform,
     philox4x32_10,
 )
-from trainer.diffusion.timesteps import UniformTimesteps
 
 # kat_vectors of Random123, philox4x32 10: counter, key, result
 KNOWN_ANSWERS = [
@@ -155,7 +155,7 @@ def test_sub_may_be_a_number_or_a_tensor_with_one_for_each_sample() -> None:
 def test_uniform_and_normal_stay_finite_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     for extreme in (0, 2**32 - 1):
         monkeypatch.setattr(
-            "trainer.diffusion.noise.philox4x32_10",
+            "trainer.diffusion.keyed_noise.philox4x32_10",
             lambda counter, _key, extreme=extreme: (torch.full((len(counter[2]), counter[0].shape[1]), extreme),) * 4,
         )
         uniform = keyed_uniform(0, Stream.EPS, torch.arange(2), 4)

@@ -8,12 +8,12 @@ import torch
 
 from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, tensors_of, write_config
-from trainer.data.shards import ShardedDataset
-from trainer.data.stream import ReadAndDecode
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.timesteps import UniformTimesteps
-from trainer.engine.checkpoints import read_verified
-from trainer.engine.step import device_batch
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.stream.stream import ReadAndDecode
+from trainer.diffusion.ddpm.timesteps import UniformTimesteps
+from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.step.train_step import device_batch
 
 NAN_IN_STEP_4_OF_RANK_1 = Fault(action="nan", point="device_batch", call=4, rank=1)
 

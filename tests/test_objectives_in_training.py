@@ -16,7 +16,8 @@ from tests.harness import (
     tensors_of,
     write_config,
 )
-from trainer.diffusion import objectives, reverse, schedules
+from trainer.diffusion.ddpm import objective as objectives
+from trainer.diffusion.ddpm import reverse, schedules
 from trainer.engine.build import build_network
 from trainer.errors import ConfigError
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from trainer.data.lanes import LanesOrder
-from trainer.data.mixture import BLOCK, MixtureOrder, quotas
-from trainer.data.order import GlobalOrder, Order, Selected, sample_ids
-from trainer.data.windowed import WindowedOrder
+from trainer.data.orders.lanes import LanesOrder
+from trainer.data.orders.mixture import BLOCK, MixtureOrder, quotas
+from trainer.data.orders.order import GlobalOrder, Order, Selected, sample_ids
+from trainer.data.orders.windowed import WindowedOrder
 
 UNEVEN = [7, 1, 0, 12, 3, 30, 5, 5, 1, 20, 9, 3]  # 96 samples
 BATCH = 12
@@ -177,7 +177,7 @@ def test_the_order_is_pinned_for_ever(order: Order, first: int, pinned: str) -> 
 def test_threads_may_ask_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and the prefetcher, at more epochs than the order keeps; what is kept is cheap here, to ask often."""
     if kind == "windowed":
-        monkeypatch.setattr("trainer.data.windowed.Windows", lambda *_, key, window: (key, window))
+        monkeypatch.setattr("trainer.data.orders.windowed.Windows", lambda *_, key, window: (key, window))
         order = windowed([2, 1, 3], 7)
         kept = [lambda epoch=epoch: order._windows(epoch) for epoch in range(4)]
     else:

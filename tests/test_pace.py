@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import events, launch, overrides, write_config
-from trainer.models.unet import UNet
+from trainer.models.ddpm_unet import UNet
 from trainer.telemetry.pace import Spread
 
 

@@ -26,7 +26,7 @@ from tests.harness import (
     overrides,
     write_config,
 )
-from trainer.engine.checkpoints import read_verified
+from trainer.engine.checkpointing.checkpoints import read_verified
 
 ENDLESS = overrides(train__duration="100k steps", checkpoint__every="50 steps")
 

@@ -11,7 +11,7 @@ import pytest
 from data_prep.progress import WorkProgress
 from tests.faults import Fault
 from tests.harness import checkpoint, launch, overrides
-from trainer.engine.ending import Ending
+from trainer.engine.monitoring.summary import Ending
 from trainer.telemetry.goodput import Goodput
 
 

@@ -8,11 +8,11 @@ import torch
 from tests.harness import assert_same_state, launch, load_config, overrides, write_config
 from trainer.config import Config
 from trainer.engine.build import build_network
-from trainer.engine.dry_run import as_text, describe_run, measure_cost
-from trainer.engine.find_batch import find_batch
-from trainer.engine.recomputation import recompute, stage_kinds
+from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
+from trainer.engine.planning.dry_run import as_text, describe_run, measure_cost
+from trainer.engine.planning.find_batch import find_batch
 from trainer.errors import ConfigError
-from trainer.models.unet import Stage
+from trainer.models.ddpm_unet import Stage
 
 BATCH = 8
 

@@ -12,9 +12,9 @@ from tests.faults import Fault
 from tests.harness import checkpoint, launch, load_config, logged, overrides, write_config
 from trainer import replay as program
 from trainer.data.training_data import open_training_data
-from trainer.diffusion.noise import KeyedNoise
+from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_objective
-from trainer.engine.nonfinite import DumpedSample, NonFiniteDump
+from trainer.engine.step.nonfinite_dump import DumpedSample, NonFiniteDump
 from trainer.inspection.origin import Watch, gradient_norms
 
 Tell = Callable[..., str]

@@ -24,7 +24,7 @@ from tests.harness import (
     tensors_of,
     write_config,
 )
-from trainer.engine.checkpoints import read_verified
+from trainer.engine.checkpointing.checkpoints import read_verified
 
 # docs/telemetry.md says so of them.
 EXACT = [

@@ -10,12 +10,12 @@ import torch
 
 from tests.harness import checkpoint, events, launch, load_config, overrides, write_config
 from tests.stored import flip, write_checkpoint
-from trainer.engine import sealed
-from trainer.engine.checkpoints import Checkpoints, read_verified
-from trainer.engine.processes import make_accelerator
-from trainer.engine.retention import Retention
-from trainer.engine.run import RunFolder
-from trainer.engine.scores import best
+from trainer.engine.checkpointing import sealed
+from trainer.engine.checkpointing.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpointing.retention import Retention
+from trainer.engine.checkpointing.scores import best
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import ConfigError
 
 PART = "part-00001-of-00002.safetensors"

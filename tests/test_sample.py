@@ -11,16 +11,16 @@ from PIL import Image
 
 from tests.faults import Fault
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.process import GaussianDiffusion, Variance
-from trainer.diffusion.respacing import respaced
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import Sampler, ancestral, ddim
-from trainer.diffusion.samplers import sample as last_of
-from trainer.diffusion.schedules import ScheduleName, make_betas
+from trainer.diffusion.ddpm.process import GaussianDiffusion, Variance
+from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.samplers import Sampler, ancestral, ddim
+from trainer.diffusion.ddpm.samplers import sample as last_of
+from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
+from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_diffusion, build_network, build_reverse
-from trainer.engine.checkpoints import read_verified
-from trainer.engine.processes import make_accelerator
+from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.sampling import batches_of
 from trainer.evaluation import outputs
 from trainer.evaluation.samplers import SamplerChoice, SamplerName, make_sampler

@@ -19,8 +19,8 @@ from tests.harness import (
     write_config,
 )
 from tests.test_state import save, small_state
-from trainer.engine.averages import power_function
-from trainer.engine.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpointing.checkpoints import Checkpoints, read_verified
+from trainer.engine.state.ema import power_function
 
 TRAINING = overrides(train__micro_batch=2)
 
@@ -157,7 +157,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     """What is saved is the state when saving began, whatever happens to it meanwhile."""
     import threading
 
-    from trainer.engine import saving
+    from trainer.engine.checkpointing import async_save as saving
 
     may_write = threading.Event()
     write = saving._write_part

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from trainer.engine import sealed
-from trainer.engine.sealed import DamagedError
+from trainer.engine.checkpointing import sealed
+from trainer.engine.checkpointing.sealed import DamagedError
 
 SHA256 = "0" * 64
 DEEP = "[" * 200_000 + "]" * 200_000

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.engine.semaphores import name_semaphores
+from trainer.engine.processes.semaphores import name_semaphores
 
 SHARED = Path("/dev/shm")
 

@@ -11,16 +11,16 @@ from ema_pytorch import EMA, KarrasEMA
 from torch import nn
 
 from trainer.config import Config
-from trainer.engine.averages import Averages, Decay, constant, power_function, warm_up
 from trainer.engine.build import build_objective
-from trainer.engine.checkpoints import Checkpoints, open_verified, read_verified
-from trainer.engine.optimizer import GuardedAdam
-from trainer.engine.slices import ParameterSlice, owned
-from trainer.engine.state import TrainState
+from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified, read_verified
+from trainer.engine.state.ema import Averages, Decay, constant, power_function, warm_up
+from trainer.engine.state.tensor_files import TensorReader
+from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import DataParallel
-from trainer.engine.tensor_files import TensorReader
+from trainer.engine.strategies.optimizer import GuardedAdam
+from trainer.engine.strategies.parameter_slices import ParameterSlice, owned
 from trainer.errors import CheckpointError
-from trainer.models.unet import UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet, UNetConfig
 
 MODEL = UNetConfig(
     image_size=8,

@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, overrides
-from trainer.diffusion.samplers import SamplingStep
-from trainer.engine.checkpoints import read_verified
-from trainer.engine.peers import Peers
+from trainer.diffusion.ddpm.samplers import SamplingStep
+from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.processes.peer_status import Peers
+from trainer.engine.processes.watchdog import Watchdog
 from trainer.engine.sampling import sample
-from trainer.engine.watchdog import Watchdog
 from trainer.signals import StopRequest
 from trainer.telemetry.metrics import read_metrics
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from tests.harness import REPOSITORY, environment, make_dataset
-from trainer.data.order import GlobalOrder, sample_ids
-from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, MicroBatchPlan, StartMethod, dead_loaders_told, micro_batches
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.orders.order import GlobalOrder, sample_ids
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, StartMethod, dead_loaders_told, micro_batches
 from trainer.errors import ConfigError, DataError
 from trainer.signals import STOP_SIGNALS
 
@@ -269,7 +269,7 @@ def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) 
 
 
 def test_open_files_stay_bounded(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.indexed._OPEN_SHARDS", 2)
+    monkeypatch.setattr("trainer.data.datasets.indexed._OPEN_SHARDS", 2)
     opened = ShardedDataset(dataset)
     for _ in range(3):
         for sample in range(len(opened)):

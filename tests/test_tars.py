@@ -15,8 +15,8 @@ from PIL import Image
 from data_prep.tar_headers import BLOCK, TarError, walk
 from tests.data_harness import encoded, images_of, pixels, write_tar
 from tests.harness import events, launch, logged, overrides
-from trainer.data.dataset import InPlace, Shard
-from trainer.data.tars import TarDataset
+from trainer.data.datasets.dataset import InPlace, Shard
+from trainer.data.datasets.tars import TarDataset
 from trainer.errors import DataError, SampleError
 
 
@@ -245,7 +245,7 @@ def test_the_index_is_kept_until_a_tar_changes(tmp_path: Path, monkeypatch: pyte
     path, kept = write_tar(tmp_path / "a.tar", images_of(3)), tmp_path / "indexes"
     first = open_tars(path, index_folder=kept)
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.data.tars.walk", lambda _: pytest.fail("walked again"))
+        patch.setattr("trainer.data.datasets.tars.walk", lambda _: pytest.fail("walked again"))
         again = open_tars(path, index_folder=kept)
     assert [again.read(n) for n in range(3)] == [first.read(n) for n in range(3)]
     assert again.fingerprint == first.fingerprint == open_tars(path).fingerprint

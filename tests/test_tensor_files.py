@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer.engine.tensor_files import SavedSlice, TensorReader, row_by_row_copy
+from trainer.engine.state.tensor_files import SavedSlice, TensorReader, row_by_row_copy
 from trainer.errors import CheckpointError
 
 SHAPES = {"a": torch.Size([7, 3, 2]), "b": torch.Size([5]), "c": torch.Size([])}

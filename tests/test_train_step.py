@@ -9,13 +9,13 @@ import torch
 from tests.harness import load_config, write_config
 from tests.networks import randomise
 from trainer.config import Config
-from trainer.data.stream import BatchLayout
-from trainer.diffusion.noise import KeyedNoise, Stream, keyed_normal
-from trainer.diffusion.objectives import GaussianObjective, Loss
-from trainer.diffusion.reverse import Prediction, ReverseVariance
-from trainer.diffusion.timesteps import UniformTimesteps, timestep_uniform
+from trainer.data.stream.stream import BatchLayout
+from trainer.diffusion.ddpm.objective import GaussianObjective, Loss
+from trainer.diffusion.ddpm.reverse import Prediction, ReverseVariance
+from trainer.diffusion.ddpm.timesteps import UniformTimesteps, timestep_uniform
+from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
 from trainer.engine.build import build_state
-from trainer.engine.step import TrainStep
+from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.signals import StopRequest
 

@@ -12,10 +12,10 @@ import torch
 
 from tests.data_harness import damage, with_mixture
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
-from trainer.data.bad_samples import BadSamples
-from trainer.data.order import GlobalOrder
-from trainer.data.shards import ShardedDataset
-from trainer.data.stream import BatchLayout, MicroBatchPlan, micro_batches
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.orders.order import GlobalOrder
+from trainer.data.stream.bad_samples import BadSamples
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, micro_batches
 from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError
 from trainer.units import parse_size

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.models.ddpm_unet import Stage, UNet, UNetConfig
 from trainer.models.group_norm import GroupNorm
 from trainer.models.layers import AttentionBlock, ResidualBlock, timestep_embedding
-from trainer.models.unet import Stage, UNet, UNetConfig
 
 LSUN = {"image_size": 256, "channel_multipliers": (1, 1, 2, 2, 4, 4)}
 TINY = UNetConfig(

@@ -10,9 +10,9 @@ import torch
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, write_config
 from tests.test_metrics import tensorboard_steps
 from trainer.data.training_data import open_training_data
-from trainer.diffusion.noise import Stream, keyed_bits, keyed_normal
+from trainer.diffusion.keyed_noise import Stream, keyed_bits, keyed_normal
 from trainer.engine.build import build_diffusion, build_trained
-from trainer.engine.checkpoints import read_weights
+from trainer.engine.checkpointing.checkpoints import read_weights
 from trainer.telemetry.metrics import read_metrics
 
 VALIDATED = {

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from tests.faults import Fault
 from tests.harness import events, launch, overrides
-from trainer.engine import watchdog
-from trainer.engine.peers import Peers, Progress, Status, ranks, verdict
-from trainer.engine.watchdog import EXIT_CODE, Watchdog, enter, watch_over
+from trainer.engine.processes import watchdog
+from trainer.engine.processes.peer_status import Peers, Progress, Status, ranks, verdict
+from trainer.engine.processes.watchdog import EXIT_CODE, Watchdog, enter, watch_over
 from trainer.signals import StopRequest
 
 ENDLESS = overrides(train__duration="100k steps", checkpoint__every="0 steps")

@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.engine.processes import together
+from trainer.engine.processes.collectives import together
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, trained_request
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound

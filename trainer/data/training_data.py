@@ -12,21 +12,21 @@ import numpy.typing as npt
 
 from data_prep.format import INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
 from trainer.config import Config, DataConfig
-from trainer.data.cache import NodeCache
-from trainer.data.dataset import Dataset, InPlace, Shard
-from trainer.data.decode import jpeg_signature
-from trainer.data.fetch import Patience, exists, list_tars, remote_size
-from trainer.data.indexed import IndexedDataset
-from trainer.data.joined import JoinedDatasets
-from trainer.data.lanes import LanesOrder
-from trainer.data.mixture import MixtureOrder, member_seed
-from trainer.data.order import GlobalOrder, Order, Selected
-from trainer.data.patterns import expand
-from trainer.data.shards import ShardedDataset
-from trainer.data.split import is_held_out
-from trainer.data.tars import TarDataset
-from trainer.data.unprepared import check_prepared
-from trainer.data.windowed import WindowedOrder
+from trainer.data.cache.download import Patience, exists, list_tars, remote_size
+from trainer.data.cache.node_cache import NodeCache
+from trainer.data.datasets.dataset import Dataset, InPlace, Shard
+from trainer.data.datasets.indexed import IndexedDataset
+from trainer.data.datasets.joined import JoinedDatasets
+from trainer.data.datasets.patterns import expand
+from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.datasets.split import is_held_out
+from trainer.data.datasets.tars import TarDataset
+from trainer.data.datasets.unprepared import check_prepared
+from trainer.data.orders.lanes import LanesOrder
+from trainer.data.orders.mixture import MixtureOrder, member_seed
+from trainer.data.orders.order import GlobalOrder, Order, Selected
+from trainer.data.orders.windowed import WindowedOrder
+from trainer.data.stream.decode import jpeg_signature
 from trainer.errors import ConfigError, DataError
 
 DATA_FINGERPRINT = "data (manifest)"  # its key in a run's identity

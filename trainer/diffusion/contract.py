@@ -7,8 +7,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.timesteps import Times
+from trainer.diffusion.ddpm.timesteps import Times
+from trainer.diffusion.keyed_noise import KeyedNoise
 
 Conditioning = Mapping[str, Tensor]
 

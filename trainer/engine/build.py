@@ -6,21 +6,21 @@ import torch
 from torch import nn
 
 from trainer.config import Config, ModelConfig
-from trainer.data.stream import BatchLayout
-from trainer.diffusion.objectives import GaussianObjective
-from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.reverse import ReverseProcess, ReverseVariance, output_channels
-from trainer.diffusion.schedules import make_betas
-from trainer.diffusion.timesteps import ImportanceSampling
-from trainer.engine.averages import profiles
-from trainer.engine.compilation import compile_stages
-from trainer.engine.optimizer import GuardedAdam
-from trainer.engine.precision import run_in
-from trainer.engine.recomputation import recompute, stage_kinds
-from trainer.engine.state import TrainState
+from trainer.data.stream.stream import BatchLayout
+from trainer.diffusion.ddpm.objective import GaussianObjective
+from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.reverse import ReverseProcess, ReverseVariance, output_channels
+from trainer.diffusion.ddpm.schedules import make_betas
+from trainer.diffusion.ddpm.timesteps import ImportanceSampling
+from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
+from trainer.engine.network.compilation import compile_stages
+from trainer.engine.network.precision import run_in
+from trainer.engine.state.ema import profiles
+from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import Strategy
+from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.errors import CheckpointError, ConfigError
-from trainer.models.unet import UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet, UNetConfig
 
 
 def unet_config(model: ModelConfig, variance: ReverseVariance) -> UNetConfig:

@@ -10,24 +10,24 @@ import torch
 
 from data_prep.progress import WorkProgress
 from trainer.config import Config
-from trainer.data.stream import BatchLayout
+from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData
-from trainer.diffusion.samplers import ancestral
+from trainer.diffusion.ddpm.samplers import ancestral
 from trainer.engine.build import build_trained
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.feature_distance import FeatureDistance
-from trainer.engine.garbage import collect_after
-from trainer.engine.nonfinite import NonFiniteDump
-from trainer.engine.processes import gather, together
-from trainer.engine.run import RunFolder, identity
+from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.checkpointing.save_schedule import SaveSchedule
+from trainer.engine.monitoring.feature_distance import FeatureDistance
+from trainer.engine.monitoring.run_telemetry import Telemetry
+from trainer.engine.monitoring.validation import Validation
+from trainer.engine.processes.collectives import gather, together
+from trainer.engine.processes.watchdog import enter
+from trainer.engine.run_folder import RunFolder, identity
 from trainer.engine.sampling import batches_of, sample
-from trainer.engine.schedule import SaveSchedule
-from trainer.engine.state import TrainState
-from trainer.engine.step import TrainStep
-from trainer.engine.telemetry import Telemetry
-from trainer.engine.validation import Validation
-from trainer.engine.verdict import PendingVerdict, Verdict
-from trainer.engine.watchdog import enter
+from trainer.engine.state.train_state import TrainState
+from trainer.engine.step.garbage_collection import collect_after
+from trainer.engine.step.nonfinite_dump import NonFiniteDump
+from trainer.engine.step.step_report import PendingVerdict, Verdict
+from trainer.engine.step.train_step import TrainStep
 from trainer.errors import NonFiniteError
 from trainer.telemetry.pictures import grid, save_png
 from trainer.telemetry.profiling import Recordings

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import Sampler
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.samplers import Sampler
+from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels, to_uint8
 

@@ -7,25 +7,25 @@ from typing import Any
 from accelerate import Accelerator
 
 from trainer.config import Config, DataConfig
-from trainer.data.bad_samples import BadSamples
-from trainer.data.prefetch import Prefetcher
-from trainer.data.stream import BatchLayout, MicroBatchPlan, dead_loaders_told, micro_batches
+from trainer.data.stream.bad_samples import BadSamples
+from trainer.data.stream.prefetch import Prefetcher
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, dead_loaders_told, micro_batches
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_state
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.copy_folder import CopyFolder
-from trainer.engine.cpu_share import loader_processes
-from trainer.engine.garbage import collected_when_told
+from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
+from trainer.engine.checkpointing.resume import find_checkpoint, load_checkpoint
 from trainer.engine.loop import TrainingLoop
-from trainer.engine.processes import check_alike, together
-from trainer.engine.resume import find_checkpoint, load_checkpoint
-from trainer.engine.run import RunFolder, identity
+from trainer.engine.processes.collectives import check_alike, together
+from trainer.engine.processes.cpu_share import loader_processes
+from trainer.engine.processes.semaphores import name_semaphores
+from trainer.engine.processes.watchdog import Watchdog
 from trainer.engine.run_dir import check_run_dir
-from trainer.engine.semaphores import name_semaphores
-from trainer.engine.state import TrainState
-from trainer.engine.step import TrainStep
+from trainer.engine.run_folder import RunFolder, identity
+from trainer.engine.state.train_state import TrainState
+from trainer.engine.step.garbage_collection import collected_when_told
+from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import Strategy, make_strategy
-from trainer.engine.watchdog import Watchdog
 from trainer.errors import ConfigError, DataError
 from trainer.launcher.parent import end_with_launcher
 from trainer.signals import StopRequest

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from trainer.engine.averages import power_name
+from trainer.engine.state.ema import power_name
 from trainer.errors import brief
 from trainer.evaluation.samplers import SamplerChoice, SamplerName
 from trainer.evaluation.trained import TrainedRequest

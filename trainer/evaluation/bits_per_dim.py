@@ -15,8 +15,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.progress import WorkProgress
-from trainer.diffusion.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
-from trainer.engine.processes import together
+from trainer.diffusion.ddpm.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
+from trainer.engine.processes.collectives import together
 from trainer.engine.sampling import batches_of
 from trainer.errors import DataError
 from trainer.evaluation.images import RealImages, open_images

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.diffusion.samplers import Sampler
-from trainer.engine.processes import each_its_own, together
+from trainer.diffusion.ddpm.samplers import Sampler
+from trainer.engine.processes.collectives import each_its_own, together
 from trainer.engine.sampling import batches_of, sample
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.draw import samples_identity

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.progress import WorkProgress
-from trainer.engine.processes import together
+from trainer.engine.processes.collectives import together
 from trainer.engine.sampling import batches_of, sample
 from trainer.errors import ConfigError
 from trainer.evaluation.outputs import OutputFormat, make_output

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from trainer.engine.processes import together
+from trainer.engine.processes.collectives import together
 from trainer.engine.sampling import batches_of
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.feature_sets import FeatureSet

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data_prep.progress import WorkProgress
-from trainer.engine.processes import each_its_own, sum_over_ranks, together
+from trainer.engine.processes.collectives import each_its_own, sum_over_ranks, together
 from trainer.errors import DataError
 from trainer.evaluation.work import Work
 from trainer.features.frechet import Gaussian, Moments

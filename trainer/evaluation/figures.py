@@ -16,10 +16,10 @@ import torch
 from einops import rearrange
 
 from data_prep.progress import WorkProgress
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate
-from trainer.engine.processes import together
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate
+from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.engine.processes.collectives import together
 from trainer.errors import ConfigError
 from trainer.evaluation.figure_files import FigureFile
 from trainer.evaluation.trained import Trained, TrainedRequest

@@ -9,8 +9,8 @@ from einops import rearrange
 from PIL import Image, ImageOps
 
 from trainer.config import Config, ModelConfig
-from trainer.data.dataset import Dataset
-from trainer.data.order import sample_ids
+from trainer.data.datasets.dataset import Dataset
+from trainer.data.orders.order import sample_ids
 from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError
 from trainer.telemetry.pictures import from_uint8

@@ -12,7 +12,7 @@ from einops import rearrange
 from numpy.lib import format as npy_format
 from PIL import Image
 
-from trainer.engine.processes import together
+from trainer.engine.processes.collectives import together
 from trainer.evaluation.work import Work
 from trainer.telemetry.pictures import Pixels, grid, save_png
 

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 
 from trainer.config import Config
-from trainer.data.order import sample_ids
+from trainer.data.orders.order import sample_ids
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.images import open_images
 from trainer.features.frechet import Gaussian

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.reverse import ReverseProcess
-from trainer.diffusion.samplers import Sampler, SamplingStep, ancestral, ddim
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.ddpm.samplers import Sampler, SamplingStep, ancestral, ddim
+from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.errors import ConfigError
 
 SamplerName = Literal["ddpm", "ddim", "ddpm-sigma-hat", "dpm-solver++"]

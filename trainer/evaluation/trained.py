@@ -11,17 +11,17 @@ import torch
 from accelerate import Accelerator
 
 from trainer.config import Config
-from trainer.diffusion.respacing import asked_for, respaced
-from trainer.diffusion.reverse import ReverseProcess
+from trainer.diffusion.ddpm.respacing import asked_for, respaced
+from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.engine.build import build_diffusion, build_reverse, build_trained
-from trainer.engine.checkpoints import Checkpoints, read_weights
-from trainer.engine.processes import make_accelerator, together
-from trainer.engine.run import RunFolder
-from trainer.engine.sealed import COMPLETE_NAME
+from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
+from trainer.engine.checkpointing.sealed import COMPLETE_NAME
+from trainer.engine.processes.collectives import make_accelerator, together
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
-from trainer.models.unet import UNet
+from trainer.models.ddpm_unet import UNet
 from trainer.signals import StopRequest
 
 _PATIENCE = timedelta(days=7)  # a rank that has finished waits for others, which may take long
@@ -31,7 +31,7 @@ _PATIENCE = timedelta(days=7)  # a rank that has finished waits for others, whic
 class TrainedRequest:
     """A run's weights, and the timesteps to use.
 
-    `checkpoint`: None for the newest undamaged one; `respacing`: see trainer/diffusion/respacing.py; `variance`: a
+    `checkpoint`: None for the newest undamaged one; `respacing`: see trainer/diffusion/ddpm/respacing.py; `variance`: a
     fixed one in place of the configuration's, or None.
     """
 

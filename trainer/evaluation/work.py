@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
 
-from trainer.engine.processes import broadcast, check_alike, gather, together
+from trainer.engine.processes.collectives import broadcast, check_alike, gather, together
 from trainer.errors import ConfigError, DataError
 from trainer.signals import StopRequest
 

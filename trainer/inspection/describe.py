@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from trainer.engine.checkpoints import open_verified
-from trainer.engine.tensor_files import TensorReader
+from trainer.engine.checkpointing.checkpoints import open_verified
+from trainer.engine.state.tensor_files import TensorReader
 from trainer.errors import CheckpointError
 from trainer.inspection import folders
 from trainer.inspection.listing import written_by

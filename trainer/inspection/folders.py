@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.engine import manifests, sealed
-from trainer.engine.checkpoints import STEP_NAME
+from trainer.engine.checkpointing import manifests, sealed
+from trainer.engine.checkpointing.checkpoints import STEP_NAME
 from trainer.errors import CheckpointError
 
 SNAPSHOTS = "averages"

@@ -5,11 +5,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trainer.engine import manifests, sealed
-from trainer.engine.checkpoints import reason_file
-from trainer.engine.run import RunFolder
-from trainer.engine.scores import best, read_scores
-from trainer.engine.sealed import COMPLETE_NAME
+from trainer.engine.checkpointing import manifests, sealed
+from trainer.engine.checkpointing.checkpoints import reason_file
+from trainer.engine.checkpointing.scores import best, read_scores
+from trainer.engine.checkpointing.sealed import COMPLETE_NAME
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError
 from trainer.inspection import folders
 from trainer.inspection.text import size, table

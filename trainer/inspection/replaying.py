@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from trainer.config import Config
-from trainer.data.batches import ReadAndDecode
+from trainer.data.stream.batches import ReadAndDecode
 from trainer.data.training_data import TrainingData, open_training_data
-from trainer.diffusion.noise import KeyedNoise
-from trainer.diffusion.timesteps import GivenTimesteps
+from trainer.diffusion.ddpm.timesteps import GivenTimesteps
+from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_network, build_objective
-from trainer.engine.checkpoints import read_weights
-from trainer.engine.nonfinite import NonFiniteDump
-from trainer.engine.precision import run_in
-from trainer.engine.run import RunFolder, check_identity, identity
-from trainer.engine.step import device_batch, seed_dropout
+from trainer.engine.checkpointing.checkpoints import read_weights
+from trainer.engine.network.precision import run_in
+from trainer.engine.run_folder import RunFolder, check_identity, identity
+from trainer.engine.step.nonfinite_dump import NonFiniteDump
+from trainer.engine.step.train_step import device_batch, seed_dropout
 from trainer.errors import CheckpointError, ConfigError
 from trainer.inspection import folders
 from trainer.inspection.origin import GradientNorm, Origin, Watch, gradient_norms

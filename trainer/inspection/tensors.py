@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.engine.tensor_files import TensorReader
+from trainer.engine.state.tensor_files import TensorReader
 
 _PIECE = 1 << 20  # elements; 4 MiB in float32
 

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 
 from trainer.config import Config
 from trainer.engine.build import unet_config
-from trainer.engine.checkpoints import Checkpoints, open_verified
-from trainer.engine.post_hoc import combination
-from trainer.engine.processes import make_accelerator
-from trainer.engine.run import RunFolder
-from trainer.engine.tensor_files import TensorReader
+from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import RunFolder
+from trainer.engine.state.post_hoc_ema import combination
+from trainer.engine.state.tensor_files import TensorReader
 from trainer.errors import ConversionError
 from trainer.interop.import_weights import make_run
 from trainer.interop.layouts import fit

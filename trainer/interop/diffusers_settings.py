@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.diffusion.schedules import ScheduleName, cosine_betas, make_betas
+from trainer.diffusion.ddpm.schedules import ScheduleName, cosine_betas, make_betas
 from trainer.errors import ConversionError, brief
+from trainer.models.ddpm_unet import UNetConfig
 from trainer.models.layers import GROUP_NORM_EPS
-from trainer.models.unet import UNetConfig
 
 # Settings that are fixed in this network: field -> (required value, diffusers' default).
 _FIXED: dict[str, tuple[Any, Any]] = {

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.engine.build import unet_config
-from trainer.engine.checkpoints import Checkpoints, read_weights
-from trainer.engine.processes import make_accelerator
-from trainer.engine.run import RunFolder
+from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import RunFolder
 from trainer.errors import ConversionError
 from trainer.inspection.text import size
 from trainer.interop.diffusers_settings import scheduler_settings, unet_settings

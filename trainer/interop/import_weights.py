@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from trainer.config import Config
 from trainer.engine.build import build_state
-from trainer.engine.checkpoints import Checkpoints
-from trainer.engine.processes import make_accelerator
-from trainer.engine.run import RunFolder, identity
+from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.run_folder import RunFolder, identity
 from trainer.engine.strategies import DataParallel
 from trainer.errors import ConfigError
 from trainer.interop.sources import Source, open_source

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ConversionError
+from trainer.models.ddpm_unet import UNet, UNetConfig
 from trainer.models.layers import Downsample, Upsample
-from trainer.models.unet import UNet, UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 from trainer import __version__
 from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT
-from trainer.diffusion.reverse import is_learned
-from trainer.engine.run import UNDECIDED
+from trainer.diffusion.ddpm.reverse import is_learned
+from trainer.engine.run_folder import UNDECIDED
 
 _KINDS = {"ema": "exponential moving average of the weights", "model": "raw weights, not averaged"}
 # Sections that determine the weights; the others concern paths and logging.

@@ -20,16 +20,16 @@ from torch import Tensor
 from trainer.config import ModelConfig
 from trainer.config.reading import explain
 from trainer.engine.build import unet_config
-from trainer.engine.checkpoints import Checkpoints, read_weights
-from trainer.engine.run import UNDECIDED, RunFolder
-from trainer.engine.sealed import MANIFEST_NAME
-from trainer.engine.tensor_files import check_header
+from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
+from trainer.engine.checkpointing.sealed import MANIFEST_NAME
+from trainer.engine.run_folder import UNDECIDED, RunFolder
+from trainer.engine.state.tensor_files import check_header
 from trainer.errors import CheckpointError, ConfigError, ConversionError, brief
 from trainer.interop.authors_network import diffusion_section as authors_diffusion
 from trainer.interop.authors_network import model_section as authors_model
 from trainer.interop.diffusers_settings import diffusion_section, model_section
 from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from_layout
-from trainer.models.unet import UNetConfig
+from trainer.models.ddpm_unet import UNetConfig
 
 _DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _MOST_SETTINGS_BYTES = 1 << 25  # enough for a table of a million betas

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from trainer.engine.sealed import fsync
+from trainer.engine.checkpointing.sealed import fsync
 from trainer.errors import ConversionError
 
 

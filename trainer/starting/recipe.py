@@ -7,9 +7,9 @@ appendix I.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trainer.engine.cost import training_flops
+from trainer.engine.network.cost import training_flops
 from trainer.errors import ConfigError
-from trainer.models.unet import UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet, UNetConfig
 
 _CPU_FLOPS = 8e12  # of a first run without a GPU: three minutes of two cores that have nothing else to do
 _FEWEST_STEPS, _MOST_IMAGES = 10_000, 102_400_000  # the latter are DDPM's for CIFAR-10

@@ -1,6 +1,6 @@
 """Meters: figures of training steps, summed on the device within a step and on the host over a log interval.
 
-The sums of a step are part of its verdict, which all ranks exchange and read anyway (trainer/engine/verdict.py), so
+The sums of a step are part of its verdict, which all ranks exchange and read anyway (engine/step/step_report.py), so
 meters add no communication, copy or synchronisation. The sums of an interval are plain numbers, equal on all ranks and
 part of the state, so a log line does not depend on whether the run was interrupted within its interval.
 """

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from trainer.config import TrainConfig
-from trainer.engine.optimizer import GuardedAdam
-from trainer.engine.precision import run_in
-from trainer.engine.processes import make_accelerator
-from trainer.engine.slices import ParameterSlice
+from trainer.engine.network.precision import run_in
+from trainer.engine.processes.collectives import make_accelerator
+from trainer.engine.strategies.optimizer import GuardedAdam
+from trainer.engine.strategies.parameter_slices import ParameterSlice
 
 
 class Strategy(ABC):

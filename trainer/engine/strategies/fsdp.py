@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from trainer.config import TrainConfig
-from trainer.engine.optimizer import GuardedAdam
-from trainer.engine.processes import check_connected, join_group, new_accelerator
-from trainer.engine.slices import ParameterSlice
+from trainer.engine.processes.collectives import check_connected, join_group, new_accelerator
 from trainer.engine.strategies.base import Strategy
+from trainer.engine.strategies.optimizer import GuardedAdam
+from trainer.engine.strategies.parameter_slices import ParameterSlice
 from trainer.errors import ConfigError
 
 

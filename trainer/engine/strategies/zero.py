@@ -13,12 +13,12 @@ from torch import nn
 from typing_extensions import override
 
 from trainer.config import TrainConfig
-from trainer.engine.optimizer import GuardedAdam
-from trainer.engine.processes import check_connected, join_group, new_accelerator
-from trainer.engine.slices import ParameterSlice
+from trainer.engine.processes.collectives import check_connected, join_group, new_accelerator
 from trainer.engine.strategies.base import Strategy
+from trainer.engine.strategies.optimizer import GuardedAdam
+from trainer.engine.strategies.parameter_slices import ParameterSlice
 from trainer.errors import ConfigError
-from trainer.models.unet import Stage
+from trainer.models.ddpm_unet import Stage
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

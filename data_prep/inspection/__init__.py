@@ -1,0 +1,1 @@
+"""Reads finished datasets: verification, statistics, pictures."""

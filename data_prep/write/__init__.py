@@ -1,0 +1,1 @@
+"""Writes datasets: plan, conversion, shards."""

@@ -1,0 +1,267 @@
+"""Builds a dataset: plans the shards, writes the missing ones, merges their results, writes the manifest."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import DataPrepError, InputError
+from data_prep.format import (
+    CONTACT_SHEET_NAME,
+    INDEX_DTYPE,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    NAMES_NAME,
+    REJECTS_NAME,
+    FormatError,
+    Manifest,
+    ShardRecord,
+    check_files,
+    load_manifest,
+    sha256_of,
+)
+from data_prep.inspection.contact_sheet import contact_sheet
+from data_prep.inspection.dataset import Dataset, load_index
+from data_prep.progress import WorkProgress
+from data_prep.recipe import Recipe
+from data_prep.sources import Source
+from data_prep.write.convert import codec_versions
+from data_prep.write.disk import check_room, readable
+from data_prep.write.output import begin_or_resume, check_ours, check_same_run, claimed, discard_staging, whole_file
+from data_prep.write.workers import write_shards
+from data_prep.write.writer import ShardPlan, ShardResult, is_whole, load_result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished dataset. `reasons` counts the rejects; `already_finished`: it was complete before this run."""
+
+    manifest: Manifest
+    reasons: Counter[str]
+    already_finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """The combined results of the shards."""
+
+    shards: list[ShardRecord]
+    samples: int
+    reasons: Counter[str]
+    kept: int
+    shorter_sides: Counter[int]  # by the largest power of two that is not larger
+
+
+def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject_fraction: float) -> Outcome:
+    """Complete the dataset in `out`, reusing what an earlier run with the same parameters left.
+
+    `max_reject_fraction` in [0, 1] is the share of sources that may be rejected. Raises InputError where `out` holds
+    another dataset, belongs to another run or to no run of data_prep, and DataPrepError where it cannot be written, a
+    worker dies or too many images are rejected.
+    """
+    parameters = _parameters(source, recipe)
+    if (out / MANIFEST_NAME).exists():
+        return _check_finished(out, parameters)
+    check_ours(out)
+    with claimed(out) as staging:
+        if (out / MANIFEST_NAME).exists():  # the run that held the lock has finished it
+            return _check_finished(out, parameters)
+        # Also compared when resuming: shards by two versions of Pillow would not be reproducible from the source.
+        begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
+        plans = plan_shards(source, recipe.shard_samples)
+        missing = _missing(plans, out, staging, workers)
+        if missing:
+            _check_room(missing, recipe, out, begun=len(missing) < len(plans))
+            _write(missing, recipe, out, staging, workers, total=len(source.names))
+        merged = _merge(plans, out, staging)
+        _check_rejects(merged, len(source.names), max_reject_fraction, out)
+        manifest = _manifest(merged, source, recipe, out)
+        with whole_file(out / CONTACT_SHEET_NAME, staging) as stream:
+            stream.write(contact_sheet(Dataset(folder=out, manifest=manifest, index=load_index(out))))
+        with whole_file(out / MANIFEST_NAME, staging) as stream:
+            stream.write(manifest.to_json().encode())
+        discard_staging(out)
+    return Outcome(manifest=manifest, reasons=merged.reasons, already_finished=False)
+
+
+def plan_shards(source: Source, shard_samples: int) -> list[ShardPlan]:
+    """Divide the sorted sources into shards of `shard_samples`; the last one may be smaller."""
+    return [
+        ShardPlan(number=number, first_key=start, source=source.part(start, start + shard_samples))
+        for number, start in enumerate(range(0, len(source.names), shard_samples))
+    ]
+
+
+def _missing(plans: list[ShardPlan], out: Path, staging: Path, workers: int) -> list[ShardPlan]:
+    """The shards to write: missing ones, and those changed since they were written, which are reported."""
+    begun = [plan for plan in plans if (staging / plan.result_name).exists()]
+    whole, changed = set(), []
+    with (
+        ThreadPoolExecutor(workers) as pool,  # threads, since hashing releases the GIL
+        WorkProgress(total=len(begun), what="checking what is there", unit="shard") as progress,
+    ):
+        for plan, good in zip(begun, pool.map(lambda plan: is_whole(plan, out, staging), begun)):
+            progress.update()
+            if good:
+                whole.add(plan.number)
+            elif (out / plan.tar_name).exists():
+                changed.append(out / plan.tar_name)
+    for path in changed:
+        print(f"{path}: changed since it was written; it will be written anew")
+    return [plan for plan in plans if plan.number not in whole]
+
+
+def _parameters(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """Every parameter that determines the bytes, by the name used in messages."""
+    return {
+        "--size": recipe.image_size,
+        "--transform": recipe.transform,
+        "--format": recipe.encoding,
+        "--mode": recipe.mode,
+        "--shard-samples": recipe.shard_samples,
+        "--upscale": recipe.upscale,
+        "a source": _source_facts(source),
+    }
+
+
+def _source_facts(source: Source) -> dict[str, Any]:
+    return {"kind": source.kind, "files": len(source.names), "fingerprint": source.fingerprint}
+
+
+def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
+    """The outcome of the run that finished `out`; InputError where that was another dataset or is damaged now."""
+    try:
+        manifest = load_manifest(out)
+        check_files(out, manifest)
+    except FormatError as error:
+        raise InputError(f"{error}; remove {out} and run again") from error
+    finished = {
+        "--size": manifest.image_size,
+        "--transform": manifest.transform,
+        "--format": manifest.options.get("format"),
+        "--mode": manifest.mode,
+        "--shard-samples": manifest.options.get("shard_samples"),
+        "--upscale": manifest.options.get("upscale"),
+        "a source": manifest.source,
+    }
+    check_same_run(out, finished, parameters)
+    discard_staging(out)  # left by a run that was killed after writing the manifest
+    return Outcome(manifest=manifest, reasons=_reasons(out / REJECTS_NAME), already_finished=True)
+
+
+def _reasons(path: Path) -> Counter[str]:
+    """Number of rejects by reason, from the list of a finished dataset. Raises InputError where it cannot be read."""
+    try:
+        with path.open() as lines:
+            return Counter(str(json.loads(line)["reason"]) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove {path.parent} and run again") from error
+
+
+def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:
+    """Report the estimated size. Raises InputError where the disk has less; a new run then leaves nothing in the
+    folder.
+    """
+    try:
+        room = check_room(missing, recipe, out)
+    except InputError:
+        if not begun:
+            discard_staging(out)
+        raise
+    print(f"{out}: about {readable(room.needed)} to write, {readable(room.free)} free", flush=True)
+
+
+def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int) -> None:
+    """Write the shards without a result, with progress on a terminal."""
+    done = total - sum(len(plan.source.names) for plan in missing)
+    with WorkProgress(total=total, done=done, what="writing", unit="img") as progress:
+        for sources in write_shards(missing, recipe, out, staging, workers):
+            progress.update(sources)
+
+
+def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[ShardResult]:
+    """The shards' results in order, loaded one at a time since all may not fit into memory."""
+    for plan in plans:
+        result = load_result(plan, out, staging)
+        if result is None or result.sources != len(plan.source.names):
+            raise DataPrepError(f"{staging / plan.result_name}: does not account for all sources of the shard")
+        yield result
+
+
+def _merge(plans: list[ShardPlan], out: Path, staging: Path) -> Merged:
+    """Write index, names and rejects of the whole dataset."""
+    shards: list[ShardRecord] = []
+    rows = [np.empty(0, INDEX_DTYPE)]
+    reasons: Counter[str] = Counter()
+    shorter_sides: Counter[int] = Counter()
+    kept = 0
+    with whole_file(out / NAMES_NAME, staging) as names, whole_file(out / REJECTS_NAME, staging) as rejects:
+        for result in _results(plans, out, staging):
+            for rejected in result.rejects:
+                rejects.write(json.dumps(asdict(rejected)).encode() + b"\n")
+                reasons[rejected.reason] += 1
+            if result.record is None:
+                continue
+            shorter_sides.update(_power_of_two(min(sample.width, sample.height)) for sample in result.samples)
+            kept += sum(sample.kept for sample in result.samples)
+            names.writelines(json.dumps(sample.name).encode() + b"\n" for sample in result.samples)
+            rows.append(_index_rows(result, shard=len(shards)))
+            shards.append(result.record)
+    index = np.concatenate(rows)
+    with whole_file(out / INDEX_NAME, staging) as stream:
+        np.save(stream, index)
+    return Merged(shards=shards, samples=len(index), reasons=reasons, kept=kept, shorter_sides=shorter_sides)
+
+
+def _power_of_two(side: int) -> int:
+    """The largest power of two that is not larger than `side` >= 1."""
+    return 1 << side.bit_length() - 1
+
+
+def _index_rows(result: ShardResult, shard: int) -> np.ndarray[Any, np.dtype[np.void]]:
+    """Rows of the index for a shard, (samples,) INDEX_DTYPE."""
+    return np.array([(shard, s.offset, s.length, s.crc32, s.label, s.key) for s in result.samples], INDEX_DTYPE)
+
+
+def _check_rejects(merged: Merged, read: int, max_reject_fraction: float, out: Path) -> None:
+    """Raise DataPrepError where more were rejected than allowed, or all."""
+    rejected = merged.reasons.total()
+    if merged.samples + rejected != read:
+        raise DataPrepError(
+            f"{out}: read {read} but wrote {merged.samples} and rejected {rejected}; please report this"
+        )
+    if merged.samples and rejected <= max_reject_fraction * read:
+        return
+    reason, count = merged.reasons.most_common(1)[0]
+    raise DataPrepError(
+        f"{out / REJECTS_NAME}: {rejected} of {read} images rejected ({count} times: {reason}), which is more than "
+        f"--max-reject-fraction {max_reject_fraction:g} allows; see the file"
+    )
+
+
+def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Manifest:
+    left_out = {rule: count for rule, count in sorted(source.left_out.items()) if count}
+    return Manifest(
+        image_size=recipe.image_size,
+        mode=recipe.mode,
+        encoding=recipe.manifest_encoding,
+        transform=recipe.transform,
+        samples=merged.samples,
+        rejected=merged.reasons.total(),
+        classes=list(source.classes),
+        source=_source_facts(source),
+        shards=merged.shards,
+        index_sha256=sha256_of(out / INDEX_NAME),
+        names_sha256=sha256_of(out / NAMES_NAME),
+        options={"format": recipe.encoding, "shard_samples": recipe.shard_samples, "upscale": recipe.upscale},
+        report={
+            "kept": merged.kept,
+            "shorter_sides": {str(side): count for side, count in sorted(merged.shorter_sides.items())},
+            **({"left_out": left_out} if left_out else {}),
+        },
+    )

@@ -1,0 +1,1 @@
+"""Files from servers and buckets, on a node's local disk."""

@@ -1,0 +1,164 @@
+"""Random access to the samples of tar files, by an index of offsets."""
+
+import bisect
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.datasets.dataset import Shard, ShardFiles
+from trainer.data.stream.decode import decode_into
+from trainer.errors import DataError, SampleError
+
+_OPEN_SHARDS = 256
+
+Row = tuple[int, ...]  # of an index, in the order of its columns
+
+
+class IndexedDataset:
+    """Images by sample id, 0 <= id < len(self): ids are numbered through the shards, in the order of the index.
+
+    Instances may be forked or pickled to loader processes: reads share no file position, and a pickled copy opens its
+    own files. Subclasses implement `describe`, `split_keys` and, where the index has more than lengths, `is_intact`.
+
+    where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
+    pages) or an array, with the `columns` "offset", "length" and "label" among others; crop: see `decode`; fingerprint:
+    identifies the samples and their numbering.
+    """
+
+    damage = "cut off"  # reason in the error where `is_intact` is false
+
+    def __init__(
+        self,
+        *,
+        where: str,
+        shards: Sequence[Shard],
+        index: Path | npt.NDArray[np.void],
+        image_size: int,
+        mode: str,
+        crop: bool,
+        fingerprint: str,
+        files: ShardFiles,
+        columns: Sequence[str],
+    ) -> None:
+        self.where = where
+        self.shards = list(shards)
+        self.image_size = image_size
+        self.mode = mode
+        self.crop = crop
+        self.fingerprint = fingerprint
+        self.files = files
+        self.bounds = np.cumsum([0, *(shard.samples for shard in shards)])
+        self._ends: list[int] = self.bounds[1:].tolist()  # a list of int: faster than an array to search for one sample
+        self._index_source = index
+        self._index: npt.NDArray[np.void] | None = None
+        self._offset_at, self._length_at = (columns.index(name) for name in ("offset", "length"))
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    @property
+    def channels(self) -> int:
+        """Number of channels: 3 for RGB, 1 for grey."""
+        return {"RGB": 3, "L": 1}[self.mode]
+
+    @property
+    def index(self) -> npt.NDArray[np.void]:
+        """(N,) structured array, one row per sample."""
+        if isinstance(self._index_source, np.ndarray):
+            return self._index_source
+        if self._index is None:
+            self._index = np.asarray(np.load(self._index_source, mmap_mode="r", allow_pickle=False))
+        return self._index
+
+    def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The shards, by position in `shards`, that hold these samples."""
+        return np.searchsorted(self.bounds, samples, side="right") - 1
+
+    def image(self, sample: int) -> npt.NDArray[np.uint8]:
+        """The decoded image, (C, image_size, image_size) uint8; see `decode_into`."""
+        pixels = np.empty((self.image_size, self.image_size, self.channels), dtype=np.uint8)
+        self.decode_into(pixels, sample)
+        return pixels.transpose(2, 0, 1)
+
+    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
+        """Implements `Dataset.decode_into`."""
+        encoded = self.read(sample)
+        try:
+            decode_into(out, encoded, self.mode, crop=self.crop)
+        except SampleError as error:
+            raise SampleError(f"{self.describe(sample)}: {error}") from error
+
+    def read(self, sample: int) -> bytes:
+        """The encoded image.
+
+        Raises SampleError where the bytes differ from those that were indexed, DataError where the shard is
+        unavailable.
+        """
+        row: Row = self.index[sample].item()  # plain integers: faster than a dictionary of them
+        shard = bisect.bisect_right(self._ends, sample)
+        encoded = self._read(shard, row)
+        if self.is_intact(row, encoded):
+            return encoded
+        if self.files.renew(self.shards[shard]):
+            os.close(self._descriptors.pop(shard))
+            encoded = self._read(shard, row)
+        if not self.is_intact(row, encoded):
+            raise SampleError(
+                f"{self.describe(sample)}: damaged ({self.damage}); restore the shard or prepare it again"
+            )
+        return encoded
+
+    def is_intact(self, row: Row, encoded: bytes) -> bool:
+        """Whether the bytes are those that were indexed, as far as the index has evidence; row: the sample's."""
+        return len(encoded) == row[self._length_at]
+
+    def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Implements `Dataset.labels`."""
+        return self.index["label"][np.asarray(samples)].astype(np.int64)
+
+    def describe(self, sample: int) -> str:
+        """Location of a sample, for messages: "shard-000003.tar: member 000006151.webp (sample 6150)"."""
+        raise NotImplementedError
+
+    def split_keys(self) -> npt.NDArray[np.uint64]:
+        """(N,) keys that identify samples independently of their location; the held-out split is a function of them."""
+        raise NotImplementedError
+
+    def _read(self, shard: int, row: Row) -> bytes:
+        try:
+            return os.pread(self._descriptor(shard), row[self._length_at], row[self._offset_at])
+        except OSError as error:
+            raise DataError(f"{self.shards[shard].url}: cannot be read ({error.strerror})") from error
+
+    def _descriptor(self, shard: int) -> int:
+        """An open descriptor of the shard; the least recently used one is closed when there are too many."""
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+            return self._descriptors[shard]
+        self._close_deleted()
+        descriptor = self.files.open(self.shards[shard])
+        self._descriptors[shard] = descriptor
+        if len(self._descriptors) > _OPEN_SHARDS:
+            os.close(self._descriptors.popitem(last=False)[1])
+        return descriptor
+
+    def _close_deleted(self) -> None:
+        """Close files that a cache has evicted: their disk space is freed only when no process has them open."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
+
+    def close(self) -> None:
+        """Close the files; they open again when needed."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickling would copy the memory-mapped content; descriptors are invalid in another process.
+        return {**self.__dict__, "_index": None, "_descriptors": OrderedDict()}

@@ -1,0 +1,70 @@
+"""Several datasets as one, with a common numbering of samples and shards."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.datasets.indexed import IndexedDataset
+
+
+class JoinedDatasets:
+    """Implements `Dataset`. Samples of dataset k begin at `id_starts[k]`; labels are those of each dataset."""
+
+    def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
+        self.datasets = list(datasets)
+        self.where = " + ".join(dataset.where for dataset in datasets)
+        self.shards = [shard for dataset in datasets for shard in dataset.shards]
+        self.id_starts = np.cumsum([0, *(len(dataset) for dataset in datasets)])
+        self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self.image_size = datasets[0].image_size
+        fingerprints = [dataset.fingerprint for dataset in datasets]
+        self.fingerprint = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self.id_starts[-1])
+
+    @property
+    def channels(self) -> int:
+        """Number of channels, the same for all datasets."""
+        return self.datasets[0].channels
+
+    def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The shards, by position in `shards`, that hold these samples."""
+        return np.searchsorted(self.bounds, samples, side="right") - 1
+
+    def image(self, sample: int) -> npt.NDArray[np.uint8]:
+        """The decoded image, (C, image_size, image_size) uint8."""
+        dataset, own = self._find(sample)
+        return dataset.image(own)
+
+    def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
+        """Decode an image to `out` by the dataset that holds it."""
+        dataset, own = self._find(sample)
+        dataset.decode_into(out, own)
+
+    def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The samples' class labels, -1 for none; (B,)."""
+        asked = np.asarray(samples)
+        owners = np.searchsorted(self.id_starts, asked, side="right") - 1
+        found = np.empty(asked.shape, dtype=np.int64)
+        for number in np.unique(owners).tolist():
+            chosen = owners == number
+            found[chosen] = self.datasets[number].labels(asked[chosen] - self.id_starts[number])
+        return found
+
+    def describe(self, sample: int) -> str:
+        """Location of a sample, for messages."""
+        dataset, own = self._find(sample)
+        return dataset.describe(own)
+
+    def close(self) -> None:
+        """Close the files of all datasets."""
+        for dataset in self.datasets:
+            dataset.close()
+
+    def _find(self, sample: int) -> tuple[IndexedDataset, int]:
+        number = int(np.searchsorted(self.id_starts, sample, side="right")) - 1
+        return self.datasets[number], sample - int(self.id_starts[number])

@@ -1,0 +1,1 @@
+"""Orders of samples: pure functions of seed and position."""

@@ -1,0 +1,1 @@
+"""Mirrors of checkpoints on other disks, servers and buckets."""

@@ -1,0 +1,116 @@
+"""The loss on held-out images, with the same noise every time: differences are due to the network alone."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from einops import rearrange
+
+from trainer.config import Config
+from trainer.data.datasets.dataset import Dataset
+from trainer.data.orders.order import sample_ids
+from trainer.data.training_data import TrainingData
+from trainer.diffusion.contract import Batch
+from trainer.diffusion.ddpm.timesteps import UniformTimesteps
+from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.engine.build import build_trained
+from trainer.engine.processes.collectives import gather, together
+from trainer.engine.processes.watchdog import enter
+from trainer.engine.sampling import batches_of
+from trainer.engine.state.train_state import TrainState
+from trainer.errors import DataError, SampleError
+from trainer.signals import StopRequest
+from trainer.telemetry.pictures import from_uint8
+
+_BATCH = 16  # the same for all numbers of ranks: a network's rounding may depend on the batch size
+_QUARTILES = 4
+
+
+class Validation:
+    """Validates a state on `log.validate_images` of the held-out images, or all where there are fewer.
+
+    t and eps of each image are functions of the seed and the image's id, so they do not depend on step, ranks or batch.
+    """
+
+    def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
+        self.config = config
+        self.dataset = data.dataset
+        self.state = state
+        self.objective = state.objective
+        self.stop = stop
+        self.times = UniformTimesteps(config.diffusion.timesteps)  # uniform, however t is drawn in training
+        count = min(config.log.validate_images, len(data.held_out))
+        # A random subset, so that it represents the held-out images; independent of the seed.
+        self.ids = data.held_out[sample_ids(np.arange(count), len(data.held_out), seed=0)] if count else data.held_out
+
+    def measure(self) -> dict[str, float] | None:
+        """validation/loss of the raw weights and validation/ema_loss of the averaged ones: unweighted means over the
+        images; for both also ..._q1 to ..._q4: means over the images whose t is in each quarter of the timesteps.
+
+        Collective; the same on all ranks. None after a request to stop, which is checked between batches. Raises
+        DataError on all of them where an image cannot be read.
+        """
+        batches = batches_of(len(self.ids), _BATCH)
+        accelerator = self.state.strategy.accelerator
+        share = batches[accelerator.process_index :: accelerator.num_processes]
+        values: dict[str, float] = {}
+        for name, whole in (("loss", self.state.weights), ("ema_loss", self.state.average)):
+            network = build_trained(self.config, whole(), self.state.strategy.device)
+            parts: list[tuple[int, list[int], list[float]]] = []
+
+            def score(network: torch.nn.Module = network, parts: list[Any] = parts) -> None:
+                for numbers in share:
+                    if self.stop:
+                        break
+                    enter("validate")
+                    parts.append((numbers.start, *self._score(network, self.ids[numbers.start : numbers.stop])))
+
+            together("the held-out images: cannot be read", score, kind=DataError)
+            shares = gather((bool(self.stop), parts))
+            if any(stopped for stopped, _ in shares):
+                return None
+            values |= self._means(name, sorted(part for _, of_rank in shares for part in of_rank))
+        return values
+
+    @torch.no_grad()
+    def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
+        """t and loss of each image; damaged images are left out where `data.on_bad_sample` is "skip"."""
+        pixels, kept = read_images(self.config, self.dataset, ids)
+        if not kept:
+            return [], []
+        device = self.state.strategy.device
+        batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device))
+        noise = KeyedNoise.validation(self.config.seed, batch.position)
+        losses = self.objective.training_losses(network, batch, noise, times=self.times)
+        return losses.t.tolist(), losses.loss.tolist()
+
+    def _means(self, name: str, parts: list[tuple[int, list[int], list[float]]]) -> dict[str, float]:
+        """Means, summed in float64 in the order of the images, independent of their distribution over ranks."""
+        t = np.array([t for _, some, _ in parts for t in some], dtype=np.int64)
+        losses = np.array([loss for _, _, some in parts for loss in some], dtype=np.float64)
+        if not len(losses):
+            raise DataError("the held-out images: all are damaged, none is left to validate on", agreed=True)
+        values = {f"validation/{name}": float(losses.mean())}
+        quartile = t * _QUARTILES // self.config.diffusion.timesteps
+        for number in np.unique(quartile).tolist():
+            values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
+        return values
+
+
+def read_images(config: Config, dataset: Dataset, ids: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[int]]:
+    """Images (B, C, H, W) uint8, and their ids; damaged images are left out where `data.on_bad_sample` is "skip".
+
+    Otherwise raises DataError with the name of the damaged image.
+    """
+    side = dataset.image_size
+    pixels, kept = np.empty((len(ids), side, side, dataset.channels), dtype=np.uint8), list[int]()
+    for sample in ids.tolist():
+        try:
+            dataset.decode_into(pixels[len(kept)], sample)
+        except SampleError:
+            if config.data.on_bad_sample == "raise":
+                raise
+        else:
+            kept.append(sample)
+    return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w"), kept

@@ -1,0 +1,1 @@
+"""What the engine does to a network: precision, compilation, activation checkpointing, its cost."""

@@ -1,0 +1,80 @@
+"""Activation checkpointing of each stage: which keep their activations for the backward pass, which recompute them.
+
+`train.activation_checkpointing` applies to all stages; with "budget", as few stages are checkpointed as make a
+micro-batch fit into `train.memory_budget`, first those that save most memory per recomputation time.
+"""
+
+import bisect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from trainer.config import Config
+from trainer.engine.network.cost import foretold_peak
+from trainer.errors import ConfigError
+from trainer.models.ddpm_unet import ActivationCheckpointing, Stage, UNet
+from trainer.units import as_size
+
+
+def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
+    """Set each stage's activation checkpointing in a network, which may be wrapped; in the order of `stage_kinds`."""
+    for stage, kind in zip(_stages(network), kinds, strict=True):
+        stage.activation_checkpointing = kind
+
+
+def stage_kinds(build: Callable[[], UNet], config: Config, micro_batch: int) -> list[ActivationCheckpointing]:
+    """Kind of activation checkpointing of each stage for micro-batches of that size, in the order of the network's
+    modules.
+
+    Within a budget, stages become "selective" one by one, then "full", until weights, gradients and activations fit by
+    `foretold_peak`. A stage's activations grow with its width and its time with the square of it, so the narrow ones
+    come first. Raises ConfigError where the budget is too small for that micro-batch.
+    """
+    with torch.device("meta"):
+        stages = _stages(build())
+    chosen = config.train.activation_checkpointing
+    if chosen != "budget":
+        return [chosen] * len(stages)
+    assert config.train.memory_budget is not None
+    narrow_first = sorted(range(len(stages)), key=lambda place: _weights(stages[place]))
+    moves: list[tuple[int, ActivationCheckpointing]] = [
+        *((place, "selective") for place in narrow_first),
+        *((place, "full") for place in narrow_first),
+    ]
+
+    def after(count: int) -> list[ActivationCheckpointing]:
+        kinds: list[ActivationCheckpointing] = ["none"] * len(stages)
+        for place, kind in moves[:count]:
+            kinds[place] = kind
+        return kinds
+
+    def fits(count: int) -> bool:
+        return _peak(build, config, after(count), micro_batch) <= config.train.memory_budget  # type: ignore[operator]
+
+    count = bisect.bisect_left(range(len(moves) + 1), True, key=fits)
+    if count > len(moves):
+        least = _peak(build, config, after(len(moves)), micro_batch)
+        raise ConfigError(
+            f"train.memory_budget: is {as_size(config.train.memory_budget)}, but a micro-batch of {micro_batch} takes "
+            f"{as_size(least)} even if all is recomputed; take a smaller train.micro_batch or a strategy that shards"
+        )
+    return after(count)
+
+
+def _peak(build: Callable[[], UNet], config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
+    def build_so() -> UNet:
+        network = build()
+        recompute(network, kinds)
+        return network
+
+    shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    return foretold_peak(build_so, shape, batch=micro_batch, bf16=config.train.precision in ("bf16", "fp16"))
+
+
+def _stages(network: nn.Module) -> list[Stage]:
+    return [module for module in network.modules() if isinstance(module, Stage)]
+
+
+def _weights(stage: Stage) -> int:
+    return sum(parameter.numel() for parameter in stage.parameters())

@@ -1,0 +1,94 @@
+"""RUN/nonfinite/step-00000123.json: the inputs of a step whose loss or gradient was not finite, for `replay.py`.
+
+Images, flips and noise are functions of seed and position. t and weight are recorded, since importance sampling draws
+them from a history of losses. Dropout masks are functions of the seed and of the micro-batches.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.config import Config
+from trainer.data.stream.stream import BatchLayout
+from trainer.data.training_data import TrainingData
+from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.engine.state.train_state import TrainState
+from trainer.engine.step.step_report import Verdict
+from trainer.errors import DataError
+
+
+class DumpedSample(BaseModel):
+    """One image of the batch: position in the run, id in the dataset, t, loss weight (None for 1), and location."""
+
+    model_config = ConfigDict(frozen=True)
+    position: int
+    id: int
+    t: int
+    weight: float | None = None
+    image: str
+
+
+class NonFiniteDump(BaseModel):
+    """A skipped step. `loss` and `grad_norm` as Python's `str` of a float, so "nan" and "inf" are possible.
+
+    `updates`: optimizer steps applied before, which identifies the weights; `micro_batch`, `precision` and `device`
+    ("cpu" or "cuda"): how it was computed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    step: int
+    loss: str
+    grad_norm: str
+    seed: int
+    updates: int
+    micro_batch: int
+    precision: str
+    device: str
+    samples: list[DumpedSample]
+
+    @classmethod
+    def of_step(
+        cls, verdict: Verdict, *, config: Config, layout: BatchLayout, state: TrainState, data: TrainingData
+    ) -> Self:
+        """The step that the state counted last, which was not applied. Synchronises with the device."""
+        positions = np.arange(state.position - layout.global_batch, state.position)
+        ids = data.order.ids(positions)
+        device = state.strategy.device
+        # The objective has recorded nothing since, so the same timesteps are drawn again.
+        noise = KeyedNoise.training(config.seed, torch.from_numpy(positions).to(device))
+        t, weight = state.objective.times.draw(noise)
+        weights = weight.tolist() if weight is not None else [None] * len(positions)
+        return cls(
+            step=state.position // layout.global_batch,
+            loss=repr(verdict.loss),
+            grad_norm=repr(verdict.grad_norm),
+            seed=config.seed,
+            updates=state.updates,
+            micro_batch=layout.micro_batch,
+            precision=config.train.precision,
+            device=device.type,
+            samples=[
+                DumpedSample(position=p, id=i, t=k, weight=w, image=data.dataset.describe(i))
+                for p, i, k, w in zip(positions.tolist(), ids.tolist(), t.tolist(), weights)
+            ],
+        )
+
+    def write(self, path: Path) -> None:
+        """Write to a file, creating its folder. Raises OSError."""
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(self.model_dump_json(indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read from a file. Raises DataError where it is missing, is no dump, or lacks fields that a replay needs."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except OSError as fault:
+            raise DataError(f"{path}: cannot be read ({fault.strerror})") from fault
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the file"
+            raise DataError(f"{path}: no dump of a step that can be computed again: {field}: {first['msg']}") from fault
