@@ -23,15 +23,16 @@ from tqdm import tqdm
 from benchmarks.machine import synchronize
 from benchmarks.turns import Run
 from trainer.config import Config
-from trainer.engine.build import unet_config
 from trainer.interop.diffusers_settings import unet_settings
+from trainer.interop.supported import ddpm_sections, network_of
 
 
 def diffusers_network(config: Config) -> Any:
     """The UNet2DModel that is the configuration's network."""
     from diffusers import UNet2DModel
 
-    return UNet2DModel.from_config(unet_settings(unet_config(config.model, config.diffusion.variance)))
+    model, diffusion = ddpm_sections(config)
+    return UNet2DModel.from_config(unet_settings(network_of(model, diffusion.variance)))
 
 
 def diffusers_example(
@@ -71,7 +72,8 @@ def diffusers_example(
     ema.to(accelerator.device)
     if compiled:
         network = torch.compile(network)
-    noise_scheduler = DDPMScheduler(num_train_timesteps=config.diffusion.timesteps)
+    timesteps = ddpm_sections(config)[1].timesteps
+    noise_scheduler = DDPMScheduler(num_train_timesteps=timesteps)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     images = _images(config, accelerator.device) * 2 - 1
     if channels_last:
@@ -82,7 +84,7 @@ def diffusers_example(
     def step() -> None:
         clean = images.to(dtype)
         noise = torch.randn(clean.shape, dtype=dtype, device=clean.device)
-        t = torch.randint(0, config.diffusion.timesteps, (len(clean),), device=clean.device).long()
+        t = torch.randint(0, timesteps, (len(clean),), device=clean.device).long()
         noisy = noise_scheduler.add_noise(clean, noise, t)
         with accelerator.accumulate(network):
             loss = F.mse_loss(network(noisy, t).sample.float(), noise.float())
@@ -107,7 +109,7 @@ def lucidrains_network(config: Config) -> nn.Module:
 
     ModuleNotFoundError where the package is not installed.
     """
-    model = config.model
+    model, _ = ddpm_sections(config)
     return _lucidrains().Unet(
         dim=model.base_channels,
         dim_mults=tuple(model.channel_multipliers),
@@ -129,7 +131,7 @@ def lucidrains_trainer(config: Config, *, steps: int, threads: int) -> Run:
     diffusion = _lucidrains().GaussianDiffusion(
         lucidrains_network(config),
         image_size=config.model.image_size,
-        timesteps=config.diffusion.timesteps,
+        timesteps=ddpm_sections(config)[1].timesteps,
         objective="pred_noise",
         beta_schedule="linear",
     )

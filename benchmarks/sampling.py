@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,11 +35,13 @@ from trainer.config import Config
 from trainer.diffusion.ddpm.respacing import respaced
 from trainer.diffusion.ddpm.samplers import ancestral, ddim
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
-from trainer.engine.build import build_diffusion, build_network, build_reverse, build_trained, unet_config
+from trainer.engine.build import build_diffusion, build_network, build_reverse, build_trained
 from trainer.engine.network.cost import measure
 from trainer.engine.sampling import sample
 from trainer.interop.diffusers_settings import scheduler_settings
 from trainer.interop.layouts import DIFFUSERS, to_layout
+from trainer.interop.supported import ddpm_sections, network_of
+from trainer.models.backbones import example_inputs
 
 SEED = 0
 
@@ -74,7 +77,7 @@ def our_draw(setting: Setting, precision: str) -> Callable[[], Tensor]:
     config, device = setting.load(precision), default_device()
     network = build_trained(config, weights(config), device)
     reverse = build_reverse(network, build_diffusion(config, device), config)
-    reverse = reverse.respaced(respaced(config.diffusion.timesteps, f"ddim{setting.steps}"))
+    reverse = reverse.respaced(respaced(ddpm_sections(config)[1].timesteps, f"ddim{setting.steps}"))
     sampler = {"ddpm": ancestral, "ddim": ddim}[setting.sampler]
     model = config.model
     shape = (model.channels, model.image_size, model.image_size)
@@ -90,12 +93,13 @@ def pipeline_draw(setting: Setting, precision: str) -> Callable[[], Tensor]:
     """DDPMPipeline or DDIMPipeline with the same weights; gives (B, C, H, W) uint8."""
     config, device = setting.load(precision), default_device()
     network = diffusers_network(config)
-    unet = unet_config(config.model, config.diffusion.variance)
+    model, diffusion = ddpm_sections(config)
+    unet = network_of(model, diffusion.variance)
     network.load_state_dict(to_layout(weights(config), unet, DIFFUSERS))
     pipeline_class, scheduler_class = {"ddpm": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}[
         setting.sampler
     ]
-    scheduler = scheduler_class.from_config(scheduler_settings(config))
+    scheduler = scheduler_class.from_config(scheduler_settings(diffusion))
     network = network.eval().to(dtype=DTYPES[precision])  # as from_pretrained's torch_dtype
     pipeline = pipeline_class(network, scheduler).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -128,7 +132,7 @@ def largest_difference(setting: Setting) -> int:
     config, device = setting.load("fp32"), default_device()
     model, index = config.model, torch.arange(setting.batch, device=device)
     shape = (model.channels, model.image_size, model.image_size)
-    visited = respaced(config.diffusion.timesteps, f"ddim{setting.steps}").tolist()
+    visited = respaced(ddpm_sections(config)[1].timesteps, f"ddim{setting.steps}").tolist()
 
     def noises() -> Iterator[Tensor]:
         yield KeyedNoise.sampling(SEED, index).normal("initial", shape)
@@ -159,8 +163,8 @@ def measure_sampler(setting: Setting, precisions: list[str], rounds: int, clock:
     turns = take_turns(contenders | limits, rounds=rounds)
     difference = largest_difference(setting)
     config = setting.load(precisions[0])
-    shape = (config.model.channels, config.model.image_size, config.model.image_size)
-    flops = setting.steps * measure(lambda: build_network(config), shape, batch=1, bf16=False).forward_flops_per_image
+    inputs = partial(example_inputs, config.model)
+    flops = setting.steps * measure(lambda: build_network(config), inputs, batch=1, bf16=False).forward_flops_per_image
     table = []
     for name in contenders:
         precision = name.rpartition(", ")[2]

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
 from trainer.engine.build import build_network
 from trainer.engine.network.cost import measure
+from trainer.models.backbones import example_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +93,10 @@ def contenders(setting: Setting, precision: str, *, compiled: bool, also: list[s
 def rows(turns: dict[str, list[Turn]], setting: Setting, precisions: list[str], clock: Clock) -> list[dict[str, Any]]:
     """The table: rates, ratios to the example in float32 (or the first precision) and in the same precision."""
     config = setting.load(precisions[0])
-    shape = (config.model.channels, config.model.image_size, config.model.image_size)
-    flops = {"ours": measure(lambda: build_network(config), shape, batch=1, bf16=False)}
+    inputs = partial(example_inputs, config.model)
+    flops = {"ours": measure(lambda: build_network(config), inputs, batch=1, bf16=False)}
     if any(name.startswith("lucidrains") for name in turns):
-        flops["lucidrains"] = measure(lambda: peers.lucidrains_network(config), shape, batch=1, bf16=False)
+        flops["lucidrains"] = measure(lambda: peers.lucidrains_network(config), inputs, batch=1, bf16=False)
     shipped = turns[f"diffusers example, {precisions[0]}"]
     table = []
     for name, own in turns.items():

@@ -26,8 +26,9 @@ from trainer.engine.network import compilation
 from trainer.engine.network.compilation import compile_stages, has_compiler, use_cache
 from trainer.engine.network.precision import multiply_float32
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import ActivationCheckpointing, Stage, UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet, UNetConfig
 from trainer.models.layers import ResidualBlock, group_norm
+from trainer.models.stages import ActivationCheckpointing, Stage, checkpoint_activations
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler: apt-get install g++")
 DEVICES = [
@@ -169,7 +170,7 @@ def gradients_of_unet(
     network = UNet(shape).to(dtype)
     randomise(network)
     network.to(device).to(memory_format=torch.channels_last)
-    network.checkpoint_activations(kind)
+    checkpoint_activations(network, kind)
     if compiled:
         compile_stages(network, None)
     x, cotangent = (torch.randn(BATCH, 3, 16, 16).to(device, dtype) for _ in range(2))

@@ -171,3 +171,23 @@ def test_times_are_read_in_any_unit(config_path: Path) -> None:
     config = load_config(config_path, "train.timeout=1.5 hours", "train.hang_timeout=0 seconds")
     assert (config.train.timeout, config.train.hang_timeout) == (5400, 0)
     assert 'timeout = "5400.0 seconds"' in config.to_toml()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.kind=ddpm_unet", "model.kind = 'ddpm_unet': unknown kind; did you mean ddpm-unet?"),
+        ("diffusion.kind=wavelets", "diffusion.kind = 'wavelets': unknown kind; known here: ddpm"),
+        ("model.kind=3", "model.kind = 3: unknown kind; known here: ddpm-unet"),
+    ],
+)
+def test_an_unknown_kind_is_one_line_that_names_the_nearest(config_path: Path, override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(config_path, override)
+    assert str(refused.value) == f"{config_path}: {line}"
+
+
+def test_kinds_of_today_need_not_be_named(config_path: Path) -> None:
+    config = load_config(config_path)
+    assert (config.model.kind, config.diffusion.kind) == ("ddpm-unet", "ddpm")
+    assert load_config(config_path, "model.kind=ddpm-unet", "diffusion.kind=ddpm") == config

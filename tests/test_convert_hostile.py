@@ -16,7 +16,7 @@ from tests.published import PUBLISHED_SCHEDULER, PUBLISHED_UNET, SMALL, publish
 from tests.test_manifests import HEADERS
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.errors import ConversionError, TrainerError
-from trainer.interop.layouts import fit
+from trainer.interop.layouts import fit, shapes_of
 from trainer.interop.sources import open_source, read_tensors
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -181,9 +181,9 @@ def weights_with(value: Tensor) -> dict[str, Tensor]:
 
 def test_finiteness_is_that_of_the_numbers_that_are_kept() -> None:
     """float64 has 1e39, float32 has not."""
-    fit(weights_with(torch.tensor(1e38, dtype=torch.float64)), SMALL, source="there")
+    fit(weights_with(torch.tensor(1e38, dtype=torch.float64)), shapes_of(SMALL), source="there")
     with pytest.raises(ConversionError, match=r"there: conv_in.bias: holds NaN or infinity, as float32"):
-        fit(weights_with(torch.tensor(1e39, dtype=torch.float64)), SMALL, source="there")
+        fit(weights_with(torch.tensor(1e39, dtype=torch.float64)), shapes_of(SMALL), source="there")
 
 
 def test_numbers_of_8_bits_are_taken(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from trainer.engine.network.compilation import compile_stages
 from trainer.engine.network.precision import multiply_float32
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import ActivationCheckpointing, UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet, UNetConfig
+from trainer.models.stages import ActivationCheckpointing, checkpoint_activations
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def accumulated_over_steps(kind: ActivationCheckpointing, *, cuda_graphs: bool) 
     network = UNet(shape)
     randomise(network)
     network.cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
-    network.checkpoint_activations(kind)
+    checkpoint_activations(network, kind)
     optimizer = guarded_adam(network)
     if cuda_graphs:
         compile_stages(network, None, cuda_graphs=True)

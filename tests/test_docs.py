@@ -29,7 +29,7 @@ def fields() -> set[str]:
     found, section = set(), ""
     for line in (ROOT / "docs" / "configuration.md").read_text().splitlines():
         if line.startswith("## "):
-            section = line.strip("# `[]")
+            section = line.partition("]")[0].strip("# `[")
         elif line.startswith("| `"):
             found.add(f"{section}.{line.split('`')[1]}")
     return found | {"data.mixture"}

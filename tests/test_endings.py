@@ -250,3 +250,5 @@ def test_a_field_that_came_later_has_had_its_default() -> None:
         check_identity(saved, {**saved, "model.image_size": 64}, "step-2")  # which has no default
     with pytest.raises(CheckpointError, match=r"data.samples: None in the checkpoint, 9 now;"):
         check_identity(saved, {**saved, "data.samples": 9}, "step-2")  # no field at all
+    with pytest.raises(CheckpointError, match=r"model.kind: ddpm-unet in the checkpoint, other now;"):
+        check_identity(saved, {**saved, "model.kind": "other"}, "step-2")  # saved when there was one kind

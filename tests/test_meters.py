@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from trainer.engine.state.ema import constant
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
+from trainer.models.backbones import example_inputs
 from trainer.signals import StopRequest
 from trainer.telemetry import step_clock
 from trainer.telemetry.device import data_sheet, data_sheet_of, device_peak, peak_teraflops
@@ -34,8 +36,10 @@ TIMESTEPS = 10  # its quarters are 0-2, 3-4, 5-7, 8-9
 
 def random_images(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(0, TIMESTEPS, (count,), generator=generator)
     return {
-        "t": torch.randint(0, TIMESTEPS, (count,), generator=generator),
+        "t": t,
+        "level": t / TIMESTEPS,
         "loss": torch.rand(count, generator=generator),
         "bound": torch.rand(count, generator=generator),
         "weight": torch.rand(count, generator=generator),
@@ -47,13 +51,13 @@ def test_a_steps_sums_are_those_of_its_images(weighted: bool) -> None:
     images = random_images(64)
     if not weighted:
         images["weight"] = None
-    whole = step_sums(Losses(**images), timesteps=TIMESTEPS)
+    whole = step_sums(Losses(**images))
     halves = [
-        step_sums(Losses(**{k: None if v is None else v[half] for k, v in images.items()}), timesteps=TIMESTEPS)
+        step_sums(Losses(**{k: None if v is None else v[half] for k, v in images.items()}))
         for half in (slice(0, 32), slice(32, 64))
     ]
     torch.testing.assert_close(halves[0] + halves[1], whole)
-    figures = StepFigures.read(whole.tolist(), global_batch=64, timesteps=TIMESTEPS, noise=None)
+    figures = StepFigures.read(whole.tolist(), global_batch=64, bound_terms=TIMESTEPS, noise=None)
     weight = [1.0] * 64 if images["weight"] is None else images["weight"].tolist()
     for quarter in range(4):
         those = [i for i, t in enumerate(images["t"].tolist()) if quarter <= 4 * t / TIMESTEPS < quarter + 1]
@@ -67,7 +71,7 @@ def test_a_steps_sums_are_those_of_its_images(weighted: bool) -> None:
 def test_a_steps_sums_need_no_word_from_the_device() -> None:
     """A tensor on "meta" has no values: any read of one by the host is an error."""
     images = {name: value.to("meta") for name, value in random_images(8).items()}
-    assert step_sums(Losses(**images), timesteps=TIMESTEPS).shape == (STEP_SUMS,)
+    assert step_sums(Losses(**images)).shape == (STEP_SUMS,)
 
 
 def random_steps(count: int) -> Iterator[dict[str, object]]:
@@ -251,7 +255,8 @@ def test_the_peak_is_the_data_sheets_or_measured() -> None:
 
 def test_flops_are_counted_with_and_without_what_measures_memory(config_path: Path) -> None:
     config = load_config(config_path)
-    cost = measure(lambda: build_network(config), (3, 8, 8), batch=2, bf16=True)
-    flops = training_flops(lambda: build_network(config), (3, 8, 8))
+    inputs = partial(example_inputs, config.model)
+    cost = measure(lambda: build_network(config), inputs, batch=2, bf16=True)
+    flops = training_flops(lambda: build_network(config), inputs)
     assert (cost.forward_flops_per_image, cost.training_flops_per_image) == flops
     assert 2 * flops.forward < flops.training < 3.01 * flops.forward

@@ -12,7 +12,7 @@ from trainer.engine.network.activation_checkpointing import recompute, stage_kin
 from trainer.engine.planning.dry_run import as_text, describe_run, measure_cost
 from trainer.engine.planning.find_batch import find_batch
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import Stage
+from trainer.models.stages import Stage
 
 BATCH = 8
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.models.ddpm_unet import Stage, UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet, UNetConfig
 from trainer.models.group_norm import GroupNorm
 from trainer.models.layers import AttentionBlock, ResidualBlock, timestep_embedding
+from trainer.models.stages import Stage, checkpoint_activations
 
 LSUN = {"image_size": 256, "channel_multipliers": (1, 1, 2, 2, 4, 4)}
 TINY = UNetConfig(
@@ -112,7 +113,7 @@ def test_the_timestep_embedding_is_sin_then_cos_and_float32_under_autocast() -> 
 def test_activation_checkpointing_recomputes_what_it_says(kind: Literal["selective", "full"]) -> None:
     """Convolutions of the stages run again in the backward pass under "full" only."""
     model = tiny().train()
-    model.checkpoint_activations(kind)
+    checkpoint_activations(model, kind)
     with FlopCounterMode(display=False) as counter:
         loss = model(*batch()).square().mean()
     forward = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
@@ -137,7 +138,7 @@ def test_activation_checkpointing_leaves_gradients_as_they_are_with_dropout(monk
     for checkpointing in ("none", "selective", "full"):
         runs = 0
         model = tiny().train()
-        model.checkpoint_activations(checkpointing)
+        checkpoint_activations(model, checkpointing)
         torch.manual_seed(7)
         model(*batch()).square().mean().backward()
         assert runs == blocks * (1 if checkpointing == "none" else 2)  # once more in the backward pass

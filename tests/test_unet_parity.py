@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.networks import randomise, reference
-from trainer.models.ddpm_unet import Downsample, Stage, UNet, UNetConfig
+from trainer.models.ddpm_unet import Downsample, UNet, UNetConfig
+from trainer.models.stages import Stage
 
 # In float64 nothing but the network itself can differ; float32 is what is trained.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -1,28 +1,25 @@
 """Typed configuration: one TOML file, every field documented, validated once, saved with the run as resolved."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
+from trainer.config.backbones import MODELS, DDPMUNetConfig, ModelConfig
+from trainer.config.families import FAMILIES, DDPMConfig, DiffusionConfig
 from trainer.config.reading import apply_override, explain, read_toml
-from trainer.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    DiffusionConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Section,
-    TrainConfig,
-)
+from trainer.config.section import Section
+from trainer.config.sections import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
 from trainer.errors import ConfigError
 
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "DDPMConfig",
+    "DDPMUNetConfig",
     "DataConfig",
     "DiffusionConfig",
     "LogConfig",
@@ -30,6 +27,8 @@ __all__ = [
     "OptimizerConfig",
     "TrainConfig",
 ]
+
+C = TypeVar("C", bound="Config")
 
 
 class Config(Section):
@@ -41,7 +40,7 @@ class Config(Section):
     """Keys the order, flips, t, noise, dropout, initial weights and samples."""
     data: DataConfig
     model: ModelConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
+    diffusion: DiffusionConfig = DDPMConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -90,11 +89,37 @@ class Config(Section):
         for override in overrides:
             apply_override(raw, override)
         try:
-            return cls.model_validate(raw)
+            whole = cls.of_kinds(_kind(raw, "model"), _kind(raw, "diffusion"))
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        try:
+            return whole.model_validate(raw)
         except ValidationError as error:
-            lines = [explain(cls, details) for details in error.errors()]
+            lines = [explain(whole, details) for details in error.errors()]
             raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+    @classmethod
+    def of_kinds(cls, model_kind: Any, diffusion_kind: Any) -> type[Self]:
+        """Configurations whose [model] and [diffusion] are of these kinds, None for the default one.
+
+        Raises ConfigError for a kind that is not known.
+        """
+        return _narrowed(cls, MODELS.of(model_kind), FAMILIES.of(diffusion_kind))
 
     def to_toml(self) -> str:
         """The configuration as resolved: every field, defaults included."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+@cache
+def _narrowed(base: type[C], model: type[ModelConfig], diffusion: type[DiffusionConfig]) -> type[C]:
+    """`base` with these classes for [model] and [diffusion], so that pydantic validates and names their fields."""
+    required = any(field.is_required() for field in diffusion.model_fields.values())
+    default = ... if required else diffusion.model_validate({})
+    sections: dict[str, Any] = {"model": (model, ...), "diffusion": (diffusion, default)}
+    return create_model(base.__name__, __base__=base, __doc__=base.__doc__, **sections)
+
+
+def _kind(raw: dict[str, Any], section: str) -> Any:
+    table = raw.get(section)
+    return table.get("kind") if isinstance(table, dict) else None

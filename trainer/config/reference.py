@@ -12,7 +12,9 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from trainer.config import Config
-from trainer.config.sections import Section
+from trainer.config.backbones import MODELS
+from trainer.config.families import FAMILIES
+from trainer.config.section import Section
 from trainer.units import Span, parse_seconds, parse_size
 
 _PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -54,11 +56,15 @@ def _section(section: type[Section], heading: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         path = f"{heading.strip('[]')}.{name}".lstrip(".")
         for inner in _sections_in(field.annotation):
-            yield from _section(inner, f"[[{path}]]" if get_origin(field.annotation) is list else f"[{path}]")
+            kind = f' kind = "{inner.model_fields["kind"].default}"' if "kind" in inner.model_fields else ""
+            yield from _section(inner, f"[[{path}]]" if get_origin(field.annotation) is list else f"[{path}]{kind}")
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
-    """The sections that a field holds: its own, those of a list, those of a union."""
+    """The sections that a field holds: its own, one for each kind, those of a list, those of a union."""
+    for kinds in (MODELS, FAMILIES):
+        if annotation is kinds.base:
+            return list(kinds)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections_in(part)]

@@ -2,33 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from trainer.config.section import Section
 from trainer.units import SecondsField, SizeField, Span, SpanField
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are errors, values are not coerced, nothing changes afterwards."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        arbitrary_types_allowed=True,
-        use_attribute_docstrings=True,
-    )
-
-    @field_validator("*")
-    @classmethod
-    def _is_writable(cls, value: Any) -> Any:
-        """Everything goes into config.toml, which is UTF-8: no name with bytes that are none."""
-        if isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError("should be UTF-8, as config.toml is") from error
-        return value
 
 
 class MixtureEntry(Section):
@@ -46,7 +23,7 @@ class DataConfig(Section):
     path: str | None = None
     """Folder that data_prep wrote, folder of webdataset tars, or tars as a pattern ("/data/{000..099}.tar"); a path, or
     a URL of http, https, s3, gs or hf."""
-    mixture: list[MixtureEntry] = []
+    mixture: list[MixtureEntry] = Field(default=[])
     """Datasets that are mixed, each with its own epochs."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
@@ -88,62 +65,6 @@ class DataConfig(Section):
     def where(self) -> str:
         """The dataset or datasets, for messages."""
         return self.path or " + ".join(entry.path for entry in self.mixture)
-
-
-class ModelConfig(Section):
-    """The UNet of Ho et al. 2020, appendix B."""
-
-    image_size: int = Field(gt=0, le=16_384)
-    """Side of the square images in pixels; must be the dataset's."""
-    channels: int = Field(default=3, gt=0, le=1024)
-    """Channels of the images: 3 for RGB, 1 for grey; must be the dataset's."""
-    base_channels: int = Field(gt=0, le=65_536)
-    """Channels at full resolution."""
-    channel_multipliers: list[Annotated[int, Field(le=1024)]] = Field(min_length=1, max_length=16)
-    """Channels of each resolution level as a multiple of base_channels; each level halves the side."""
-    blocks_per_level: int = Field(default=2, gt=0, le=64)
-    """Residual blocks a level going down (one more going up)."""
-    attention_resolutions: list[Annotated[int, Field(le=16_384)]] = Field(max_length=16)
-    """Sides, in pixels, of the levels whose blocks are followed by self-attention."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability inside residual blocks."""
-    norm_groups: int = Field(default=32, gt=0, le=65_536)
-    """Groups of every GroupNorm."""
-
-
-class DiffusionConfig(Section):
-    """The forward process, what the network predicts of it, and the loss (Ho et al. 2020, table 2)."""
-
-    timesteps: int = Field(default=1000, gt=1, le=1_000_000)
-    """T, the number of noise levels."""
-    schedule: Literal["linear", "cosine", "sqrt-linear", "sigmoid", "table"] = "linear"
-    """beta_t: "linear" 1e-4 to 0.02 (Ho et al. 2020; times 1000 / T), "cosine" (Nichol and Dhariwal 2021),
-    "sqrt-linear", "sigmoid", or "table"."""
-    betas: list[Annotated[float, Field(gt=0, lt=1)]] | None = None
-    """With schedule "table": beta_t for every t."""
-    prediction: Literal["eps", "x0", "mu", "v"] = "eps"
-    """What the network predicts: "eps", "x0", "mu" (the posterior's mean) or "v" (Salimans and Ho 2022)."""
-    variance: Literal["small", "large", "learned", "learned-range"] = "small"
-    """Variance of the reverse process: "small" beta~_t or "large" beta_t (section 3.2); "learned", a diagonal one, or
-    "learned-range", between the two fixed ones (Nichol and Dhariwal 2021), doubles the network's output."""
-    loss: Literal["mse", "bound", "hybrid"] = "mse"
-    """The "mse" of the prediction (with "eps" it is L_simple), "bound" (L, the variational bound, in bits per
-    dimension), or "hybrid" (L_simple + 0.001 L_vlb; Nichol and Dhariwal 2021)."""
-    timestep_sampling: Literal["uniform", "importance"] = "uniform"
-    """How t is drawn: "importance" as often as its loss is large (Nichol and Dhariwal 2021, section 3.3)."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if (self.schedule == "table") != (self.betas is not None):
-            raise ValueError('schedule = "table" and betas go together')
-        if self.betas is not None and len(self.betas) != self.timesteps:
-            raise ValueError(f"betas has {len(self.betas)} values, timesteps is {self.timesteps}")
-        learns = self.variance in ("learned", "learned-range")
-        if self.loss == "mse" and learns:
-            raise ValueError(f'loss = "mse" does not teach variance = "{self.variance}"; take "bound" or "hybrid"')
-        if self.loss == "hybrid" and self.variance != "learned-range":
-            raise ValueError('loss = "hybrid" is for variance = "learned-range"')
-        return self
 
 
 class OptimizerConfig(Section):
@@ -289,7 +210,7 @@ class LogConfig(Section):
     """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""
     validate_images: int = Field(default=1024, gt=0, le=10**9)
     """Most held-out images that are measured, always the same."""
-    trackers: list[Literal["wandb"]] = []
+    trackers: list[Literal["wandb"]] = Field(default=[])
     """Services that also receive scalars, pictures and configuration: "wandb" is Weights & Biases (docs/report.md)."""
     distance_every: SpanField = Span(0, "steps")
     """Between two measurements of how far samples of the averaged weights are from real images, by features of

@@ -1,14 +1,14 @@
 """What a family of diffusion models gives the trainer and what it gets: a batch in, a loss for each sample out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from trainer.diffusion.ddpm.timesteps import Times
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.diffusion.times import Times
 
 Conditioning = Mapping[str, Tensor]
 
@@ -31,15 +31,17 @@ class Batch:
 class Losses:
     """What an objective computes of a batch; each (B,).
 
-    t: int64, the timesteps that were drawn; loss: float32, with the gradient, not weighted; weight: float32, by which
-    the mean of the losses estimates the mean over uniform t, None for 1; bound: float32 without a gradient, each
-    sample's term of the variational bound in bits per dimension.
+    t: the times that were drawn; level: float32, the share of all noise levels that lie below t, in [0, 1), by which
+    losses are grouped in logs; loss: float32, with the gradient, not weighted; weight: float32, by which the mean of
+    the losses estimates the mean over uniform t, None for 1; bound: float32 without a gradient, each sample's term of
+    the variational bound in bits per dimension, None where the family has none.
     """
 
     t: Tensor
+    level: Tensor
     loss: Tensor
     weight: Tensor | None
-    bound: Tensor
+    bound: Tensor | None
 
     def mean(self) -> Tensor:
         """The weighted mean, (): what is minimised."""
@@ -47,17 +49,19 @@ class Losses:
 
     def detach(self) -> Self:
         """The same numbers without the graph that made them."""
-        return type(self)(t=self.t, loss=self.loss.detach(), weight=self.weight, bound=self.bound)
+        return replace(self, loss=self.loss.detach())
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """Of several batches in their order; all or none of them weighted."""
+        """Of several batches of one objective, in their order."""
         weights = [part.weight for part in parts if part.weight is not None]
+        bounds = [part.bound for part in parts if part.bound is not None]
         return cls(
             t=torch.cat([part.t for part in parts]),
+            level=torch.cat([part.level for part in parts]),
             loss=torch.cat([part.loss for part in parts]),
             weight=torch.cat(weights) if weights else None,
-            bound=torch.cat([part.bound for part in parts]),
+            bound=torch.cat(bounds) if bounds else None,
         )
 
 
@@ -73,6 +77,18 @@ class Objective(Protocol):
 
     The training step, validation and the replay of a step all call it.
     """
+
+    @property
+    def times(self) -> Times:
+        """How t is drawn in training."""
+
+    @property
+    def validation_times(self) -> Times:
+        """How t is drawn in validation: not affected by what was recorded."""
+
+    @property
+    def bound_terms(self) -> int | None:
+        """Number of terms of the variational bound, of which `Losses.bound` has one a sample; None without a bound."""
 
     def training_losses(
         self, network: Network, batch: Batch, noise: KeyedNoise, *, times: Times | None = None

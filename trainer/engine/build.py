@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from trainer.config import Config, ModelConfig
+from trainer.config import Config, DDPMConfig
 from trainer.data.stream.stream import BatchLayout
-from trainer.diffusion.ddpm.objective import GaussianObjective
+from trainer.diffusion.contract import Objective
+from trainer.diffusion.ddpm.family import ddpm_diffusion
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.reverse import ReverseProcess, ReverseVariance, output_channels
-from trainer.diffusion.ddpm.schedules import make_betas
-from trainer.diffusion.ddpm.timesteps import ImportanceSampling
+from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.diffusion.families import FAMILIES
 from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
 from trainer.engine.network.compilation import compile_stages
 from trainer.engine.network.precision import run_in
@@ -19,42 +19,34 @@ from trainer.engine.state.ema import profiles
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
-from trainer.errors import CheckpointError, ConfigError
-from trainer.models.ddpm_unet import UNet, UNetConfig
+from trainer.errors import CheckpointError
+from trainer.models.backbones import BACKBONES
 
 
-def unet_config(model: ModelConfig, variance: ReverseVariance) -> UNetConfig:
-    """The UNet's own configuration. Raises ConfigError where its sizes are inconsistent."""
-    fields = model.model_dump()
-    fields["channel_multipliers"] = tuple(model.channel_multipliers)
-    fields["attention_resolutions"] = tuple(model.attention_resolutions)
-    out_channels = output_channels(model.channels, variance)
-    try:
-        return UNetConfig(**fields, out_channels=out_channels)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from error
+def build_network(config: Config) -> nn.Module:
+    """The network that the configuration describes, initialised from torch's current seed.
 
-
-def build_network(config: Config) -> UNet:
-    """The UNet that the configuration describes, initialised from torch's current seed; errors as `unet_config`."""
-    return UNet(unet_config(config.model, config.diffusion.variance))
+    Raises ConfigError where its sizes are inconsistent.
+    """
+    out_channels = FAMILIES[config.diffusion.kind].output_channels(config.diffusion, config.model.channels)
+    return BACKBONES[config.model.kind].build(config.model, out_channels)
 
 
 def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:
     """The forward process that the configuration describes, its tables on the device."""
-    process = config.diffusion
-    betas = make_betas(process.schedule, process.timesteps, process.betas)
-    return GaussianDiffusion(betas).to(device)
+    assert isinstance(config.diffusion, DDPMConfig)
+    return ddpm_diffusion(config.diffusion, device)
 
 
 def build_reverse(network: nn.Module, diffusion: GaussianDiffusion, config: Config) -> ReverseProcess:
     """The reverse process: interprets the network's output, on a forward process that may have been respaced."""
+    assert isinstance(config.diffusion, DDPMConfig)
     return ReverseProcess(
         network, diffusion, prediction=config.diffusion.prediction, variance=config.diffusion.variance
     )
 
 
-def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> UNet:
+def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
     """A network for sampling or evaluation: `weights` loaded, in eval mode, on the device, in the run's precision.
 
     Raises CheckpointError where the weights are of another network.
@@ -70,17 +62,9 @@ def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: t
     return network
 
 
-def build_objective(config: Config, device: torch.device) -> GaussianObjective:
-    """The training objective, its tables and its recorded state (importance sampling of t) on the device."""
-    process = config.diffusion
-    importance = process.timestep_sampling == "importance"
-    return GaussianObjective(
-        build_diffusion(config, device),
-        prediction=process.prediction,
-        variance=process.variance,
-        loss=process.loss,
-        times=ImportanceSampling(process.timesteps, device) if importance else None,
-    )
+def build_objective(config: Config, device: torch.device) -> Objective:
+    """The training objective, its tables and its recorded state on the device."""
+    return FAMILIES[config.diffusion.kind].objective(config.diffusion, device)
 
 
 def build_optimizer(config: Config, network: nn.Module) -> GuardedAdam:

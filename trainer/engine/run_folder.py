@@ -30,7 +30,6 @@ from pydantic_core import PydanticUndefined
 
 from trainer.config import Config
 from trainer.data.training_data import DATA_FINGERPRINT, TrainingData
-from trainer.diffusion.ddpm.reverse import is_learned
 from trainer.engine.run_dir import check_run_dir
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.telemetry.files import AppendedFile, BestEffort, read_bytes, write_whole
@@ -207,17 +206,12 @@ def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
     Without `data` it is the identity of imported weights: fields that belong to training are UNDECIDED.
     """
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
-    process = {f"diffusion.{name}": value for name, value in config.diffusion.model_dump().items()}
-    training = {name: process.pop(name) for name in ("diffusion.variance", "diffusion.loss")}
-    if is_learned(config.diffusion.variance):
-        process["diffusion.variance"] = training.pop("diffusion.variance")  # half of the network's output
-    elif config.diffusion.loss == "mse":
-        del training["diffusion.variance"]  # used by sampling only
-    training |= {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
+    fields |= {f"diffusion.{name}": value for name, value in config.diffusion.identity().items()}
+    training = {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
     if data is None:
-        undecided = ["diffusion.variance", *training, DATA_FINGERPRINT]
-        return {**fields, **dict.fromkeys(undecided, UNDECIDED), **process}
-    return {**fields, **process, **training, **data.identity}
+        undecided = [f"diffusion.{name}" for name in config.diffusion.of_training_alone()]
+        return {**fields, **dict.fromkeys([*undecided, *training, DATA_FINGERPRINT], UNDECIDED)}
+    return {**fields, **training, **data.identity}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path | str) -> None:
@@ -227,7 +221,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
     of the version that saved it.
     """
     on_any_data = saved.get(DATA_FINGERPRINT) == UNDECIDED
-    known = {name: saved[name] if name in saved else _default(name) for name in current | saved}
+    known = {name: saved[name] if name in saved else _default(name, saved) for name in current | saved}
     differences = [
         f"{name}: {value} in the checkpoint, {current.get(name)} now"
         for name, value in known.items()
@@ -239,10 +233,12 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
         )
 
 
-def _default(name: str) -> Any:
-    """Default of a field of the configuration, by its dotted name; None where it has none or does not exist."""
+def _default(name: str, saved: dict[str, Any]) -> Any:
+    """Default of a field of the saved kinds of configuration, by its dotted name; None where it has none or does not
+    exist.
+    """
     *sections, field = name.split(".")
-    model: Any = Config
+    model: Any = Config.of_kinds(saved.get("model.kind"), saved.get("diffusion.kind"))
     for section in sections:
         model = model.model_fields[section].annotation if section in model.model_fields else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):

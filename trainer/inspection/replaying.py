@@ -10,8 +10,8 @@ from torch import nn
 from trainer.config import Config
 from trainer.data.stream.batches import ReadAndDecode
 from trainer.data.training_data import TrainingData, open_training_data
-from trainer.diffusion.ddpm.timesteps import GivenTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.diffusion.times import GivenTimes
 from trainer.engine.build import build_network, build_objective
 from trainer.engine.checkpointing.checkpoints import read_weights
 from trainer.engine.network.precision import run_in
@@ -22,6 +22,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.inspection import folders
 from trainer.inspection.origin import GradientNorm, Origin, Watch, gradient_norms
 from trainer.inspection.text import table
+from trainer.models.stages import checkpoint_activations
 
 _LISTED = 32  # samples listed where no single one has a loss that is not finite
 
@@ -81,7 +82,7 @@ def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Repl
     network = build_network(config)
     network.load_state_dict(weights)
     kind = config.train.activation_checkpointing
-    network.checkpoint_activations("full" if kind == "budget" else kind)  # results do not depend on it
+    checkpoint_activations(network, "full" if kind == "budget" else kind)  # results do not depend on it
     network.train().to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
     run_in(config.train.precision, network, device)
@@ -149,7 +150,7 @@ def _compute(
         batch = read((positions, [sample.id for sample in samples]))
         seed_dropout(batch, config)
         inputs = device_batch(batch, config, device)
-        times = GivenTimesteps(
+        times = GivenTimes(
             torch.tensor([sample.t for sample in samples], device=device),
             torch.tensor([1.0 if s.weight is None else s.weight for s in samples], device=device),
         )

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from trainer.config import Config
-from trainer.engine.build import unet_config
+from trainer.engine.build import build_network
 from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import RunFolder
@@ -55,7 +55,8 @@ def average(request: AverageRequest) -> None:
     weights, remainder = combination(
         [(one.updates, one.sigma_rel) for one in found], updates=updates, sigma_rel=request.sigma_rel
     )
-    network = unet_config(config.model, config.diffusion.variance)
+    with torch.device("meta"):
+        network = build_network(config)
     with new_folder(request.out) as staging:
         make_run(
             staging,

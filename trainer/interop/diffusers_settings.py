@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from trainer.config import Config
+from trainer.config import DDPMConfig
 from trainer.diffusion.ddpm.schedules import ScheduleName, cosine_betas, make_betas
 from trainer.errors import ConversionError, brief
 from trainer.models.ddpm_unet import UNetConfig
@@ -148,13 +148,12 @@ def _model_section(read: Mapping[str, Any], source: str) -> dict[str, Any]:
     }
 
 
-def scheduler_settings(config: Config) -> dict[str, Any]:
+def scheduler_settings(process: DDPMConfig) -> dict[str, Any]:
     """The scheduler_config.json of a DDPMScheduler equivalent to our ancestral sampler.
 
     DDIMScheduler reads it too. "leading" timestep spacing is the only one whose distances are those assumed by its
     step() for any number of steps; over all T steps every spacing is the same.
     """
-    process = config.diffusion
     for field, value, known in (
         ("prediction", process.prediction, _PREDICTION_TYPE),
         ("variance", process.variance, _VARIANCE_TYPE),

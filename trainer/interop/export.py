@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.engine.build import unet_config
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import RunFolder
@@ -19,9 +18,10 @@ from trainer.errors import ConversionError
 from trainer.inspection.text import size
 from trainer.interop.diffusers_settings import scheduler_settings, unet_settings
 from trainer.interop.hub import check_name, push
-from trainer.interop.layouts import DIFFUSERS, fit, to_layout
+from trainer.interop.layouts import DIFFUSERS, fit, shapes_of, to_layout
 from trainer.interop.model_card import model_card
 from trainer.interop.staging import new_folder
+from trainer.interop.supported import ddpm_sections, network_of
 
 GRID_NAME = "samples.png"
 _GRID_OF_STEP = re.compile(r"step-(\d{8,})\.png")
@@ -60,12 +60,13 @@ def export(request: ExportRequest) -> None:
         check_name(request.hub)
     run = RunFolder(request.run, writes=False)
     config = run.load_config()
-    network = unet_config(config.model, config.diffusion.variance)
-    settings, scheduler = unet_settings(network), scheduler_settings(config)
+    model, diffusion = ddpm_sections(config)
+    network = network_of(model, diffusion.variance)
+    settings, scheduler = unet_settings(network), scheduler_settings(diffusion)
     with new_folder(request.out) as folder:
         checkpoint = Checkpoints(run.checkpoints, make_accelerator()).choose(request.checkpoint)
         saved, manifest = read_weights(checkpoint, request.weights)
-        weights = fit(saved, network, source=str(checkpoint))
+        weights = fit(saved, shapes_of(network), source=str(checkpoint))
         (folder / "unet").mkdir()
         (folder / "scheduler").mkdir()
         save_file(
@@ -81,6 +82,7 @@ def export(request: ExportRequest) -> None:
             _copy_picture(grid, folder / GRID_NAME)
         card = model_card(
             config,
+            diffusion,
             manifest,
             checkpoint=checkpoint.name,
             weights=request.weights,

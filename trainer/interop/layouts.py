@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.errors import ConversionError
 from trainer.models.ddpm_unet import UNet, UNetConfig
@@ -100,7 +100,7 @@ AUTHORS = Layout(
 
 def names(config: UNetConfig, layout: Layout) -> dict[str, str]:
     """Our name of every tensor -> the layout's, in the network's order."""
-    network = _shapes(config)
+    network = shapes_of(config)
     modules = dict(_modules(network, layout))
     renamed = {}
     for name in network.state_dict():
@@ -116,19 +116,19 @@ def to_layout(weights: Mapping[str, Tensor], config: UNetConfig, layout: Layout)
 
 def from_layout(tensors: Mapping[str, Tensor], config: UNetConfig, layout: Layout, *, source: str) -> dict[str, Tensor]:
     """The network's state dict, float32, from tensors under the layout's names; errors as `fit`."""
-    return fit(tensors, config, names(config, layout), source=source)
+    return fit(tensors, shapes_of(config), names(config, layout), source=source)
 
 
 def fit(
-    tensors: Mapping[str, Tensor], config: UNetConfig, theirs_of: Mapping[str, str] | None = None, *, source: str
+    tensors: Mapping[str, Tensor], network: nn.Module, theirs_of: Mapping[str, str] | None = None, *, source: str
 ) -> dict[str, Tensor]:
     """The network's state dict, float32, from tensors named according to `theirs_of`: our name -> theirs (default:
-    ours).
+    ours). The network itself may be on the device "meta".
 
     Raises ConversionError with the tensor's name where one is missing, unexpected, of another shape, not floating point
     or not finite; `source` is their origin, for messages.
     """
-    expected = {name: value.shape for name, value in _shapes(config).state_dict().items()}
+    expected = {name: value.shape for name, value in network.state_dict().items()}
     if theirs_of is None:
         theirs_of = {name: name for name in expected}
     if missing := [theirs for theirs in theirs_of.values() if theirs not in tensors]:
@@ -153,7 +153,8 @@ def _checked(tensor: Tensor, shape: torch.Size, *, where: str) -> Tensor:
     return kept
 
 
-def _shapes(config: UNetConfig) -> UNet:
+def shapes_of(config: UNetConfig) -> UNet:
+    """The network on the device "meta": names and shapes without data."""
     with torch.device("meta"):
         return UNet(config)
 

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer import __version__
-from trainer.config import Config
+from trainer.config import Config, DDPMConfig
 from trainer.data.training_data import DATA_FINGERPRINT
-from trainer.diffusion.ddpm.reverse import is_learned
 from trainer.engine.run_folder import UNDECIDED
 
 _KINDS = {"ema": "exponential moving average of the weights", "model": "raw weights, not averaged"}
@@ -17,6 +16,7 @@ _SECTIONS = ("model", "diffusion", "optimizer", "train")
 
 def model_card(
     config: Config,
+    diffusion: DDPMConfig,
     manifest: dict[str, Any],
     *,
     checkpoint: str,
@@ -32,7 +32,7 @@ def model_card(
     front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: diffusers", "tags:"]
     front += [f"- {tag}" for tag in ("diffusers", "ddpm", "unconditional-image-generation")]
     rows = [f"| {name} | {value} |" for name, value in _facts(config, manifest, checkpoint, weights, parameters)]
-    size, timesteps = config.model.image_size, config.diffusion.timesteps
+    size, timesteps = config.model.image_size, diffusion.timesteps
     kind = {1: "grey", 3: "RGB"}.get(config.model.channels, f"{config.model.channels}-channel")
     return "\n".join(
         [
@@ -54,7 +54,7 @@ def model_card(
             "## Use",
             "",
             "```python",
-            *_usage(timesteps, learned=is_learned(config.diffusion.variance)),
+            *_usage(timesteps, learned=diffusion.variance_is_learned),
             "```",
             "",
             "## Configuration",

@@ -17,9 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.config import ModelConfig
+from trainer.config import DDPMUNetConfig
 from trainer.config.reading import explain
-from trainer.engine.build import unet_config
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import MANIFEST_NAME
 from trainer.engine.run_folder import UNDECIDED, RunFolder
@@ -28,7 +27,8 @@ from trainer.errors import CheckpointError, ConfigError, ConversionError, brief
 from trainer.interop.authors_network import diffusion_section as authors_diffusion
 from trainer.interop.authors_network import model_section as authors_model
 from trainer.interop.diffusers_settings import diffusion_section, model_section
-from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from_layout
+from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from_layout, shapes_of
+from trainer.interop.supported import ddpm_sections, network_of
 from trainer.models.ddpm_unet import UNetConfig
 
 _DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -80,9 +80,9 @@ def _from_run(path: Path, kind: str, accelerator: Accelerator) -> Source:
         if section in sections and value != UNDECIDED:
             sections[section][field] = value
     if run.config.is_file():
-        sections["diffusion"]["variance"] = run.load_config().diffusion.variance
+        sections["diffusion"]["variance"] = ddpm_sections(run.load_config())[1].variance
     network = _network(sections["model"], sections["diffusion"], checkpoint)
-    weights = fit(saved, network, source=str(checkpoint))
+    weights = fit(saved, shapes_of(network), source=str(checkpoint))
     return Source(path=checkpoint, weights=weights, **sections)
 
 
@@ -116,9 +116,9 @@ def _from_state_dict(path: Path, image_size: int | None) -> Source:
 
 def _network(model: dict[str, Any], diffusion: dict[str, Any], path: Path) -> UNetConfig:
     try:
-        return unet_config(ModelConfig.model_validate(model), diffusion.get("variance", "small"))
+        return network_of(DDPMUNetConfig.model_validate(model), diffusion.get("variance", "small"))
     except ValidationError as error:
-        raise ConversionError(f"{path}: model.{explain(ModelConfig, error.errors()[0])}") from error
+        raise ConversionError(f"{path}: model.{explain(DDPMUNetConfig, error.errors()[0])}") from error
     except ConfigError as error:
         raise ConversionError(f"{path}: {error}") from error
 

@@ -4,14 +4,14 @@ Its sizes in the paper: CIFAR-10 35.7 M parameters, 256 x 256 113.7 M, LSUN bedr
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from typing_extensions import override
 
+from trainer.config.backbones import DDPMUNetConfig
+from trainer.errors import ConfigError
 from trainer.models.layers import (
     NEAR_ZERO,
     AttentionBlock,
@@ -22,6 +22,7 @@ from trainer.models.layers import (
     conv,
     group_norm,
 )
+from trainer.models.stages import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,24 +85,8 @@ class UNetConfig:
         return tuple(self.image_size // 2**level for level in range(len(self.channel_multipliers)))
 
 
-ActivationCheckpointing = Literal["none", "selective", "full"]
-_TAKE_TIME = {
-    torch.ops.aten.convolution.default,
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-
-
-def _keep_what_takes_time(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _TAKE_TIME else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-class Stage(nn.Module):
-    """A residual block and, where `attention` is set, self-attention behind it: the unit of checkpointing."""
+class UNetStage(Stage):
+    """A residual block and, where `attention` is set, self-attention behind it."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
         super().__init__()
@@ -110,18 +95,10 @@ class Stage(nn.Module):
             in_channels, out_channels, 4 * config.base_channels, groups=groups, dropout=config.dropout
         )
         self.attention = AttentionBlock(out_channels, groups=groups) if attention else nn.Identity()
-        self.activation_checkpointing: ActivationCheckpointing = "none"
 
-    def forward(self, h: Tensor, temb: Tensor) -> Tensor:
+    @override
+    def compute(self, h: Tensor, temb: Tensor) -> Tensor:  # type: ignore[override]
         """(B, in_channels, H, W), (B, 4 base_channels) -> (B, out_channels, H, W)."""
-        if self.activation_checkpointing == "none" or not self.training:
-            return self._compute(h, temb)
-        if self.activation_checkpointing == "full":
-            return checkpoint(self._compute, h, temb, use_reentrant=False)
-        contexts = partial(create_selective_checkpoint_contexts, _keep_what_takes_time)
-        return checkpoint(self._compute, h, temb, use_reentrant=False, context_fn=contexts)
-
-    def _compute(self, h: Tensor, temb: Tensor) -> Tensor:
         return self.attention(self.residual(h, temb))
 
 
@@ -142,37 +119,27 @@ class UNet(nn.Module):
         for level, (width, resolution) in enumerate(levels):
             for _ in range(config.blocks_per_level):
                 attention = resolution in config.attention_resolutions
-                self.down.append(Stage(config, skip_channels[-1], width, attention=attention))
+                self.down.append(UNetStage(config, skip_channels[-1], width, attention=attention))
                 skip_channels.append(width)
             if level < len(levels) - 1:
                 self.down.append(Downsample(width))
                 skip_channels.append(width)
 
         width = config.level_channels[-1]
-        self.middle = nn.ModuleList(Stage(config, width, width, attention=attention) for attention in (True, False))
+        self.middle = nn.ModuleList(UNetStage(config, width, width, attention=attention) for attention in (True, False))
 
         self.up = nn.ModuleList()
         h_channels = width
         for level, (width, resolution) in reversed(list(enumerate(levels))):
             for _ in range(config.blocks_per_level + 1):
                 attention = resolution in config.attention_resolutions
-                self.up.append(Stage(config, h_channels + skip_channels.pop(), width, attention=attention))
+                self.up.append(UNetStage(config, h_channels + skip_channels.pop(), width, attention=attention))
                 h_channels = width
             if level > 0:
                 self.up.append(Upsample(width))
 
         self.norm_out = group_norm(config.norm_groups, h_channels)
         self.conv_out = conv(h_channels, config.out_channels or config.channels, 3, padding=1, scale=NEAR_ZERO)
-
-    def checkpoint_activations(self, kind: ActivationCheckpointing) -> None:
-        """While training, recompute each stage in the backward pass instead of keeping its activations.
-
-        "full" recomputes all of it, "selective" all but the outputs of convolutions, dense layers and attention, which
-        take nearly all the time. The gradients stay the same, dropout included.
-        """
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.activation_checkpointing = kind
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns (B, out_channels, H, W), as x."""
@@ -192,3 +159,19 @@ class UNet(nn.Module):
 
 def _run(layer: nn.Module, h: Tensor, temb: Tensor) -> Tensor:
     return layer(h) if isinstance(layer, Downsample | Upsample) else layer(h, temb)
+
+
+def unet_config(model: DDPMUNetConfig, out_channels: int) -> UNetConfig:
+    """The shape that a section [model] describes. Raises ConfigError where no such network exists."""
+    fields = model.model_dump(exclude={"kind"})
+    fields["channel_multipliers"] = tuple(model.channel_multipliers)
+    fields["attention_resolutions"] = tuple(model.attention_resolutions)
+    try:
+        return UNetConfig(**fields, out_channels=out_channels)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
+def build_ddpm_unet(model: DDPMUNetConfig, out_channels: int) -> UNet:
+    """The network that a section [model] describes; errors as `unet_config`."""
+    return UNet(unet_config(model, out_channels))

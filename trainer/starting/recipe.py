@@ -5,11 +5,14 @@ appendix I.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+from trainer.config import DDPMUNetConfig
 from trainer.engine.network.cost import training_flops
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import UNet, UNetConfig
+from trainer.models.backbones import example_inputs
+from trainer.models.ddpm_unet import build_ddpm_unet
 
 _CPU_FLOPS = 8e12  # of a first run without a GPU: three minutes of two cores that have nothing else to do
 _FEWEST_STEPS, _MOST_IMAGES = 10_000, 102_400_000  # the latter are DDPM's for CIFAR-10
@@ -205,12 +208,12 @@ def _on_gpu(published: _Published, images: int) -> dict[str, dict[str, Setting]]
 
 
 def _on_cpu(model: dict[str, Setting]) -> dict[str, dict[str, Setting]]:
-    fields: dict[str, Any] = {name: value for name, (value, _) in model.items()}
-    for name in ("channel_multipliers", "attention_resolutions"):
-        fields[name] = tuple(fields[name])
-    config = UNetConfig(**fields, out_channels=fields["channels"])
-    side, batch = config.image_size, 8
-    flops = training_flops(lambda: UNet(config), (config.channels, side, side)).training * batch
+    config = DDPMUNetConfig.model_validate({name: value for name, (value, _) in model.items()})
+    batch = 8
+    flops = (
+        batch
+        * training_flops(lambda: build_ddpm_unet(config, config.channels), partial(example_inputs, config)).training
+    )
     affordable = _CPU_FLOPS / flops
     steps = _rounded(min(5000, max(100, affordable)))
     long = "ours: some minutes on two cores" if affordable >= 100 else "ours: too few to learn from; take a GPU"

@@ -21,41 +21,48 @@ STEP_SUMS = 2 * QUARTILES + 1
 _SMOOTHING = 0.99  # EMA decay per step
 
 
-def step_sums(losses: Losses, *, timesteps: int) -> Tensor:
-    """Sums over this rank's images of a step: (9,) float32, to be summed over ranks and read by `StepFigures`.
+def step_sums(losses: Losses) -> Tensor:
+    """Sums over the losses of this rank's images of a step: (9,) float32, to be summed over ranks and read by
+    `StepFigures`.
 
-    losses: of these images, t in [0, timesteps). No synchronisation with the device; the order of summation is fixed,
-    so results are reproducible bit for bit.
+    No synchronisation with the device; the order of summation is fixed, so results are reproducible bit for bit.
     """
     weight = losses.weight
     if weight is None:
         weight = torch.ones_like(losses.loss)
-    quartile = torch.arange(QUARTILES, device=losses.t.device)
-    member = weight * (losses.t * QUARTILES // timesteps == quartile[:, None])  # (4, B)
-    bound = (weight * losses.bound).sum(dim=0, keepdim=True)
-    return torch.cat([(member * losses.loss).sum(dim=1), member.sum(dim=1), bound])
+    quartile = torch.arange(QUARTILES, device=losses.level.device)
+    member = weight * (quartile_of(losses.level) == quartile[:, None])  # (4, B)
+    bound = weight * losses.bound if losses.bound is not None else torch.zeros_like(weight)
+    return torch.cat([(member * losses.loss).sum(dim=1), member.sum(dim=1), bound.sum(dim=0, keepdim=True)])
+
+
+def quartile_of(level: Tensor) -> Tensor:
+    """The quarter of the noise levels, 0 to 3, for `Losses.level`: int64 of the same shape."""
+    return (level * QUARTILES).long()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """Figures of a step over all ranks: by quarter of the timesteps the summed losses and the number of images (both
-    weighted by 1 / (T p(t))), the variational bound without its prior term in bits per dimension, and the gradient
-    noise where measured.
+    """Figures of a step over all ranks: by quarter of the noise levels the summed losses and the number of images
+    (both weighted by `Losses.weight`), the variational bound without its prior term in bits per dimension, None where
+    the family has none, and the gradient noise where measured.
     """
 
     quartile_losses: Sequence[float]
     quartile_images: Sequence[float]
-    bound_bits: float
+    bound_bits: float | None
     noise: GradientNoise | None
 
     @classmethod
-    def read(cls, sums: Sequence[float], *, global_batch: int, timesteps: int, noise: GradientNoise | None) -> Self:
-        """From `step_sums` of all ranks. The bound is a sum over t, estimated as T x the mean over the images' t."""
+    def read(
+        cls, sums: Sequence[float], *, global_batch: int, bound_terms: int | None, noise: GradientNoise | None
+    ) -> Self:
+        """From `step_sums` of all ranks. The bound is a sum of terms, estimated as their number times the mean."""
         *quartiles, bound = sums
         return cls(
             quartile_losses=quartiles[:QUARTILES],
             quartile_images=quartiles[QUARTILES:],
-            bound_bits=timesteps * bound / global_batch,
+            bound_bits=bound_terms * bound / global_batch if bound_terms is not None else None,
             noise=noise,
         )
 
@@ -66,7 +73,7 @@ class Meters:
 
     steps: int = 0
     loss: float = 0.0
-    bound_bits: float = 0.0
+    bound_bits: float = 0.0  # 0 in all steps where the family has no bound
     quartile_losses: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
     quartile_images: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
     grad_norm: float = 0.0
@@ -81,7 +88,7 @@ class Meters:
         """Add a step that was applied; `loss` and `grad_norm` are those of its global batch."""
         self.steps += 1
         self.loss += loss
-        self.bound_bits += figures.bound_bits
+        self.bound_bits += figures.bound_bits or 0.0
         for number in range(QUARTILES):
             self.quartile_losses[number] += figures.quartile_losses[number]
             self.quartile_images[number] += figures.quartile_images[number]
@@ -102,10 +109,11 @@ class Meters:
         values = {
             "train/loss": self.loss / self.steps,
             "train/loss_smoothed": self.smoothed_loss / self.smoothed_weight,
-            "train/bound_bits_per_dim": self.bound_bits / self.steps,
             "train/grad_norm": self.grad_norm,
             "train/grad_norm_max": self.grad_norm_max,
         }
+        if self.bound_bits:
+            values["train/bound_bits_per_dim"] = self.bound_bits / self.steps
         for number, (loss, images) in enumerate(zip(self.quartile_losses, self.quartile_images, strict=True), start=1):
             if images:
                 values[f"train/loss_q{number}"] = loss / images

@@ -17,8 +17,9 @@ from trainer.diffusion.ddpm.reverse import (
     interpret,
     is_learned,
 )
-from trainer.diffusion.ddpm.timesteps import Times, UniformTimesteps
+from trainer.diffusion.ddpm.timesteps import UniformTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.diffusion.times import Times
 
 Loss = Literal["mse", "bound", "hybrid"]
 
@@ -62,7 +63,9 @@ class GaussianObjective:
         self.prediction: Prediction = prediction
         self.variance: ReverseVariance = variance
         self.loss: Loss = loss
-        self.times = UniformTimesteps(diffusion.timesteps) if times is None else times
+        self.validation_times: Times = UniformTimesteps(diffusion.timesteps)
+        self.times: Times = self.validation_times if times is None else times
+        self.bound_terms = diffusion.timesteps
         self._in_bound = squared_error_in_bound(diffusion, prediction, variance) if loss == "mse" else None
 
     def training_losses(
@@ -78,10 +81,10 @@ class GaussianObjective:
         x_t = self.diffusion.q_sample(batch.x, t, eps)
         output = network(x_t, t, **batch.cond)
         loss, bound = self.losses_and_bound(output, x0=batch.x, x_t=x_t, t=t, eps=eps)
-        return Losses(t=t, loss=loss, weight=weight, bound=bound)
+        return Losses(t=t, level=t.float() / self.diffusion.timesteps, loss=loss, weight=weight, bound=bound)
 
     def record(self, t: Tensor, losses: Tensor) -> None:
-        """See `trainer.diffusion.contract.Objective`."""
+        """Implements `trainer.diffusion.contract.Objective.record`."""
         self.times.record(t, losses)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,29 +1,14 @@
-"""How the timesteps to train on are drawn: all equally often, where the loss is large, or as given."""
-
-from abc import ABC, abstractmethod
+"""How the timesteps to train on are drawn: all equally often, or where the loss is large."""
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.diffusion.times import Times
 
 HISTORY = 10  # last losses of each timestep
 UNIFORM_SHARE = 0.001
-
-
-class Times(ABC):
-    """Where t comes from, and what is remembered of the losses it led to: nothing, unless overridden."""
-
-    @abstractmethod
-    def draw(self, noise: KeyedNoise) -> tuple[Tensor, Tensor | None]:
-        """t, (B,) int64, by the word that `noise` has for "t"; and the weight of its loss, (B,) float32, None for 1."""
-
-    def record(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027  # most ways to draw t learn nothing
-        """Take in the unweighted losses of a global batch: t (B,) int64, losses (B,) float32."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is remembered."""
-        return {}
 
 
 class UniformTimesteps(Times):
@@ -32,21 +17,9 @@ class UniformTimesteps(Times):
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
 
+    @override
     def draw(self, noise: KeyedNoise) -> tuple[Tensor, None]:
-        """See the base class."""
         return (noise.bits("t") * self.timesteps) >> 32, None
-
-
-class GivenTimesteps(Times):
-    """Timesteps and weights that were drawn before: t (B,) int64, weight (B,) float32 or None for 1."""
-
-    def __init__(self, t: Tensor, weight: Tensor | None = None) -> None:
-        self.t = t
-        self.weight = weight
-
-    def draw(self, noise: KeyedNoise) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
-        """The given ones."""
-        return self.t, self.weight
 
 
 def timestep_uniform(noise: KeyedNoise) -> Tensor:

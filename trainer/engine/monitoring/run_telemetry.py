@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from trainer.engine.run_folder import RunFolder, flat_fields
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.step_report import Verdict
 from trainer.errors import TrainerError
+from trainer.models.backbones import example_inputs
 from trainer.telemetry.device import device_memory, device_peak, host_memory
 from trainer.telemetry.goodput import Goodput, add_up, read_starts
 from trainer.telemetry.heartbeat import Heartbeat
@@ -56,10 +58,8 @@ class Telemetry:
         self.last_step = last_step
         self._samples = samples
         self._device = state.strategy.device
-        model = config.model
-        self._flops_per_image = training_flops(
-            lambda: build_network(config), (model.channels, model.image_size, model.image_size)
-        ).training
+        inputs = partial(example_inputs, config.model)
+        self._flops_per_image = training_flops(lambda: build_network(config), inputs).training
         self.peak = device_peak(self._device, config.train.precision)
         writes = state.strategy.accelerator.is_main_process
         self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)

@@ -12,7 +12,6 @@ from trainer.data.datasets.dataset import Dataset
 from trainer.data.orders.order import sample_ids
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import Batch
-from trainer.diffusion.ddpm.timesteps import UniformTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_trained
 from trainer.engine.processes.collectives import gather, together
@@ -21,10 +20,10 @@ from trainer.engine.sampling import batches_of
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError, SampleError
 from trainer.signals import StopRequest
+from trainer.telemetry.meters import quartile_of
 from trainer.telemetry.pictures import from_uint8
 
 _BATCH = 16  # the same for all numbers of ranks: a network's rounding may depend on the batch size
-_QUARTILES = 4
 
 
 class Validation:
@@ -39,14 +38,13 @@ class Validation:
         self.state = state
         self.objective = state.objective
         self.stop = stop
-        self.times = UniformTimesteps(config.diffusion.timesteps)  # uniform, however t is drawn in training
         count = min(config.log.validate_images, len(data.held_out))
         # A random subset, so that it represents the held-out images; independent of the seed.
         self.ids = data.held_out[sample_ids(np.arange(count), len(data.held_out), seed=0)] if count else data.held_out
 
     def measure(self) -> dict[str, float] | None:
         """validation/loss of the raw weights and validation/ema_loss of the averaged ones: unweighted means over the
-        images; for both also ..._q1 to ..._q4: means over the images whose t is in each quarter of the timesteps.
+        images; for both also ..._q1 to ..._q4: means over the images whose t is in each quarter of the noise levels.
 
         Collective; the same on all ranks. None after a request to stop, which is checked between batches. Raises
         DataError on all of them where an image cannot be read.
@@ -75,24 +73,23 @@ class Validation:
 
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
-        """t and loss of each image; damaged images are left out where `data.on_bad_sample` is "skip"."""
+        """Quartile of the noise levels and loss of each image; damaged ones are left out by on_bad_sample = "skip"."""
         pixels, kept = read_images(self.config, self.dataset, ids)
         if not kept:
             return [], []
         device = self.state.strategy.device
         batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device))
         noise = KeyedNoise.validation(self.config.seed, batch.position)
-        losses = self.objective.training_losses(network, batch, noise, times=self.times)
-        return losses.t.tolist(), losses.loss.tolist()
+        losses = self.objective.training_losses(network, batch, noise, times=self.objective.validation_times)
+        return quartile_of(losses.level).tolist(), losses.loss.tolist()
 
     def _means(self, name: str, parts: list[tuple[int, list[int], list[float]]]) -> dict[str, float]:
         """Means, summed in float64 in the order of the images, independent of their distribution over ranks."""
-        t = np.array([t for _, some, _ in parts for t in some], dtype=np.int64)
+        quartile = np.array([quarter for _, some, _ in parts for quarter in some], dtype=np.int64)
         losses = np.array([loss for _, _, some in parts for loss in some], dtype=np.float64)
         if not len(losses):
             raise DataError("the held-out images: all are damaged, none is left to validate on", agreed=True)
         values = {f"validation/{name}": float(losses.mean())}
-        quartile = t * _QUARTILES // self.config.diffusion.timesteps
         for number in np.unique(quartile).tolist():
             values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
         return values

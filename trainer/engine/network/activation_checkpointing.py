@@ -6,6 +6,7 @@ micro-batch fit into `train.memory_budget`, first those that save most memory pe
 
 import bisect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,17 +14,18 @@ from torch import nn
 from trainer.config import Config
 from trainer.engine.network.cost import foretold_peak
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import ActivationCheckpointing, Stage, UNet
+from trainer.models.backbones import example_inputs
+from trainer.models.stages import ActivationCheckpointing, Stage, stages
 from trainer.units import as_size
 
 
 def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
     """Set each stage's activation checkpointing in a network, which may be wrapped; in the order of `stage_kinds`."""
-    for stage, kind in zip(_stages(network), kinds, strict=True):
+    for stage, kind in zip(stages(network), kinds, strict=True):
         stage.activation_checkpointing = kind
 
 
-def stage_kinds(build: Callable[[], UNet], config: Config, micro_batch: int) -> list[ActivationCheckpointing]:
+def stage_kinds(build: Callable[[], nn.Module], config: Config, micro_batch: int) -> list[ActivationCheckpointing]:
     """Kind of activation checkpointing of each stage for micro-batches of that size, in the order of the network's
     modules.
 
@@ -32,19 +34,19 @@ def stage_kinds(build: Callable[[], UNet], config: Config, micro_batch: int) -> 
     come first. Raises ConfigError where the budget is too small for that micro-batch.
     """
     with torch.device("meta"):
-        stages = _stages(build())
+        parts = stages(build())
     chosen = config.train.activation_checkpointing
     if chosen != "budget":
-        return [chosen] * len(stages)
+        return [chosen] * len(parts)
     assert config.train.memory_budget is not None
-    narrow_first = sorted(range(len(stages)), key=lambda place: _weights(stages[place]))
+    narrow_first = sorted(range(len(parts)), key=lambda place: _weights(parts[place]))
     moves: list[tuple[int, ActivationCheckpointing]] = [
         *((place, "selective") for place in narrow_first),
         *((place, "full") for place in narrow_first),
     ]
 
     def after(count: int) -> list[ActivationCheckpointing]:
-        kinds: list[ActivationCheckpointing] = ["none"] * len(stages)
+        kinds: list[ActivationCheckpointing] = ["none"] * len(parts)
         for place, kind in moves[:count]:
             kinds[place] = kind
         return kinds
@@ -62,18 +64,20 @@ def stage_kinds(build: Callable[[], UNet], config: Config, micro_batch: int) -> 
     return after(count)
 
 
-def _peak(build: Callable[[], UNet], config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
-    def build_so() -> UNet:
+def _peak(
+    build: Callable[[], nn.Module], config: Config, kinds: list[ActivationCheckpointing], micro_batch: int
+) -> int:
+    def build_so() -> nn.Module:
         network = build()
         recompute(network, kinds)
         return network
 
-    shape = (config.model.channels, config.model.image_size, config.model.image_size)
-    return foretold_peak(build_so, shape, batch=micro_batch, bf16=config.train.precision in ("bf16", "fp16"))
-
-
-def _stages(network: nn.Module) -> list[Stage]:
-    return [module for module in network.modules() if isinstance(module, Stage)]
+    return foretold_peak(
+        build_so,
+        partial(example_inputs, config.model),
+        batch=micro_batch,
+        bf16=config.train.precision in ("bf16", "fp16"),
+    )
 
 
 def _weights(stage: Stage) -> int:

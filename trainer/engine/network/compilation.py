@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch import nn
 
 from trainer.engine.processes.cpu_share import own_cores
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import Stage, UNet
+from trainer.models.stages import stages
 
 _MOST_SHAPES = 128  # variants of stages, in train and eval mode; the paper's 256 x 256 network needs 25 for each mode
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -25,7 +26,7 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 
 
-def compile_stages(network: UNet, cache: str | None, *, cuda_graphs: bool = False) -> None:
+def compile_stages(network: nn.Module, cache: str | None, *, cuda_graphs: bool = False) -> None:
     """Compile every stage of the network in place when it first runs, once for each input shape.
 
     `cache`: folder for compiled code, see `use_cache`. `cuda_graphs`: replay a stage's kernels as one CUDA graph, which
@@ -42,12 +43,11 @@ def compile_stages(network: UNet, cache: str | None, *, cuda_graphs: bool = Fals
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # otherwise inductor starts min(32, cores of the machine)
         torch._inductor.config.compile_threads = min(32, own_cores())
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
-    for stage in network.modules():
-        if isinstance(stage, Stage):
-            # Its forward, not the module: hooks registered by a strategy on the module stay outside the compiled graph.
-            stage.forward = torch.compile(  # type: ignore[method-assign]
-                stage.forward, dynamic=False, fullgraph=True, options=_OPTIONS | {"triton.cudagraphs": cuda_graphs}
-            )
+    for stage in stages(network):
+        # Its forward, not the module: hooks registered by a strategy on the module stay outside the compiled graph.
+        stage.forward = torch.compile(  # type: ignore[method-assign]
+            stage.forward, dynamic=False, fullgraph=True, options=_OPTIONS | {"triton.cudagraphs": cuda_graphs}
+        )
 
 
 def has_compiler() -> bool:

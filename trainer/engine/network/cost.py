@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +25,10 @@ class Cost:
     peak_bytes: int
 
 
+Inputs = Callable[[int], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""For a number of samples, inputs of a network: x, t and conditioning; made by functions of torch."""
+
+
 class Flops(NamedTuple):
     """FLOPs for one image; a multiply-add is two."""
 
@@ -32,44 +36,44 @@ class Flops(NamedTuple):
     training: int
 
 
-def training_flops(build: Callable[[], nn.Module], image_shape: tuple[int, int, int]) -> Flops:
-    """FLOPs of one forward, and of a forward and backward pass, over an image of `image_shape` (C, H, W).
+def training_flops(build: Callable[[], nn.Module], inputs: Inputs) -> Flops:
+    """FLOPs of one forward, and of a forward and backward pass, over one sample.
 
     Counted on fake tensors, without autocast and activation checkpointing: recomputation is not included.
     """
     with torch.device("meta"):
         network = build().eval()
-        x, t = torch.empty(1, *image_shape), torch.zeros(1, dtype=torch.int64)
+        x, t, cond = inputs(1)
     with sdpa_kernel(SDPBackend.MATH):  # FlopCounterMode does not count fused attention on CPUs
         with FlopCounterMode(display=False) as forward:
-            prediction = network(x, t)
+            prediction = network(x, t, **cond)
         with FlopCounterMode(display=False) as backward:
             prediction.square().mean().backward()
     return Flops(forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops())
 
 
-def measure(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> Cost:
-    """Cost of a forward and backward pass over `batch` images of `image_shape` (C, H, W); allocates no tensor data."""
+def measure(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> Cost:
+    """Cost of a forward and backward pass over `batch` samples; allocates no tensor data."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build().parameters())
-    flops = training_flops(build, image_shape)
+    flops = training_flops(build, inputs)
     return Cost(
         parameters=parameters,
         forward_flops_per_image=flops.forward,
         training_flops_per_image=flops.training,
-        peak_bytes=foretold_peak(build, image_shape, batch=batch, bf16=bf16),
+        peak_bytes=foretold_peak(build, inputs, batch=batch, bf16=bf16),
     )
 
 
-def foretold_peak(build: Callable[[], nn.Module], image_shape: tuple[int, int, int], *, batch: int, bf16: bool) -> int:
+def foretold_peak(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> int:
     """An estimate of `Cost.peak_bytes` alone."""
     with FakeTensorMode():
         network = build()
         precision = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
         with _PeakMemory() as memory:
-            x, t = torch.empty(batch, *image_shape), torch.zeros(batch, dtype=torch.int64)
+            x, t, cond = inputs(batch)
             with precision:
-                loss = network(x, t).float().square().mean()
+                loss = network(x, t, **cond).float().square().mean()
             loss.backward()
     return 4 * sum(parameter.numel() for parameter in network.parameters()) + memory.peak
 

@@ -3,9 +3,11 @@
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainer.config import Config, TrainConfig
 from trainer.data.stream.stream import BatchLayout
@@ -23,7 +25,8 @@ from trainer.engine.planning.estimates import (
     snapshots_on_disk,
 )
 from trainer.errors import TrainerError
-from trainer.models.ddpm_unet import ActivationCheckpointing, UNet
+from trainer.models.backbones import example_inputs
+from trainer.models.stages import ActivationCheckpointing
 from trainer.units import as_size, in_words
 
 _RECOMPUTED = {"none": "nothing", "selective": "all but what takes time", "full": "all"}
@@ -156,13 +159,13 @@ def measure_cost(config: Config, micro_batch: int) -> Cost:
 
 
 def _cost(config: Config, micro_batch: int, kinds: list[ActivationCheckpointing]) -> Cost:
-    def build() -> UNet:
+    def build() -> nn.Module:
         network = build_network(config)
         recompute(network, kinds)
         return network
 
-    shape = (config.model.channels, config.model.image_size, config.model.image_size)
-    return measure(build, shape, batch=micro_batch, bf16=config.train.precision in ("bf16", "fp16"))
+    inputs = partial(example_inputs, config.model)
+    return measure(build, inputs, batch=micro_batch, bf16=config.train.precision in ("bf16", "fp16"))
 
 
 def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:

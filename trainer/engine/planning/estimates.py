@@ -9,7 +9,7 @@ from trainer.config import Config, TrainConfig
 from trainer.data.stream.stream import BatchLayout
 from trainer.engine.network.cost import Cost
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import ActivationCheckpointing
+from trainer.models.stages import ActivationCheckpointing
 from trainer.telemetry.device import DataSheet, data_sheet_of, known_devices, peak_teraflops
 
 DEVICES = ("A100", "H100", "H200", "V100", "RTX 4090")  # default for the command line

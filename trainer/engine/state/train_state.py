@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainer.diffusion.ddpm.objective import GaussianObjective
+from trainer.diffusion.contract import Objective
 from trainer.engine.state.ema import MAIN, Averages, Decay
 from trainer.engine.state.tensor_files import SavedSlice, TensorReader
 from trainer.engine.strategies import Strategy
@@ -43,7 +43,7 @@ class TrainState:
     `meters` accumulate until the next log line, and are saved so that a restart does not change that line.
     """
 
-    def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], objective: GaussianObjective) -> None:
+    def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], objective: Objective) -> None:
         self.strategy = strategy
         self.objective = objective
         self.owned = owned(strategy.slices)

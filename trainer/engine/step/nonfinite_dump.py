@@ -26,7 +26,7 @@ class DumpedSample(BaseModel):
     model_config = ConfigDict(frozen=True)
     position: int
     id: int
-    t: int
+    t: int | float
     weight: float | None = None
     image: str
 

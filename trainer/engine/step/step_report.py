@@ -30,15 +30,15 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """Sizes that the sums in a report refer to: `images` of a step on `world_size` ranks; `timesteps`, T; and `small`,
-    the number of images in the gradient whose squared norm each rank reports, None where none is measured
-    (gradient_squares.py).
+    """Sizes that the sums in a report refer to: `images` of a step on `world_size` ranks; `small`, the number of images
+    in the gradient whose squared norm each rank reports, None where none is measured (gradient_noise.py); and the
+    objective's `bound_terms`.
     """
 
     world_size: int
     images: int
     small: int | None
-    timesteps: int
+    bound_terms: int | None
 
 
 class PendingVerdict:
@@ -69,7 +69,7 @@ class PendingVerdict:
             figures=StepFigures.read(
                 sums,
                 global_batch=self._batches.images,
-                timesteps=self._batches.timesteps,
+                bound_terms=self._batches.bound_terms,
                 noise=self._noise(grad_norm, small_square),
             ),
         )

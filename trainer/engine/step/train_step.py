@@ -14,6 +14,7 @@ from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.gradient_noise import GradientSquare
 from trainer.engine.step.step_report import PendingVerdict, StepBatches
 from trainer.engine.strategies import Strategy
+from trainer.models.backbones import example_inputs
 from trainer.signals import StopRequest
 from trainer.telemetry.meters import step_sums
 from trainer.telemetry.pictures import from_uint8
@@ -35,8 +36,7 @@ def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.d
 
 def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
     """Call before the forward pass of a micro-batch: dropout masks become a function of seed and first position."""
-    if config.model.dropout > 0:
-        torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
+    torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
 
 
 class TrainStep:
@@ -67,12 +67,11 @@ class TrainStep:
 
     def rehearse(self) -> None:
         """One forward and backward pass over zeros, for strategies that need a warm-up."""
-        model = self.config.model
-        shape = (self.layout.micro_batch, model.channels, model.image_size, model.image_size)
-        zeros = torch.zeros(shape, device=self.strategy.device).contiguous(memory_format=torch.channels_last)
-        t = torch.zeros(len(zeros), dtype=torch.int64, device=zeros.device)
+        with self.strategy.device:
+            x, t, cond = example_inputs(self.config.model, self.layout.micro_batch)
+        x = x.contiguous(memory_format=torch.channels_last)
         with self.strategy.accumulate(is_last=True):
-            self.strategy.backward(self.strategy.network(zeros, t).square().mean())
+            self.strategy.backward(self.strategy.network(x, t, **cond).square().mean())
 
     def backward(self, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Gradients of one global batch, accumulated over micro-batches and averaged over ranks.
@@ -111,7 +110,7 @@ class TrainStep:
         assert losses is not None
         flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing, copying)]
         scalars = torch.stack([loss / self.layout.world_size, *flags, self.gradient_square.read()])
-        report = torch.cat([scalars, step_sums(losses, timesteps=self.objective.diffusion.timesteps)])
+        report = torch.cat([scalars, step_sums(losses)])
         if self.layout.world_size > 1:
             dist.all_reduce(report)
         optimizer = self.strategy.optimizer
@@ -124,7 +123,7 @@ class TrainStep:
             world_size=self.layout.world_size,
             images=self.layout.global_batch,
             small=self.gradient_square.batch,
-            timesteps=self.objective.diffusion.timesteps,
+            bound_terms=self.objective.bound_terms,
         )
         return PendingVerdict(torch.cat([optimizer.grad_norm[None], report]), batches)
 

@@ -25,6 +25,7 @@ from trainer.engine.strategies.base import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.engine.strategies.parameter_slices import ParameterSlice
 from trainer.errors import ConfigError
+from trainer.models.stages import stages
 
 
 class FullyShardedDataParallel(Strategy):
@@ -36,7 +37,6 @@ class FullyShardedDataParallel(Strategy):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Stage"],
             reshard_after_forward=True,
             cpu_ram_efficient_loading=False,
             state_dict_type="SHARDED_STATE_DICT",
@@ -64,6 +64,8 @@ class FullyShardedDataParallel(Strategy):
 
     @override
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
+        names = sorted({type(stage).__name__ for stage in stages(model)})
+        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
         self.network, _ = self.accelerator.prepare(model, optimizer)
         self.parameters = {name: p for name, p in self.network.named_parameters() if isinstance(p, DTensor)}
         self.mesh = next(iter(self.parameters.values())).device_mesh

@@ -18,7 +18,7 @@ from trainer.engine.strategies.base import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.engine.strategies.parameter_slices import ParameterSlice
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import Stage
+from trainer.models.stages import stages
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -83,7 +83,7 @@ class ZeroRedundancy(Strategy):
     def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
         if self.stage == 3 and self.config.compile != "none":
             # Weights of a stage are gathered around its forward: hooks inside would break the compiled graph.
-            deepspeed.utils.set_z3_leaf_modules(model, [Stage])
+            deepspeed.utils.set_z3_leaf_modules(model, list({type(stage) for stage in stages(model)}))
         self.network, _ = self.accelerator.prepare(model, optimizer)
         self.engine: Any = self.network
         self.zero: Any = self.engine.optimizer

@@ -1,0 +1,50 @@
+"""The table of backbones: for every `model.kind` the network that its section describes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.backbones import MODELS, ModelConfig
+from trainer.models.ddpm_unet import build_ddpm_unet
+
+S = TypeVar("S", bound=ModelConfig)
+
+
+def _no_conditioning(_: ModelConfig, __: int) -> dict[str, Tensor]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone(Generic[S]):
+    """A kind of network.
+
+    build: from its section and the number of channels that the family wants of its output, a network that maps x
+    (B, C, H, W), t (B,) and conditioning by name to (B, that number, H, W), initialised from torch's current seed;
+    raises ConfigError where the sizes do not go together. Its parts that the engine compiles, shards and checkpoints
+    are `trainer.models.stages.Stage`. conditioning: from the section and B, an example of what the network takes
+    besides x and t, by name.
+    """
+
+    build: Callable[[S, int], nn.Module]
+    conditioning: Callable[[S, int], dict[str, Tensor]] = _no_conditioning
+
+
+BACKBONES: dict[str, Backbone[Any]] = {
+    "ddpm-unet": Backbone(build=build_ddpm_unet),
+}
+
+
+def register_backbone(section: type[S], backbone: Backbone[S]) -> None:
+    """Make a backbone known by the `kind` of its section. ValueError where the kind is taken."""
+    kind = MODELS.add(section)
+    BACKBONES[kind] = backbone
+
+
+def example_inputs(model: ModelConfig, samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Inputs of the network, for measurements: x of zeros (B, C, H, W) float32, t (B,) int64, conditioning."""
+    x = torch.zeros(samples, model.channels, model.image_size, model.image_size)
+    t = torch.zeros(samples, dtype=torch.int64)
+    return x, t, BACKBONES[model.kind].conditioning(model, samples)
