@@ -98,19 +98,20 @@ def launch(
     expect: int | list[int] | None = 0,
     script: str = "train",
     fault: Fault | None = None,
+    path: Path | None = None,
 ) -> str:
     """Run trainer/train.py (or sample.py, evaluate.py, convert.py) in `processes` processes, as torchrun would.
 
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
     their own. `expect` is the exit code of every process, or of each (none waits for one that is to end by SIGKILL);
     None where a fault kills one of them, and the others are killed in their turn, as launchers do. Returns what all of
-    them printed.
+    them printed. path: a folder from which they can import too.
     """
     context = server()
     port = free_port()
     with tempfile.NamedTemporaryFile("r+") as log:
         ranks = [
-            context.Process(target=run_rank, args=(rank, processes, port, script, arguments, fault, log.name))
+            context.Process(target=run_rank, args=(rank, processes, port, script, arguments, fault, log.name, path))
             for rank in range(processes)
         ]
         for process in ranks:
@@ -152,7 +153,14 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 
 def run_rank(
-    rank: int, processes: int, port: int, script: str, arguments: tuple[str, ...], fault: Fault | None, log: str
+    rank: int,
+    processes: int,
+    port: int,
+    script: str,
+    arguments: tuple[str, ...],
+    fault: Fault | None,
+    log: str,
+    path: Path | None,
 ) -> None:
     """Be one rank of `launch`, in a process of its own: never returns."""
     os.environ.update(environment(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -163,6 +171,8 @@ def run_rank(
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.chdir(REPOSITORY)
+    if path is not None:
+        sys.path.insert(0, str(path))
     launcher._parent = os.getppid()  # it was imported by the server, whose parent is another
     if fault is not None and fault.rank == rank:
         fault.inject()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.world import local_rank, rank
+
 _LONGEST_VALUE = 120
 _SIGPIPE = 128 + signal.SIGPIPE
 
@@ -27,7 +29,7 @@ class TrainerError(Exception):
 
     def is_mine_to_tell(self) -> bool:
         """Whether this rank prints it: of ranks that say the same, only the first does."""
-        return not self.agreed or os.environ.get("RANK", "0") == "0"
+        return not self.agreed or rank() == 0
 
 
 class ConfigError(TrainerError):
@@ -35,7 +37,7 @@ class ConfigError(TrainerError):
 
     def is_mine_to_tell(self) -> bool:
         """The ranks of a node read the same file."""
-        return super().is_mine_to_tell() and os.environ.get("LOCAL_RANK", "0") == "0"
+        return super().is_mine_to_tell() and local_rank() == 0
 
 
 class DataError(TrainerError):

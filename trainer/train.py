@@ -8,6 +8,7 @@ if not __package__:  # run by path, Python looks in trainer/ first, where a modu
 
 from trainer.errors import exit_clearly
 from trainer.launcher.parent import end_with_launcher
+from trainer.world import rank
 
 if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # before torch, which takes seconds
     sys.exit(status)
@@ -84,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
 def settled_configuration(arguments: argparse.Namespace) -> Config:
     """The configuration with the launcher's word in what it leaves open; rank 0 tells what was decided."""
     config, decisions = load_settled(arguments.config, arguments.set, os.environ, gpus=torch.cuda.is_available())
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         for decision in decisions:
             print(decision, file=sys.stderr, flush=True)
     return config
@@ -104,7 +105,7 @@ def main() -> int:
             utilisation=arguments.utilisation if arguments.utilisation is not None else UTILISATION,
         )
         plan, fault = describe_run(config, world_size=arguments.world_size, hardware=hardware)
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             print(as_json(plan) if arguments.json else as_text(plan))
         if fault is not None:
             raise fault

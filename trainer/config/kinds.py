@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from trainer.config.section import Section
@@ -35,9 +36,16 @@ class Kinds(Generic[S]):
         return iter(self._sections.values())
 
     def of(self, kind: Any) -> type[S]:
-        """The section of that kind, None for the default. Raises ConfigError for a kind that is not known."""
+        """The section of that kind, None for the default.
+
+        A kind that is not known here may be one of another installed package: an entry point of the group
+        "ddpm_trainer.kinds" that has its name is loaded, and should register it. Raises ConfigError where none does.
+        """
         if kind is None:
             return next(iter(self))
+        if isinstance(kind, str) and kind not in self._sections:
+            for extension in entry_points(group="ddpm_trainer.kinds", name=kind):
+                extension.load()
         if isinstance(kind, str) and kind in self._sections:
             return self._sections[kind]
         nearest = difflib.get_close_matches(str(kind), self._sections, n=1, cutoff=0.5)

@@ -75,20 +75,16 @@ class Network(Protocol):
 class Objective(Protocol):
     """The one place where t is drawn, samples are corrupted, the network predicts and the losses are computed.
 
-    The training step, validation and the replay of a step all call it.
+    The training step, validation and the replay of a step all call it. A class that inherits from this one records
+    nothing unless it overrides `record` and `tensors`.
+
+    times: how t is drawn in training; validation_times: how in validation, not affected by what was recorded;
+    bound_terms: number of terms of the variational bound, of which `Losses.bound` has one a sample, None without one.
     """
 
-    @property
-    def times(self) -> Times:
-        """How t is drawn in training."""
-
-    @property
-    def validation_times(self) -> Times:
-        """How t is drawn in validation: not affected by what was recorded."""
-
-    @property
-    def bound_terms(self) -> int | None:
-        """Number of terms of the variational bound, of which `Losses.bound` has one a sample; None without a bound."""
+    times: Times
+    validation_times: Times
+    bound_terms: int | None
 
     def training_losses(
         self, network: Network, batch: Batch, noise: KeyedNoise, *, times: Times | None = None
@@ -106,3 +102,4 @@ class Objective(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """What it has recorded, by the names that checkpoints have; load by copying into these."""
+        return {}

@@ -1,6 +1,5 @@
 """One start of a run, from a configuration to a running loop: processes, data, network, state, resume."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from trainer.signals import StopRequest
 from trainer.telemetry.environment import environment
 from trainer.telemetry.profiling import RecordingRequest
 from trainer.telemetry.trackers import Trackers, check_trackers, open_trackers
+from trainer.world import local_world_size, world_size
 
 
 def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
@@ -43,9 +43,7 @@ def train(config: Config, *, resume: str, record: RecordingRequest) -> bool:
     end_with_launcher()
     stop = StopRequest()
     stop.install()
-    layout = BatchLayout.plan(
-        config.train.global_batch, int(os.environ.get("WORLD_SIZE", "1")), config.train.micro_batch
-    )
+    layout = BatchLayout.plan(config.train.global_batch, world_size(), config.train.micro_batch)
     strategy = make_strategy(config.train, micro_batch=layout.micro_batch, accumulation=layout.accumulation)
     watchdog = Watchdog(
         rank=strategy.accelerator.process_index,
@@ -169,9 +167,8 @@ def _open_trackers(config: Config, folder: RunFolder, accelerator: Accelerator) 
 
 def _nodes() -> int | None:
     """Number of nodes; None where the launcher does not set the number of processes per node."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        return 1 if os.environ.get("WORLD_SIZE", "1") == "1" else None
-    return max(1, int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    here = local_world_size()
+    return max(1, world_size() // here) if here is not None else None
 
 
 def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
@@ -207,7 +204,7 @@ def _prefetcher(config: DataConfig, data: TrainingData, plan: MicroBatchPlan) ->
     if data.cache is None:
         return None
     # Half of the cache for shards that are prefetched, half for those being read; the ranks of a node share it.
-    budget = data.cache.limit // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    budget = data.cache.limit // 2 // (local_world_size() or 1)
     return Prefetcher(
         data.cache,
         data.dataset.shards,

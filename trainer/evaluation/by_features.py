@@ -5,7 +5,6 @@ OUT/reference-.../          features of the real images, shared by all checkpoin
 OUT/fid-....json            the metric and all conventions that it depends on; likewise kid, is, prdc
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
 from trainer.evaluation.work import Work
 from trainer.features.inception import Inception, download_weights, weights_path
 from trainer.features.networks import EfficientNetLite0, FeatureName, FeatureNetwork
+from trainer.world import local_rank
 
 _REFERENCE_BATCH = 256  # real images per file of features
 
@@ -110,7 +110,7 @@ def _open_network(request: NetworkRequest, device: torch.device) -> FeatureNetwo
 
     what = f"--features {request.name}"
     if request.name == "inception" and request.weights is None:
-        is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        is_first_of_node = local_rank() == 0
         together(what, lambda: download_weights() if is_first_of_node else None, kind=ConfigError)
     return each_its_own(what, open_it, kind=ConfigError)
 

@@ -65,7 +65,7 @@ class GaussianObjective:
         self.loss: Loss = loss
         self.validation_times: Times = UniformTimesteps(diffusion.timesteps)
         self.times: Times = self.validation_times if times is None else times
-        self.bound_terms = diffusion.timesteps
+        self.bound_terms: int | None = diffusion.timesteps
         self._in_bound = squared_error_in_bound(diffusion, prediction, variance) if loss == "mse" else None
 
     def training_losses(

@@ -1,7 +1,6 @@
 """Async save of this rank's part of the state: copied at once, then written to disk by a thread."""
 
 import os
-import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.engine.checkpointing import sealed
-from trainer.engine.processes.watchdog import wait_for, watch_over
+from trainer.engine.processes.background import BackgroundTask
 from trainer.engine.state.tensor_files import SavedSlice, row_by_row_copy
 from trainer.errors import CheckpointError
 
@@ -24,31 +23,17 @@ class Saving:
         self.staging = staging
         self.final = final
         self.content = dict(content)
-        self._record: sealed.FileRecord | None = None
-        self._fault: Exception | None = None
         tensors = row_by_row_copy(slices)
-        self._thread = threading.Thread(target=self._write, args=(part, tensors), name=f"save {final.name}")
-        self._thread.start()
-        watch_over(self._thread, "save")
+        self._task = BackgroundTask(lambda: _write_part(part, tensors), name=f"save {final.name}", phase="save")
 
     @property
     def is_written(self) -> bool:
         """Whether the write of this rank's part has ended, successfully or not."""
-        return not self._thread.is_alive()
+        return not self._task.is_running
 
     def record(self) -> sealed.FileRecord:
         """Wait for this rank's part; returns its size and hash. Raises the error of the write."""
-        wait_for(self._thread, "save")
-        if self._fault is not None:
-            raise self._fault
-        assert self._record is not None
-        return self._record
-
-    def _write(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
-        try:
-            self._record = _write_part(part, tensors)
-        except Exception as fault:  # raised later by the training thread, on all ranks
-            self._fault = fault
+        return self._task.result()
 
 
 def _write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> sealed.FileRecord:

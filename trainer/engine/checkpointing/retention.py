@@ -1,13 +1,12 @@
 """Retention: which checkpoints are kept: the newest, one every so many steps, the best. Only undamaged ones count."""
 
-import threading
 from collections.abc import Callable
 
 from trainer.config import Config
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.scores import Scores, best, read_scores, write_scores
+from trainer.engine.processes.background import BackgroundTask
 from trainer.engine.processes.collectives import broadcast, gather
-from trainer.engine.processes.watchdog import wait_for, watch_over
 from trainer.engine.run_folder import RunFolder
 
 
@@ -36,15 +35,13 @@ class Retention:
         self.say = say
         found: Scores = broadcast(read_scores(checkpoints.folder))
         self.scores = {of: values for of, values in found.items() if of <= step}  # later ones: of abandoned work
-        self._check: threading.Thread | None = None
-        self._found: dict[int, str | None] = {}
-        self._fault: OSError | None = None
+        self._check: BackgroundTask[dict[int, str | None]] | None = None
         self._told: set[int] = set()
 
     @property
     def is_checking(self) -> bool:
         """Whether this rank is still verifying."""
-        return self._check is not None and self._check.is_alive()
+        return self._check is not None and self._check.is_running
 
     def score(self, step: int, values: dict[str, float]) -> None:
         """Record the validation metrics of a step, before it is saved. Called on all ranks alike."""
@@ -69,10 +66,8 @@ class Retention:
         steps = broadcast(self.checkpoints.steps())
         if not broadcast(any(not self._stays(step) for step in steps[: -self.config.keep])):
             return
-        self._found, self._fault = {}, None
-        self._check = threading.Thread(target=self._verify, args=(steps[-self.config.keep : -1],), name="retention")
-        self._check.start()
-        watch_over(self._check, "save")
+        checked = steps[-self.config.keep : -1]
+        self._check = BackgroundTask(lambda: self._damage_of(checked), name="retention", phase="save")
 
     def finish(self) -> None:
         """Wait for the verification and delete. Collective.
@@ -81,10 +76,14 @@ class Retention:
         """
         if self._check is None:
             return
-        wait_for(self._check, "save")
+        own: tuple[dict[int, str | None], str | None]
+        try:
+            own = self._check.result(), None
+        except OSError as error:
+            own = {}, str(error)
         self._check = None
         damaged: dict[int, str] = {}
-        for found, fault in gather((self._found, str(self._fault) if self._fault is not None else None)):
+        for found, fault in gather(own):
             damaged |= {step: reason for step, reason in found.items() if reason is not None}
             if fault is not None:  # an I/O error, which is no proof of damage
                 self.say(f"{self.checkpoints.folder}: cannot be verified, so nothing is deleted: {fault}")
@@ -98,8 +97,5 @@ class Retention:
     def _stays(self, step: int) -> bool:
         return self.is_kept_forever(step) or self.is_needed(step)
 
-    def _verify(self, steps: list[int]) -> None:
-        try:
-            self._found = {step: self.checkpoints.damage_of_own_share(self.checkpoints.path(step)) for step in steps}
-        except OSError as error:
-            self._fault = error
+    def _damage_of(self, steps: list[int]) -> dict[int, str | None]:
+        return {step: self.checkpoints.damage_of_own_share(self.checkpoints.path(step)) for step in steps}

@@ -1,7 +1,6 @@
 """The dry run: what a configuration results in, without training: batch layout, FLOPs, memory, disk, dataset check."""
 
 import json
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer import world
 from trainer.config import Config, TrainConfig
 from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData, open_training_data
@@ -41,7 +41,7 @@ def describe_run(
     the configuration cannot be run at all.
     """
     hardware = hardware or Hardware()
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = world_size or world.world_size()
     layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
     data, fault = _open_data(config)
     kinds = stage_kinds(lambda: build_network(config), config, layout.micro_batch)

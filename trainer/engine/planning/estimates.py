@@ -1,6 +1,5 @@
 """Estimates for `--dry-run`: durations on given GPUs, bytes on disk, bytes over the network."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from trainer.engine.network.cost import Cost
 from trainer.errors import ConfigError
 from trainer.models.stages import ActivationCheckpointing
 from trainer.telemetry.device import DataSheet, data_sheet_of, known_devices, peak_teraflops
+from trainer.world import local_world_size
 
 DEVICES = ("A100", "H100", "H200", "V100", "RTX 4090")  # default for the command line
 UTILISATION = 0.3  # default model FLOPs utilisation (MFU): share of a device's peak
@@ -110,7 +110,7 @@ def sent_bytes(train: TrainConfig, parameters: int, layout: BatchLayout) -> int:
 
 def shards_in_group(train: TrainConfig, world_size: int) -> int:
     """Ranks in a sharding group of "hsdp": as configured, otherwise the processes of a node as set by the launcher."""
-    return train.hsdp_shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    return train.hsdp_shard_size or local_world_size() or world_size
 
 
 def snapshots_on_disk(config: Config, parameters: int) -> int:

@@ -15,6 +15,7 @@ from trainer.engine.processes import rendezvous
 from trainer.engine.processes.cpu_share import set_threads
 from trainer.errors import TrainerError
 from trainer.launcher.accelerate_environment import forget
+from trainer.world import local_rank, world_size
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=10)
@@ -55,7 +56,7 @@ def join_group(patience: timedelta, *, alone: bool = False) -> None:
     forget(os.environ)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     rendezvous.join(backend, patience)
     if alone and not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
@@ -65,11 +66,11 @@ def join_group(patience: timedelta, *, alone: bool = False) -> None:
 
 def check_connected(accelerator: Accelerator) -> None:
     """Raise TrainerError where several processes were launched but each has a group of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world_size:
-        raise TrainerError(f"{world_size} processes were launched but {accelerator.num_processes} are connected")
-    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
-        raise TrainerError(f"{world_size} processes were launched but none shares its gradients with another")
+    launched = world_size()
+    if accelerator.num_processes != launched:
+        raise TrainerError(f"{launched} processes were launched but {accelerator.num_processes} are connected")
+    if launched > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise TrainerError(f"{launched} processes were launched but none shares its gradients with another")
 
 
 def gather(value: Any) -> list[Any]:

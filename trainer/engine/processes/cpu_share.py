@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data_prep.cores import available_cores
+from trainer.world import local_world_size
 
 _LAUNCHER = os.getppid()  # at import: the launcher's pid, if there is a launcher
 _MOST_LOADERS = 4  # per process, where data.workers is not set
@@ -15,7 +16,7 @@ _THREADS_OPTION = "--num_cpu_threads_per_process"
 
 def own_cores() -> int:
     """Cores per process of this host, rounded down, at least 1."""
-    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // (local_world_size() or 1))
 
 
 def loader_processes(asked: int | None) -> int:

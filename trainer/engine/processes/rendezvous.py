@@ -16,6 +16,7 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
+from trainer import world
 from trainer.errors import TrainerError
 
 _POLL_SECONDS = 0.02
@@ -31,17 +32,17 @@ def join(backend: str, timeout: timedelta) -> None:
     missing; the message has their numbers.
     """
     global _joined
-    if dist.is_initialized() or ("LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"):
+    if dist.is_initialized() or ("LOCAL_RANK" not in os.environ and world.world_size() == 1):
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise TrainerError(
             f"{', '.join(missing)}: not set, though LOCAL_RANK or WORLD_SIZE says that a launcher was here"
         )
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = world.rank(), world.world_size()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + timeout.total_seconds()
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(world_size):
+    if world.local_world_size() != world_size:
         _choose_interface(host, port)
     try:
         store = dist.TCPStore(
@@ -64,7 +65,7 @@ def join(backend: str, timeout: timedelta) -> None:
 
 def hosts_store() -> bool:
     """Whether this process hosts the store of all ranks: rank 0 does, unless torch's launcher does."""
-    return os.environ.get("RANK", "0") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return world.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def own_connection() -> dist.Store:

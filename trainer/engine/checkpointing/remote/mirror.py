@@ -3,7 +3,6 @@
 A failed upload is reported and repeated with the next checkpoint; it affects neither the run nor the local checkpoint.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from trainer.config import CheckpointConfig
 from trainer.engine.checkpointing import sealed
 from trainer.engine.checkpointing.checkpoints import STEP_NAME
 from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder, words
+from trainer.engine.processes.background import BackgroundTask
 from trainer.engine.processes.collectives import gather
-from trainer.engine.processes.watchdog import wait_for
 from trainer.engine.run_folder import RunFolder, check_identity
 
 
@@ -47,7 +46,7 @@ class Copies:
         self.keep_forever = keep_forever
         self.say = say
         self._phase: Literal["idle", "prepare", "parts", "seal"] = "idle"
-        self._task = _Task(_nothing)
+        self._task: BackgroundTask[str | None] | None = None
         self._source = Path()
         self._started = 0.0
         self._wanted: Path | None = None
@@ -56,7 +55,7 @@ class Copies:
     @property
     def is_copying(self) -> bool:
         """Whether this rank has an upload in progress."""
-        return self._task.is_running
+        return self._task is not None and self._task.is_running
 
     @property
     def is_pending(self) -> bool:
@@ -84,7 +83,7 @@ class Copies:
 
     def _advance(self) -> None:
         if self._phase != "idle":
-            outcomes = gather(self._task.outcome())
+            outcomes = gather(self._outcome())
             fault = next((text for _, text in outcomes if text is not None), None)
             if fault is not None:
                 self._end_with(fault)
@@ -101,8 +100,17 @@ class Copies:
             self._begin("prepare", self._prepare if self.rank == 0 else _nothing)
 
     def _begin(self, phase: Literal["prepare", "parts", "seal"], action: Callable[[], str | None]) -> None:
-        self._phase, self._task = phase, _Task(action)
-        self._task.start()
+        self._phase = phase
+        # A hanging upload must not keep the process alive at exit.
+        self._task = BackgroundTask(action, name="copy of a checkpoint", phase="copy", abandonable=True)
+
+    def _outcome(self) -> tuple[str | None, str | None]:
+        """Result and error message of this rank's task, which is waited for."""
+        assert self._task is not None
+        try:
+            return self._task.result(), None
+        except Exception as error:  # fsspec backends raise exceptions of their libraries
+            return None, words(error)
 
     def _end_with(self, fault: str | None) -> None:
         self._phase = "idle"
@@ -140,34 +148,6 @@ def check_place(place: CopyFolder, identity: dict[str, Any]) -> None:
         manifest = place.manifest(steps[-1])
         if manifest is not None:
             check_identity(manifest["identity"], identity, place.where(steps[-1]))
-
-
-class _Task:
-    """A function running in a thread: its result or its error."""
-
-    def __init__(self, action: Callable[[], str | None]) -> None:
-        self._action = action
-        self._outcome: tuple[str | None, str | None] = (None, None)
-        # A daemon thread: a hanging upload must not keep the process alive at exit.
-        self._thread = threading.Thread(target=self._run, daemon=True, name="copy of a checkpoint")
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def outcome(self) -> tuple[str | None, str | None]:
-        """Wait for the thread; returns (result, error message)."""
-        wait_for(self._thread, "copy")
-        return self._outcome
-
-    def _run(self) -> None:
-        try:
-            self._outcome = self._action(), None
-        except Exception as error:  # fsspec backends raise exceptions of their libraries
-            self._outcome = None, words(error)
 
 
 def _nothing() -> None:
