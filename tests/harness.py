@@ -160,7 +160,7 @@ def run_rank(
     arguments: tuple[str, ...],
     fault: Fault | None,
     log: str,
-    path: Path | None,
+    path: Path | None = None,
 ) -> None:
     """Be one rank of `launch`, in a process of its own: never returns."""
     os.environ.update(environment(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
