@@ -9,11 +9,14 @@ import torch.distributed as dist
 
 from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, overrides
-from trainer.diffusion.ddpm.samplers import SamplingStep
+from trainer.diffusion.contract import SamplingStep
 from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.peer_status import Peers
 from trainer.engine.processes.watchdog import Watchdog
-from trainer.engine.sampling import sample
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import SamplingRequest
+from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.signals import StopRequest
 from trainer.telemetry.metrics import read_metrics
 
@@ -64,29 +67,29 @@ def test_a_stop_is_heeded_in_what_takes_minutes(
         assert measured(run, "validation/feature_distance") == [2, 4, 6]
 
 
-def test_samples_end_with_the_step_in_which_a_stop_arrives() -> None:
+def test_samples_end_with_the_step_in_which_a_stop_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     stop, seen = StopRequest(), list[int]()
 
     def sampler(_: object, x: torch.Tensor, **__: object):  # type: ignore[no-untyped-def]
         for _ in range(10):
             yield SamplingStep(t=0, original_t=0, x=x, x0=x)
 
+    monkeypatch.setitem(SAMPLERS, "idle", SamplerEntry(sampler=sampler))
+    request = SamplingRequest(sampler="idle", count=6, seed=0, batch=2)
+
     def on_step(_: int) -> None:
         seen.append(1)
         if len(seen) == 13:
             stop.hear()
+        stop.check()
 
-    drawn = sample(
-        None,  # type: ignore[arg-type]
-        sampler,
-        shape=(1, 2, 2),
-        device=torch.device("cpu"),
-        batches=[range(2), range(2, 4), range(4, 6)],
-        seed=0,
-        on_step=on_step,
-        stop=stop,
-    )
-    assert [numbers for numbers, _ in drawn] == [range(2)]
+    def draw(numbers: range) -> range:
+        draw_batch(request, None, numbers, shape=(1, 2, 2), device=torch.device("cpu"), on_step=on_step)  # type: ignore[arg-type]
+        return numbers
+
+    drawn, stopped = map_over_ranks(request.batches, draw, what="samples", stop=stop)
+    assert drawn == [range(2)]
+    assert stopped
     assert len(seen) == 13
 
 

@@ -9,7 +9,7 @@ from trainer.config import Config, ModelConfig
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.ddpm.objective import GaussianObjective
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.reverse import ReverseProcess, ReverseVariance, output_channels
+from trainer.diffusion.ddpm.reverse import ReverseVariance, output_channels
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.ddpm.timesteps import ImportanceSampling
 from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
@@ -45,13 +45,6 @@ def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:
     process = config.diffusion
     betas = make_betas(process.schedule, process.timesteps, process.betas)
     return GaussianDiffusion(betas).to(device)
-
-
-def build_reverse(network: nn.Module, diffusion: GaussianDiffusion, config: Config) -> ReverseProcess:
-    """The reverse process: interprets the network's output, on a forward process that may have been respaced."""
-    return ReverseProcess(
-        network, diffusion, prediction=config.diffusion.prediction, variance=config.diffusion.variance
-    )
 
 
 def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> UNet:

@@ -48,16 +48,13 @@ class FeatureSet:
         """
         device = self.work.accelerator.device
 
-        def make_all() -> bool:
-            for numbers in share:
-                features, logits = extract(network, images(numbers).to(device))
-                self.work.save(numbers, {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()})
-                if self.work.is_stopping(stop):
-                    return False
-            return True
+        def make(numbers: range) -> None:
+            features, logits = extract(network, images(numbers).to(device))
+            self.work.save(numbers, {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()})
 
-        done = together(f"{self.work.folder}: cannot be written", make_all, kind=DataError)
-        return all(done) or not self.work.tell_of_stop(stop, self.missing(), self.count, self.name)
+        return self.work.carry_out(
+            share, make, stop, missing=self.missing, items=self.count, what=self.name, kind=DataError
+        )
 
     def has_moments(self) -> bool:
         """Whether the moments for `gaussian` are stored, so that features are not needed. Collective."""

@@ -1,19 +1,20 @@
-"""Opens a trained network for sampling or evaluation: configuration, verified weights, reverse process."""
+"""Opens a trained network for sampling or evaluation: configuration, verified weights, denoiser."""
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 
 from trainer.config import Config
-from trainer.diffusion.ddpm.respacing import asked_for, respaced
+from trainer.diffusion.ddpm.respacing import asked_for
 from trainer.diffusion.ddpm.reverse import ReverseProcess
-from trainer.engine.build import build_diffusion, build_reverse, build_trained
+from trainer.engine.build import build_objective, build_trained
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
 from trainer.engine.processes.collectives import make_accelerator, together
@@ -22,24 +23,21 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
 from trainer.models.ddpm_unet import UNet
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import ReverseRequest, SamplingRequest
 from trainer.signals import StopRequest
+from trainer.telemetry.pictures import Pixels
 
 _PATIENCE = timedelta(days=7)  # a rank that has finished waits for others, which may take long
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRequest:
-    """A run's weights, and the timesteps to use.
-
-    `checkpoint`: None for the newest undamaged one; `respacing`: see trainer/diffusion/ddpm/respacing.py; `variance`: a
-    fixed one in place of the configuration's, or None.
-    """
+    """A run's weights. `checkpoint`: None for the newest undamaged one."""
 
     run: Path
     checkpoint: Path | None
     weights: str
-    respacing: str
-    variance: Literal["small", "large"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +51,22 @@ class Trained:
     step: int
     weights: str
     accelerator: Accelerator
-    reverse: ReverseProcess
+    denoiser: ReverseProcess
     stop: StopRequest
+
+    @property
+    def name_parts(self) -> list[str]:
+        """For names of files."""
+        return [f"step-{self.step:08d}", self.weights]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What results depend on; partial ones are reused only where all of it is the same."""
+        return {
+            "checkpoint": self.fingerprint,
+            "weights": self.weights,
+            "variance": self.config.diffusion.variance,
+        }
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -67,8 +79,12 @@ class Trained:
         """Device of the network and the tables."""
         return self.accelerator.device
 
+    def draw(self, request: SamplingRequest, numbers: range, on_step: Callable[[int], object]) -> Pixels:
+        """A batch of the request that this was opened with, see `draw_batch`."""
+        return draw_batch(request, self.denoiser, numbers, shape=self.image_shape, device=self.device, on_step=on_step)
 
-def open_trained(request: TrainedRequest) -> Trained:
+
+def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     """Load the weights on every rank, in eval mode. From here on signals set a request to stop and do not end the
     process.
 
@@ -79,31 +95,28 @@ def open_trained(request: TrainedRequest) -> Trained:
     stop.install()
     folder = RunFolder(request.run, writes=False)
     config = folder.load_config()
-    if request.variance is not None:
-        config = _with_variance(config, request.variance)
+    if reverse.variance is not None:
+        config = _with_variance(config, reverse.variance)
     remark = without_effect(os.environ)
     accelerator = make_accelerator(patience=_PATIENCE)
     if remark is not None and accelerator.is_main_process:
         print(remark, file=sys.stderr, flush=True)
-    diffusion = build_diffusion(config, accelerator.device)
-    if request.respacing != "all":
-        try:
-            diffusion = diffusion.respaced(respaced(diffusion.timesteps, request.respacing))
-        except ValueError as error:
-            raise ConfigError(f"--respacing: {error}") from error
-
-    asked = asked_for(config.diffusion.timesteps, request.respacing)
-    if diffusion.timesteps < asked and accelerator.is_main_process:
-        print(
-            f"--respacing {request.respacing}: {diffusion.timesteps} steps, for {asked - diffusion.timesteps} of "
-            f"{asked} fall on a timestep that is visited already",
-            file=sys.stderr,
-        )
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = checkpoints.choose(request.checkpoint)
     opened: list[tuple[UNet, int]] = []
     together(f"{path}: cannot be read", lambda: opened.append(_load(path, request.weights, config, accelerator.device)))
     ((network, step),) = opened
+    try:
+        denoiser = build_objective(config, accelerator.device).denoiser(network, respacing=reverse.respacing)
+    except ValueError as error:
+        raise ConfigError(f"--respacing: {error}") from error
+    steps, asked = denoiser.diffusion.timesteps, asked_for(config.diffusion.timesteps, reverse.respacing)
+    if steps < asked and accelerator.is_main_process:
+        print(
+            f"--respacing {reverse.respacing}: {steps} steps, for {asked - steps} of {asked} fall on a timestep that "
+            "is visited already",
+            file=sys.stderr,
+        )
     return Trained(
         config=config,
         folder=folder,
@@ -112,7 +125,7 @@ def open_trained(request: TrainedRequest) -> Trained:
         step=step,
         weights=request.weights,
         accelerator=accelerator,
-        reverse=build_reverse(network, diffusion, config),
+        denoiser=denoiser,
         stop=stop,
     )
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from trainer.engine.processes.collectives import broadcast, check_alike, gather, together
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.signals import StopRequest
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -43,7 +43,35 @@ class Work:
         missing = broadcast([numbers for numbers in batches if not is_done(numbers)])
         return missing[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def is_stopping(self, stop: StopRequest) -> bool:
+    def carry_out(
+        self,
+        share: list[range],
+        action: Callable[[range], object],
+        stop: StopRequest,
+        *,
+        missing: Callable[[], list[range]],
+        items: int,
+        what: str,
+        kind: type[TrainerError] = TrainerError,
+    ) -> bool:
+        """Carry out this rank's share, batch by batch, until it is done or a rank has a request to stop.
+
+        Returns whether all is done; if not, the progress is reported: `items` are there in all, `what` names them, and
+        `missing` gives this rank's share of what is left. Collective. Raises `kind` on all ranks where a result cannot
+        be written.
+        """
+
+        def until_stopped() -> bool:
+            for numbers in share:
+                action(numbers)
+                if self._is_stopping(stop):
+                    return False
+            return True
+
+        done = together(f"{self.folder}: cannot be written", until_stopped, kind=kind)
+        return all(done) or not self._tell_of_stop(stop, missing(), items, what)
+
+    def _is_stopping(self, stop: StopRequest) -> bool:
         """Whether any rank has a request to stop. Shared through a file, since ranks do not synchronise between
         batches.
         """
@@ -51,7 +79,7 @@ class Work:
             self._stopping.touch()
         return self._stopping.exists()
 
-    def tell_of_stop(self, stop: StopRequest, share: list[range], items: int, what: str) -> bool:
+    def _tell_of_stop(self, stop: StopRequest, share: list[range], items: int, what: str) -> bool:
         """Report the progress and return True where any rank's `share`, which is still missing, is not empty.
 
         Collective.

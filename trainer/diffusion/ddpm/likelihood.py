@@ -116,7 +116,9 @@ def term_bits(
 
     clip: clamp the network's x_0 to [-1, 1], as the authors do in evaluation, not in training.
     """
-    step = reverse.step(x_t, t, clip=clip)
+    step = reverse(x_t, t)
+    if clip:
+        step = step.clipped()
     eps = reverse.diffusion.predict_eps(x_t, t, x0)
     return Terms(
         bits=bound_bits(step, x0, x_t, t, reverse.diffusion, cdf),

@@ -1,0 +1,80 @@
+"""Grids of samples of the averaged weights, drawn while training."""
+
+import numpy as np
+
+from data_prep.progress import WorkProgress
+from trainer.config import Config
+from trainer.engine.build import build_trained
+from trainer.engine.processes.division import map_over_ranks
+from trainer.engine.processes.watchdog import enter
+from trainer.engine.state.train_state import TrainState
+from trainer.errors import ConfigError
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import RequestError, SamplingRequest
+from trainer.signals import StopRequest
+from trainer.telemetry.pictures import Pixels, grid
+
+_LARGEST_BATCH = 64
+
+
+class SampleGrids:
+    """Draws `log.samples` images by `log.samples_sampler`, with the same noise every time."""
+
+    def __init__(self, config: Config, state: TrainState, stop: StopRequest) -> None:
+        """Raises ConfigError where the sampler, its options or its timesteps cannot be."""
+        self.config = config
+        self.state = state
+        self.stop = stop
+        self.request = _request(config, state.strategy.accelerator.num_processes)
+        try:
+            state.objective.denoiser(state.strategy.network, respacing=self.request.respacing)
+        except ValueError as error:
+            raise ConfigError(f"log.samples_{error}") from error
+
+    def draw(self, step: int) -> Pixels | None:
+        """The picture, (H, W, 3); the ranks divide its images. Collective; None after a request to stop."""
+        accelerator, model = self.state.strategy.accelerator, self.config.model
+        network = build_trained(self.config, self.state.average(), accelerator.device)
+        denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
+        batches = self.request.batches
+        share = batches[accelerator.process_index :: accelerator.num_processes]
+        with WorkProgress(
+            total=denoiser.diffusion.timesteps * sum(map(len, share)),
+            what=f"step {step}: samples",
+            unit="step",
+            visible=accelerator.is_main_process,
+        ) as bar:
+
+            def on_step(images: int) -> None:
+                enter("sample")
+                bar.update(images)
+                self.stop.check()
+
+            def draw(numbers: range) -> Pixels:
+                enter("sample")
+                return draw_batch(
+                    self.request,
+                    denoiser,
+                    numbers,
+                    shape=(model.channels, model.image_size, model.image_size),
+                    device=accelerator.device,
+                    on_step=on_step,
+                )
+
+            images, stopped = map_over_ranks(batches, draw, what="the samples: cannot be drawn", stop=self.stop)
+        return None if stopped else grid(np.concatenate(images))
+
+
+def _request(config: Config, ranks: int) -> SamplingRequest:
+    log = config.log
+    try:
+        return SamplingRequest(
+            sampler=log.samples_sampler,
+            options={"eta": log.samples_eta} if log.samples_eta else {},
+            respacing=log.samples_respacing,
+            count=log.samples,
+            seed=config.seed,
+            batch=min(-(-log.samples // ranks), _LARGEST_BATCH),
+        )
+    except RequestError as error:
+        raise ConfigError(f"log.samples_{error.field} = {error.value!r}: {error.reason}") from error

@@ -1,0 +1,34 @@
+"""Drawing a batch of samples: for a given seed, the images do not depend on the number of processes."""
+
+from collections.abc import Callable
+
+import torch
+
+from trainer.diffusion.contract import Denoiser
+from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.sampling.request import SamplingRequest
+from trainer.telemetry.pictures import Pixels, to_uint8
+
+
+@torch.no_grad()
+def draw_batch(
+    request: SamplingRequest,
+    denoiser: Denoiser,
+    numbers: range,
+    *,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    on_step: Callable[[int], object] | None = None,
+) -> Pixels:
+    """The samples of these numbers: (B, C, H, W) uint8.
+
+    shape: (C, H, W); device: the denoiser's, which visits the request's timesteps; on_step: called after each denoising
+    step with the number of images that advanced. What it raises ends the sampling.
+    """
+    noise = KeyedNoise.sampling(request.seed, torch.tensor(list(numbers), device=device))
+    x = noise.normal("initial", shape)
+    for state in request.make_sampler()(denoiser, x, noise=noise):
+        x = state.x
+        if on_step is not None:
+            on_step(len(numbers))
+    return to_uint8(x).cpu().numpy()
