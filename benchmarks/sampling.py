@@ -81,7 +81,7 @@ def our_draw(setting: Setting, precision: str) -> Callable[[], Tensor]:
     shape = (model.channels, model.image_size, model.image_size)
 
     def draw() -> Tensor:
-        drawn = draw_batch(request, denoiser, range(setting.batch), shape=shape, device=device)
+        drawn = draw_batch(request, denoiser, range(setting.batch), shape=shape)
         return torch.from_numpy(drawn)
 
     return draw

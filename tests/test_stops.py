@@ -84,7 +84,7 @@ def test_samples_end_with_the_step_in_which_a_stop_arrives(monkeypatch: pytest.M
         stop.check()
 
     def draw(numbers: range) -> range:
-        draw_batch(request, None, numbers, shape=(1, 2, 2), device=torch.device("cpu"), on_step=on_step)  # type: ignore[arg-type]
+        draw_batch(request, None, numbers, shape=(1, 2, 2), on_step=on_step)  # type: ignore[arg-type]
         return numbers
 
     drawn, stopped = map_over_ranks(request.batches, draw, what="samples", stop=stop)

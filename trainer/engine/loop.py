@@ -208,44 +208,31 @@ class TrainingLoop:
         """Compute the loss on held-out images, unless this step has it already."""
         if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
             return
-        self._before_minutes()
-        with self.telemetry.pause("validating"):
-            started = time.perf_counter()
-            values = self.validation.measure()
-            if values is None:
-                self.stopping = True
-                return
+        if self._measure(self.validation):
             self.validated_step = self.step
-            self.saves.retention.score(self.step, values)
-            self.telemetry.scalars(values)
-            seconds, images = time.perf_counter() - started, len(self.validation.ids)
-            self.progress.say(
-                f"step {self.step}: on {images} held-out images loss {values['validation/loss']:.4f}, "
-                f"of the average {values['validation/ema_loss']:.4f}, in {seconds:.1f} s"
-            )
-            gc.collect()  # free the networks
 
     def _measure_distance(self) -> None:
         """Compute the feature distance between samples and real images, unless this step has it already."""
         if self.distance is None or self.step == self.measured_step or self.stopping:
             return
+        if self._measure(self.distance):
+            self.measured_step = self.step
+
+    def _measure(self, measurement: Validation | FeatureDistance) -> bool:
+        """Measure the state and report it; returns False after a request to stop."""
         self._before_minutes()
         with self.telemetry.pause("validating"):
             started = time.perf_counter()
-            values = self.distance.measure()
+            values = measurement.measure()
             if values is None:
                 self.stopping = True
-                return
-            self.measured_step = self.step
+                return False
             self.saves.retention.score(self.step, values)
             self.telemetry.scalars(values)
-            distance, seconds = values["validation/feature_distance"], time.perf_counter() - started
-            self.progress.say(
-                f"step {self.step}: kernel distance of EfficientNet-Lite0 features {distance:.5f}, "
-                f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}, "
-                f"in {seconds:.1f} s"
-            )
+            seconds = time.perf_counter() - started
+            self.progress.say(f"step {self.step}: {measurement.summary(values)}, in {seconds:.1f} s")
             gc.collect()  # free the networks
+        return True
 
     def _draw_samples(self) -> None:
         """Draw a grid and write it on rank 0."""

@@ -6,6 +6,7 @@ Ho et al. 2020, section 4.3, table 1 (NLL), table 4 and figure 5.
 import csv
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from data_prep.progress import WorkProgress
 from trainer.diffusion.ddpm.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
 from trainer.engine.processes.collectives import together
 from trainer.errors import DataError
 from trainer.evaluation.images import RealImages, open_images
 from trainer.evaluation.plots import save_curves
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Work
+from trainer.evaluation.work import Task, Work
 from trainer.sampling.request import ReverseRequest, batches_of
 
 _QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
@@ -110,35 +110,21 @@ def evaluate_bound(request: BoundRequest) -> Path:
 
 def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> bool:
     """Compute what is missing, divided among the ranks, until a request to stop; returns whether all is there."""
-    share = work.missing(batches)
-    with WorkProgress(
-        total=trained.denoiser.diffusion.timesteps * sum(map(len, share)),
-        what="bits/dim",
-        unit="term",
-        visible=trained.accelerator.is_main_process,
-    ) as bar:
 
-        def measure(numbers: range) -> None:
-            x0 = images.load(numbers).to(trained.device)
-            with torch.no_grad():
-                bound = bits_per_dim(
-                    trained.denoiser,
-                    x0,
-                    index=torch.tensor(images.ids(numbers), device=trained.device),
-                    seed=request.seed,
-                    cdf=request.decoder,
-                    on_step=lambda _: bar.update(len(numbers)),
-                )
-            work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
+    def measure(numbers: range, advance: Callable[[int], object]) -> None:
+        with torch.no_grad():
+            bound = bits_per_dim(
+                trained.denoiser,
+                images.load(numbers).to(trained.device),
+                index=torch.tensor(images.ids(numbers), device=trained.device),
+                seed=request.seed,
+                cdf=request.decoder,
+                on_step=lambda _: advance(len(numbers)),
+            )
+        work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
 
-        return work.carry_out(
-            share,
-            measure,
-            trained.stop,
-            missing=lambda: work.missing(batches),
-            items=images.count,
-            what="images",
-        )
+    task = Task(doing="bits/dim", items=images.count, units=trained.denoiser.diffusion.timesteps, unit="term")
+    return work.carry_out(lambda: work.missing(batches), measure, task, trained.stop)
 
 
 def _read(work: Work, batches: list[range]) -> BitsPerDim:

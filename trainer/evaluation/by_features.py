@@ -7,6 +7,7 @@ OUT/fid-....json            the metric and all conventions that it depends on; l
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from trainer.engine.processes.collectives import each_its_own, together
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.feature_metrics import FeatureMetric, Reference
 from trainer.evaluation.feature_report import Report, features_about, reference_about, samples_about
-from trainer.evaluation.feature_sets import FeatureSet, bar_of
+from trainer.evaluation.feature_sets import FeatureSet
 from trainer.evaluation.references import ReferenceImages, ReferenceRequest, ReferenceStatistics, open_reference
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Work
+from trainer.evaluation.work import Task, Work
 from trainer.features.inception import Inception, download_weights, weights_path
 from trainer.features.networks import EfficientNetLite0, FeatureName, FeatureNetwork
 from trainer.sampling.request import SamplingRequest, batches_of
@@ -142,21 +143,17 @@ def _reference_features(
         "images": opened.count,
         **_features_of(network),
     }
-    features = FeatureSet(
-        name="reference images",
-        work=Work(out / name, identity, trained.accelerator),
-        batches=batches_of(opened.count, _REFERENCE_BATCH),
-    )
+    work = Work(out / name, identity, trained.accelerator)
+    features = FeatureSet(name="reference images", work=work, batches=batches_of(opened.count, _REFERENCE_BATCH))
     if metric.needs.statistics and features.has_moments():
         return features
-    share = features.missing()
-    with bar_of(features.work, total=sum(map(len, share)), what="features of real images", unit="img") as bar:
 
-        def images(numbers: range) -> torch.Tensor:
-            bar.update(len(numbers))
-            return opened.pixels(numbers)
+    def images(numbers: range, advance: Callable[[int], object]) -> torch.Tensor:
+        advance(len(numbers))
+        return opened.pixels(numbers)
 
-        return features if features.fill(share, images, network, trained.stop) else None
+    task = Task(doing="features of real images", items=opened.count, what=features.name, unit="img", kind=DataError)
+    return features if features.fill(images, network, task, trained.stop) else None
 
 
 def _sample_features(
@@ -170,21 +167,17 @@ def _sample_features(
     sampling = request.sampling
     name = "-".join(["samples", *trained.name_parts, *sampling.name_parts, request.network.name])
     identity = {**trained.identity, **sampling.identity, **_features_of(network)}
-    features = FeatureSet(
-        name="samples",
-        work=Work(out / name, identity, trained.accelerator),
-        batches=sampling.batches,
-    )
+    work = Work(out / name, identity, trained.accelerator)
+    features = FeatureSet(name="samples", work=work, batches=sampling.batches)
     if metric.needs.statistics and features.has_moments():
         return features
-    share = features.missing()
-    steps = trained.denoiser.diffusion.timesteps * sum(map(len, share))
-    with bar_of(features.work, total=steps, what="sampling", unit="step") as bar:
 
-        def images(numbers: range) -> torch.Tensor:
-            return torch.from_numpy(trained.draw(sampling, numbers, bar.update))
+    def images(numbers: range, on_step: Callable[[int], object]) -> torch.Tensor:
+        return torch.from_numpy(trained.draw(sampling, numbers, on_step))
 
-        return features if features.fill(share, images, network, trained.stop) else None
+    steps = trained.denoiser.diffusion.timesteps
+    task = Task(doing="sampling", items=sampling.count, what=features.name, units=steps, kind=DataError)
+    return features if features.fill(images, network, task, trained.stop) else None
 
 
 def _features_of(network: FeatureNetwork) -> dict[str, str]:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.progress import WorkProgress
 from trainer.evaluation.outputs import OutputFormat, make_output
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Work
+from trainer.evaluation.work import Task, Work
 from trainer.sampling.request import DEFAULT_SAMPLER, SamplingRequest
 
 
@@ -31,23 +30,13 @@ def draw(request: DrawRequest) -> Path:
     out = request.out or default_folder(trained, request)
     work = Work(out, _identity(trained, request), trained.accelerator)
     output = make_output(request.output, work)
-    share = output.missing(sampling.batches)
     steps = trained.denoiser.diffusion.timesteps
-    with WorkProgress(
-        total=steps * sum(map(len, share)),
-        what="sampling",
-        unit="step",
-        visible=trained.accelerator.is_main_process,
-    ) as bar:
-        done = work.carry_out(
-            share,
-            lambda numbers: output.write(numbers, trained.draw(sampling, numbers, bar.update)),
-            trained.stop,
-            missing=lambda: output.missing(sampling.batches),
-            items=sampling.count,
-            what="images",
-        )
-    if done:
+    if work.carry_out(
+        lambda: output.missing(sampling.batches),
+        lambda numbers, on_step: output.write(numbers, trained.draw(sampling, numbers, on_step)),
+        Task(doing="sampling", items=sampling.count, units=steps),
+        trained.stop,
+    ):
         output.finish(sampling.batches)
         trained.accelerator.print(
             f"{sampling.count} images from {trained.checkpoint} ({trained.weights} weights, "

@@ -81,7 +81,7 @@ class Trained:
 
     def draw(self, request: SamplingRequest, numbers: range, on_step: Callable[[int], object]) -> Pixels:
         """A batch of the request that this was opened with, see `draw_batch`."""
-        return draw_batch(request, self.denoiser, numbers, shape=self.image_shape, device=self.device, on_step=on_step)
+        return draw_batch(request, self.denoiser, numbers, shape=self.image_shape, on_step=on_step)
 
 
 def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:

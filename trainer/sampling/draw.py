@@ -17,14 +17,14 @@ def draw_batch(
     numbers: range,
     *,
     shape: tuple[int, int, int],
-    device: torch.device,
     on_step: Callable[[int], object] | None = None,
 ) -> Pixels:
     """The samples of these numbers: (B, C, H, W) uint8.
 
-    shape: (C, H, W); device: the denoiser's, which visits the request's timesteps; on_step: called after each denoising
-    step with the number of images that advanced. What it raises ends the sampling.
+    denoiser: visits the request's timesteps; shape: (C, H, W); on_step: called after each denoising step with the
+    number of images that advanced. What it raises ends the sampling.
     """
+    device = denoiser.diffusion.original_timesteps.device
     noise = KeyedNoise.sampling(request.seed, torch.tensor(list(numbers), device=device))
     x = noise.normal("initial", shape)
     for state in request.make_sampler()(denoiser, x, noise=noise):

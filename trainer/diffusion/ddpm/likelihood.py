@@ -151,7 +151,7 @@ def bits_per_dim(
     *,
     clip: bool = True,
     cdf: Cdf = "exact",
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> BitsPerDim:
     """Every term of the bound for a batch of images, with one fresh eps for each image and timestep.
 

@@ -64,11 +64,19 @@ class FeatureDistance:
             "validation/feature_distance_samples": float(len(drawn)),
         }
 
+    def summary(self, values: dict[str, float]) -> str:
+        """What `measure` found, for people."""
+        return (
+            f"kernel distance of EfficientNet-Lite0 features {values['validation/feature_distance']:.5f}, "
+            f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}"
+        )
+
     def _sample_features(self) -> torch.Tensor | None:
         """(N, D), on every rank; None after a request to stop."""
         strategy, model = self.state.strategy, self.config.model
         network = build_trained(self.config, self.state.average(), strategy.device)
         denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
+        shape = (model.channels, model.image_size, model.image_size)
         started = time.monotonic()
 
         def on_step(_: int) -> None:
@@ -78,14 +86,7 @@ class FeatureDistance:
         def draw(numbers: range) -> tuple[torch.Tensor, float, float]:
             """Features of the samples, the seconds that they took, and those since the start."""
             begun = time.monotonic()
-            pixels = draw_batch(
-                self.request,
-                denoiser,
-                numbers,
-                shape=(model.channels, model.image_size, model.image_size),
-                device=strategy.device,
-                on_step=on_step,
-            )
+            pixels = draw_batch(self.request, denoiser, numbers, shape=shape, on_step=on_step)
             features = self._features(torch.from_numpy(pixels))
             now = time.monotonic()
             return features, now - begun, now - started

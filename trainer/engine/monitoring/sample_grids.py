@@ -36,6 +36,7 @@ class SampleGrids:
         accelerator, model = self.state.strategy.accelerator, self.config.model
         network = build_trained(self.config, self.state.average(), accelerator.device)
         denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
+        shape = (model.channels, model.image_size, model.image_size)
         batches = self.request.batches
         share = batches[accelerator.process_index :: accelerator.num_processes]
         with WorkProgress(
@@ -52,14 +53,7 @@ class SampleGrids:
 
             def draw(numbers: range) -> Pixels:
                 enter("sample")
-                return draw_batch(
-                    self.request,
-                    denoiser,
-                    numbers,
-                    shape=(model.channels, model.image_size, model.image_size),
-                    device=accelerator.device,
-                    on_step=on_step,
-                )
+                return draw_batch(self.request, denoiser, numbers, shape=shape, on_step=on_step)
 
             images, stopped = map_over_ranks(batches, draw, what="the samples: cannot be drawn", stop=self.stop)
         return None if stopped else grid(np.concatenate(images))

@@ -65,6 +65,13 @@ class Validation:
             values |= self._means(name, parts)
         return values
 
+    def summary(self, values: dict[str, float]) -> str:
+        """What `measure` found, for people."""
+        return (
+            f"on {len(self.ids)} held-out images loss {values['validation/loss']:.4f}, "
+            f"of the average {values['validation/ema_loss']:.4f}"
+        )
+
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
         """t and loss of each image; damaged images are left out where `data.on_bad_sample` is "skip"."""
