@@ -180,6 +180,14 @@ def test_grids_are_drawn_while_training(run: Path) -> None:
     assert picture.std() > 10
 
 
+def test_a_grid_is_what_sample_draws(run: Path, tmp_path: Path) -> None:
+    """By default too: ancestral, all steps, the run's seed; its two ranks drew two each."""
+    drawn = draw(run, tmp_path, 1, "--n", "4", "--seed", "3", "--checkpoint", str(checkpoint(run, 6)))
+    images = np.stack([drawn[f"{number:06d}.png"] for number in range(4)])
+    picture = np.asarray(Image.open(run / "samples" / "step-00000006.png"))
+    assert np.array_equal(picture, grid(images.transpose(0, 3, 1, 2)))
+
+
 def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
     launch(1, "--run", str(run), "--n", "1", script="sample")
     assert (run / "samples" / "step-00000006-ema-seed-0" / "000000.png").exists()

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_samples_end_with_the_step_in_which_a_stop_arrives(monkeypatch: pytest.M
 
     monkeypatch.setitem(SAMPLERS, "idle", SamplerEntry(sampler=sampler))
     request = SamplingRequest(sampler="idle", count=6, seed=0, batch=2)
+    denoiser = SimpleNamespace(diffusion=SimpleNamespace(original_timesteps=torch.arange(10)))
 
     def on_step(_: int) -> None:
         seen.append(1)
@@ -84,7 +86,7 @@ def test_samples_end_with_the_step_in_which_a_stop_arrives(monkeypatch: pytest.M
         stop.check()
 
     def draw(numbers: range) -> range:
-        draw_batch(request, None, numbers, shape=(1, 2, 2), on_step=on_step)  # type: ignore[arg-type]
+        draw_batch(request, denoiser, numbers, shape=(1, 2, 2), on_step=on_step)  # type: ignore[arg-type]
         return numbers
 
     drawn, stopped = map_over_ranks(request.batches, draw, what="samples", stop=stop)

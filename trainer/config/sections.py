@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from trainer.units import SecondsField, SizeField, Span, SpanField
 
@@ -276,6 +276,11 @@ class CheckpointConfig(Section):
     """Newest copies that are kept, besides those that are kept for ever."""
 
 
+def _number_as_text(value: Any) -> Any:
+    """`--set log.samples_respacing=50` is a number to TOML."""
+    return str(value) if type(value) is int else value
+
+
 class LogConfig(Section):
     """What is written while training."""
 
@@ -289,7 +294,7 @@ class LogConfig(Section):
     """How they are drawn: a sampler by its name (docs/sampling.md)."""
     samples_eta: float = 0.0
     """With samples_sampler = "ddim": 0 draws no noise, 1 is ancestral."""
-    samples_respacing: str = "all"
+    samples_respacing: Annotated[str, BeforeValidator(_number_as_text)] = "all"
     """Which timesteps they are drawn with: "all", or fewer, for example "50" (docs/sampling.md)."""
     validate_every: SpanField = Span(0, "steps")
     """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""

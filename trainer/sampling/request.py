@@ -65,7 +65,7 @@ class SamplingRequest(ReverseRequest):
         for name, value in self.options.items():
             if (option := self._entry.options.get(name)) is None:
                 others = [sampler for sampler, entry in SAMPLERS.items() if name in entry.options]
-                raise RequestError(name, value, f"goes with sampler {' or '.join(others) or 'none'}")
+                raise RequestError(name, value, f"goes with sampler {' or '.join(others)}" if others else "unknown")
             if not option.least <= value <= option.most:
                 raise RequestError(name, value, f"should be from {option.least:g} to {option.most:g}")
         package = self._entry.package
