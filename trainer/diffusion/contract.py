@@ -1,5 +1,6 @@
 """What a family of diffusion models, a network and a sampler know of each other."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -91,28 +92,24 @@ class ForwardProcess(Protocol):
         """x_t of x_0 and eps, (B, C, H, W) float32, and t, (B,) int64."""
 
 
-class Prediction(Protocol):
-    """What a denoiser says at x_t; all (B, C, H, W) float32."""
+@dataclass(frozen=True, kw_only=True)
+class Prediction(ABC):
+    """What a denoiser says at x_t; each (B, C, H, W) float32.
 
-    @property
-    def x0(self) -> Tensor:
-        """The estimate of x_0; a denoiser does not clamp it."""
+    x0: the estimate of x_0, which a denoiser does not clamp; eps: the noise that goes with it, so that
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; mean, log_variance: of p(x_{t-1} | x_t), whose mean at t = 0 is x_0.
+    """
 
-    @property
-    def eps(self) -> Tensor:
-        """The noise that goes with it: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps."""
+    x0: Tensor
+    eps: Tensor
+    mean: Tensor
+    log_variance: Tensor
 
-    @property
-    def mean(self) -> Tensor:
-        """Of p(x_{t-1} | x_t); at t = 0 it is x_0."""
-
-    @property
-    def log_variance(self) -> Tensor:
-        """Of p(x_{t-1} | x_t)."""
-
+    @abstractmethod
     def with_x0(self, x0: Tensor) -> Self:
         """The prediction that another estimate of x_0 leads to: all that guidance needs to know of a family."""
 
+    @abstractmethod
     def clipped(self) -> Self:
         """The prediction with x_0 clamped to [-1, 1]."""
 

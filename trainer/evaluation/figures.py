@@ -4,7 +4,7 @@ The processes divide the rows of a figure; the same seed gives the same figure o
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 
 from data_prep.progress import WorkProgress
-from trainer.diffusion.contract import Denoiser, SamplingStep
+from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.processes.collectives import together
 from trainer.engine.processes.division import map_over_ranks
@@ -26,8 +26,10 @@ from trainer.sampling.ancestral import ancestral
 from trainer.sampling.ddim import ddim, ddim_invert
 from trainer.sampling.interpolation import interpolate
 from trainer.sampling.request import ReverseRequest
+from trainer.sampling.steps import last_of
 from trainer.telemetry.pictures import Pixels, tile, to_uint8
 
+OnStep = Callable[[SamplingStep], object]
 Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and the JSON's entry for it
 
 
@@ -56,12 +58,12 @@ def progressive_generation(trained: Trained, request: FigureRequest, *, every: i
     diffusion = trained.denoiser.diffusion
     every = every or max(1, diffusion.timesteps // 20)
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         x = noise.normal("initial", trained.image_shape)
         estimates, timesteps = [], []
         for done, state in enumerate(ancestral(trained.denoiser, x, noise=noise), start=1):
-            on_step()
+            on_step(state)
             if done % every == 0 or done in (1, diffusion.timesteps):
                 estimates.append(state.x0.clamp(-1, 1))
                 timesteps.append(state.original_t)
@@ -82,12 +84,12 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
         if not 0 < split <= diffusion.timesteps:
             raise ConfigError(f"--splits {split}: should be 1 to {diffusion.timesteps}, the steps of the process")
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         x = noise.normal("initial", trained.image_shape)
         shared = {diffusion.timesteps: x}
         for state in ancestral(trained.denoiser, x, noise=noise):
-            on_step()
+            on_step(state)
             if state.t in splits:
                 shared[state.t] = state.x
             if state.t <= min(splits):
@@ -98,10 +100,7 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
         images = []
         for split in sorted(splits, reverse=True):
             x = shared[split].expand(variants, -1, -1, -1)
-            for state in ancestral(trained.denoiser, x, noise=others, start=split - 1):
-                x = state.x
-                on_step()
-            images.append(x)
+            images.append(last_of(ancestral(trained.denoiser, x, noise=others, start=split - 1), on_step))
         return torch.cat(images), {"latent": number, "splits": sorted(splits, reverse=True), "variants": variants}
 
     steps = diffusion.timesteps - min(splits) + sum(splits)
@@ -131,15 +130,9 @@ def interpolations(
         if not 0 <= t <= diffusion.timesteps:
             raise ConfigError(f"--timesteps {t}: should be 0 to {diffusion.timesteps}, the steps of the process")
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         pair, t = divmod(number, len(timesteps))
         one, other = (image[None] for image in images.pixels[2 * pair : 2 * pair + 2].to(trained.device))
-
-        def counted(denoiser: Denoiser, x: torch.Tensor, **chain: Any) -> Iterator[SamplingStep]:
-            for state in ancestral(denoiser, x, **chain):
-                on_step()
-                yield state
-
         mixtures = interpolate(
             trained.denoiser,
             one,
@@ -147,7 +140,7 @@ def interpolations(
             t=timesteps[t],
             lambdas=lambdas,
             noise=KeyedNoise.sampling(request.seed, torch.tensor([pair], device=trained.device)),
-            sampler=counted,
+            on_step=on_step,
         )
         notes = {"pair": pair, "t": timesteps[t], "lambdas": list(lambdas)}
         return torch.cat((one, mixtures[:, 0], other)), notes
@@ -169,16 +162,11 @@ def reconstructions(trained: Trained, request: FigureRequest, *, images: FigureI
     """
     diffusion = trained.denoiser.diffusion
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
-        image = latent = images.pixels[number : number + 1].to(trained.device)
-        for state in ddim_invert(trained.denoiser, image):
-            latent = state.x
-            on_step()
-        x = latent
-        for state in ddim(trained.denoiser, latent, noise=noise, clip=False):
-            x = state.x
-            on_step()
+        image = images.pixels[number : number + 1].to(trained.device)
+        latent = last_of(ddim_invert(trained.denoiser, image), on_step)
+        x = last_of(ddim(trained.denoiser, latent, noise=noise, clip=False), on_step)
         error = (x - image).square().mean().item()
         return torch.cat((image, (latent / 3).clamp(-1, 1), x.clamp(-1, 1))), {"image": number, "mse": error}
 
@@ -200,7 +188,7 @@ def _draw(
     trained: Trained,
     request: FigureRequest,
     name: str,
-    row: Callable[[int, Callable[[], object]], Row],
+    row: Callable[[int, OnStep], Row],
     *,
     steps: int,
     options: Mapping[str, Any] = MappingProxyType({}),
@@ -217,7 +205,7 @@ def _draw(
     share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
     bar = WorkProgress(total=steps * len(share), what=name, unit="step", visible=accelerator.is_main_process)
 
-    def on_step() -> None:
+    def on_step(_: SamplingStep) -> None:
         trained.stop.check()
         bar.update()
 

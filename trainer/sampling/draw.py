@@ -7,6 +7,7 @@ import torch
 from trainer.diffusion.contract import Denoiser
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.sampling.request import SamplingRequest
+from trainer.sampling.steps import last_of
 from trainer.telemetry.pictures import Pixels, to_uint8
 
 
@@ -26,9 +27,6 @@ def draw_batch(
     """
     device = denoiser.diffusion.original_timesteps.device
     noise = KeyedNoise.sampling(request.seed, torch.tensor(list(numbers), device=device))
-    x = noise.normal("initial", shape)
-    for state in request.make_sampler()(denoiser, x, noise=noise):
-        x = state.x
-        if on_step is not None:
-            on_step(len(numbers))
+    chain = request.make_sampler()(denoiser, noise.normal("initial", shape), noise=noise)
+    x = last_of(chain, None if on_step is None else lambda _: on_step(len(numbers)))
     return to_uint8(x).cpu().numpy()

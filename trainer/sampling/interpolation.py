@@ -23,6 +23,7 @@ def interpolate(
     lambdas: Sequence[float],
     noise: KeyedNoise,
     sampler: Callable[..., Iterator[SamplingStep]] = ancestral,
+    on_step: Callable[[SamplingStep], object] | None = None,
 ) -> Tensor:
     """Ho et al. 2020, section 4.3 and figures 8 and 9: images between two, mixed where they are noise.
 
@@ -31,7 +32,7 @@ def interpolate(
     length leaves nothing of the images, and in between the first step to be undone is timestep t - 1 of 0..T-1.
 
     first, second: (B, C, H, W) in [-1, 1]; noise: `KeyedNoise.sampling` of B numbers. Returns (len(lambdas), B, C, H,
-    W). ValueError for a t outside 0..T.
+    W). on_step: called with every step. ValueError for a t outside 0..T.
     """
     timesteps = denoiser.diffusion.timesteps
     if not 0 <= t <= timesteps:
@@ -46,5 +47,5 @@ def interpolate(
         return mixed
     everywhere = rearrange(mixed, "l b c h w -> (l b) c h w")
     repeated = replace(noise, index=noise.index.repeat(len(lambdas)))
-    drawn = last_of(sampler(denoiser, everywhere, noise=repeated, start=t - 1))
+    drawn = last_of(sampler(denoiser, everywhere, noise=repeated, start=t - 1), on_step)
     return rearrange(drawn, "(l b) c h w -> l b c h w", l=len(lambdas))

@@ -8,7 +8,7 @@ from torch import Tensor
 from trainer.diffusion.contract import ForwardProcess, SamplingStep
 
 
-def last_of(chain: Iterable[SamplingStep], on_step: Callable[[SamplingStep], None] | None = None) -> Tensor:
+def last_of(chain: Iterable[SamplingStep], on_step: Callable[[SamplingStep], object] | None = None) -> Tensor:
     """Run a chain to its end; returns the images after its last step. `on_step` is called with every step."""
     last = None
     for last in chain:

@@ -5,7 +5,9 @@ from typing import Literal, Self, get_args
 
 from einops import rearrange
 from torch import Tensor
+from typing_extensions import override
 
+from trainer.diffusion import contract
 from trainer.diffusion.contract import Conditioning, Network
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 
@@ -14,27 +16,25 @@ ReverseVariance = Literal["small", "large", "learned", "learned-range"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReverseStep:
-    """p(x_{t-1} | x_t) = N(mean, exp(log_variance)), and the x_0 and eps that go with it; each (B, C, H, W) float32.
+class ReverseStep(contract.Prediction):
+    """p(x_{t-1} | x_t) = N(mean, exp(log_variance)), and the x_0 and eps that go with it.
 
-    At t = 0 the mean is x0 and the log variance that of the decoder, log beta~_1 where it is not learned. What it was
-    read from: x_t, t (B,) of `diffusion`, and whether the network predicts the mean itself ("mu").
+    At t = 0 the log variance is that of the decoder, log beta~_1 where it is not learned. What it was read from: x_t,
+    t (B,) of `diffusion`, and whether the network predicts the mean itself ("mu").
     """
 
-    x0: Tensor
-    eps: Tensor
-    mean: Tensor
-    log_variance: Tensor
     x_t: Tensor
     t: Tensor
     diffusion: GaussianDiffusion
     predicts_mean: bool
 
+    @override
     def with_x0(self, x0: Tensor) -> Self:
         """The step that another x_0, (B, C, H, W) float32, leads to: eps and the mean follow, the variance stays."""
         eps = self.diffusion.predict_eps(self.x_t, self.t, x0)
         return replace(self, x0=x0, eps=eps, mean=self.diffusion.posterior_mean(x0, self.x_t, self.t))
 
+    @override
     def clipped(self) -> Self:
         """The step with x_0 clamped to [-1, 1].
 
