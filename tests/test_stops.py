@@ -95,6 +95,21 @@ def test_samples_end_with_the_step_in_which_a_stop_arrives(monkeypatch: pytest.M
     assert len(seen) == 13
 
 
+def test_a_stop_is_heeded_between_two_items_too() -> None:
+    stop, seen = StopRequest(), list[int]()
+
+    def square(number: int) -> int:
+        seen.append(number)
+        if number == 2:
+            stop.hear()
+        return number**2
+
+    assert map_over_ranks(range(5), square, what="squares") == ([0, 1, 4, 9, 16], False)
+    stop, seen = StopRequest(), []
+    assert map_over_ranks(range(5), square, what="squares", stop=stop) == ([0, 1, 4], True)
+    assert seen == [0, 1, 2]
+
+
 def test_a_stop_of_one_rank_is_told_to_the_others() -> None:
     store = dist.HashStore()
     stops = [StopRequest(), StopRequest()]
