@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +17,12 @@ from trainer.diffusion.ddpm.process import GaussianDiffusion
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_objective
-from trainer.engine.monitoring.sample_grids import SampleGrids
+from trainer.engine.monitoring.sample_grids import plan_grid
 from trainer.errors import ConfigError
 from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.sampling.steps import last_of
-from trainer.signals import StopRequest
 from trainer.telemetry.pictures import grid, to_uint8
 
 SHAPE = (3, 4, 4)
@@ -171,10 +169,8 @@ def settings(**log: object) -> Config:
 )
 def test_a_grid_that_cannot_be_drawn_is_refused_at_the_start(log: dict[str, object], message: str) -> None:
     config = settings(**log)
-    strategy = SimpleNamespace(network=network, accelerator=SimpleNamespace(num_processes=1))
-    state = SimpleNamespace(strategy=strategy, objective=build_objective(config, torch.device("cpu")))
     with pytest.raises(ConfigError) as error:
-        SampleGrids(config, state, StopRequest())  # type: ignore[arg-type]
+        plan_grid(config, build_objective(config, torch.device("cpu")), ranks=1)
     assert str(error.value).startswith(message)
 
 

@@ -70,7 +70,7 @@ class Network(Protocol):
 
 
 class ForwardProcess(Protocol):
-    """q(x_t | x_0) on the timesteps t = 0, ..., T-1 that a sampler visits, from little noise to nearly nothing else."""
+    """q(x_t | x_0) on the timesteps t = 0, ..., T-1 that a sampler visits; the noise grows with t."""
 
     @property
     def timesteps(self) -> int:
@@ -115,7 +115,7 @@ class Prediction(ABC):
 
 
 class Denoiser(Protocol):
-    """A network, what a family reads from its output, and the conditioning: all that samplers and figures see of them.
+    """A network with what its output means and its conditioning: all that samplers and figures see of a trained model.
 
     A wrapper of denoisers that combines their predictions is a denoiser again: for guidance with a scale s and
     denoisers with and without condition, `p = uncond(x, t)`, then `p.with_x0(p.x0 + s * (cond(x, t).x0 - p.x0))`.
@@ -126,7 +126,7 @@ class Denoiser(Protocol):
         """The timesteps that it may be called at."""
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
-        """Predict from x: (B, C, H, W) float32, at t: (B,) int64 of `diffusion`; one call of the network."""
+        """Predict from x: (B, C, H, W) float32, at t: (B,) int64 of `diffusion`."""
 
 
 @dataclass(frozen=True, kw_only=True)

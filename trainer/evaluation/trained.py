@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from trainer.config import Config
 from trainer.diffusion.ddpm.respacing import asked_for
@@ -101,22 +102,23 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     accelerator = make_accelerator(patience=_PATIENCE)
     if remark is not None and accelerator.is_main_process:
         print(remark, file=sys.stderr, flush=True)
-    checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    path = checkpoints.choose(request.checkpoint)
-    opened: list[tuple[UNet, int]] = []
-    together(f"{path}: cannot be read", lambda: opened.append(_load(path, request.weights, config, accelerator.device)))
-    ((network, step),) = opened
-    try:
-        denoiser = build_objective(config, accelerator.device).denoiser(network, respacing=reverse.respacing)
+    objective = build_objective(config, accelerator.device)
+    try:  # before the weights are read, which may take long
+        steps = objective.denoiser(nn.Identity(), respacing=reverse.respacing).diffusion.timesteps
     except ValueError as error:
         raise ConfigError(f"--respacing: {error}") from error
-    steps, asked = denoiser.diffusion.timesteps, asked_for(config.diffusion.timesteps, reverse.respacing)
+    asked = asked_for(config.diffusion.timesteps, reverse.respacing)
     if steps < asked and accelerator.is_main_process:
         print(
             f"--respacing {reverse.respacing}: {steps} steps, for {asked - steps} of {asked} fall on a timestep that "
             "is visited already",
             file=sys.stderr,
         )
+    checkpoints = Checkpoints(folder.checkpoints, accelerator)
+    path = checkpoints.choose(request.checkpoint)
+    opened: list[tuple[UNet, int]] = []
+    together(f"{path}: cannot be read", lambda: opened.append(_load(path, request.weights, config, accelerator.device)))
+    ((network, step),) = opened
     return Trained(
         config=config,
         folder=folder,
@@ -125,7 +127,7 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
         step=step,
         weights=request.weights,
         accelerator=accelerator,
-        denoiser=denoiser,
+        denoiser=objective.denoiser(network, respacing=reverse.respacing),
         stop=stop,
     )
 

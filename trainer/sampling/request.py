@@ -1,4 +1,4 @@
-"""What is to be drawn: the one request behind sample.py, evaluate.py, the grids of a run and its feature distance."""
+"""What is to be drawn, for sample.py, evaluate.py, the grids of a run and its feature distance alike."""
 
 import difflib
 import importlib.util
@@ -14,7 +14,7 @@ DEFAULT_SAMPLER = "ddpm"
 
 
 class RequestError(ValueError):
-    """A field of a request that cannot be; whoever made the request names the field as its user knows it."""
+    """A field of a request is invalid. Callers report it by the name that users know: --eta, log.samples_eta."""
 
     def __init__(self, field: str, value: Any, reason: str) -> None:
         super().__init__(f"{field}={value!r}: {reason}")

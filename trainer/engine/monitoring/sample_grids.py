@@ -1,9 +1,11 @@
 """Grids of samples of the averaged weights, drawn while training."""
 
 import numpy as np
+from torch import nn
 
 from data_prep.progress import WorkProgress
 from trainer.config import Config
+from trainer.diffusion.contract import Objective
 from trainer.engine.build import build_trained
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.watchdog import enter
@@ -21,15 +23,11 @@ class SampleGrids:
     """Draws `log.samples` images by `log.samples_sampler`, with the same noise every time."""
 
     def __init__(self, config: Config, state: TrainState, stop: StopRequest) -> None:
-        """Raises ConfigError where the sampler, its options or its timesteps cannot be."""
+        """Errors as `plan_grid`."""
         self.config = config
         self.state = state
         self.stop = stop
-        self.request = _request(config, state.strategy.accelerator.num_processes)
-        try:
-            state.objective.denoiser(state.strategy.network, respacing=self.request.respacing)
-        except ValueError as error:
-            raise ConfigError(f"log.samples_{error}") from error
+        self.request, self.steps = plan_grid(config, state.objective, state.strategy.accelerator.num_processes)
 
     def draw(self, step: int) -> Pixels | None:
         """The picture, (H, W, 3); the ranks divide its images. Collective; None after a request to stop."""
@@ -40,7 +38,7 @@ class SampleGrids:
         batches = self.request.batches
         share = batches[accelerator.process_index :: accelerator.num_processes]
         with WorkProgress(
-            total=denoiser.diffusion.timesteps * sum(map(len, share)),
+            total=self.steps * sum(map(len, share)),
             what=f"step {step}: samples",
             unit="step",
             visible=accelerator.is_main_process,
@@ -59,10 +57,14 @@ class SampleGrids:
         return None if stopped else grid(np.concatenate(images))
 
 
-def _request(config: Config, ranks: int) -> SamplingRequest:
+def plan_grid(config: Config, objective: Objective, ranks: int) -> tuple[SamplingRequest, int]:
+    """What `log` asks for, in batches for so many ranks, and the steps that drawing an image takes.
+
+    Raises ConfigError where the sampler, its options or its timesteps cannot be.
+    """
     log = config.log
     try:
-        return SamplingRequest(
+        request = SamplingRequest(
             sampler=log.samples_sampler,
             options={"eta": log.samples_eta} if log.samples_eta else {},
             respacing=log.samples_respacing,
@@ -70,5 +72,8 @@ def _request(config: Config, ranks: int) -> SamplingRequest:
             seed=config.seed,
             batch=min(-(-log.samples // ranks), _LARGEST_BATCH),
         )
+        return request, objective.denoiser(nn.Identity(), respacing=request.respacing).diffusion.timesteps
     except RequestError as error:
         raise ConfigError(f"log.samples_{error.field} = {error.value!r}: {error.reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"log.samples_{error}") from error
