@@ -30,14 +30,14 @@ def draw(request: DrawRequest) -> Path:
     out = request.out or default_folder(trained, request)
     work = Work(out, _identity(trained, request), trained.accelerator)
     output = make_output(request.output, work)
-    steps = trained.denoiser.diffusion.timesteps
+    batches, steps = sampling.batches, trained.denoiser.diffusion.timesteps
     if work.carry_out(
-        lambda: output.missing(sampling.batches),
+        lambda: output.missing(batches),
         lambda numbers, on_step: output.write(numbers, trained.draw(sampling, numbers, on_step)),
         Task(doing="sampling", items=sampling.count, units=steps),
         trained.stop,
     ):
-        output.finish(sampling.batches)
+        output.finish(batches)
         trained.accelerator.print(
             f"{sampling.count} images from {trained.checkpoint} ({trained.weights} weights, "
             f"{sampling.describe(steps)}) in {out}"
