@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_objective
 from trainer.engine.monitoring.sample_grids import plan_grid
 from trainer.errors import ConfigError
+from trainer.evaluation import bits_per_dim
+from trainer.evaluation.trained import TrainedRequest
 from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry
@@ -150,6 +153,25 @@ def test_another_x0_takes_eps_and_the_mean_with_it_and_leaves_the_variance() -> 
     torch.testing.assert_close(family.diffusion.q_sample(x0, t, other.eps), x, rtol=0, atol=1e-5)
     assert torch.equal(other.mean, family.diffusion.posterior_mean(x0, x, t))
     assert torch.equal(other.log_variance, step.log_variance)
+
+
+def test_bits_per_dimension_are_refused_where_the_family_has_no_such_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = objective().denoiser(network)
+    opened = SimpleNamespace(denoiser=Guided(plain, plain, 2.0))
+    monkeypatch.setattr(bits_per_dim, "open_trained", lambda *_: opened)
+    request = bits_per_dim.BoundRequest(
+        trained=TrainedRequest(run=Path("run"), checkpoint=None, weights="ema"),
+        reverse=ReverseRequest(),
+        data=None,
+        held_out=False,
+        images=None,
+        decoder="exact",
+        seed=0,
+        batch=2,
+        out=None,
+    )
+    with pytest.raises(ConfigError, match="--run run: its family has no bound that is a sum over timesteps"):
+        bits_per_dim.evaluate_bound(request)
 
 
 def settings(**log: object) -> Config:

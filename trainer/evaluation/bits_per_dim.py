@@ -16,8 +16,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.diffusion.ddpm.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
+from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.engine.processes.collectives import together
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.images import RealImages, open_images
 from trainer.evaluation.plots import save_curves
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
@@ -90,6 +91,9 @@ def evaluate_bound(request: BoundRequest) -> Path:
     the data cannot be used.
     """
     trained = open_trained(request.trained, request.reverse)
+    reverse = trained.denoiser
+    if not isinstance(reverse, ReverseProcess):
+        raise ConfigError(f"--run {request.trained.run}: its family has no bound that is a sum over timesteps")
     opened: list[RealImages] = []
     together(
         f"{request.data or trained.config.data.where}: cannot be read",
@@ -102,19 +106,26 @@ def evaluate_bound(request: BoundRequest) -> Path:
     out = request.out or trained.folder.path / "evaluation" / _name(trained, request, images)
     work = Work(out, _identity(trained, request, images), trained.accelerator)
     batches = batches_of(images.count, request.batch)
-    if _measure(trained, request, images, work, batches):
+    if _measure(trained, reverse, request, images, work, batches):
         together(f"{out}: cannot be written", lambda: _report(trained, images, work, batches), only_rank=0)
     trained.accelerator.end_training()
     return out
 
 
-def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> bool:
+def _measure(
+    trained: Trained,
+    reverse: ReverseProcess,
+    request: BoundRequest,
+    images: RealImages,
+    work: Work,
+    batches: list[range],
+) -> bool:
     """Compute what is missing, divided among the ranks, until a request to stop; returns whether all is there."""
 
     def measure(numbers: range, advance: Callable[[int], object]) -> None:
         with torch.no_grad():
             bound = bits_per_dim(
-                trained.denoiser,
+                reverse,
                 images.load(numbers).to(trained.device),
                 index=torch.tensor(images.ids(numbers), device=trained.device),
                 seed=request.seed,
@@ -123,7 +134,7 @@ def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: 
             )
         work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
 
-    task = Task(doing="bits/dim", items=images.count, units=trained.denoiser.diffusion.timesteps, unit="term")
+    task = Task(doing="bits/dim", items=images.count, units=reverse.diffusion.timesteps, unit="term")
     return work.carry_out(lambda: work.missing(batches), measure, task, trained.stop)
 
 

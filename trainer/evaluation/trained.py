@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from trainer.config import Config
+from trainer.diffusion.contract import Denoiser
 from trainer.diffusion.ddpm.respacing import asked_for
-from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.engine.build import build_objective, build_trained
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
@@ -52,7 +52,7 @@ class Trained:
     step: int
     weights: str
     accelerator: Accelerator
-    denoiser: ReverseProcess
+    denoiser: Denoiser
     stop: StopRequest
 
     @property
