@@ -33,15 +33,15 @@ from benchmarks.peers import diffusers_network
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
 from trainer.diffusion.ddpm.respacing import respaced
-from trainer.diffusion.ddpm.samplers import ancestral, ddim
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
-from trainer.engine.build import build_diffusion, build_network, build_reverse, build_trained
+from trainer.engine.build import build_network, build_objective, build_trained
 from trainer.engine.network.cost import measure
-from trainer.engine.sampling import sample
 from trainer.interop.diffusers_settings import scheduler_settings
 from trainer.interop.layouts import DIFFUSERS, to_layout
 from trainer.interop.supported import ddpm_sections, network_of
 from trainer.models.backbones import example_inputs
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import SamplingRequest
 
 SEED = 0
 
@@ -76,15 +76,16 @@ def our_draw(setting: Setting, precision: str) -> Callable[[], Tensor]:
     """Our sampler over the timesteps that the pipelines visit; gives (B, C, H, W) uint8."""
     config, device = setting.load(precision), default_device()
     network = build_trained(config, weights(config), device)
-    reverse = build_reverse(network, build_diffusion(config, device), config)
-    reverse = reverse.respaced(respaced(ddpm_sections(config)[1].timesteps, f"ddim{setting.steps}"))
-    sampler = {"ddpm": ancestral, "ddim": ddim}[setting.sampler]
+    request = SamplingRequest(
+        sampler=setting.sampler, respacing=f"ddim{setting.steps}", count=setting.batch, seed=SEED, batch=setting.batch
+    )
+    denoiser = build_objective(config, device).denoiser(network, respacing=request.respacing)
     model = config.model
     shape = (model.channels, model.image_size, model.image_size)
 
     def draw() -> Tensor:
-        drawn = sample(reverse, sampler, shape=shape, device=device, batches=[range(setting.batch)], seed=SEED)
-        return torch.from_numpy(next(drawn)[1])
+        drawn = draw_batch(request, denoiser, range(setting.batch), shape=shape)
+        return torch.from_numpy(drawn)
 
     return draw
 

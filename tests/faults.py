@@ -37,7 +37,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "write": (sealed, "_write"),  # twice a save on rank 0: manifest, then marker
     "work_part": (work.Work, "save"),  # once a batch that a sampling or an evaluation finishes
     "validate": (validation.Validation, "_score"),  # once a batch of held-out images and kind of weights
-    "denoise": (reverse.ReverseProcess, "step"),  # once a denoising step
+    "denoise": (reverse.ReverseProcess, "__call__"),  # once a denoising step
     "save_png": (outputs, "save_png"),  # once an image that is drawn into a folder
     "rename": (Path, "rename"),  # once a save on rank 0, while nothing is retired
 }

@@ -13,13 +13,14 @@ from tests.harness import checkpoint, overrides
 from tests.networks import make_run
 from trainer import convert
 from trainer.config import Config
-from trainer.diffusion.ddpm.samplers import ancestral, sample
 from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
-from trainer.engine.build import build_diffusion, build_network, build_reverse
+from trainer.engine.build import build_network, build_objective
 from trainer.engine.checkpointing.checkpoints import read_weights
 from trainer.interop import export as export_module
 from trainer.models.ddpm_unet import UNet
+from trainer.sampling.ancestral import ancestral
+from trainer.sampling.steps import last_of
 
 CIFAR_LIKE = overrides(
     model__image_size=16,
@@ -91,10 +92,9 @@ def test_the_ddpm_pipeline_draws_our_images_from_our_noise(
         for t in reversed(range(1, 50)):
             yield keyed_normal(SEED, Stream.ANCESTRAL, index, shape, sub=t)
 
-    diffusion = build_diffusion(config, torch.device("cpu"))
-    reverse = build_reverse(network_of(run, config), diffusion, config)
+    denoiser = build_objective(config, torch.device("cpu")).denoiser(network_of(run, config))
     keyed = KeyedNoise.sampling(SEED, index)
-    ours = sample(ancestral(reverse, keyed.normal("initial", shape), noise=keyed))
+    ours = last_of(ancestral(denoiser, keyed.normal("initial", shape), noise=keyed))
     noise = noises()
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: next(noise))

@@ -50,7 +50,7 @@ def test_a_step_is_what_the_equations_say(
 ) -> None:
     x_t, output = near_truth(prediction, variance)
     reverse = ReverseProcess(lambda *_: output, diffusion, prediction=prediction, variance=variance)
-    step = reverse.step(x_t, T, clip=clip)
+    step = reverse(x_t, T).clipped() if clip else reverse(x_t, T)
     for row, t in enumerate(T.tolist()):
         expected = REFERENCE.reverse(prediction, variance, output[row].double(), x_t[row].double(), t, clip)
         scale = 4 * magnification(prediction, t)
@@ -71,10 +71,8 @@ def test_a_step_is_what_the_equations_say(
 def test_the_clamp_reaches_x0_eps_and_mean(diffusion: GaussianDiffusion) -> None:
     """So that the test above would have seen it missing."""
     x_t, output = near_truth("eps", "small")
-    free, clamped = (
-        interpret(output, x_t, T, diffusion=diffusion, prediction="eps", variance="small", clip=clip)
-        for clip in (False, True)
-    )
+    free = interpret(output, x_t, T, diffusion=diffusion, prediction="eps", variance="small")
+    clamped = free.clipped()
     assert clamped.x0.abs().max() == 1
     for name in ("x0", "eps", "mean"):
         assert (getattr(free, name) - getattr(clamped, name)).abs().max() > 1e-3
@@ -82,7 +80,7 @@ def test_the_clamp_reaches_x0_eps_and_mean(diffusion: GaussianDiffusion) -> None
 
 def test_a_mean_that_is_predicted_itself_stays_when_x0_is_clamped(diffusion: GaussianDiffusion) -> None:
     x_t, output = near_truth("mu", "small", noise=1)
-    step = ReverseProcess(lambda *_: output, diffusion, prediction="mu", variance="small").step(x_t, T, clip=True)
+    step = ReverseProcess(lambda *_: output, diffusion, prediction="mu", variance="small")(x_t, T).clipped()
     assert torch.equal(step.mean, output)
     assert step.x0.abs().max() == 1
 
@@ -95,7 +93,7 @@ def test_a_learned_range_runs_from_beta_tilde_to_beta_and_beyond(diffusion: Gaus
     for v, expected in ((-1, low), (1, high), (0, (low + high) / 2), (3, 2 * high - low), (-3, 2 * low - high)):
         output = torch.cat((torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), float(v))), dim=1)
         reverse = ReverseProcess(lambda *_, o=output: o, diffusion, variance="learned-range")
-        step = reverse.step(torch.zeros(1, 1, 1, 1), torch.tensor([t]), clip=False)
+        step = reverse(torch.zeros(1, 1, 1, 1), torch.tensor([t]))
         assert step.log_variance.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -103,15 +101,13 @@ def test_the_first_half_of_the_channels_is_the_prediction(diffusion: GaussianDif
     assert [output_channels(3, variance) for variance in VARIANCES] == [3, 3, 6, 6]
     output = torch.arange(6.0).reshape(1, 6, 1, 1)
     x = torch.zeros(1, 3, 1, 1)
-    step = ReverseProcess(lambda *_: output, diffusion, prediction="x0", variance="learned").step(
-        x, torch.tensor([7]), clip=False
-    )
+    step = ReverseProcess(lambda *_: output, diffusion, prediction="x0", variance="learned")(x, torch.tensor([7]))
     assert step.x0.flatten().tolist() == [0, 1, 2]
     assert step.log_variance.flatten().tolist() == [3, 4, 5]
     for variance, channels in (("learned", 3), ("small", 6)):
         reverse = ReverseProcess(lambda *_, c=channels: torch.zeros(1, c, 1, 1), diffusion, variance=variance)
         with pytest.raises(ValueError, match=f"output: must have {9 - channels} channels for variance='{variance}'"):
-            reverse.step(x, torch.tensor([7]), clip=False)
+            reverse(x, torch.tensor([7]))
 
 
 def test_names_that_are_not_known_are_refused(diffusion: GaussianDiffusion) -> None:
@@ -126,10 +122,10 @@ def test_a_step_is_float32_from_a_bfloat16_network_under_autocast(
     diffusion: GaussianDiffusion, prediction: str
 ) -> None:
     x_t, output = near_truth(prediction, "learned-range")
-    arguments = {"diffusion": diffusion, "prediction": prediction, "variance": "learned-range", "clip": True}
-    exact = interpret(output.bfloat16().float(), x_t, T, **arguments)
+    arguments = {"diffusion": diffusion, "prediction": prediction, "variance": "learned-range"}
+    exact = interpret(output.bfloat16().float(), x_t, T, **arguments).clipped()
     with torch.autocast("cpu", torch.bfloat16):
-        step = interpret(output.bfloat16(), x_t, T, **arguments)
+        step = interpret(output.bfloat16(), x_t, T, **arguments).clipped()
     for name in ("x0", "eps", "mean", "log_variance"):
         assert getattr(step, name).dtype == torch.float32
         assert torch.equal(getattr(step, name), getattr(exact, name))

@@ -9,12 +9,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from tests.diffusion_reference import Reference, images, normal
+from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 from trainer.diffusion.ddpm.respacing import respaced
 from trainer.diffusion.ddpm.reverse import ReverseProcess
-from trainer.diffusion.ddpm.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate, sample
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
+from trainer.sampling.ancestral import ancestral
+from trainer.sampling.ddim import ddim, ddim_invert
+from trainer.sampling.interpolation import interpolate
+from trainer.sampling.steps import last_of
 
 T = 50
 SHAPE = (2, 3, 3)
@@ -50,7 +54,7 @@ def draw(
 ) -> torch.Tensor:
     reverse = process() if reverse is None else reverse
     noise = KeyedNoise.sampling(seed, index)
-    return sample(sampler(reverse, noise.normal("initial", SHAPE), noise=noise, **more))
+    return last_of(sampler(reverse, noise.normal("initial", SHAPE), noise=noise, **more))
 
 
 def noise(index: int, t: int) -> torch.Tensor:
@@ -145,12 +149,12 @@ def test_steps_tell_where_they_are_and_what_they_believe() -> None:
     reverse = process(spec="ddim10")
     steps: list[SamplingStep] = []
     x = NOISE.normal("initial", SHAPE)
-    drawn = sample(ancestral(reverse, x, noise=NOISE), steps.append)
+    drawn = last_of(ancestral(reverse, x, noise=NOISE), steps.append)
     assert [step.t for step in steps] == list(range(10))[::-1]
     assert [step.original_t for step in steps] == list(range(0, T, 5))[::-1]
     assert torch.equal(steps[-1].x, drawn)
     assert torch.equal(steps[-1].x0, drawn)  # the mean at t = 0 is x_0
-    first = reverse.step(x, torch.full((2,), 9), clip=True)
+    first = reverse(x, torch.full((2,), 9)).clipped()
     assert torch.equal(steps[0].x0, first.x0)
 
 
@@ -177,13 +181,13 @@ def test_no_graph_is_left() -> None:
     reverse = ReverseProcess(lambda x, t: weight * model(x, t), GaussianDiffusion(BETAS), variance="small")
     assert not draw(ancestral, reverse).requires_grad
     assert not draw(ddim, reverse).requires_grad
-    assert not sample(ddim_invert(reverse, torch.zeros(1, *SHAPE))).requires_grad
+    assert not last_of(ddim_invert(reverse, torch.zeros(1, *SHAPE))).requires_grad
     assert torch.is_grad_enabled()
 
 
 def test_an_empty_chain_has_no_sample() -> None:
     with pytest.raises(ValueError, match="chain: must have a step"):
-        sample(iter(()))
+        last_of(iter(()))
 
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -272,7 +276,7 @@ def test_inversion_over_all_steps_gives_the_image_back() -> None:
         steps = list(ddim_invert(reverse, x0, **options))
         assert [step.t for step in steps] == list(range(1000))
         latent = steps[-1].x
-        again = sample(ddim(reverse, latent, noise=KeyedNoise.sampling(0, index), clip=False))
+        again = last_of(ddim(reverse, latent, noise=KeyedNoise.sampling(0, index), clip=False))
         assert (again - x0).abs().max() < error
         # and the latent is that of the ODE: this one is linear, and takes an image to (x_0 - 0.1) / 0.4
         torch.testing.assert_close(latent, (x0 - 0.1) / 0.4, rtol=0, atol=0.012)
@@ -290,10 +294,10 @@ def test_refinements_invert_few_steps_as_well() -> None:
     errors = []
     for refinements in (0, 2, 8):
         calls.clear()
-        latent = sample(ddim_invert(reverse, x0, refinements=refinements))
+        latent = last_of(ddim_invert(reverse, x0, refinements=refinements))
         assert calls == [t for t in respaced(1000, "20").tolist() for _ in range(1 + refinements)]
         errors.append(
-            (sample(ddim(reverse, latent, noise=KeyedNoise.sampling(0, index), clip=False)) - x0).abs().max().item()
+            (last_of(ddim(reverse, latent, noise=KeyedNoise.sampling(0, index), clip=False)) - x0).abs().max().item()
         )
     assert errors[0] > 0.02
     assert errors[1] < errors[0] / 3
@@ -345,7 +349,7 @@ def test_interpolation_undoes_as_many_steps_as_it_was_noised_by() -> None:
     assert told == [3, 2, 1, 0]
     chain = functools.partial(ddim, eta=0.0)
     smoothly = interpolate(
-        reverse, *pairs, t=4, lambdas=[0.5], noise=KeyedNoise.sampling(SEED, torch.tensor([5, 5])), chain=chain
+        reverse, *pairs, t=4, lambdas=[0.5], noise=KeyedNoise.sampling(SEED, torch.tensor([5, 5])), sampler=chain
     )
     assert not torch.equal(shared, smoothly)
     for t in (-1, T + 1):

@@ -13,13 +13,16 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from tests.diffusion_reference import decoder_nll
+from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.ddpm.likelihood import bits_per_dim
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 from trainer.diffusion.ddpm.respacing import respaced
 from trainer.diffusion.ddpm.reverse import ReverseProcess
-from trainer.diffusion.ddpm.samplers import SamplingStep, ancestral, ddim, sample
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.sampling.ancestral import ancestral
+from trainer.sampling.ddim import ddim
+from trainer.sampling.steps import last_of
 
 WHOLE = GaussianDiffusion(make_betas("linear", 1000))
 ABAR = WHOLE.abar64
@@ -144,7 +147,7 @@ def draw(case: Case, data: Mixture) -> Tensor:
     index = torch.arange(COUNT)
     x = KeyedNoise.sampling(5, index).normal("initial", (1, 1, 1))
     reverse = process(data, case.variance, STEPS)
-    return sample(case.sampler(reverse, x, noise=KeyedNoise.sampling(5, index), clip=False)).double().flatten()
+    return last_of(case.sampler(reverse, x, noise=KeyedNoise.sampling(5, index), clip=False)).double().flatten()
 
 
 def gaussian_output(case: Case, spec: str) -> tuple[float, float]:

@@ -111,6 +111,8 @@ def test_how_long_it_would_take_on_a_named_gpu(config_path: Path) -> None:
         "drawing": drawing,
         "measuring": 0,
     }
+    shorter = plan_of(config_path, *arguments, *overrides(log__samples_every="2 steps", log__samples_respacing=5))
+    assert shorter["flops"]["drawing"] == drawing / 4
     h100, v100 = plan["devices"]
     assert h100["seconds"] == pytest.approx((plan["training_flops"] + drawing) / (989.5e12 * 0.5 * 2))
     assert h100["device_hours"] == pytest.approx(2 * h100["seconds"] / 3600)

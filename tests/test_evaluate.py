@@ -15,6 +15,7 @@ from tests.harness import launch, load_config, overrides, write_config
 from trainer.diffusion.ddpm.likelihood import bits_per_dim
 from trainer.evaluation.images import open_images
 from trainer.evaluation.trained import TrainedRequest, open_trained
+from trainer.sampling.request import ReverseRequest
 
 T = 20
 
@@ -61,12 +62,12 @@ def test_the_bound_is_the_sum_of_its_terms(whole: Path) -> None:
 
 
 def test_it_is_the_mathematics_of_the_averaged_weights(run: Path, whole: Path) -> None:
-    request = TrainedRequest(run=run, checkpoint=None, weights="ema", respacing="all", variance=None)
-    trained = open_trained(request)
+    request = TrainedRequest(run=run, checkpoint=None, weights="ema")
+    trained = open_trained(request, ReverseRequest())
     images = open_images(trained.config, None, held_out=False, count=None)
     numbers = range(21)
     assert sorted(images.ids(numbers)) == list(numbers)
-    direct = bits_per_dim(trained.reverse, images.load(numbers), torch.tensor(images.ids(numbers)), 0)
+    direct = bits_per_dim(trained.denoiser, images.load(numbers), torch.tensor(images.ids(numbers)), 0)
     report = json.loads((whole / "bpd.json").read_text())
     assert report["bits_per_dim"] == pytest.approx(direct.total.mean().item(), rel=1e-5)
     assert report["standard_error"] == pytest.approx(direct.total.std().item() / 21**0.5, rel=1e-4)

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from PIL import Image, ImageFilter
 
 from tests.inception import write_random_inception
-from trainer.engine.sampling import batches_of
 from trainer.errors import ConfigError
 from trainer.evaluation.feature_metrics import KernelMetric, ManifoldMetric, ScoreMetric
 from trainer.evaluation.feature_sets import FeatureSet
@@ -25,6 +24,7 @@ from trainer.features.frechet import Moments, frechet_distance
 from trainer.features.inception import WEIGHTS_SHA256, Inception, download_weights, weights_path
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
+from trainer.sampling.request import batches_of
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,21 @@ from PIL import Image
 
 from tests.faults import Fault
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
+from trainer.diffusion.contract import Sampler
 from trainer.diffusion.ddpm.process import GaussianDiffusion, Variance
 from trainer.diffusion.ddpm.respacing import respaced
 from trainer.diffusion.ddpm.reverse import ReverseProcess
-from trainer.diffusion.ddpm.samplers import Sampler, ancestral, ddim
-from trainer.diffusion.ddpm.samplers import sample as last_of
 from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.engine.build import build_diffusion, build_network, build_reverse
+from trainer.engine.build import build_network, build_objective
 from trainer.engine.checkpointing.checkpoints import read_verified
 from trainer.engine.processes.collectives import make_accelerator
-from trainer.engine.sampling import batches_of
 from trainer.evaluation import outputs
-from trainer.evaluation.samplers import SamplerChoice, SamplerName, make_sampler
 from trainer.evaluation.work import Work
+from trainer.sampling.ancestral import ancestral
+from trainer.sampling.ddim import ddim
+from trainer.sampling.request import SamplingRequest, batches_of
+from trainer.sampling.steps import last_of
 from trainer.telemetry.pictures import grid, to_uint8
 
 T = 20
@@ -61,7 +62,7 @@ def reverse_process(run: Path, weights: str = "ema") -> ReverseProcess:
     tensors, _ = read_verified(checkpoint(run, 6))
     network = build_network(config).eval()
     network.load_state_dict({k.removeprefix(f"{weights}/"): v for k, v in tensors.items() if k.startswith(weights)})
-    return build_reverse(network, build_diffusion(config, torch.device("cpu")), config)
+    return build_objective(config, torch.device("cpu")).denoiser(network)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,8 @@ def test_dpm_solver_is_of_second_order_where_ddim_is_of_first(schedule: Schedule
     abar = diffusion.abar[-1]
     solution = mean + spread * (x - abar.sqrt() * mean) / (abar * spread**2 + 1 - abar).sqrt()
 
-    def error(name: SamplerName, steps: str) -> float:
-        chain = make_sampler(SamplerChoice(name=name))
+    def error(name: str, steps: str) -> float:
+        chain = SamplingRequest(sampler=name, count=64, seed=0, batch=64).make_sampler()
         drawn = last_of(chain(reverse.respaced(respaced(1000, steps)), x, noise=noise))
         return (drawn - solution).abs().mean().item()
 
@@ -179,6 +180,14 @@ def test_grids_are_drawn_while_training(run: Path) -> None:
     assert picture.std() > 10
 
 
+def test_a_grid_is_what_sample_draws(run: Path, tmp_path: Path) -> None:
+    """By default too: ancestral, all steps, the run's seed; its two ranks drew two each."""
+    drawn = draw(run, tmp_path, 1, "--n", "4", "--seed", "3", "--checkpoint", str(checkpoint(run, 6)))
+    images = np.stack([drawn[f"{number:06d}.png"] for number in range(4)])
+    picture = np.asarray(Image.open(run / "samples" / "step-00000006.png"))
+    assert np.array_equal(picture, grid(images.transpose(0, 3, 1, 2)))
+
+
 def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
     launch(1, "--run", str(run), "--n", "1", script="sample")
     assert (run / "samples" / "step-00000006-ema-seed-0" / "000000.png").exists()
@@ -186,7 +195,7 @@ def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
         (["--run", str(tmp_path)], "holds no config.toml, so it is no run's folder"),
         (["--run", str(run), "--seed", "-1"], "--seed -1: should be at least 0"),
         (["--run", str(run), "--respacing", "ten"], "--respacing: "),
-        (["--run", str(run), "--eta", "0.5"], "--eta 0.5: goes with --sampler ddim"),
+        (["--run", str(run), "--eta", "0.5"], "--eta 0.5: goes with sampler ddim"),
         (["--run", str(run), "--checkpoint", str(tmp_path)], "damaged: manifest.json is missing"),
         (["--run", str(run), "--out", "/proc/nowhere"], "/proc/nowhere"),
         (["--run", str(run), "--out", str(run)], "holds other files; choose a new or empty folder"),

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ import torch.distributed as dist
 
 from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, overrides
-from trainer.diffusion.ddpm.samplers import SamplingStep
+from trainer.diffusion.contract import SamplingStep
 from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.peer_status import Peers
 from trainer.engine.processes.watchdog import Watchdog
-from trainer.engine.sampling import sample
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import SamplingRequest
+from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.signals import StopRequest
 from trainer.telemetry.metrics import read_metrics
 
@@ -64,30 +68,46 @@ def test_a_stop_is_heeded_in_what_takes_minutes(
         assert measured(run, "validation/feature_distance") == [2, 4, 6]
 
 
-def test_samples_end_with_the_step_in_which_a_stop_arrives() -> None:
+def test_samples_end_with_the_step_in_which_a_stop_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     stop, seen = StopRequest(), list[int]()
 
     def sampler(_: object, x: torch.Tensor, **__: object):  # type: ignore[no-untyped-def]
         for _ in range(10):
             yield SamplingStep(t=0, original_t=0, x=x, x0=x)
 
+    monkeypatch.setitem(SAMPLERS, "idle", SamplerEntry(sampler=sampler))
+    request = SamplingRequest(sampler="idle", count=6, seed=0, batch=2)
+    denoiser = SimpleNamespace(diffusion=SimpleNamespace(original_timesteps=torch.arange(10)))
+
     def on_step(_: int) -> None:
         seen.append(1)
         if len(seen) == 13:
             stop.hear()
+        stop.check()
 
-    drawn = sample(
-        None,  # type: ignore[arg-type]
-        sampler,
-        shape=(1, 2, 2),
-        device=torch.device("cpu"),
-        batches=[range(2), range(2, 4), range(4, 6)],
-        seed=0,
-        on_step=on_step,
-        stop=stop,
-    )
-    assert [numbers for numbers, _ in drawn] == [range(2)]
+    def draw(numbers: range) -> range:
+        draw_batch(request, denoiser, numbers, shape=(1, 2, 2), on_step=on_step)  # type: ignore[arg-type]
+        return numbers
+
+    drawn, stopped = map_over_ranks(request.batches, draw, what="samples", stop=stop)
+    assert drawn == [range(2)]
+    assert stopped
     assert len(seen) == 13
+
+
+def test_a_stop_is_heeded_between_two_items_too() -> None:
+    stop, seen = StopRequest(), list[int]()
+
+    def square(number: int) -> int:
+        seen.append(number)
+        if number == 2:
+            stop.hear()
+        return number**2
+
+    assert map_over_ranks(range(5), square, what="squares") == ([0, 1, 4, 9, 16], False)
+    stop, seen = StopRequest(), []
+    assert map_over_ranks(range(5), square, what="squares", stop=stop) == ([0, 1, 4], True)
+    assert seen == [0, 1, 2]
 
 
 def test_a_stop_of_one_rank_is_told_to_the_others() -> None:

@@ -31,7 +31,7 @@ import torch
 
 from trainer.engine.processes.collectives import together
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, trained_request
+from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, reverse_request, trained_request
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
 from trainer.evaluation.by_features import evaluate_by_features
 from trainer.evaluation.feature_arguments import add_features, feature_request
@@ -107,6 +107,7 @@ def bpd(arguments: argparse.Namespace) -> None:
     """Bits per dimension: the variational bound, each of its terms, rate and distortion."""
     request = BoundRequest(
         trained=trained_request(arguments),
+        reverse=reverse_request(arguments),
         data=arguments.data,
         held_out=arguments.held_out,
         images=arguments.images,
@@ -141,20 +142,20 @@ def prdc(arguments: argparse.Namespace) -> None:
 
 def progressive(arguments: argparse.Namespace) -> None:
     """Figure 6: estimates of x_0 along the reverse process."""
-    trained = open_trained(trained_request(arguments))
+    trained = _open(arguments)
     progressive_generation(trained, _figure(arguments, arguments.rows), every=arguments.every)
 
 
 def shared(arguments: argparse.Namespace) -> None:
     """Figure 7: samples that share x_t for t in --splits."""
-    trained = open_trained(trained_request(arguments))
+    trained = _open(arguments)
     request = _figure(arguments, arguments.rows)
     shared_latents(trained, request, splits=arguments.splits, variants=arguments.variants)
 
 
 def interpolate(arguments: argparse.Namespace) -> None:
     """Figures 8 and 9: images noised for --timesteps steps, mixed in pairs, denoised."""
-    trained = open_trained(trained_request(arguments))
+    trained = _open(arguments)
     images = _images(arguments, trained)
     interpolations(
         trained,
@@ -167,13 +168,17 @@ def interpolate(arguments: argparse.Namespace) -> None:
 
 def reconstruct(arguments: argparse.Namespace) -> None:
     """DDIM, section 5.4: images, their latents, and the images made from these."""
-    trained = open_trained(trained_request(arguments))
+    trained = _open(arguments)
     images = _images(arguments, trained)
     reconstructions(trained, _figure(arguments, rows=len(images.pixels)), images=images)
 
 
+def _open(arguments: argparse.Namespace) -> Trained:
+    return open_trained(trained_request(arguments), reverse_request(arguments))
+
+
 def _figure(arguments: argparse.Namespace, rows: int) -> FigureRequest:
-    return FigureRequest(trained=trained_request(arguments), rows=rows, seed=arguments.seed, out=arguments.out)
+    return FigureRequest(reverse=reverse_request(arguments), rows=rows, seed=arguments.seed, out=arguments.out)
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # 
 import argparse
 from typing import get_args
 
-from trainer.evaluation.arguments import add_sampler, add_trained, at_least_one, sampler_choice, trained_request
+from trainer.evaluation.arguments import add_sampler, add_trained, at_least_one, sampling_request, trained_request
 from trainer.evaluation.draw import DrawRequest, draw
 from trainer.evaluation.outputs import OutputFormat
 
@@ -38,12 +38,9 @@ def parse_arguments() -> DrawRequest:
     arguments = parser.parse_args()
     return DrawRequest(
         trained=trained_request(arguments),
-        sampler=sampler_choice(arguments),
-        count=arguments.n,
-        seed=arguments.seed,
+        sampling=sampling_request(arguments, count=arguments.n),
         out=arguments.out,
         output=arguments.format,
-        batch=arguments.batch,
     )
 
 

@@ -7,6 +7,10 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class StopAskedError(Exception):
+    """Raised by `StopRequest.check` to leave work that a request to stop interrupts."""
+
+
 class StopRequest:
     """True once SIGTERM, SIGINT or SIGUSR1 has arrived, here or on another rank; a second SIGINT interrupts at once, as
     users expect.
@@ -29,6 +33,11 @@ class StopRequest:
     def hear(self) -> None:
         """Another rank has been asked to stop."""
         self._told = True
+
+    def check(self) -> None:
+        """Raise StopAskedError after a request to stop."""
+        if self:
+            raise StopAskedError
 
     def __bool__(self) -> bool:
         return self._told or self.signal is not None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.config.section import Section
 from trainer.units import SecondsField, SizeField, Span, SpanField
@@ -197,6 +197,11 @@ class CheckpointConfig(Section):
     """Newest copies that are kept, besides those that are kept for ever."""
 
 
+def _number_as_text(value: Any) -> Any:
+    """`--set log.samples_respacing=50` is a number to TOML."""
+    return str(value) if type(value) is int else value
+
+
 class LogConfig(Section):
     """What is written while training."""
 
@@ -206,6 +211,12 @@ class LogConfig(Section):
     """Between two sample grids; "0 steps" for none."""
     samples: int = Field(default=64, gt=0, le=65_536)
     """Images in a sample grid."""
+    samples_sampler: str = "ddpm"
+    """How they are drawn: a sampler by its name (docs/sampling.md)."""
+    samples_eta: float = 0.0
+    """With samples_sampler = "ddim": 0 draws no noise, 1 is ancestral."""
+    samples_respacing: Annotated[str, BeforeValidator(_number_as_text)] = "all"
+    """Which timesteps they are drawn with: "all", or fewer, for example "50" (docs/sampling.md)."""
     validate_every: SpanField = Span(0, "steps")
     """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""
     validate_images: int = Field(default=1024, gt=0, le=10**9)

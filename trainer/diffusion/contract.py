@@ -1,6 +1,7 @@
-"""What a family of diffusion models gives the trainer and what it gets: a batch in, a loss for each sample out."""
+"""What a family of diffusion models, a network and a sampler know of each other."""
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -72,6 +73,92 @@ class Network(Protocol):
         """x: (B, C, H, W); t: (B,); cond: tensors of B rows, by the names of `Batch.cond`."""
 
 
+class ForwardProcess(Protocol):
+    """q(x_t | x_0) on the timesteps t = 0, ..., T-1 that a sampler visits; the noise grows with t."""
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+
+    @property
+    def original_timesteps(self) -> Tensor:
+        """(T,) int64: by which the network knows these timesteps, where they are a part of a longer chain."""
+
+    @property
+    def betas(self) -> Tensor:
+        """(T,) float32: 1 - abar_t / abar_{t-1}."""
+
+    @property
+    def abar64(self) -> Tensor:
+        """(T,) float64, on the CPU: x_t is sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps."""
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t of x_0 and eps, (B, C, H, W) float32, and t, (B,) int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(ABC):
+    """What a denoiser says at x_t; each (B, C, H, W) float32.
+
+    x0: the estimate of x_0, which a denoiser does not clamp; eps: the noise that goes with it, so that
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; mean, log_variance: of p(x_{t-1} | x_t), whose mean at t = 0 is x_0.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    mean: Tensor
+    log_variance: Tensor
+
+    @abstractmethod
+    def with_x0(self, x0: Tensor) -> Self:
+        """The prediction that another estimate of x_0 leads to: all that guidance needs to know of a family."""
+
+    @abstractmethod
+    def clipped(self) -> Self:
+        """The prediction with x_0 clamped to [-1, 1]."""
+
+
+class Denoiser(Protocol):
+    """A network with what its output means and its conditioning: all that samplers and figures see of a trained model.
+
+    A wrapper of denoisers that combines their predictions is a denoiser again: for guidance with a scale s and
+    denoisers with and without condition, `p = uncond(x, t)`, then `p.with_x0(p.x0 + s * (cond(x, t).x0 - p.x0))`.
+    """
+
+    @property
+    def diffusion(self) -> ForwardProcess:
+        """The timesteps that it may be called at."""
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
+        """Predict from x: (B, C, H, W) float32, at t: (B,) int64 of `diffusion`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingStep:
+    """What a step of a sampler has led to.
+
+    t: the step, counted in the chain's own timesteps; original_t: the same in those of the network; x: the images after
+    it, so x_{t-1}, the samples themselves after t = 0 (or x_t, when inverting); x0: the estimate of the samples that
+    the step was made with (Ho et al. 2020, section 4.3: progressive generation).
+    """
+
+    t: int
+    original_t: int
+    x: Tensor
+    x0: Tensor
+
+
+class Sampler(Protocol):
+    """A way from noise to samples: yields a state after each step, the samples last.
+
+    It may take nothing random but from `noise`, by (sample, original timestep): then a sample does not depend on its
+    batch, up to the network's rounding, and all samplers see the same noise at the same timestep.
+    """
+
+    def __call__(self, denoiser: Denoiser, x: Tensor, *, noise: KeyedNoise) -> Iterator[SamplingStep]:
+        """x: (B, C, H, W) float32, `noise.normal("initial", (C, H, W))`; noise: `KeyedNoise.sampling` of B samples."""
+
+
 class Objective(Protocol):
     """The one place where t is drawn, samples are corrupted, the network predicts and the losses are computed.
 
@@ -92,6 +179,12 @@ class Objective(Protocol):
         """The losses of a batch, a pure function of it, the network, the noise and what was recorded.
 
         times: how t is drawn, in place of the objective's own way.
+        """
+
+    def denoiser(self, network: Network, cond: Conditioning | None = None, *, respacing: str = "all") -> Denoiser:
+        """What a network that was trained with this objective predicts, given the conditioning of a batch.
+
+        respacing: which timesteps are visited. ValueError where it does not fit the family's.
         """
 
     def record(self, t: Tensor, losses: Tensor) -> None:

@@ -1,16 +1,13 @@
-"""Builds the objects that a configuration describes: network, diffusion process, objective, optimizer, state."""
+"""Builds the objects that a configuration describes: network, objective, optimizer, state."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from trainer.config import Config, DDPMConfig
+from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import Objective
-from trainer.diffusion.ddpm.family import ddpm_diffusion
-from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.families import FAMILIES
 from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
 from trainer.engine.network.compilation import compile_stages
@@ -30,20 +27,6 @@ def build_network(config: Config) -> nn.Module:
     """
     out_channels = FAMILIES[config.diffusion.kind].output_channels(config.diffusion, config.model.channels)
     return BACKBONES[config.model.kind].build(config.model, out_channels)
-
-
-def build_diffusion(config: Config, device: torch.device) -> GaussianDiffusion:
-    """The forward process that the configuration describes, its tables on the device."""
-    assert isinstance(config.diffusion, DDPMConfig)
-    return ddpm_diffusion(config.diffusion, device)
-
-
-def build_reverse(network: nn.Module, diffusion: GaussianDiffusion, config: Config) -> ReverseProcess:
-    """The reverse process: interprets the network's output, on a forward process that may have been respaced."""
-    assert isinstance(config.diffusion, DDPMConfig)
-    return ReverseProcess(
-        network, diffusion, prediction=config.diffusion.prediction, variance=config.diffusion.variance
-    )
 
 
 def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:

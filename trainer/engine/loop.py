@@ -5,36 +5,31 @@ import math
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
-from data_prep.progress import WorkProgress
 from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData
-from trainer.diffusion.ddpm.samplers import ancestral
-from trainer.engine.build import build_trained
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.save_schedule import SaveSchedule
 from trainer.engine.monitoring.feature_distance import FeatureDistance
 from trainer.engine.monitoring.run_telemetry import Telemetry
+from trainer.engine.monitoring.sample_grids import SampleGrids
 from trainer.engine.monitoring.validation import Validation
-from trainer.engine.processes.collectives import gather, together
+from trainer.engine.processes.collectives import together
 from trainer.engine.processes.watchdog import enter
 from trainer.engine.run_folder import RunFolder, identity
-from trainer.engine.sampling import batches_of, sample
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.garbage_collection import collect_after
 from trainer.engine.step.nonfinite_dump import NonFiniteDump
 from trainer.engine.step.step_report import PendingVerdict, Verdict
 from trainer.engine.step.train_step import TrainStep
 from trainer.errors import NonFiniteError
-from trainer.telemetry.pictures import grid, save_png
+from trainer.telemetry.pictures import save_png
 from trainer.telemetry.profiling import Recordings
 from trainer.telemetry.trackers import Trackers
 from trainer.units import Span
 
-_LARGEST_SAMPLING_BATCH = 64
 _MOST_OVERFLOWS = 64
 
 
@@ -53,6 +48,7 @@ class TrainingLoop:
         data: TrainingData,
         state: TrainState,
         train_step: TrainStep,
+        grids: SampleGrids,
         checkpoints: Checkpoints,
         folder: RunFolder,
         recordings: Recordings,
@@ -64,6 +60,7 @@ class TrainingLoop:
         self.data = data
         self.state = state
         self.train_step = train_step
+        self.grids = grids
         self.folder = folder
         self.recordings = recordings
         self.last_step = config.train.duration.steps(layout.global_batch)
@@ -211,83 +208,40 @@ class TrainingLoop:
         """Compute the loss on held-out images, unless this step has it already."""
         if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
             return
-        self._before_minutes()
-        with self.telemetry.pause("validating"):
-            started = time.perf_counter()
-            values = self.validation.measure()
-            if values is None:
-                self.stopping = True
-                return
+        if self._measure(self.validation):
             self.validated_step = self.step
-            self.saves.retention.score(self.step, values)
-            self.telemetry.scalars(values)
-            seconds, images = time.perf_counter() - started, len(self.validation.ids)
-            self.progress.say(
-                f"step {self.step}: on {images} held-out images loss {values['validation/loss']:.4f}, "
-                f"of the average {values['validation/ema_loss']:.4f}, in {seconds:.1f} s"
-            )
-            gc.collect()  # free the networks
 
     def _measure_distance(self) -> None:
         """Compute the feature distance between samples and real images, unless this step has it already."""
         if self.distance is None or self.step == self.measured_step or self.stopping:
             return
+        if self._measure(self.distance):
+            self.measured_step = self.step
+
+    def _measure(self, measurement: Validation | FeatureDistance) -> bool:
+        """Measure the state and report it; returns False after a request to stop."""
         self._before_minutes()
         with self.telemetry.pause("validating"):
             started = time.perf_counter()
-            values = self.distance.measure()
+            values = measurement.measure()
             if values is None:
                 self.stopping = True
-                return
-            self.measured_step = self.step
+                return False
             self.saves.retention.score(self.step, values)
             self.telemetry.scalars(values)
-            distance, seconds = values["validation/feature_distance"], time.perf_counter() - started
-            self.progress.say(
-                f"step {self.step}: kernel distance of EfficientNet-Lite0 features {distance:.5f}, "
-                f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}, "
-                f"in {seconds:.1f} s"
-            )
+            seconds = time.perf_counter() - started
+            self.progress.say(f"step {self.step}: {measurement.summary(values)}, in {seconds:.1f} s")
             gc.collect()  # free the networks
+        return True
 
     def _draw_samples(self) -> None:
-        """Draw a grid with the EMA weights; the ranks divide its images."""
-        enter("sample")
-        count = self.config.log.samples
-        batch = min(-(-count // self.layout.world_size), _LARGEST_SAMPLING_BATCH)
-        model = self.config.model
-        network = build_trained(self.config, self.state.average(), self.accelerator.device)
-        share = batches_of(count, batch)[self.accelerator.process_index :: self.layout.world_size]
-        with WorkProgress(
-            total=self.config.diffusion.timesteps * sum(map(len, share)),
-            what=f"step {self.step}: samples",
-            unit="step",
-            visible=self.accelerator.is_main_process,
-        ) as bar:
-
-            def on_step(images: int) -> None:
-                enter("sample")
-                bar.update(images)
-
-            drawn = sample(
-                self.state.objective.reverse(network),
-                ancestral,
-                shape=(model.channels, model.image_size, model.image_size),
-                device=self.accelerator.device,
-                batches=share,
-                seed=self.config.seed,
-                on_step=on_step,
-                stop=self.stop,
-            )
-            own = [(numbers.start, images) for numbers, images in drawn]
-        shares = gather((bool(self.stop), own))
-        if any(stopped for stopped, _ in shares):
+        """Draw a grid and write it on rank 0."""
+        picture = self.grids.draw(self.step)
+        if picture is None:
             self.stopping = True
             return
-        parts = dict(part for _, of_rank in shares for part in of_rank)
         with self.telemetry.best_effort():
             if self.telemetry.metrics is not None:
-                picture = grid(np.concatenate([parts[first] for first in sorted(parts)]))
                 path = self.folder.samples / f"step-{self.step:08d}.png"
                 save_png(path, picture)
                 self.telemetry.metrics.picture(self.step, "samples", picture)

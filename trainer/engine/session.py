@@ -15,6 +15,7 @@ from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
 from trainer.engine.checkpointing.resume import find_checkpoint, load_checkpoint
 from trainer.engine.loop import TrainingLoop
+from trainer.engine.monitoring.sample_grids import SampleGrids
 from trainer.engine.processes.collectives import check_alike, together
 from trainer.engine.processes.cpu_share import loader_processes
 from trainer.engine.processes.semaphores import name_semaphores
@@ -87,6 +88,7 @@ def _train(
         state=state,
         stop=stop,
     )
+    grids = SampleGrids(config, state, stop)
     strategy.warm_up(train_step.rehearse)
 
     folder = RunFolder(run, writes=accelerator.is_main_process)
@@ -104,6 +106,7 @@ def _train(
         data=data,
         state=state,
         train_step=train_step,
+        grids=grids,
         checkpoints=checkpoints,
         folder=folder,
         recordings=recordings,

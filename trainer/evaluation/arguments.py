@@ -3,12 +3,12 @@
 import argparse
 import math
 from pathlib import Path
-from typing import get_args
 
 from trainer.engine.state.ema import power_name
-from trainer.errors import brief
-from trainer.evaluation.samplers import SamplerChoice, SamplerName
+from trainer.errors import ConfigError, brief
 from trainer.evaluation.trained import TrainedRequest
+from trainer.sampling.request import DEFAULT_SAMPLER, RequestError, ReverseRequest, SamplingRequest
+from trainer.sampling.samplers import SAMPLERS
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
 _MOST_COUNTED = 10**8  # images; their batches are listed in memory
@@ -73,28 +73,41 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
 
 
 def trained_request(arguments: argparse.Namespace) -> TrainedRequest:
-    """The request parsed from the arguments of `add_trained`."""
-    return TrainedRequest(
-        run=arguments.run,
-        checkpoint=arguments.checkpoint,
-        weights=arguments.weights,
-        respacing=arguments.respacing,
-        variance=arguments.variance,
-    )
+    """The weights, from the arguments of `add_trained`."""
+    return TrainedRequest(run=arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+
+
+def reverse_request(arguments: argparse.Namespace) -> ReverseRequest:
+    """The reverse process, from the arguments of `add_trained`."""
+    return ReverseRequest(respacing=arguments.respacing, variance=arguments.variance)
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the sampler."""
     parser.add_argument(
         "--sampler",
-        choices=get_args(SamplerName),
-        default="ddpm",
+        choices=list(SAMPLERS),
+        default=DEFAULT_SAMPLER,
         help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for "
         "ancestral sampling with the large variance; dpm-solver++: second order, needs diffusers",
     )
     parser.add_argument("--eta", type=float, default=0.0, help="with ddim: 0 (default) draws no noise, 1 is ancestral")
 
 
-def sampler_choice(arguments: argparse.Namespace) -> SamplerChoice:
-    """The choice parsed from the arguments of `add_sampler`."""
-    return SamplerChoice(name=arguments.sampler, eta=arguments.eta)
+def sampling_request(arguments: argparse.Namespace, *, count: int) -> SamplingRequest:
+    """The request from the arguments of `add_trained` and `add_sampler`, --seed and --batch.
+
+    Raises ConfigError where they do not go together.
+    """
+    try:
+        return SamplingRequest(
+            sampler=arguments.sampler,
+            options={"eta": arguments.eta} if arguments.eta else {},
+            respacing=arguments.respacing,
+            variance=arguments.variance,
+            count=count,
+            seed=arguments.seed,
+            batch=arguments.batch,
+        )
+    except RequestError as error:
+        raise ConfigError(f"--{error.field} {error.value}: {error.reason}") from error

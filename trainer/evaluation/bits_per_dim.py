@@ -6,6 +6,7 @@ Ho et al. 2020, section 4.3, table 1 (NLL), table 4 and figure 5.
 import csv
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,29 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from data_prep.progress import WorkProgress
 from trainer.diffusion.ddpm.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
+from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.engine.processes.collectives import together
-from trainer.engine.sampling import batches_of
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.images import RealImages, open_images
 from trainer.evaluation.plots import save_curves
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Work
+from trainer.evaluation.work import Task, Work
+from trainer.sampling.request import ReverseRequest, batches_of
 
 _QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundRequest:
-    """The network, and the images for which the bound is computed: `count` of `data` (None: the run's own), a random
-    subset, or all (None).
+    """The network, its reverse process, and the images for which the bound is computed: `images` of `data` (None: the
+    run's own), a random subset, or all (None).
 
     `held_out`: of the run's images only those excluded from training.
     """
 
     trained: TrainedRequest
+    reverse: ReverseRequest
     data: Path | None
     held_out: bool
     images: int | None
@@ -88,7 +90,10 @@ def evaluate_bound(request: BoundRequest) -> Path:
     After a kill or a request to stop, the same request resumes. Raises TrainerError where the run, the checkpoint or
     the data cannot be used.
     """
-    trained = open_trained(request.trained)
+    trained = open_trained(request.trained, request.reverse)
+    reverse = trained.denoiser
+    if not isinstance(reverse, ReverseProcess):
+        raise ConfigError(f"--run {request.trained.run}: its family has no bound that is a sum over timesteps")
     opened: list[RealImages] = []
     together(
         f"{request.data or trained.config.data.where}: cannot be read",
@@ -101,43 +106,36 @@ def evaluate_bound(request: BoundRequest) -> Path:
     out = request.out or trained.folder.path / "evaluation" / _name(trained, request, images)
     work = Work(out, _identity(trained, request, images), trained.accelerator)
     batches = batches_of(images.count, request.batch)
-    measured = together(f"{out}: cannot be written", lambda: _measure(trained, request, images, work, batches))
-    if not all(measured) and work.tell_of_stop(trained.stop, work.missing(batches), images.count, "images"):
-        trained.accelerator.end_training()
-        return out
-    together(f"{out}: cannot be written", lambda: _report(trained, images, work, batches), only_rank=0)
+    if _measure(trained, reverse, request, images, work, batches):
+        together(f"{out}: cannot be written", lambda: _report(trained, images, work, batches), only_rank=0)
     trained.accelerator.end_training()
     return out
 
 
-def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> bool:
-    """Compute this rank's share until a request to stop; returns whether it is complete."""
-    share = work.missing(batches)
-    with WorkProgress(
-        total=trained.reverse.diffusion.timesteps * sum(map(len, share)),
-        what="bits/dim",
-        unit="term",
-        visible=trained.accelerator.is_main_process,
-    ) as bar:
-        for numbers in share:
+def _measure(
+    trained: Trained,
+    reverse: ReverseProcess,
+    request: BoundRequest,
+    images: RealImages,
+    work: Work,
+    batches: list[range],
+) -> bool:
+    """Compute what is missing, divided among the ranks, until a request to stop; returns whether all is there."""
 
-            def advance(_: int, count: int = len(numbers)) -> None:
-                bar.update(count)
+    def measure(numbers: range, advance: Callable[[int], object]) -> None:
+        with torch.no_grad():
+            bound = bits_per_dim(
+                reverse,
+                images.load(numbers).to(trained.device),
+                index=torch.tensor(images.ids(numbers), device=trained.device),
+                seed=request.seed,
+                cdf=request.decoder,
+                on_step=lambda _: advance(len(numbers)),
+            )
+        work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
 
-            x0 = images.load(numbers).to(trained.device)
-            with torch.no_grad():
-                bound = bits_per_dim(
-                    trained.reverse,
-                    x0,
-                    index=torch.tensor(images.ids(numbers), device=trained.device),
-                    seed=request.seed,
-                    cdf=request.decoder,
-                    on_step=advance,
-                )
-            work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
-            if work.is_stopping(trained.stop):
-                return False
-    return True
+    task = Task(doing="bits/dim", items=images.count, units=reverse.diffusion.timesteps, unit="term")
+    return work.carry_out(lambda: work.missing(batches), measure, task, trained.stop)
 
 
 def _read(work: Work, batches: list[range]) -> BitsPerDim:
@@ -150,7 +148,7 @@ def _read(work: Work, batches: list[range]) -> BitsPerDim:
 
 def _report(trained: Trained, images: RealImages, work: Work, batches: list[range]) -> None:
     bound = _read(work, batches)
-    means, by_timestep = summary(bound), rows(bound, trained.reverse.diffusion.original_timesteps.tolist())
+    means, by_timestep = summary(bound), rows(bound, trained.denoiser.diffusion.original_timesteps.tolist())
     about = {"checkpoint": str(trained.checkpoint), "step": trained.step, "weights": trained.weights}
     content = {**about, "images": images.count, **means}
     (work.folder / "bpd.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -158,7 +156,7 @@ def _report(trained: Trained, images: RealImages, work: Work, batches: list[rang
         writer = csv.DictWriter(stream, by_timestep[0])
         writer.writeheader()
         writer.writerows(by_timestep)
-    save_curves(work.folder / "curves.png", by_timestep, trained.config.diffusion.timesteps)
+    save_curves(work.folder / "curves.png", by_timestep, trained.timesteps)
     _to_tensorboard(work.folder, trained.step, means, by_timestep)
     print(
         f"{means['bits_per_dim']:.4f} +- {means['standard_error']:.4f} bits/dim over {images.count} images = "
@@ -179,11 +177,8 @@ def _to_tensorboard(folder: Path, step: int, means: dict[str, float], by_timeste
 
 
 def _name(trained: Trained, request: BoundRequest, images: RealImages) -> str:
-    parts = ["bpd", f"step-{trained.step:08d}", trained.weights, _data_name(trained, request), f"n-{images.count}"]
-    if request.trained.respacing != "all":
-        parts.append(request.trained.respacing.replace(",", "-"))
-    if request.trained.variance is not None:
-        parts.append(request.trained.variance)
+    data = [_data_name(trained, request), f"n-{images.count}"]
+    parts = ["bpd", *trained.name_parts, *data, *request.reverse.name_parts]
     if request.decoder != "exact":
         parts.append(request.decoder)
     return "-".join([*parts, f"seed-{request.seed}"])
@@ -196,13 +191,11 @@ def _data_name(trained: Trained, request: BoundRequest) -> str:
 
 def _identity(trained: Trained, request: BoundRequest, images: RealImages) -> dict[str, Any]:
     return {
-        "checkpoint": trained.fingerprint,
-        "weights": trained.weights,
+        **trained.identity,
         "data": images.dataset.fingerprint,
         "held_out": request.held_out,
         "images": images.count,
-        "respacing": request.trained.respacing,
-        "variance": trained.config.diffusion.variance,
+        "respacing": request.reverse.respacing,
         "decoder": request.decoder,
         "seed": request.seed,
         "batch": request.batch,

@@ -6,25 +6,23 @@ OUT/fid-....json            the metric and all conventions that it depends on; l
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from trainer.diffusion.ddpm.samplers import Sampler
 from trainer.engine.processes.collectives import each_its_own, together
-from trainer.engine.sampling import batches_of, sample
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.draw import samples_identity
 from trainer.evaluation.feature_metrics import FeatureMetric, Reference
 from trainer.evaluation.feature_report import Report, features_about, reference_about, samples_about
-from trainer.evaluation.feature_sets import FeatureSet, bar_of
+from trainer.evaluation.feature_sets import FeatureSet
 from trainer.evaluation.references import ReferenceImages, ReferenceRequest, ReferenceStatistics, open_reference
-from trainer.evaluation.samplers import SamplerChoice, make_sampler
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Work
+from trainer.evaluation.work import Task, Work
 from trainer.features.inception import Inception, download_weights, weights_path
 from trainer.features.networks import EfficientNetLite0, FeatureName, FeatureNetwork
+from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.world import local_rank
 
 _REFERENCE_BATCH = 256  # real images per file of features
@@ -46,10 +44,7 @@ class FeatureRequest:
     """What to sample, from which weights, the reference and the features; out: None for RUN/evaluation."""
 
     trained: TrainedRequest
-    sampler: SamplerChoice
-    samples: int
-    seed: int
-    batch: int
+    sampling: SamplingRequest
     network: NetworkRequest
     reference: ReferenceRequest
     out: Path | None
@@ -61,39 +56,42 @@ def evaluate_by_features(request: FeatureRequest, metric: FeatureMetric) -> Path
     After a kill or a stop, the same request resumes. Raises TrainerError where the run, the weights of either network
     or the reference cannot be used.
     """
-    sampler = make_sampler(request.sampler)
-    trained = open_trained(request.trained)
-    path = _judge(trained, sampler, request, metric)
+    trained = open_trained(request.trained, request.sampling)
+    path = _judge(trained, request, metric)
     trained.accelerator.end_training()
     return path
 
 
-def _judge(trained: Trained, sampler: Sampler, request: FeatureRequest, metric: FeatureMetric) -> Path | None:
+def _judge(trained: Trained, request: FeatureRequest, metric: FeatureMetric) -> Path | None:
     network = _open_network(request.network, trained.device)
     opened = _open_reference(request, trained, metric)
-    metric.check(request.samples, opened.count if isinstance(opened, ReferenceImages) else None)
+    metric.check(request.sampling.count, opened.count if isinstance(opened, ReferenceImages) else None)
     out = request.out or trained.folder.path / "evaluation"
     reference = _reference_features(trained, opened, network, metric, out)
     if opened is not None and reference is None:
         return None
-    samples = _sample_features(trained, request, sampler, network, metric, out)
+    samples = _sample_features(trained, request, network, metric, out)
     if samples is None:
         return None
     numbers = metric.measure(samples, reference)
     about = {
-        **samples_about(
-            trained, count=request.samples, sampler=request.sampler, how=request.trained, seed=request.seed
-        ),
+        **samples_about(trained, request.sampling),
         **reference_about(opened),
         **features_about(network.convention),
     }
-    name = f"{metric.name}-{samples.work.folder.name.removeprefix('samples-')}-n-{request.samples}"
+    name = f"{metric.name}-{samples.work.folder.name.removeprefix('samples-')}-n-{request.sampling.count}"
     if opened is not None:
         name = f"{name}-against-{_slug(opened.name)}-{opened.fingerprint[:8]}"
     if isinstance(opened, ReferenceImages):
         name = f"{name}-n-{opened.count}"
     name = "-".join([name, *(f"{_slug(setting)}-{value}" for setting, value in vars(metric).items())])
-    report = Report(title=metric.title(network.convention), numbers=numbers, settings=metric.about(), about=about)
+    report = Report(
+        title=metric.title(network.convention),
+        numbers=numbers,
+        settings=metric.about(),
+        drawn_by=request.sampling.describe(trained.denoiser.diffusion.timesteps),
+        about=about,
+    )
     path = out / f"{name}.json"
     together(f"{path}: cannot be written", lambda: report.write(path), only_rank=0)
     trained.accelerator.print(f"{report.line()}; in {path}")
@@ -145,71 +143,41 @@ def _reference_features(
         "images": opened.count,
         **_features_of(network),
     }
-    features = FeatureSet(
-        name="reference images",
-        work=Work(out / name, identity, trained.accelerator),
-        batches=batches_of(opened.count, _REFERENCE_BATCH),
-    )
+    work = Work(out / name, identity, trained.accelerator)
+    features = FeatureSet(name="reference images", work=work, batches=batches_of(opened.count, _REFERENCE_BATCH))
     if metric.needs.statistics and features.has_moments():
         return features
-    share = features.missing()
-    with bar_of(features.work, total=sum(map(len, share)), what="features of real images", unit="img") as bar:
 
-        def images(numbers: range) -> torch.Tensor:
-            bar.update(len(numbers))
-            return opened.pixels(numbers)
+    def images(numbers: range, advance: Callable[[int], object]) -> torch.Tensor:
+        advance(len(numbers))
+        return opened.pixels(numbers)
 
-        return features if features.fill(share, images, network, trained.stop) else None
+    task = Task(doing="features of real images", items=opened.count, what=features.name, unit="img", kind=DataError)
+    return features if features.fill(images, network, task, trained.stop) else None
 
 
 def _sample_features(
     trained: Trained,
     request: FeatureRequest,
-    sampler: Sampler,
     network: FeatureNetwork,
     metric: FeatureMetric,
     out: Path,
 ) -> FeatureSet | None:
     """Features of the samples; None after a request to stop."""
-    identity = {
-        **samples_identity(
-            trained, request.sampler, respacing=request.trained.respacing, batch=request.batch, seed=request.seed
-        ),
-        **_features_of(network),
-    }
-    features = FeatureSet(
-        name="samples",
-        work=Work(out / _samples_name(trained, request), identity, trained.accelerator),
-        batches=batches_of(request.samples, request.batch),
-    )
+    sampling = request.sampling
+    name = "-".join(["samples", *trained.name_parts, *sampling.name_parts, request.network.name])
+    identity = {**trained.identity, **sampling.identity, **_features_of(network)}
+    work = Work(out / name, identity, trained.accelerator)
+    features = FeatureSet(name="samples", work=work, batches=sampling.batches)
     if metric.needs.statistics and features.has_moments():
         return features
-    share = features.missing()
-    steps = trained.reverse.diffusion.timesteps * sum(map(len, share))
-    with bar_of(features.work, total=steps, what="sampling", unit="step") as bar:
 
-        def images(numbers: range) -> torch.Tensor:
-            ((_, pixels),) = sample(
-                trained.reverse,
-                sampler,
-                shape=trained.image_shape,
-                device=trained.device,
-                batches=[numbers],
-                seed=request.seed,
-                on_step=bar.update,
-            )
-            return torch.from_numpy(pixels)
+    def images(numbers: range, on_step: Callable[[int], object]) -> torch.Tensor:
+        return torch.from_numpy(trained.draw(sampling, numbers, on_step))
 
-        return features if features.fill(share, images, network, trained.stop) else None
-
-
-def _samples_name(trained: Trained, request: FeatureRequest) -> str:
-    parts = ["samples", f"step-{trained.step:08d}", trained.weights, str(request.sampler)]
-    if request.trained.respacing != "all":
-        parts.append(request.trained.respacing.replace(",", "-"))
-    if request.trained.variance is not None:
-        parts.append(request.trained.variance)
-    return "-".join([*parts, f"seed-{request.seed}", request.network.name])
+    steps = trained.denoiser.diffusion.timesteps
+    task = Task(doing="sampling", items=sampling.count, what=features.name, units=steps, kind=DataError)
+    return features if features.fill(images, network, task, trained.stop) else None
 
 
 def _features_of(network: FeatureNetwork) -> dict[str, str]:

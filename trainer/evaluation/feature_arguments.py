@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from trainer.evaluation.arguments import add_sampler, at_least_one, at_least_two, sampler_choice, trained_request
+from trainer.evaluation.arguments import add_sampler, at_least_one, at_least_two, sampling_request, trained_request
 from trainer.evaluation.by_features import FeatureRequest, NetworkRequest
 from trainer.evaluation.references import ReferenceRequest
 from trainer.features.networks import FeatureName
@@ -48,10 +48,7 @@ def feature_request(arguments: argparse.Namespace) -> FeatureRequest:
     """The request parsed from the arguments of `add_features` and those common to evaluate.py's commands."""
     return FeatureRequest(
         trained=trained_request(arguments),
-        sampler=sampler_choice(arguments),
-        samples=arguments.samples,
-        seed=arguments.seed,
-        batch=arguments.batch,
+        sampling=sampling_request(arguments, count=arguments.samples),
         network=NetworkRequest(
             name=arguments.features,
             weights=arguments.feature_weights,

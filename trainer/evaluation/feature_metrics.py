@@ -1,15 +1,13 @@
 """Feature metrics: their requirements, and their computation over all ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from trainer.engine.processes.collectives import together
-from trainer.engine.sampling import batches_of
+from trainer.engine.processes.division import map_over_ranks
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.feature_sets import FeatureSet
 from trainer.evaluation.references import ReferenceStatistics
@@ -25,7 +23,10 @@ from trainer.features.manifold import (
     within_any,
 )
 from trainer.features.networks import Convention
+from trainer.sampling.request import batches_of
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Reference = FeatureSet | ReferenceStatistics | None
 _ROWS = 512  # of a distance matrix computed at a time
 _MOST = 50_000  # real images in metrics of pairwise distances
@@ -116,7 +117,7 @@ class KernelMetric:
         assert isinstance(reference, FeatureSet)
         x, y = samples.rows("features"), reference.rows("features")
         chosen = subsets((len(x), len(y)), number=self.subsets, size=self.subset_size)
-        distances = _shared(samples.work.accelerator, list(chosen), lambda rows: squared_mmd(x[rows[0]], y[rows[1]]))
+        distances = _each(list(chosen), lambda rows: squared_mmd(x[rows[0]], y[rows[1]]))
         return {"kernel_distance": float(np.mean(distances)), "deviation_of_subsets": float(np.std(distances))}
 
     def about(self) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class ScoreMetric:
         del reference
         logits = samples.rows("logits")
         parts = list(splits(len(logits), self.splits))
-        scores = _shared(samples.work.accelerator, parts, lambda rows: score(logits[rows.to(logits.device)]))
+        scores = _each(parts, lambda rows: score(logits[rows.to(logits.device)]))
         return {"score": float(np.mean(scores)), "deviation_of_splits": float(np.std(scores))}
 
     def about(self) -> dict[str, Any]:
@@ -178,11 +179,10 @@ class ManifoldMetric:
         drawn, real = samples.rows("features"), reference.rows("features")
         centre = real.double().mean(dim=0).float()  # distances in float32 are more accurate near 0
         drawn, real = drawn - centre, real - centre
-        accelerator = samples.work.accelerator
 
         def by_rows(x: torch.Tensor, function: Callable[[slice], torch.Tensor]) -> torch.Tensor:
             chunks = [slice(rows.start, rows.stop) for rows in batches_of(len(x), _ROWS)]
-            return torch.from_numpy(np.concatenate(_shared(accelerator, chunks, lambda k: function(k).cpu().numpy())))
+            return torch.from_numpy(np.concatenate(_each(chunks, lambda k: function(k).cpu().numpy())))
 
         neighbours = (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
         drawn_radii = by_rows(drawn, lambda k: radii(drawn[k], drawn, neighbours)).to(drawn.device)
@@ -207,8 +207,6 @@ class ManifoldMetric:
         }
 
 
-def _shared(accelerator: Accelerator, items: list[Any], function: Callable[[Any], Any]) -> list[Any]:
-    """`function` of each item, in order, on every rank; the ranks divide the items, and exchange pickled results."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    shares = together("the features: cannot be compared", lambda: [function(item) for item in items[rank::ranks]])
-    return [shares[number % ranks][number // ranks] for number in range(len(items))]
+def _each(items: Sequence[Item], function: Callable[[Item], Result]) -> list[Result]:
+    """`function` of each item, in order, on every rank; the ranks divide the items."""
+    return map_over_ranks(items, function, what="the features: cannot be compared")[0]

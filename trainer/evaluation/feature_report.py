@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from trainer.evaluation.references import ReferenceImages, ReferenceStatistics
-from trainer.evaluation.samplers import SamplerChoice
-from trainer.evaluation.trained import Trained, TrainedRequest
+from trainer.evaluation.trained import Trained
 from trainer.features.networks import Convention
+from trainer.sampling.request import SamplingRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """`title`: the metric; `numbers`: its values, the main one first; `settings`: the metric's; `about`: samples,
-    features and, if there is one, reference.
+    """`title`: the metric; `numbers`: its values, the main one first; `settings`: the metric's; `drawn_by`: how the
+    samples were drawn, for people; `about`: samples, features and, if there is one, reference.
     """
 
     title: str
     numbers: dict[str, float]
     settings: dict[str, Any]
+    drawn_by: str
     about: dict[str, dict[str, Any]]
 
     def write(self, path: Path) -> None:
@@ -36,8 +37,7 @@ class Report:
         samples, features = self.about["samples"], self.about["features"]
         line = (
             f"{self.title}: {self._values()}; {samples['number']} samples of step {samples['step']} "
-            f"({samples['weights']} weights, {samples['sampler']}, {samples['steps']} steps, seed {samples['seed']}, "
-            f"{samples['precision']}, {samples['pixels']})"
+            f"({samples['weights']} weights, {self.drawn_by}, {samples['precision']}, {samples['pixels']})"
         )
         if "reference" in self.about:
             reference = self.about["reference"]
@@ -52,20 +52,18 @@ class Report:
         return ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
 
 
-def samples_about(
-    trained: Trained, *, count: int, sampler: SamplerChoice, how: TrainedRequest, seed: int
-) -> dict[str, dict[str, Any]]:
+def samples_about(trained: Trained, request: SamplingRequest) -> dict[str, dict[str, Any]]:
     """The report's entry on the samples."""
     about = {
-        "number": count,
+        "number": request.count,
         "checkpoint": str(trained.checkpoint),
         "step": trained.step,
         "weights": trained.weights,
-        "sampler": str(sampler),
-        "steps": trained.reverse.diffusion.timesteps,
-        "respacing": how.respacing,
-        "variance": trained.config.diffusion.variance,
-        "seed": seed,
+        "sampler": request.how,
+        "steps": trained.denoiser.diffusion.timesteps,
+        "respacing": request.respacing,
+        "variance": trained.variance,
+        "seed": request.seed,
         "precision": trained.config.train.precision,
         "pixels": "uint8",
     }

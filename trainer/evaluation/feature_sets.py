@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.progress import WorkProgress
 from trainer.engine.processes.collectives import each_its_own, sum_over_ranks, together
 from trainer.errors import DataError
-from trainer.evaluation.work import Work
+from trainer.evaluation.work import Task, Work
 from trainer.features.frechet import Gaussian, Moments
 from trainer.features.networks import FeatureNetwork, extract
 from trainer.signals import StopRequest
@@ -30,34 +29,26 @@ class FeatureSet:
         """N."""
         return self.batches[-1].stop
 
-    def missing(self) -> list[range]:
-        """This rank's share of the missing batches. Collective."""
-        return self.work.missing(self.batches)
-
     def fill(
         self,
-        share: list[range],
-        images: Callable[[range], torch.Tensor],
+        images: Callable[[range, Callable[[int], object]], torch.Tensor],
         network: FeatureNetwork,
+        task: Task,
         stop: StopRequest,
     ) -> bool:
-        """Compute this rank's share, from images (B, C, H, W) uint8 by their indices.
+        """Compute what is missing, of images (B, C, H, W) uint8 by their indices; the ranks divide them.
 
-        Returns False after a request to stop, which is reported. Collective. Raises DataError on all ranks where an
-        image cannot be read or a result cannot be written.
+        images: its second argument is called with the number of the task's units that have advanced. Returns False
+        after a request to stop, which is reported. Collective. Raises `task.kind` on all ranks where an image cannot be
+        read or a result cannot be written.
         """
         device = self.work.accelerator.device
 
-        def make_all() -> bool:
-            for numbers in share:
-                features, logits = extract(network, images(numbers).to(device))
-                self.work.save(numbers, {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()})
-                if self.work.is_stopping(stop):
-                    return False
-            return True
+        def make(numbers: range, advance: Callable[[int], object]) -> None:
+            features, logits = extract(network, images(numbers, advance).to(device))
+            self.work.save(numbers, {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()})
 
-        done = together(f"{self.work.folder}: cannot be written", make_all, kind=DataError)
-        return all(done) or not self.work.tell_of_stop(stop, self.missing(), self.count, self.name)
+        return self.work.carry_out(lambda: self.work.missing(self.batches), make, task, stop)
 
     def has_moments(self) -> bool:
         """Whether the moments for `gaussian` are stored, so that features are not needed. Collective."""
@@ -114,8 +105,3 @@ class FeatureSet:
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{self._moments}: damaged ({error}); delete it and run this again") from error
         return Gaussian(mean=mean, covariance=covariance).to(self.work.accelerator.device)
-
-
-def bar_of(work: Work, *, total: int, what: str, unit: str) -> WorkProgress:
-    """A progress bar for rank 0's share."""
-    return WorkProgress(total=total, what=what, unit=unit, visible=work.accelerator.is_main_process)

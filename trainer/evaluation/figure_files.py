@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.evaluation.trained import Trained, TrainedRequest
+from trainer.evaluation.trained import Trained
+from trainer.sampling.request import ReverseRequest
 from trainer.telemetry.pictures import Pixels, save_png
 
 _LONGEST_PART = 48  # of a name's part; file systems allow 255 bytes for a name
@@ -24,7 +25,7 @@ class FigureFile:
     def __init__(
         self,
         trained: Trained,
-        request: TrainedRequest,
+        reverse: ReverseRequest,
         *,
         name: str,
         made_by: Mapping[str, Any],
@@ -35,18 +36,14 @@ class FigureFile:
             "checkpoint": str(trained.checkpoint),
             "step": trained.step,
             "weights": trained.weights,
-            "respacing": request.respacing,
-            "steps": trained.reverse.diffusion.timesteps,
-            "variance": trained.config.diffusion.variance,
+            "respacing": reverse.respacing,
+            "steps": trained.denoiser.diffusion.timesteps,
+            "variance": trained.variance,
             **made_by,
         }
         content = {**self.about, "checkpoint": trained.fingerprint}  # independent of its location
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-        parts = [name, f"step-{trained.step:08d}", trained.weights]
-        if request.respacing != "all":
-            parts.append(request.respacing)
-        if request.variance is not None:
-            parts.append(request.variance)
+        parts = [name, *trained.name_parts, *reverse.name_parts]
         if "files" in made_by:
             parts.append("-".join(Path(file).stem for file in made_by["files"]))
         parts += [f"seed-{made_by['seed']}", self.digest]

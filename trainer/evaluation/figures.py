@@ -4,8 +4,7 @@ The processes divide the rows of a figure; the same seed gives the same figure o
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,27 +15,29 @@ import torch
 from einops import rearrange
 
 from data_prep.progress import WorkProgress
-from trainer.diffusion.ddpm.reverse import ReverseProcess
-from trainer.diffusion.ddpm.samplers import SamplingStep, ancestral, ddim, ddim_invert, interpolate
+from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.processes.collectives import together
+from trainer.engine.processes.division import map_over_ranks
 from trainer.errors import ConfigError
 from trainer.evaluation.figure_files import FigureFile
-from trainer.evaluation.trained import Trained, TrainedRequest
+from trainer.evaluation.trained import Trained
+from trainer.sampling.ancestral import ancestral
+from trainer.sampling.ddim import ddim, ddim_invert
+from trainer.sampling.interpolation import interpolate
+from trainer.sampling.request import ReverseRequest
+from trainer.sampling.steps import last_of
 from trainer.telemetry.pictures import Pixels, tile, to_uint8
 
+OnStep = Callable[[SamplingStep], object]
 Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and the JSON's entry for it
-
-
-class _StopAskedError(Exception):
-    """Raised to leave the denoising loop after a request to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureRequest:
-    """Number of rows, network, seed, and path of the picture (None: in the run's folder)."""
+    """Reverse process, number of rows, seed, and path of the picture (None: in the run's folder)."""
 
-    trained: TrainedRequest
+    reverse: ReverseRequest
     rows: int
     seed: int
     out: Path | None
@@ -54,15 +55,15 @@ def progressive_generation(trained: Trained, request: FigureRequest, *, every: i
     """Figure 6: estimates of x_0, one every `every` steps of the reverse process (None: 20 of them); a row is a
     sample.
     """
-    diffusion = trained.reverse.diffusion
+    diffusion = trained.denoiser.diffusion
     every = every or max(1, diffusion.timesteps // 20)
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         x = noise.normal("initial", trained.image_shape)
         estimates, timesteps = [], []
-        for done, state in enumerate(ancestral(trained.reverse, x, noise=noise), start=1):
-            on_step()
+        for done, state in enumerate(ancestral(trained.denoiser, x, noise=noise), start=1):
+            on_step(state)
             if done % every == 0 or done in (1, diffusion.timesteps):
                 estimates.append(state.x0.clamp(-1, 1))
                 timesteps.append(state.original_t)
@@ -77,18 +78,18 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
 
     A row has x_0 of one latent: for each split, `variants` samples.
     """
-    diffusion = trained.reverse.diffusion
+    diffusion = trained.denoiser.diffusion
     splits = splits or sorted({max(1, diffusion.timesteps * quarters // 4) for quarters in (1, 2, 3, 4)}, reverse=True)
     for split in splits:
         if not 0 < split <= diffusion.timesteps:
             raise ConfigError(f"--splits {split}: should be 1 to {diffusion.timesteps}, the steps of the process")
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         x = noise.normal("initial", trained.image_shape)
         shared = {diffusion.timesteps: x}
-        for state in ancestral(trained.reverse, x, noise=noise):
-            on_step()
+        for state in ancestral(trained.denoiser, x, noise=noise):
+            on_step(state)
             if state.t in splits:
                 shared[state.t] = state.x
             if state.t <= min(splits):
@@ -99,10 +100,7 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
         images = []
         for split in sorted(splits, reverse=True):
             x = shared[split].expand(variants, -1, -1, -1)
-            for state in ancestral(trained.reverse, x, noise=others, start=split - 1):
-                x = state.x
-                on_step()
-            images.append(x)
+            images.append(last_of(ancestral(trained.denoiser, x, noise=others, start=split - 1), on_step))
         return torch.cat(images), {"latent": number, "splits": sorted(splits, reverse=True), "variants": variants}
 
     steps = diffusion.timesteps - min(splits) + sum(splits)
@@ -126,29 +124,23 @@ def interpolations(
     """
     if len(images.pixels) % 2:
         raise ConfigError(f"interpolate: takes images in pairs, got {len(images.pixels)}")
-    diffusion = trained.reverse.diffusion
+    diffusion = trained.denoiser.diffusion
     timesteps = timesteps or [diffusion.timesteps // 2]
     for t in timesteps:
         if not 0 <= t <= diffusion.timesteps:
             raise ConfigError(f"--timesteps {t}: should be 0 to {diffusion.timesteps}, the steps of the process")
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         pair, t = divmod(number, len(timesteps))
         one, other = (image[None] for image in images.pixels[2 * pair : 2 * pair + 2].to(trained.device))
-
-        def counted(reverse: ReverseProcess, x: torch.Tensor, **chain: Any) -> Iterator[SamplingStep]:
-            for state in ancestral(reverse, x, **chain):
-                on_step()
-                yield state
-
         mixtures = interpolate(
-            trained.reverse,
+            trained.denoiser,
             one,
             other,
             t=timesteps[t],
             lambdas=lambdas,
             noise=KeyedNoise.sampling(request.seed, torch.tensor([pair], device=trained.device)),
-            chain=counted,
+            on_step=on_step,
         )
         notes = {"pair": pair, "t": timesteps[t], "lambdas": list(lambdas)}
         return torch.cat((one, mixtures[:, 0], other)), notes
@@ -168,18 +160,13 @@ def reconstructions(trained: Trained, request: FigureRequest, *, images: FigureI
     """DDIM, section 5.4: an image, its latent x_T by the reversed deterministic process, and the image decoded from
     x_T.
     """
-    diffusion = trained.reverse.diffusion
+    diffusion = trained.denoiser.diffusion
 
-    def row(number: int, on_step: Callable[[], object]) -> Row:
+    def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
-        image = latent = images.pixels[number : number + 1].to(trained.device)
-        for state in ddim_invert(trained.reverse, image):
-            latent = state.x
-            on_step()
-        x = latent
-        for state in ddim(trained.reverse, latent, noise=noise, clip=False):
-            x = state.x
-            on_step()
+        image = images.pixels[number : number + 1].to(trained.device)
+        latent = last_of(ddim_invert(trained.denoiser, image), on_step)
+        x = last_of(ddim(trained.denoiser, latent, noise=noise, clip=False), on_step)
         error = (x - image).square().mean().item()
         return torch.cat((image, (latent / 3).clamp(-1, 1), x.clamp(-1, 1))), {"image": number, "mse": error}
 
@@ -201,7 +188,7 @@ def _draw(
     trained: Trained,
     request: FigureRequest,
     name: str,
-    row: Callable[[int, Callable[[], object]], Row],
+    row: Callable[[int, OnStep], Row],
     *,
     steps: int,
     options: Mapping[str, Any] = MappingProxyType({}),
@@ -212,27 +199,23 @@ def _draw(
     Raises ConfigError where a different figure exists at that path.
     """
     accelerator = trained.accelerator
-    file = FigureFile(trained, request.trained, name=name, made_by=_made_by(request, options, images), out=request.out)
+    file = FigureFile(trained, request.reverse, name=name, made_by=_made_by(request, options, images), out=request.out)
     path = file.path
     together(f"{path}: cannot be read", file.check, kind=ConfigError, only_rank=0)
     share = range(request.rows)[accelerator.process_index :: accelerator.num_processes]
     bar = WorkProgress(total=steps * len(share), what=name, unit="step", visible=accelerator.is_main_process)
 
-    def on_step() -> None:
-        if trained.stop:
-            raise _StopAskedError
+    def on_step(_: SamplingStep) -> None:
+        trained.stop.check()
         bar.update()
 
-    def make() -> Iterator[tuple[int, Pixels, dict[str, Any]]]:
-        with suppress(_StopAskedError):
-            for number in share:
-                with torch.no_grad():
-                    images, notes = row(number, on_step)
-                yield number, to_uint8(images).cpu().numpy(), notes
+    @torch.no_grad()
+    def make(number: int) -> tuple[Pixels, dict[str, Any]]:
+        images, notes = row(number, on_step)
+        return to_uint8(images).cpu().numpy(), notes
 
     with bar:
-        parts = together(f"{path}: cannot be drawn", lambda: list(make()))
-        made = sorted((row for part in parts for row in part), key=lambda row: row[0])
+        made, _ = map_over_ranks(range(request.rows), make, what=f"{path}: cannot be drawn", stop=trained.stop)
     if len(made) < request.rows:
         if accelerator.is_main_process:
             print(f"stopped: {len(made)} of {request.rows} rows were drawn; {path} is made in one go, give it again")
@@ -240,9 +223,9 @@ def _draw(
         return path
 
     def write() -> None:
-        columns = made[0][1].shape[0]
-        drawn = rearrange(np.stack([images for _, images, _ in made]), "r k c h w -> (r k) c h w")
-        file.write(tile(drawn, columns=columns), rows=[notes for _, _, notes in made])
+        columns = made[0][0].shape[0]
+        drawn = rearrange(np.stack([images for images, _ in made]), "r k c h w -> (r k) c h w")
+        file.write(tile(drawn, columns=columns), rows=[notes for _, notes in made])
         print(f"{len(made)} rows in {path}")
 
     together(f"{path}: cannot be written", write, only_rank=0)

@@ -1,19 +1,21 @@
-"""Opens a trained network for sampling or evaluation: configuration, verified weights, reverse process."""
+"""Opens a trained network for sampling or evaluation: configuration, verified weights, denoiser."""
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from trainer.config import Config
-from trainer.diffusion.ddpm.respacing import asked_for, respaced
-from trainer.diffusion.ddpm.reverse import ReverseProcess
-from trainer.engine.build import build_diffusion, build_reverse, build_trained
+from trainer.config import Config, DDPMConfig
+from trainer.diffusion.contract import Denoiser
+from trainer.diffusion.ddpm.respacing import asked_for
+from trainer.engine.build import build_objective, build_trained
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
 from trainer.engine.processes.collectives import make_accelerator, together
@@ -21,30 +23,28 @@ from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
-from trainer.models.ddpm_unet import UNet
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import ReverseRequest, SamplingRequest
 from trainer.signals import StopRequest
+from trainer.telemetry.pictures import Pixels
 
 _PATIENCE = timedelta(days=7)  # a rank that has finished waits for others, which may take long
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRequest:
-    """A run's weights, and the timesteps to use.
-
-    `checkpoint`: None for the newest undamaged one; `respacing`: see trainer/diffusion/ddpm/respacing.py; `variance`: a
-    fixed one in place of the configuration's, or None.
-    """
+    """A run's weights. `checkpoint`: None for the newest undamaged one."""
 
     run: Path
     checkpoint: Path | None
     weights: str
-    respacing: str
-    variance: Literal["small", "large"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The result of `open_trained`. `fingerprint` is unique to the checkpoint; `stop` is checked after each batch."""
+    """The result of `open_trained`. `fingerprint` is unique to the checkpoint; `timesteps` is T of the process that was
+    trained, of which the denoiser may visit fewer; `stop` is checked after each batch.
+    """
 
     config: Config
     folder: RunFolder
@@ -53,8 +53,29 @@ class Trained:
     step: int
     weights: str
     accelerator: Accelerator
-    reverse: ReverseProcess
+    timesteps: int
+    denoiser: Denoiser
     stop: StopRequest
+
+    @property
+    def name_parts(self) -> list[str]:
+        """For names of files."""
+        return [f"step-{self.step:08d}", self.weights]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What results depend on; partial ones are reused only where all of it is the same."""
+        return {
+            "checkpoint": self.fingerprint,
+            "weights": self.weights,
+            "variance": self.variance,
+        }
+
+    @property
+    def variance(self) -> str | None:
+        """Which variance the reverse process has; None for families without that choice."""
+        diffusion = self.config.diffusion
+        return diffusion.variance if isinstance(diffusion, DDPMConfig) else None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -67,8 +88,12 @@ class Trained:
         """Device of the network and the tables."""
         return self.accelerator.device
 
+    def draw(self, request: SamplingRequest, numbers: range, on_step: Callable[[int], object]) -> Pixels:
+        """A batch of the request that this was opened with, see `draw_batch`."""
+        return draw_batch(request, self.denoiser, numbers, shape=self.image_shape, on_step=on_step)
 
-def open_trained(request: TrainedRequest) -> Trained:
+
+def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     """Load the weights on every rank, in eval mode. From here on signals set a request to stop and do not end the
     process.
 
@@ -79,29 +104,30 @@ def open_trained(request: TrainedRequest) -> Trained:
     stop.install()
     folder = RunFolder(request.run, writes=False)
     config = folder.load_config()
-    if request.variance is not None:
-        config = _with_variance(config, request.variance)
+    if reverse.variance is not None:
+        config = _with_variance(config, reverse.variance)
     remark = without_effect(os.environ)
     accelerator = make_accelerator(patience=_PATIENCE)
     if remark is not None and accelerator.is_main_process:
         print(remark, file=sys.stderr, flush=True)
-    diffusion = build_diffusion(config, accelerator.device)
-    if request.respacing != "all":
-        try:
-            diffusion = diffusion.respaced(respaced(diffusion.timesteps, request.respacing))
-        except ValueError as error:
-            raise ConfigError(f"--respacing: {error}") from error
-
-    asked = asked_for(config.diffusion.timesteps, request.respacing)
-    if diffusion.timesteps < asked and accelerator.is_main_process:
+    objective = build_objective(config, accelerator.device)
+    try:  # before the weights are read, which may take long
+        timesteps, steps = (
+            objective.denoiser(nn.Identity(), respacing=visited).diffusion.timesteps
+            for visited in ("all", reverse.respacing)
+        )
+    except ValueError as error:
+        raise ConfigError(f"--respacing: {error}") from error
+    asked = asked_for(timesteps, reverse.respacing)
+    if steps < asked and accelerator.is_main_process:
         print(
-            f"--respacing {request.respacing}: {diffusion.timesteps} steps, for {asked - diffusion.timesteps} of "
-            f"{asked} fall on a timestep that is visited already",
+            f"--respacing {reverse.respacing}: {steps} steps, for {asked - steps} of {asked} fall on a timestep that "
+            "is visited already",
             file=sys.stderr,
         )
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = checkpoints.choose(request.checkpoint)
-    opened: list[tuple[UNet, int]] = []
+    opened: list[tuple[nn.Module, int]] = []
     together(f"{path}: cannot be read", lambda: opened.append(_load(path, request.weights, config, accelerator.device)))
     ((network, step),) = opened
     return Trained(
@@ -112,20 +138,24 @@ def open_trained(request: TrainedRequest) -> Trained:
         step=step,
         weights=request.weights,
         accelerator=accelerator,
-        reverse=build_reverse(network, diffusion, config),
+        timesteps=timesteps,
+        denoiser=objective.denoiser(network, respacing=reverse.respacing),
         stop=stop,
     )
 
 
 def _with_variance(config: Config, variance: Literal["small", "large"]) -> Config:
-    if config.diffusion.variance not in ("small", "large"):
+    diffusion = config.diffusion
+    if not isinstance(diffusion, DDPMConfig):
+        raise ConfigError(f'--variance {variance}: goes with diffusion.kind = "ddpm", not "{diffusion.kind}"')
+    if diffusion.variance_is_learned:
         raise ConfigError(
-            f"--variance {variance}: the network of this run gives its own variance ({config.diffusion.variance})"
+            f"--variance {variance}: the network of this run gives its own variance ({diffusion.variance})"
         )
-    return config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"variance": variance})})
+    return config.model_copy(update={"diffusion": diffusion.model_copy(update={"variance": variance})})
 
 
-def _load(path: Path, kind: str, config: Config, device: torch.device) -> tuple[UNet, int]:
+def _load(path: Path, kind: str, config: Config, device: torch.device) -> tuple[nn.Module, int]:
     """The network and the step of its checkpoint."""
     weights, manifest = read_weights(path, kind)
     try:

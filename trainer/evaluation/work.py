@@ -5,6 +5,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,27 @@ import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
 
+from data_prep.progress import WorkProgress
 from trainer.engine.processes.collectives import broadcast, check_alike, gather, together
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.signals import StopRequest
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a person is told of work: `doing` so many `items`, called `what`, each of which takes so many `units`.
+
+    `kind`: of the error where it cannot be done.
+    """
+
+    doing: str
+    items: int
+    what: str = "images"
+    units: int = 1
+    unit: str = "step"
+    kind: type[TrainerError] = TrainerError
 
 
 class Work:
@@ -43,7 +60,34 @@ class Work:
         missing = broadcast([numbers for numbers in batches if not is_done(numbers)])
         return missing[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def is_stopping(self, stop: StopRequest) -> bool:
+    def carry_out(
+        self,
+        missing: Callable[[], list[range]],
+        action: Callable[[range, Callable[[int], object]], object],
+        task: Task,
+        stop: StopRequest,
+    ) -> bool:
+        """Do what is missing, batch by batch, until it is done or a rank has a request to stop, which is reported.
+
+        missing: gives this rank's share of the batches to be done, as the method does; action: does a batch, and calls
+        its second argument with the number of units that have advanced. Returns whether all is done. Collective. Raises
+        `task.kind` on all ranks where an action fails.
+        """
+        share = missing()
+
+        def until_stopped() -> bool:
+            for numbers in share:
+                action(numbers, bar.update)
+                if self._is_stopping(stop):
+                    return False
+            return True
+
+        total, visible = task.units * sum(map(len, share)), self.accelerator.is_main_process
+        with WorkProgress(total=total, what=task.doing, unit=task.unit, visible=visible) as bar:
+            done = together(f"{self.folder}: cannot be written", until_stopped, kind=task.kind)
+        return all(done) or not self._tell_of_stop(stop, missing(), task)
+
+    def _is_stopping(self, stop: StopRequest) -> bool:
         """Whether any rank has a request to stop. Shared through a file, since ranks do not synchronise between
         batches.
         """
@@ -51,7 +95,7 @@ class Work:
             self._stopping.touch()
         return self._stopping.exists()
 
-    def tell_of_stop(self, stop: StopRequest, share: list[range], items: int, what: str) -> bool:
+    def _tell_of_stop(self, stop: StopRequest, share: list[range], task: Task) -> bool:
         """Report the progress and return True where any rank's `share`, which is still missing, is not empty.
 
         Collective.
@@ -61,7 +105,7 @@ class Work:
         if self.accelerator.is_main_process:
             self._stopping.unlink(missing_ok=True)  # all ranks have read it
             if left:
-                done = f"{items - left} of {items} {what} are done, in {self.folder}"
+                done = f"{task.items - left} of {task.items} {task.what} are done, in {self.folder}"
                 print(f"stopped by {signals[0]}: {done}; the same command goes on")
         return left > 0
 

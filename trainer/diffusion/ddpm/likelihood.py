@@ -116,7 +116,9 @@ def term_bits(
 
     clip: clamp the network's x_0 to [-1, 1], as the authors do in evaluation, not in training.
     """
-    step = reverse.step(x_t, t, clip=clip)
+    step = reverse(x_t, t)
+    if clip:
+        step = step.clipped()
     eps = reverse.diffusion.predict_eps(x_t, t, x0)
     return Terms(
         bits=bound_bits(step, x0, x_t, t, reverse.diffusion, cdf),
@@ -149,7 +151,7 @@ def bits_per_dim(
     *,
     clip: bool = True,
     cdf: Cdf = "exact",
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> BitsPerDim:
     """Every term of the bound for a batch of images, with one fresh eps for each image and timestep.
 

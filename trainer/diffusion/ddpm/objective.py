@@ -6,9 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from trainer.diffusion.contract import Batch, Losses, Network
+from trainer.diffusion.contract import Batch, Conditioning, Losses, Network
 from trainer.diffusion.ddpm.likelihood import BIN, bound_bits, normal_kl
 from trainer.diffusion.ddpm.process import GaussianDiffusion
+from trainer.diffusion.ddpm.respacing import respaced
 from trainer.diffusion.ddpm.reverse import (
     Prediction,
     ReverseProcess,
@@ -91,9 +92,13 @@ class GaussianObjective:
         """timesteps/history and timesteps/counts of importance sampling; none where t is uniform."""
         return {f"timesteps/{name}": tensor for name, tensor in self.times.tensors().items()}
 
-    def reverse(self, network: Network) -> ReverseProcess:
-        """The reverse process that a network describes which was trained with this objective."""
-        return ReverseProcess(network, self.diffusion, prediction=self.prediction, variance=self.variance)
+    def denoiser(self, network: Network, cond: Conditioning | None = None, *, respacing: str = "all") -> ReverseProcess:
+        """The reverse process that a network describes which was trained with this objective.
+
+        respacing: the timesteps to keep, see `respaced`, which raises ValueError.
+        """
+        reverse = ReverseProcess(network, self.diffusion, prediction=self.prediction, variance=self.variance, cond=cond)
+        return reverse if respacing == "all" else reverse.respaced(respaced(self.diffusion.timesteps, respacing))
 
     def losses(self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each image: (B,) float32.
@@ -141,7 +146,6 @@ class GaussianObjective:
             diffusion=self.diffusion,
             prediction=self.prediction,
             variance=self.variance,
-            clip=False,
         )
         return bound_bits(step, x0, x_t, t, self.diffusion)
 

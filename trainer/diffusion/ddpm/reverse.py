@@ -1,30 +1,47 @@
 """What a network's output means: the reverse process p(x_{t-1} | x_t) of Ho et al. 2020, section 3.2."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
 
 from einops import rearrange
 from torch import Tensor
+from typing_extensions import override
 
+from trainer.diffusion import contract
+from trainer.diffusion.contract import Conditioning, Network
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 
 Prediction = Literal["eps", "x0", "mu", "v"]
 ReverseVariance = Literal["small", "large", "learned", "learned-range"]
-Network = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReverseStep:
-    """p(x_{t-1} | x_t) = N(mean, exp(log_variance)), and the x_0 and eps that go with it; each (B, C, H, W) float32.
+class ReverseStep(contract.Prediction):
+    """p(x_{t-1} | x_t) = N(mean, exp(log_variance)), and the x_0 and eps that go with it.
 
-    At t = 0 the mean is x0 and the log variance that of the decoder, log beta~_1 where it is not learned.
+    At t = 0 the log variance is that of the decoder, log beta~_1 where it is not learned. What it was read from: x_t,
+    t (B,) of `diffusion`, and whether the network predicts the mean itself ("mu").
     """
 
-    x0: Tensor
-    eps: Tensor
-    mean: Tensor
-    log_variance: Tensor
+    x_t: Tensor
+    t: Tensor
+    diffusion: GaussianDiffusion
+    predicts_mean: bool
+
+    @override
+    def with_x0(self, x0: Tensor) -> Self:
+        """The step that another x_0, (B, C, H, W) float32, leads to: eps and the mean follow, the variance stays."""
+        eps = self.diffusion.predict_eps(self.x_t, self.t, x0)
+        return replace(self, x0=x0, eps=eps, mean=self.diffusion.posterior_mean(x0, self.x_t, self.t))
+
+    @override
+    def clipped(self) -> Self:
+        """The step with x_0 clamped to [-1, 1].
+
+        A mean that the network predicts itself stays as it is, as in the authors' code.
+        """
+        step = self.with_x0(self.x0.clamp(-1, 1))
+        return replace(step, mean=self.mean) if self.predicts_mean else step
 
 
 def check_parameterisation(prediction: str, variance: str) -> None:
@@ -58,17 +75,14 @@ def interpret(
     diffusion: GaussianDiffusion,
     prediction: Prediction,
     variance: ReverseVariance,
-    clip: bool,
 ) -> ReverseStep:
-    """The reverse step that a network's output describes. Differentiable; everything is float32.
+    """The reverse step that a network's output describes, x_0 not clamped. Differentiable; everything is float32.
 
     output: (B, C or 2C, H, W), see `output_channels`; x_t: (B, C, H, W); t: (B,) int64 of `diffusion`.
     prediction: the first half is eps (equation 11 gives the mean), x_0, mu~ itself or v (Salimans and Ho 2022).
     variance: "small" beta~_t, "large" beta_t; "learned": the second half is log sigma^2 itself; "learned-range": it is
         v of Nichol and Dhariwal 2021, equation 15, which interpolates (v from -1 to 1, unbounded) between
         log beta~_t and log beta_t.
-    clip: clamp x_0 to [-1, 1] and derive eps and the mean from it again. A mean that the network predicts itself
-        ("mu") stays as it is, as in the authors' code.
     """
     channels = x_t.shape[1]
     expected = output_channels(channels, variance)
@@ -84,18 +98,25 @@ def interpret(
         x0 = diffusion.x0_from_v(x_t, t, predicted)
     elif prediction == "mu":
         x0 = diffusion.x0_from_mu(x_t, t, predicted)
-    if clip:
-        x0 = x0.clamp(-1, 1)
 
-    if prediction == "eps" and not clip:
+    if prediction == "eps":
         eps = predicted
-    elif prediction == "v" and not clip:
+    elif prediction == "v":
         eps = diffusion.eps_from_v(x_t, t, predicted)
     else:
         eps = diffusion.predict_eps(x_t, t, x0)
     mean = predicted if prediction == "mu" else diffusion.posterior_mean(x0, x_t, t)
     log_variance = _log_variance(spread, t, diffusion, variance).expand_as(x_t)
-    return ReverseStep(x0=x0, eps=eps, mean=mean, log_variance=log_variance)
+    return ReverseStep(
+        x0=x0,
+        eps=eps,
+        mean=mean,
+        log_variance=log_variance,
+        x_t=x_t,
+        t=t,
+        diffusion=diffusion,
+        predicts_mean=prediction == "mu",
+    )
 
 
 def _log_variance(spread: Tensor, t: Tensor, diffusion: GaussianDiffusion, variance: ReverseVariance) -> Tensor:
@@ -111,11 +132,11 @@ def _log_variance(spread: Tensor, t: Tensor, diffusion: GaussianDiffusion, varia
 
 
 class ReverseProcess:
-    """A network together with what its output means.
+    """The denoiser of this family: a network, what its output means, and the conditioning that it is given.
 
-    network: (x_t (B, C, H, W), t (B,) int64 of the chain it was trained on) -> (B, C or 2C, H, W); for samplers and
+    network: at x_t (B, C, H, W) and t (B,) int64 of the chain it was trained on -> (B, C or 2C, H, W); for samplers and
     evaluation it must be in eval mode. diffusion: its tables on the network's device; may be respaced.
-    prediction and variance: see `interpret`. ValueError for other names.
+    prediction and variance: see `interpret`; cond: tensors of B rows. ValueError for other names.
     """
 
     def __init__(
@@ -125,30 +146,23 @@ class ReverseProcess:
         *,
         prediction: Prediction = "eps",
         variance: ReverseVariance,
+        cond: Conditioning | None = None,
     ) -> None:
         check_parameterisation(prediction, variance)
         self.network = network
         self.diffusion = diffusion
         self.prediction: Prediction = prediction
         self.variance: ReverseVariance = variance
+        self.cond: Conditioning = cond or {}
 
-    def step(self, x_t: Tensor, t: Tensor, *, clip: bool) -> ReverseStep:
+    def __call__(self, x_t: Tensor, t: Tensor) -> ReverseStep:
         """Call the network at x_t (B, C, H, W) and t (B,) int64 of `diffusion`, and interpret its output."""
-        return self.interpret(self.network(x_t, self.diffusion.original_t(t)), x_t, t, clip=clip)
-
-    def interpret(self, output: Tensor, x_t: Tensor, t: Tensor, *, clip: bool) -> ReverseStep:
-        """The reverse step that an output of the network describes: see the function of that name."""
-        return interpret(
-            output,
-            x_t,
-            t,
-            diffusion=self.diffusion,
-            prediction=self.prediction,
-            variance=self.variance,
-            clip=clip,
-        )
+        output = self.network(x_t, self.diffusion.original_t(t), **self.cond)
+        return interpret(output, x_t, t, diffusion=self.diffusion, prediction=self.prediction, variance=self.variance)
 
     def respaced(self, steps: Tensor) -> "ReverseProcess":
-        """The same network on the chain that visits only `steps` of this one: see `GaussianDiffusion.respaced`."""
+        """The same on the chain that visits only `steps` of this one: see `GaussianDiffusion.respaced`."""
         diffusion = self.diffusion.respaced(steps)
-        return ReverseProcess(self.network, diffusion, prediction=self.prediction, variance=self.variance)
+        return ReverseProcess(
+            self.network, diffusion, prediction=self.prediction, variance=self.variance, cond=self.cond
+        )

@@ -1,7 +1,6 @@
 """Distance between samples drawn during training and real images, in the features of a small installed network."""
 
 import time
-from functools import partial
 
 import numpy as np
 import torch
@@ -9,17 +8,16 @@ import torch
 from trainer.config import Config
 from trainer.data.orders.order import sample_ids
 from trainer.data.training_data import TrainingData
-from trainer.diffusion.ddpm.respacing import respaced
-from trainer.diffusion.ddpm.samplers import ddim
 from trainer.engine.build import build_trained
 from trainer.engine.monitoring.validation import read_images
-from trainer.engine.processes.collectives import each_its_own, gather
+from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.watchdog import enter
-from trainer.engine.sampling import batches_of, sample
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.signals import StopRequest
 
 _BATCH = 32  # the same for all numbers of ranks: a network's rounding may depend on the batch size
@@ -41,8 +39,14 @@ class FeatureDistance:
         self.state = state
         self.stop = stop
         self.network = EfficientNetLite0(state.strategy.device)
-        timesteps = config.diffusion.timesteps
-        self.steps = respaced(timesteps, str(min(config.log.distance_steps, timesteps)))  # of the respaced sampler
+        timesteps = state.objective.denoiser(torch.nn.Identity()).diffusion.timesteps
+        self.request = SamplingRequest(
+            sampler="ddim",
+            respacing=str(min(config.log.distance_steps, timesteps)),
+            count=config.log.distance_samples,
+            seed=config.seed,
+            batch=_BATCH,
+        )
         self.real: torch.Tensor | None = None  # features, computed when first needed
 
     def measure(self) -> dict[str, float] | None:
@@ -61,64 +65,66 @@ class FeatureDistance:
             "validation/feature_distance_samples": float(len(drawn)),
         }
 
+    def summary(self, values: dict[str, float]) -> str:
+        """What `measure` found, for people."""
+        return (
+            f"kernel distance of EfficientNet-Lite0 features {values['validation/feature_distance']:.5f}, "
+            f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}"
+        )
+
     def _sample_features(self) -> torch.Tensor | None:
         """(N, D), on every rank; None after a request to stop."""
         strategy, model = self.state.strategy, self.config.model
-        started = time.monotonic()
         network = build_trained(self.config, self.state.average(), strategy.device)
-        reverse = self.state.objective.reverse(network).respaced(self.steps)
-        ranks, rank = strategy.accelerator.num_processes, strategy.accelerator.process_index
-        batches = batches_of(self.config.log.distance_samples, _BATCH)
+        denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
+        shape = (model.channels, model.image_size, model.image_size)
+        started = time.monotonic()
+
+        def on_step(_: int) -> None:
+            enter("validate")
+            self.stop.check()
+
+        def draw(numbers: range) -> tuple[torch.Tensor, float, float]:
+            """Features of the samples, the seconds that they took, and those since the start."""
+            begun = time.monotonic()
+            pixels = draw_batch(self.request, denoiser, numbers, shape=shape, on_step=on_step)
+            features = self._features(torch.from_numpy(pixels))
+            now = time.monotonic()
+            return features, now - begun, now - started
+
+        ranks, batches = strategy.accelerator.num_processes, self.request.batches
         parts: list[torch.Tensor] = []
         longest = 0.0  # seconds for the slowest batch so far
         for first in range(0, len(batches), ranks):
-            begun = time.monotonic()
-            drawn = sample(
-                reverse,
-                partial(ddim, eta=0.0),
-                shape=(model.channels, model.image_size, model.image_size),
-                device=strategy.device,
-                batches=batches[first : first + ranks][rank : rank + 1],
-                seed=self.config.seed,
-                on_step=lambda _: enter("validate"),
-                stop=self.stop,
+            drawn, stopped = map_over_ranks(
+                batches[first : first + ranks], draw, what="the samples: cannot be drawn", stop=self.stop
             )
-            own = [self._features(torch.from_numpy(pixels)) for _, pixels in drawn]
-            now = time.monotonic()
-            shares = gather((own, now - begun, now - started, bool(self.stop)))
-            if any(stopped for *_, stopped in shares):
+            if stopped:
                 return None
-            parts += [features for of_rank, *_ in shares for features in of_rank]
-            longest = max(longest, *(seconds for _, seconds, *_ in shares))
-            if max(spent for _, _, spent, _ in shares) + longest > self.config.log.distance_seconds:
+            features, seconds, spent = zip(*drawn, strict=True)
+            parts += features
+            longest = max(longest, *seconds)
+            if max(spent) + longest > self.config.log.distance_seconds:
                 break
         return torch.cat(parts)
 
     def _real_features(self) -> torch.Tensor | None:
         """(N, D), on every rank; computed once and cached. None after a request to stop."""
-        accelerator = self.state.strategy.accelerator
         held_out = self.data.held_out
         everything = held_out if len(held_out) else np.arange(len(self.data.dataset))
         count = min(self.config.log.distance_samples, len(everything))
         ids = everything[sample_ids(np.arange(count), len(everything), seed=0)]
-        share = batches_of(count, _BATCH)[accelerator.process_index :: accelerator.num_processes]
 
-        def read() -> list[tuple[int, torch.Tensor]]:
-            parts = []
-            for numbers in share:
-                if self.stop:
-                    break
-                enter("validate")
-                pixels, _ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
-                parts.append((numbers.start, self._features(pixels)))
-            return parts
+        def read(numbers: range) -> torch.Tensor:
+            enter("validate")
+            pixels, _ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
+            return self._features(pixels)
 
-        own = each_its_own("the images to measure a distance to: cannot be read", read, kind=DataError)
-        shares = gather((bool(self.stop), own))
-        if any(stopped for stopped, _ in shares):
+        what = "the images to measure a distance to: cannot be read"
+        parts, stopped = map_over_ranks(batches_of(count, _BATCH), read, what=what, kind=DataError, stop=self.stop)
+        if stopped:
             return None
-        parts = sorted((part for _, of_rank in shares for part in of_rank), key=lambda part: part[0])
-        real = torch.cat([features for _, features in parts])
+        real = torch.cat(parts)
         if len(real) < 2:
             raise DataError("log.distance_every: needs two whole real images at least", agreed=True)
         return real

@@ -1,7 +1,5 @@
 """The loss on held-out images, with the same noise every time: differences are due to the network alone."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,11 +12,11 @@ from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_trained
-from trainer.engine.processes.collectives import gather, together
+from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.watchdog import enter
-from trainer.engine.sampling import batches_of
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError, SampleError
+from trainer.sampling.request import batches_of
 from trainer.signals import StopRequest
 from trainer.telemetry.meters import quartile_of
 from trainer.telemetry.pictures import from_uint8
@@ -50,26 +48,27 @@ class Validation:
         DataError on all of them where an image cannot be read.
         """
         batches = batches_of(len(self.ids), _BATCH)
-        accelerator = self.state.strategy.accelerator
-        share = batches[accelerator.process_index :: accelerator.num_processes]
         values: dict[str, float] = {}
         for name, whole in (("loss", self.state.weights), ("ema_loss", self.state.average)):
             network = build_trained(self.config, whole(), self.state.strategy.device)
-            parts: list[tuple[int, list[int], list[float]]] = []
 
-            def score(network: torch.nn.Module = network, parts: list[Any] = parts) -> None:
-                for numbers in share:
-                    if self.stop:
-                        break
-                    enter("validate")
-                    parts.append((numbers.start, *self._score(network, self.ids[numbers.start : numbers.stop])))
+            def score(numbers: range, network: torch.nn.Module = network) -> tuple[list[int], list[float]]:
+                enter("validate")
+                return self._score(network, self.ids[numbers.start : numbers.stop])
 
-            together("the held-out images: cannot be read", score, kind=DataError)
-            shares = gather((bool(self.stop), parts))
-            if any(stopped for stopped, _ in shares):
+            what = "the held-out images: cannot be read"
+            parts, stopped = map_over_ranks(batches, score, what=what, kind=DataError, stop=self.stop)
+            if stopped:
                 return None
-            values |= self._means(name, sorted(part for _, of_rank in shares for part in of_rank))
+            values |= self._means(name, parts)
         return values
+
+    def summary(self, values: dict[str, float]) -> str:
+        """What `measure` found, for people."""
+        return (
+            f"on {len(self.ids)} held-out images loss {values['validation/loss']:.4f}, "
+            f"of the average {values['validation/ema_loss']:.4f}"
+        )
 
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
@@ -83,10 +82,10 @@ class Validation:
         losses = self.objective.training_losses(network, batch, noise, times=self.objective.validation_times)
         return quartile_of(losses.level).tolist(), losses.loss.tolist()
 
-    def _means(self, name: str, parts: list[tuple[int, list[int], list[float]]]) -> dict[str, float]:
+    def _means(self, name: str, parts: list[tuple[list[int], list[float]]]) -> dict[str, float]:
         """Means, summed in float64 in the order of the images, independent of their distribution over ranks."""
-        quartile = np.array([quarter for _, some, _ in parts for quarter in some], dtype=np.int64)
-        losses = np.array([loss for _, _, some in parts for loss in some], dtype=np.float64)
+        quartile = np.array([quarter for some, _ in parts for quarter in some], dtype=np.int64)
+        losses = np.array([loss for _, some in parts for loss in some], dtype=np.float64)
         if not len(losses):
             raise DataError("the held-out images: all are damaged, none is left to validate on", agreed=True)
         values = {f"validation/{name}": float(losses.mean())}

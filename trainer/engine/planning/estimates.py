@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from trainer.config import Config, TrainConfig
 from trainer.data.stream.stream import BatchLayout
+from trainer.engine.build import build_objective
+from trainer.engine.monitoring.sample_grids import plan_grid
 from trainer.engine.network.cost import Cost
 from trainer.errors import ConfigError
 from trainer.models.stages import ActivationCheckpointing
@@ -41,7 +45,10 @@ class Hardware:
 
 
 def flops_of_run(config: Config, cost: Cost, kinds: Sequence[ActivationCheckpointing]) -> dict[str, float]:
-    """FLOPs of the whole run: training, recomputed activations, sample grids, validation and feature distance."""
+    """FLOPs of the whole run: training, recomputed activations, sample grids, validation and feature distance.
+
+    Errors as `plan_grid`.
+    """
     global_batch, log = config.train.global_batch, config.log
     images = config.train.duration.steps(global_batch) * global_batch
     forward = cost.forward_flops_per_image
@@ -49,7 +56,8 @@ def flops_of_run(config: Config, cost: Cost, kinds: Sequence[ActivationCheckpoin
     def times(span_images: int) -> int:
         return images // span_images if span_images else 0
 
-    grids = times(log.samples_every.images(global_batch)) * log.samples * config.diffusion.timesteps
+    _, steps = plan_grid(config, build_objective(config, torch.device("cpu")), ranks=1)
+    grids = times(log.samples_every.images(global_batch)) * log.samples * steps
     distances = times(log.distance_every.images(global_batch)) * log.distance_samples * log.distance_steps
     validations = times(log.validate_every.images(global_batch)) * log.validate_images * 2  # raw and averaged weights
     return {

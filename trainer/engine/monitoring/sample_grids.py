@@ -1,0 +1,79 @@
+"""Grids of samples of the averaged weights, drawn while training."""
+
+import numpy as np
+from torch import nn
+
+from data_prep.progress import WorkProgress
+from trainer.config import Config
+from trainer.diffusion.contract import Objective
+from trainer.engine.build import build_trained
+from trainer.engine.processes.division import map_over_ranks
+from trainer.engine.processes.watchdog import enter
+from trainer.engine.state.train_state import TrainState
+from trainer.errors import ConfigError
+from trainer.sampling.draw import draw_batch
+from trainer.sampling.request import RequestError, SamplingRequest
+from trainer.signals import StopRequest
+from trainer.telemetry.pictures import Pixels, grid
+
+_LARGEST_BATCH = 64
+
+
+class SampleGrids:
+    """Draws `log.samples` images by `log.samples_sampler`, with the same noise every time."""
+
+    def __init__(self, config: Config, state: TrainState, stop: StopRequest) -> None:
+        """Errors as `plan_grid`."""
+        self.config = config
+        self.state = state
+        self.stop = stop
+        self.request, self.steps = plan_grid(config, state.objective, state.strategy.accelerator.num_processes)
+
+    def draw(self, step: int) -> Pixels | None:
+        """The picture, (H, W, 3); the ranks divide its images. Collective; None after a request to stop."""
+        accelerator, model = self.state.strategy.accelerator, self.config.model
+        network = build_trained(self.config, self.state.average(), accelerator.device)
+        denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
+        shape = (model.channels, model.image_size, model.image_size)
+        batches = self.request.batches
+        share = batches[accelerator.process_index :: accelerator.num_processes]
+        with WorkProgress(
+            total=self.steps * sum(map(len, share)),
+            what=f"step {step}: samples",
+            unit="step",
+            visible=accelerator.is_main_process,
+        ) as bar:
+
+            def on_step(images: int) -> None:
+                enter("sample")
+                bar.update(images)
+                self.stop.check()
+
+            def draw(numbers: range) -> Pixels:
+                enter("sample")
+                return draw_batch(self.request, denoiser, numbers, shape=shape, on_step=on_step)
+
+            images, stopped = map_over_ranks(batches, draw, what="the samples: cannot be drawn", stop=self.stop)
+        return None if stopped else grid(np.concatenate(images))
+
+
+def plan_grid(config: Config, objective: Objective, ranks: int) -> tuple[SamplingRequest, int]:
+    """What `log` asks for, in batches for so many ranks, and the steps that drawing an image takes.
+
+    Raises ConfigError where the sampler, its options or its timesteps cannot be.
+    """
+    log = config.log
+    try:
+        request = SamplingRequest(
+            sampler=log.samples_sampler,
+            options={"eta": log.samples_eta} if log.samples_eta else {},
+            respacing=log.samples_respacing,
+            count=log.samples,
+            seed=config.seed,
+            batch=min(-(-log.samples // ranks), _LARGEST_BATCH),
+        )
+        return request, objective.denoiser(nn.Identity(), respacing=request.respacing).diffusion.timesteps
+    except RequestError as error:
+        raise ConfigError(f"log.samples_{error.field} = {error.value!r}: {error.reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"log.samples_{error}") from error

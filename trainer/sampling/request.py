@@ -1,0 +1,117 @@
+"""What is to be drawn, for sample.py, evaluate.py, the grids of a run and its feature distance alike."""
+
+import difflib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from trainer.diffusion.contract import Sampler
+from trainer.sampling.samplers import SAMPLERS, SamplerEntry
+
+DEFAULT_SAMPLER = "ddpm"
+
+
+class RequestError(ValueError):
+    """A field of a request is invalid. Callers report it by the name that users know: --eta, log.samples_eta."""
+
+    def __init__(self, field: str, value: Any, reason: str) -> None:
+        super().__init__(f"{field}={value!r}: {reason}")
+        self.field = field
+        self.value = value
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseRequest:
+    """How a trained network's reverse process is run.
+
+    respacing: the timesteps, see trainer/diffusion/ddpm/respacing.py; variance: a fixed one in place of the
+    configuration's, or None.
+    """
+
+    respacing: str = "all"
+    variance: Literal["small", "large"] | None = None
+
+    @property
+    def name_parts(self) -> list[str]:
+        """For names of files: what differs from the whole process as configured."""
+        respacing = [] if self.respacing == "all" else [self.respacing.replace(",", "-")]
+        return respacing if self.variance is None else [*respacing, self.variance]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRequest(ReverseRequest):
+    """`count` samples, keyed by the seed and their numbers 0..count-1, in batches of `batch`.
+
+    sampler: a name in the table of samplers; options: of that sampler, defaults without. RequestError where these do
+    not go together, or where the seed is outside [0, 2^63).
+    """
+
+    sampler: str = DEFAULT_SAMPLER
+    options: Mapping[str, float] = field(default_factory=dict)
+    count: int
+    seed: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise RequestError("seed", self.seed, "should be at least 0 and below 2^63")
+        if self.sampler not in SAMPLERS:
+            nearest = difflib.get_close_matches(self.sampler, SAMPLERS, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(SAMPLERS)}"
+            raise RequestError("sampler", self.sampler, f"unknown; {hint}")
+        for name, value in self.options.items():
+            if (option := self._entry.options.get(name)) is None:
+                others = [sampler for sampler, entry in SAMPLERS.items() if name in entry.options]
+                raise RequestError(name, value, f"goes with sampler {' or '.join(others)}" if others else "unknown")
+            if not option.least <= value <= option.most:
+                raise RequestError(name, value, f"should be from {option.least:g} to {option.most:g}")
+        package = self._entry.package
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise RequestError("sampler", self.sampler, f"needs {package}; pip install 'ddpm-trainer[solvers]'")
+
+    @property
+    def how(self) -> str:
+        """The sampler with its options: "ddpm", "ddim-eta-0.5"."""
+        return "-".join([self.sampler, *(f"{name}-{value:g}" for name, value in self._options.items())])
+
+    @property
+    def name_parts(self) -> list[str]:
+        """For names of files: the sampler, what is not as configured, the seed."""
+        return [self.how, *super().name_parts, f"seed-{self.seed}"]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the samples of given weights depend on, but for the variance as resolved."""
+        return {"sampler": self.how, "respacing": self.respacing, "batch": self.batch, "seed": self.seed}
+
+    def describe(self, steps: int) -> str:
+        """For people; steps: what the respacing came to."""
+        return f"{self.how}, {steps} steps, seed {self.seed}"
+
+    @property
+    def batches(self) -> list[range]:
+        """The numbers 0..count-1."""
+        return batches_of(self.count, self.batch)
+
+    def make_sampler(self) -> Sampler:
+        """The sampler with its options."""
+        return partial(self._entry.sampler, **self._options)
+
+    @property
+    def _entry(self) -> SamplerEntry:
+        return SAMPLERS[self.sampler]
+
+    @property
+    def _options(self) -> dict[str, Any]:  # so typed since they are keyword arguments
+        return {name: self.options.get(name, option.default) for name, option in self._entry.options.items()}
+
+
+def batches_of(count: int, batch: int) -> list[range]:
+    """The indices 0..count-1 in batches of `batch`.
+
+    The batches do not depend on the number of ranks: a network's rounding may depend on the batch size.
+    """
+    return [range(first, min(first + batch, count)) for first in range(0, count, batch)]
