@@ -1,6 +1,7 @@
 """Sources of images; their kind is detected by content, not by file name."""
 
 import zipfile
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from data_prep.errors import InputError
@@ -45,9 +46,15 @@ def open_source(
 
 
 def _open_embedded(spec: str) -> Source:
-    if spec != EMBEDDED_PREFIX + "mnist5k":
-        raise InputError(f"{spec}: no such embedded set; there is {EMBEDDED_PREFIX}mnist5k")
-    return Mnist5kSource.open()
+    """A set of images inside a Python package: of this one, or of another, which has an entry point of the group
+    "ddpm_trainer.sources" with the set's name for a function that opens it.
+    """
+    name = spec.removeprefix(EMBEDDED_PREFIX)
+    if name == "mnist5k":
+        return Mnist5kSource.open()
+    for extension in entry_points(group="ddpm_trainer.sources", name=name):
+        return extension.load()()
+    raise InputError(f"{spec}: no such embedded set; there is {EMBEDDED_PREFIX}mnist5k")
 
 
 def _open_path(path: Path, wanted: Wanted) -> Source:

@@ -8,7 +8,6 @@ from trainer.engine.state.ema import power_name
 from trainer.errors import ConfigError, brief
 from trainer.evaluation.trained import TrainedRequest
 from trainer.sampling.request import DEFAULT_SAMPLER, RequestError, ReverseRequest, SamplingRequest
-from trainer.sampling.samplers import SAMPLERS
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
 _MOST_COUNTED = 10**8  # images; their batches are listed in memory
@@ -86,7 +85,7 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the sampler."""
     parser.add_argument(
         "--sampler",
-        choices=list(SAMPLERS),
+        metavar="NAME",
         default=DEFAULT_SAMPLER,
         help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for "
         "ancestral sampling with the large variance; dpm-solver++: second order, needs diffusers",

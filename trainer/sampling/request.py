@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from trainer.diffusion.contract import Sampler
-from trainer.sampling.samplers import SAMPLERS, SamplerEntry
+from trainer.sampling.samplers import SAMPLERS, SamplerEntry, find_sampler
 
 DEFAULT_SAMPLER = "ddpm"
 
@@ -58,7 +58,7 @@ class SamplingRequest(ReverseRequest):
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise RequestError("seed", self.seed, "should be at least 0 and below 2^63")
-        if self.sampler not in SAMPLERS:
+        if find_sampler(self.sampler) is None:
             nearest = difflib.get_close_matches(self.sampler, SAMPLERS, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(SAMPLERS)}"
             raise RequestError("sampler", self.sampler, f"unknown; {hint}")
@@ -102,7 +102,9 @@ class SamplingRequest(ReverseRequest):
 
     @property
     def _entry(self) -> SamplerEntry:
-        return SAMPLERS[self.sampler]
+        entry = find_sampler(self.sampler)
+        assert entry is not None
+        return entry
 
     @property
     def _options(self) -> dict[str, Any]:  # so typed since they are keyword arguments

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import entry_points
 
 from trainer.diffusion.contract import Sampler
 from trainer.sampling.ancestral import ancestral
@@ -34,3 +35,13 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "ddpm-sigma-hat": SamplerEntry(sampler=partial(ddim, eta=1.0, sigma_hat=True)),
     "dpm-solver++": SamplerEntry(sampler=dpm_solver, package="diffusers"),
 }
+
+
+def find_sampler(name: str) -> SamplerEntry | None:
+    """The sampler of that name: of this table, or of another installed package, which has an entry point of the group
+    "ddpm_trainer.samplers" with that name for its `SamplerEntry`. None where there is none.
+    """
+    if name not in SAMPLERS:
+        for extension in entry_points(group="ddpm_trainer.samplers", name=name):
+            return extension.load()
+    return SAMPLERS.get(name)
