@@ -48,8 +48,11 @@ class DataConfig(Section):
     a URL of http, https, s3, gs or hf."""
     mixture: list[MixtureEntry] = []
     """Datasets that are mixed, each with its own epochs."""
+    cond: list[Literal["label", "caption", "low_res", "source", "array"]] = []
+    """What the network is given besides the noised image: the class ("label"), a caption, a second image ("low_res",
+    "source") or an array of each sample. Only that is read; a sample without it counts as damaged."""
     flip: bool = False
-    """Mirror each image left to right with probability 1/2."""
+    """Mirror each image left to right with probability 1/2, its second images with it (but no array)."""
     order: Literal["global", "windowed", "lanes"] = "global"
     """"global" shuffles all samples; "windowed" shuffles shards, then the samples of `window` shards at a time; "lanes"
     does so in each of `lanes` parts of the dataset, so that a node reads only its parts (docs/stream.md)."""

@@ -36,7 +36,11 @@ def unet_config(model: ModelConfig, variance: ReverseVariance) -> UNetConfig:
 
 
 def build_network(config: Config) -> UNet:
-    """The UNet that the configuration describes, initialised from torch's current seed; errors as `unet_config`."""
+    """The UNet that the configuration describes, initialised from torch's current seed; errors as `unet_config`, and
+    ConfigError where it does not take what `data.cond` names.
+    """
+    if unknown := [name for name in config.data.cond if name not in UNet.conditioning]:
+        raise ConfigError(f"data.cond = {unknown}: the network takes no {unknown[0]}; leave it out")
     return UNet(unet_config(config.model, config.diffusion.variance))
 
 

@@ -5,7 +5,7 @@ Its sizes in the paper: CIFAR-10 35.7 M parameters, 256 x 256 113.7 M, LSUN bedr
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,8 @@ class Stage(nn.Module):
 
 class UNet(nn.Module):
     """Predicts, in the paper, the noise in x_t. One `torch.manual_seed` always gives the same initial weights."""
+
+    conditioning: ClassVar[frozenset[str]] = frozenset()  # names of `Batch.cond` that it takes
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
