@@ -157,7 +157,7 @@ def load_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise FormatError(f"{path}: missing, so the dataset is unfinished; run data_prep again to complete it")
     try:
-        raw = json.loads(path.read_text())
+        raw = dict(json.loads(path.read_text()))
         version = raw.pop("format_version")
         if version not in (FORMAT_VERSION, FORMAT_WITH_MEMBERS):
             raise FormatError(

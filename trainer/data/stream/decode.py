@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_prep.arrays import array_of_npy
 from data_prep.format import FormatError, center_crop_box
 from data_prep.jpeg import JPEG_MAGIC, NEEDS_SIMPLEJPEG, hole_of_zeros, jpeg_fault
 from data_prep.png import PNG_MAGIC, png_fault
@@ -97,11 +98,9 @@ def decode_text(data: bytes) -> str:
 def decode_array(data: bytes) -> npt.NDArray[Any]:
     """An array of numbers in numpy's format. Raises SampleError for anything else, pickles included."""
     try:
-        found: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
-        if found.dtype.kind not in "biuf":
-            raise ValueError(f"its type is {found.dtype}")
-    except Exception as error:  # the header is an untrusted Python literal, for which many types are raised
-        raise SampleError(f"is no array of numbers ({' '.join(str(error).split())})") from error
+        found = array_of_npy(data)
+    except ValueError as error:
+        raise SampleError(f"is no array of numbers ({error})") from error
     return found.astype(found.dtype.newbyteorder("="), copy=False)
 
 
