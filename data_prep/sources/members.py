@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from data_prep.format import MEMBERS
 from data_prep.sources.base import Wanted
-from data_prep.sources.rules import MASK, has_image_suffix, parts_of, suffix_of
+from data_prep.sources.rules import MASK, SIDECAR, has_image_suffix, parts_of, stem_of, suffix_of
 
 PAIR = "source"  # the member that `--pair` makes
 
@@ -60,34 +60,30 @@ class ImagesAlone:
 def members_beside(names: Sequence[str], rules: Sequence[str | None], wanted: Wanted) -> dict[str, dict[int, int]]:
     """By a member's name: the position among `names` of each image that has one, and the member's.
 
-    rules: what leaves out each of `names` that is no member, or None.
-
-    `0.npy` goes with `0.jpg`, and `0.txt` where no column of captions is wanted; with `wanted.pair`, `0.PAIR.png`,
-    `0_PAIR.png`, and `PAIR/0.png` beside `X/0.png` or beside `0.png`.
+    rules: what leaves out each of `names` that is no member, or None. `0.npy` goes with `0.jpg`, and `0.txt` where no
+    column of captions is wanted; with `wanted.pair`, `0.PAIR.png`, `0_PAIR.png`, and `PAIR/0.png` beside `X/0.png` or
+    beside `0.png`.
     """
     pair = wanted.pair
     pictures = [at for at, name in enumerate(names) if rules[at] in (None, MASK) and has_image_suffix(name)]
-    seconds = dict(_second_images(names, pictures, pair)) if pair else {}
+    seconds = dict(_second_images(names, rules, pictures, pair)) if pair else {}
     second = set(seconds.values())
-    images = [at for at in pictures if suffix_of(names[at]) != ".npy" and at not in second]
-    stems = {stem_of(names[at]) for at in images}
-    beside: dict[str, dict[str, int]] = {"txt": {}, "npy": {}}
-    for at, name in enumerate(names):
-        kind = suffix_of(name)[1:]
-        if kind in beside and at not in second and (stem := stem_of(name)) in stems:
-            beside[kind][stem] = at
-    if wanted.caption_column is not None:
-        del beside["txt"]
-    found = {kind: {at: of[stem] for at in images if (stem := stem_of(names[at])) in of} for kind, of in beside.items()}
-    return {**found, PAIR: {at: seconds[at] for at in images if at in seconds}}
+    images = [at for at in pictures if rules[at] is None and at not in second]
+    drawn = {stem_of(names[at]) for at in images if suffix_of(names[at]) != ".npy"}
+    arrays = {at for at in images if suffix_of(names[at]) == ".npy" and stem_of(names[at]) in drawn}
+    images = [at for at in images if at not in arrays]
+    texts = [at for at, name in enumerate(names) if wanted.caption_column is None and suffix_of(name) == ".txt"]
+    found = {
+        "txt": {stem_of(names[at]): at for at in texts if rules[at] == SIDECAR},
+        "npy": {stem_of(names[at]): at for at in sorted(arrays)},
+    }
+    beside = {name: {at: of[stem] for at in images if (stem := stem_of(names[at])) in of} for name, of in found.items()}
+    return {**beside, PAIR: {at: seconds[at] for at in images if at in seconds}}
 
 
-def stem_of(name: str) -> str:
-    """A name without its suffix."""
-    return name[: len(name) - len(suffix_of(name))]
-
-
-def _second_images(names: Sequence[str], pictures: Iterable[int], pair: str) -> Iterator[tuple[int, int]]:
+def _second_images(
+    names: Sequence[str], rules: Sequence[str | None], pictures: Iterable[int], pair: str
+) -> Iterator[tuple[int, int]]:
     """(position of an image, position of the second image that goes with it)."""
     by_stem: dict[str, int] = {}
     by_folder: dict[tuple[str, ...], int] = {}
@@ -100,7 +96,7 @@ def _second_images(names: Sequence[str], pictures: Iterable[int], pair: str) -> 
         elif pair in parts[:-1]:
             depth = parts.index(pair)
             by_folder[(*parts[:depth], "", *parts[depth + 1 :])] = at
-        else:
+        elif rules[at] is None:
             first.append((at, stem, parts))
     for at, stem, parts in first:
         places = [(*parts[:depth], "", *parts[depth + skipped :]) for depth in range(len(parts)) for skipped in (1, 0)]

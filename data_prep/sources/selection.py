@@ -82,7 +82,8 @@ def select(
         listed, faults = _listed(names, positions, where, read)
         labelling = listed or _by_folders([names[position] for position in positions], pool, depth, shards)
         notices += [*faults, *labelling.notices]
-        captions = _captions(names, positions, wanted.caption_column, where, read)
+        captions, notice = _captions(names, positions, wanted.caption_column, where, read)
+        notices += [notice] if notice and notice not in notices else []
         columns["txt"] = [of or listed for of, listed in zip(columns.get("txt", captions), captions)]
     further = Further(columns)
     return Selection(positions=positions, labelling=labelling, further=further, left_out=left_out, notices=notices)
@@ -141,8 +142,8 @@ def _listed(
 
 def _captions(
     names: Sequence[str], positions: Sequence[int], column: str | None, where: str, read: Read
-) -> list[int | bytes | None]:
-    """The caption of each image from the nearest metadata file that has some; None where it lists none.
+) -> tuple[list[int | bytes | None], str | None]:
+    """The caption of each image from the nearest metadata file that has some, and a line as of `values_of`.
 
     Damaged files are reported by `_listed`.
     """
@@ -153,9 +154,9 @@ def _captions(
         with suppress(UnreadableError):
             listed = data and listed_captions(PurePosixPath(names[position]).name, data, column, place)
             if listed:
-                values, _ = _matched(listed, names, chosen, folder, place)
-                return [value.encode() if isinstance(value, str) else None for value in values]
-    return [None] * len(positions)
+                values, notice = _matched(listed, names, chosen, folder, place)
+                return [value.encode() if isinstance(value, str) else None for value in values], notice
+    return [None] * len(positions), None
 
 
 def _matched(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.format import MEMBERS
 from data_prep.sources.base import Wanted, classes_of_values
-from data_prep.sources.members import PAIR, Further, stem_of
-from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR, has_image_suffix, rule_against, suffix_of
+from data_prep.sources.members import PAIR, Further
+from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR, has_image_suffix, rule_against, stem_of, suffix_of
 from data_prep.sources.selection import Labelling
 from data_prep.tar_headers import Kind
 from data_prep.tars import content, entries
