@@ -21,13 +21,14 @@ from trainer.data.datasets.joined import JoinedDatasets
 from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.orders.order import GlobalOrder
 from trainer.data.stream.bad_samples import BadSamples
-from trainer.data.stream.batches import read_batch
+from trainer.data.stream.batches import as_tensors, read_batch, stacked
 from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
 from trainer.data.training_data import open_training_data
 from trainer.diffusion.keyed_noise import keyed_flips
 from trainer.engine.build import build_network
+from trainer.engine.monitoring.validation import read_images
 from trainer.engine.run_folder import check_identity
-from trainer.engine.step.train_step import device_batch
+from trainer.engine.step.train_step import conditioning, device_batch
 from trainer.errors import CheckpointError, ConfigError, DataError, SampleError
 from trainer.telemetry.pictures import from_uint8
 
@@ -223,3 +224,13 @@ def test_an_index_of_tars_is_kept_for_each_choice_of_members(folder: Path, tmp_p
         dataset = open_training_data(config, index_folder=tmp_path).dataset
         assert dataset.further(0).keys() == set(cond)
     assert len(list(tmp_path.glob("*.npy"))) == 3
+
+
+def test_held_out_samples_come_with_what_is_asked_for(folder: Path) -> None:
+    config = settings(folder, "shards", "label", "low_res", on_bad_sample="skip")
+    dataset = open_training_data(config, index_folder=None).dataset
+    found, further, kept = read_images(config, dataset, np.array([4, LACKING, 7]))
+    assert (len(found), kept) == (2, [4, 7])
+    cond = conditioning(as_tensors(stacked(further)), config, torch.device("cpu"))
+    assert cond["label"].tolist() == [1, 1]
+    assert torch.equal(cond["low_res"], from_uint8(images([pixels(100 + n, 4, 4) for n in kept])))

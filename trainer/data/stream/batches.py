@@ -6,7 +6,7 @@ message for each damaged sample that it stands for. The image lies in the memory
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from trainer.data.stream.batch_memory import BatchMemory, Slot, own_memory
 from trainer.errors import DataError, SampleError
 
 _MOST_REPLACEMENTS = 63
+_APART = ("__memory__", "__key__", "image", "faults")  # what a sample's dictionary has besides members to be stacked
 
 Planned = tuple[npt.ArrayLike, npt.ArrayLike]  # positions and ids of a micro-batch, (B,) integers each
 Sample = dict[str, Any]
@@ -96,12 +97,14 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 
     Raises DataError where arrays or second images differ in shape.
     """
-    apart = ("__memory__", "__key__", "image", "faults")
-    batch: dict[str, Any] = {
-        name: _stacked(name, [sample[name] for sample in samples]) for name in samples[0] if name not in apart
-    }
     faults = [fault for sample in samples for fault in sample["faults"]]
-    return {**batch, "image": samples[0]["__memory__"], "faults": faults}
+    named = [{name: sample[name] for name in sample if name not in _APART} for sample in samples]
+    return {**stacked(named), "image": samples[0]["__memory__"], "faults": faults}
+
+
+def stacked(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Members of several samples by name, as `as_tensors` takes them. Raises DataError where shapes differ."""
+    return {name: _stacked(name, [of_sample[name] for of_sample in members]) for name in members[0]}
 
 
 def _stacked(name: str, values: list[Any]) -> Any:
@@ -120,8 +123,7 @@ def as_tensors(batch: dict[str, Any]) -> dict[str, Any]:
     uint8, in memory (B, h, w, C), as decoders write them; array: (B, ...); caption: a list of strings; faults:
     messages, one for each damaged sample that was skipped.
     """
-    image = batch["image"]
-    found = {**batch, "image": image.tensor() if isinstance(image, Slot) else image}
+    found = {name: value.tensor() if isinstance(value, Slot) else value for name, value in batch.items()}
     arrays = {name: torch.from_numpy(value) for name, value in found.items() if isinstance(value, np.ndarray)}
     images = {name: found[name].permute(0, 3, 1, 2) for name in ("image", *SECOND_IMAGES) if name in found}
     return {**found, **arrays, **images}

@@ -109,7 +109,7 @@ class FeatureDistance:
                 if self.stop:
                     break
                 enter("validate")
-                pixels, _ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
+                pixels, *_ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
                 parts.append((numbers.start, self._features(pixels)))
             return parts
 

@@ -29,18 +29,27 @@ def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.d
     """
     position = batch["position"].to(device, non_blocking=True)
     flips = keyed_flips(config.seed, position)[:, None, None, None] if config.data.flip else None
+    x = _image(batch["image"], device, flips)
+    return Batch(x=x, position=position, cond=conditioning(batch, config, device, flips))
 
-    def image(name: str) -> torch.Tensor:
-        pixels = batch[name].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        x = from_uint8(pixels)
-        return x if flips is None else torch.where(flips, x.flip(-1), x)
 
-    cond: dict[str, torch.Tensor] = {
-        name: image(name) if name in SECOND_IMAGES else batch[name].to(device, non_blocking=True)
+def conditioning(
+    batch: dict[str, torch.Tensor], config: Config, device: torch.device, flips: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """What `data.cond` names, on the device: second images (B, C, h, w) float32 in [-1, 1], the rest as it is.
+
+    flips: (B, 1, 1, 1) bool, the samples whose second images are mirrored. Captions are no tensors yet.
+    """
+    return {
+        name: _image(batch[name], device, flips) if name in SECOND_IMAGES else batch[name].to(device, non_blocking=True)
         for name in config.data.cond
-        if name != "caption"  # no tensor
+        if name != "caption"
     }
-    return Batch(x=image("image"), position=position, cond=cond)
+
+
+def _image(pixels: torch.Tensor, device: torch.device, flips: torch.Tensor | None) -> torch.Tensor:
+    x = from_uint8(pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last))
+    return x if flips is None else torch.where(flips, x.flip(-1), x)
 
 
 def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
