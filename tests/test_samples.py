@@ -10,7 +10,7 @@ import pytest
 import torch
 import webdataset as wds
 
-from tests.data_harness import damage, encoded, pixels
+from tests.data_harness import damage, encoded, images_of, pixels, write_tar
 from tests.data_prep_harness import data_prep
 from tests.harness import load_config, write_config
 from tests.yesterday import FOLDER
@@ -196,15 +196,21 @@ def test_datasets_of_a_mixture_give_their_own(folder: Path) -> None:
     assert joined.key(COUNT + 4) == "000000004"
 
 
-def test_what_no_sample_has_or_no_network_takes_is_one_line(folder: Path, dataset: Path) -> None:
+def test_what_no_sample_has_or_no_network_takes_is_one_line(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", images_of(2))
+    for name in ALL:
+        with pytest.raises(ConfigError, match=rf"^data\.cond = \['{name}'\]: no sample in .* has a {name}$"):
+            opened(tmp_path, "tars", name)
     with pytest.raises(ConfigError, match=r"data\.cond = \['caption'\]: no sample in .* has a caption$"):
         ShardedDataset(dataset, cond=("caption",))
     with pytest.raises(ConfigError, match=r"^data\.cond = \['label'\]: no sample in .* has a label$"):
         ShardedDataset(FOLDER / "data", cond=("label",))
     with pytest.raises(ConfigError, match=r"^data\.cond = \['label'\]: the network takes no label; leave it out$"):
         build_network(settings(folder, "shards", "label"))
-    with pytest.raises(ConfigError, match="cond"):
-        settings(folder, "shards", "labels")
+    for wrong, message in ((["labels"], "'label'"), (["label", "label"], "cond should name each once")):
+        with pytest.raises(ConfigError, match=message):
+            settings(folder, "shards", *wrong)
 
 
 def test_it_is_part_of_what_a_run_is_and_none_is_what_it_was(folder: Path) -> None:

@@ -22,7 +22,7 @@ from data_prep.progress import WorkProgress
 from data_prep.tar_headers import Member, TarError, walk
 from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
 from trainer.data.datasets.indexed import IndexedDataset
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 TAR_DTYPE = np.dtype(
     [
@@ -42,7 +42,8 @@ class TarDataset(IndexedDataset):
 
     shards: with `samples` = 0, since their numbers are not known yet; image_size and mode: what every image must have
     (the shorter side) or is converted to (grey to RGB); index_folder: where the index is kept for the next start, None
-    for nowhere; cond: see `IndexedDataset`. Raises DataError with shard and offset where a tar is damaged.
+    for nowhere; cond: see `IndexedDataset`. Raises DataError with shard and offset where a tar is damaged, and
+    ConfigError where no sample has what `cond` names.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class TarDataset(IndexedDataset):
             index = np.load(source, mmap_mode="r", allow_pickle=False)
         if not sum(counts):
             raise DataError(f"{where}: no image in {len(shards)} tars")
+        for name in cond:
+            if not (index["label"] != UNLABELLED if name == "label" else index[MEMBER_OF[name]]["offset"]).any():
+                raise ConfigError(f"data.cond = {list(cond)}: no sample in {where} has a {name}")
         names = [PurePosixPath(shard.url).name for shard in shards]
         content = [image_size, mode, names, counts, hashlib.sha256(index.tobytes()).hexdigest()]
         super().__init__(
