@@ -17,6 +17,7 @@ from PIL import Image
 from data_prep.errors import DataPrepError
 from data_prep.format import load_manifest
 from data_prep.sources import open_source
+from data_prep.sources.rules import SIDECAR
 from data_prep.write import build
 from tests.data_prep_harness import bytes_of, data_prep, error_line, file_of, noise, pixels_of_noise
 
@@ -117,6 +118,7 @@ def test_images_alone_are_format_2_to_the_byte(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
     assert manifest["format_version"] == 2
     assert "members" not in manifest
+    assert load_manifest(tmp_path / "2").report["left_out"] == {SIDECAR: 2}
     alone, more = (
         {name: digest for name, digest in bytes_of(tmp_path / out).items() if name != "manifest.json"} for out in "12"
     )
