@@ -8,11 +8,20 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from data_prep.format import INDEX_NAME, SOURCE_ENCODING, FormatError, index_dtype, load_manifest, sha256_of
+from data_prep.format import (
+    INDEX_DTYPE,
+    INDEX_NAME,
+    SOURCE_ENCODING,
+    FormatError,
+    index_dtype,
+    load_manifest,
+    sha256_of,
+)
 from trainer.data.datasets.dataset import MEMBER_OF, InPlace, Shard, ShardFiles
 from trainer.data.datasets.indexed import IndexedDataset
 from trainer.errors import ConfigError, DataError
 
+_KEY_AT = list(INDEX_DTYPE.names or ()).index("key")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -72,7 +81,7 @@ class ShardedDataset(IndexedDataset):
 
     @override
     def key(self, sample: int) -> str:
-        return f"{self.index[sample]['key']:09d}"
+        return f"{self.index[sample].item()[_KEY_AT]:09d}"
 
     @override
     def describe(self, sample: int) -> str:

@@ -43,7 +43,7 @@ class ReadSamples:
         for positions, ids in planned:
             memory, pixels = self._take(len(np.asarray(positions)))
             for out, position, sample in zip(pixels, np.asarray(positions).tolist(), np.asarray(ids).tolist()):
-                yield {"__memory__": memory, **self._whole(out, position, sample)}
+                yield self._whole(memory, out, position, sample)
 
     def _take(self, samples: int) -> tuple[Slot | torch.Tensor, npt.NDArray[np.uint8]]:
         taken = self.memory.take() if self.memory is not None else None
@@ -52,7 +52,7 @@ class ReadSamples:
         image = own_memory(pixels_shape(self.dataset, samples))
         return image, image.numpy()
 
-    def _whole(self, out: npt.NDArray[np.uint8], position: int, sample: int) -> Sample:
+    def _whole(self, memory: Slot | torch.Tensor, out: npt.NDArray[np.uint8], position: int, sample: int) -> Sample:
         """The planned sample, or the first undamaged one after it; its image is decoded to `out`."""
         faults: list[str] = []
         while True:
@@ -68,8 +68,15 @@ class ReadSamples:
                 faults.append(str(error))
                 sample = int(self.replace_by.ids([position + len(faults)])[0])
             else:
-                found = {"__key__": self.dataset.key(sample), "image": out, "position": position, "id": sample}
-                return {**found, **further, "faults": faults}
+                return {
+                    "__key__": self.dataset.key(sample),
+                    "__memory__": memory,
+                    "image": out,
+                    "position": position,
+                    "id": sample,
+                    "faults": faults,
+                    **further,
+                }
 
 
 def pixels_shape(dataset: Dataset, samples: int) -> tuple[int, int, int, int]:
@@ -98,13 +105,13 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     Raises DataError where arrays or second images differ in shape.
     """
     faults = [fault for sample in samples for fault in sample["faults"]]
-    named = [{name: sample[name] for name in sample if name not in _APART} for sample in samples]
-    return {**stacked(named), "image": samples[0]["__memory__"], "faults": faults}
+    return {**stacked(samples), "image": samples[0]["__memory__"], "faults": faults}
 
 
 def stacked(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Members of several samples by name, as `as_tensors` takes them. Raises DataError where shapes differ."""
-    return {name: _stacked(name, [of_sample[name] for of_sample in members]) for name in members[0]}
+    names = [name for name in members[0] if name not in _APART]
+    return {name: _stacked(name, [of_sample[name] for of_sample in members]) for name in names}
 
 
 def _stacked(name: str, values: list[Any]) -> Any:
