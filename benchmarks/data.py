@@ -102,7 +102,7 @@ def write_manifest(folder: Path, index: np.ndarray, records: list[ShardRecord], 
         index_sha256=sha256_of(folder / "index.npy"),
         names_sha256="0" * 64,
     )
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
+    (folder / "manifest.json").write_text(manifest.to_json())
 
 
 class ImageFolder(TorchDataset[torch.Tensor]):

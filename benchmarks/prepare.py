@@ -138,7 +138,7 @@ def shard_writer(files: Sequence[bytes], case: Case, size: int, place: Path) -> 
     with lmdb.open(str(place / "lmdb"), map_size=room) as database, database.begin(write=True) as transaction:
         for number, data in enumerate(files):
             transaction.put(hashlib.sha1(b"%d" % number).hexdigest().encode(), data)
-    plan = ShardPlan(number=0, first_key=0, source=open_source(str(place / "lmdb")))
+    plan = ShardPlan(number=0, first_key=0, source=open_source(str(place / "lmdb")), members={})
     recipe = Recipe(image_size=size, transform=case.transform, encoding=case.encoding)
     staging = place / "staging"
     staging.mkdir()

@@ -1,4 +1,4 @@
-"""Images stored as pixel arrays: `.npy` files, and arrays in record formats."""
+"""Arrays in `.npy` files, and images stored as pixel arrays, also in record formats."""
 
 import io
 from typing import Any
@@ -32,6 +32,21 @@ def image_of_npy(data: bytes) -> Image.Image:
         raise Reject("truncated or corrupt", f".npy of shape {shape} in {len(body)} bytes")
     pixels = np.frombuffer(body, np.uint8).reshape(shape, order="F" if column_major else "C")
     return image_of_array(pixels)
+
+
+def array_of_npy(data: bytes) -> npt.NDArray[Any]:
+    """The array of numbers in a `.npy` file, of any shape. Pickles are not loaded.
+
+    Raises ValueError for anything else, in one line.
+    """
+    try:
+        found: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+        kind = found.dtype.kind
+    except Exception as error:  # the header is an untrusted Python literal
+        raise ValueError(" ".join(str(error).split())) from error
+    if kind not in "biuf":
+        raise ValueError(f"its type is {found.dtype}")
+    return found
 
 
 def image_of_array(pixels: npt.NDArray[np.uint8]) -> Image.Image:

@@ -65,6 +65,8 @@ def run_build(argv: Sequence[str]) -> int:
         split=options.split,
         labels=options.labels,
         image_column=options.image_column,
+        caption_column=options.caption_column,
+        pair=options.pair,
     )
     for line in [*(source.notice or "").splitlines(), *left_out_line(source.left_out)]:
         print(f"note: {line}", file=sys.stderr)
@@ -140,8 +142,14 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--format", choices=ENCODINGS, default=Recipe.encoding, help="webp and png are lossless, jpeg is q95 4:4:4")
     add("--mode", choices=MODES, help="colour or grey (default: RGB, but L for embedded:mnist5k)")
     add("--split", type=_split, default="train", help=f"which part, of a source that has parts: {', '.join(SPLITS)}")
-    add("--labels", choices=LABELS, default="auto", help="none: leave labels unread")
+    add("--labels", choices=LABELS, default="auto", help="none: images alone, without labels, captions, ...")
     add("--image-column", metavar="NAME", help="of a parquet file with several (default: the one called image)")
+    add(
+        "--caption-column",
+        metavar="NAME",
+        help="of metadata.csv, .jsonl or parquet (default: text or caption, or .txt)",
+    )
+    add("--pair", metavar="NAME", help="a second image to each: a folder, an ending of names or a parquet column")
     add("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
     add("--shard-samples", type=int, default=Recipe.shard_samples, help="sources to a shard")
     add("--max-reject-fraction", type=float, default=0.01, help="fail where more of the sources are unusable")

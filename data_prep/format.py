@@ -2,25 +2,36 @@
 
 A dataset folder holds::
 
-    shard-000000.tar ...   USTAR, one image a member, named <key>.<extension>, the key in nine digits, mtime 0
-    index.npy              INDEX_DTYPE, one row a sample, in shard order; made to be memory-mapped
+    shard-000000.tar ...   USTAR, samples as webdataset has them: members <key>.<extension>, the key in nine digits
+    index.npy              index_dtype(Manifest.members), one row a sample, in shard order; made to be memory-mapped
     names.jsonl            one JSON string a line: the origin of the sample of that row
     rejects.jsonl          one object a line: {"name": ..., "reason": ..., "detail": ...}
     contact_sheet.png      some of the images, for visual inspection
     stats.npz              only after `python -m data_prep stats`; see data_prep/inspection/stats.py
     manifest.json          everything below in `Manifest`; written last, so a folder without it is unfinished
 
-Where `Manifest.encoding` is "webp", "png" or "jpeg", it is every member's extension, and every image is `image_size` x
-`image_size` pixels. Where it is "source", a member is a JPEG, PNG or WebP as it was found (or a lossless one made by
+Where `Manifest.encoding` is "webp", "png" or "jpeg", it is every image's extension, and every image is `image_size` x
+`image_size` pixels. Where it is "source", an image is a JPEG, PNG or WebP as it was found (or a lossless one made by
 data_prep), with the extension jpg, png or webp of its own format; its shorter side is `image_size`, and the reader
 crops it by `center_crop_box`. Either way a reader finds members by the index and needs no names.
+
+Format 2 has the image alone. Format 3 has further members behind it, those of `Manifest.members` that the sample has:
+
+    cls      the class in digits, as in the index
+    txt      a caption, UTF-8
+    npy      an array in numpy's format
+    low, source    a second image (low.webp, source.jpg, ...), encoded and cropped as the first, of a side of its own
+
+A dataset without further members is written in format 2, to the byte as before. It is a version, not a field of
+format 2, since a reader of format 2 refuses another version in one clear line.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, get_origin
 
 import numpy as np
 
@@ -32,6 +43,7 @@ except ImportError:  # zlib's: same values, a fifth of the speed
     from zlib import crc32 as crc32
 
 FORMAT_VERSION = 2
+FORMAT_WITH_MEMBERS = 3
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.jsonl"
@@ -51,6 +63,16 @@ INDEX_DTYPE = np.dtype(
         ("key", "<u4"),  # position in the sorted list of sources; also the member's name
     ]
 )
+
+MEMBER_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])  # zeros: the sample has none
+
+Kind = Literal["class", "text", "array", "image"]
+MEMBERS: dict[str, Kind] = {"cls": "class", "txt": "text", "npy": "array", "low": "image", "source": "image"}
+
+
+def index_dtype(members: Iterable[str]) -> np.dtype[np.void]:
+    """The type of the index's rows: INDEX_DTYPE, and a MEMBER_DTYPE for each of `members` by its name."""
+    return np.dtype([*INDEX_DTYPE.descr, *((name, MEMBER_DTYPE) for name in members)])
 
 
 class FormatError(ValueError):
@@ -73,10 +95,11 @@ class Manifest:
 
     `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is "webp", "png", "jpeg" or
     "source" (see the module); `source` describes the input (kind, count of files, fingerprint), `transform` the
-    resizing. `options` are data_prep's further options that determine the bytes; readers do not need them, nor
-    `report`, which is informative: "kept", the number of samples whose bytes are the source's; "shorter_sides", how
-    many sources had a shorter side of {"256": 256..511, ...} pixels; and "left_out", the number of files that each rule
-    excluded, where there are any.
+    resizing. `members` has the further members that samples may have, by name in their order in the tar, with the side
+    in pixels for a second image and 0 for others. `options` are data_prep's further options that determine the bytes;
+    readers do not need them, nor `report`, which is informative: "kept", the number of samples whose bytes are the
+    source's; "shorter_sides", how many sources had a shorter side of {"256": 256..511, ...} pixels; and "left_out", the
+    number of files that each rule excluded, where there are any.
     """
 
     image_size: int
@@ -92,7 +115,12 @@ class Manifest:
     names_sha256: str
     options: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    format_version: int = field(default=FORMAT_VERSION)
+    members: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def format_version(self) -> int:
+        """2, or 3 where there are further members."""
+        return FORMAT_WITH_MEMBERS if self.members else FORMAT_VERSION
 
     @property
     def channels(self) -> int:
@@ -112,7 +140,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        content = asdict(self)
+        members = content.pop("members")
+        content["format_version"] = self.format_version
+        return json.dumps(content | ({"members": members} if members else {}), indent=1) + "\n"
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -126,12 +157,16 @@ def load_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise FormatError(f"{path}: missing, so the dataset is unfinished; run data_prep again to complete it")
     try:
-        raw = json.loads(path.read_text())
-        version = raw["format_version"]
-        if version != FORMAT_VERSION:
-            raise FormatError(f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}")
+        raw = dict(json.loads(path.read_text()))
+        version = raw.pop("format_version")
+        if version not in (FORMAT_VERSION, FORMAT_WITH_MEMBERS):
+            raise FormatError(
+                f"{path}: format_version is {version}, this program reads {FORMAT_VERSION} and {FORMAT_WITH_MEMBERS}"
+            )
         manifest = Manifest(**{**raw, "shards": [ShardRecord(**shard) for shard in raw["shards"]]})
         _check_types(manifest)
+        if manifest.format_version != version:
+            raise ValueError(f"format_version is {version}, with members {list(manifest.members)}")
         for shard in manifest.shards:
             _check_types(shard)
     except FormatError:
@@ -151,6 +186,11 @@ def _check_types(part: Manifest | ShardRecord) -> None:
             raise ValueError(f"{each.name} is {value}, which cannot be negative")
     if isinstance(part, Manifest) and not all(isinstance(name, str) for name in part.classes):
         raise TypeError(f"classes is {part.classes!r}, which should be a list of str")
+    if isinstance(part, Manifest) and (
+        not part.members.keys() <= MEMBERS.keys()
+        or any(type(side) is not int or side < 0 for side in part.members.values())
+    ):
+        raise ValueError(f"members is {part.members!r}, which should be sides of some of {', '.join(MEMBERS)}")
     if isinstance(part, Manifest) and part.mode not in ("RGB", "L"):
         raise ValueError(f"mode is {part.mode!r}, which should be RGB or L")
 

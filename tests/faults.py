@@ -24,7 +24,7 @@ from trainer.engine.step import train_step as step
 from trainer.evaluation import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
-    "read": (batches.ReadAndDecode, "into"),  # once a micro-batch, in the loader process
+    "read": (batches, "collate"),  # once a micro-batch, in the loader process
     "join": (processes.rendezvous, "join"),  # once a process
     "device_batch": (step, "device_batch"),  # once a micro-batch
     "update": (step.TrainStep, "update"),  # once a step

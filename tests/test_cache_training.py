@@ -92,14 +92,14 @@ def test_a_dataset_that_is_replaced_behind_its_url_leaves_running_jobs_alone(
     with serving(served) as server:
         config = load_config(config_path, f"data.path={server.url}", f"data.cache_dir={tmp_path / 'cache'}")
         first = open_training_data(config, index_folder=None).dataset
-        expected = ShardedDataset(many_shards).labels(range(48)).tolist()
+        expected = ShardedDataset(many_shards).index["label"].tolist()
         shutil.rmtree(served)
         make_dataset(tmp_path / "new", images=20, shard_samples=4).rename(served)
         second = open_training_data(config, index_folder=None).dataset
     assert (len(first), len(second)) == (48, 20)
     assert isinstance(first, ShardedDataset)
     again = ShardedDataset(first.folder, origin=first.where, files=first.files)
-    assert again.labels(range(48)).tolist() == expected
+    assert again.index["label"].tolist() == expected
 
 
 def test_settings_that_cannot_work_are_refused(

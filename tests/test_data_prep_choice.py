@@ -68,7 +68,7 @@ anywhere = pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
         ("cat/Thumbs.db", BY_PRODUCT),
         ("Desktop.ini", BY_PRODUCT),
         (".ipynb_checkpoints/a.png", BY_PRODUCT),
-        ("cat/a.txt", SIDECAR),
+        ("cat/notes.txt", SIDECAR),
         ("a.JSON", SIDECAR),
         ("metadata.csv", SIDECAR),
         ("metadata.jsonl", SIDECAR),
@@ -245,8 +245,11 @@ def test_a_tar_of_a_folder_by_a_dot_is_read_as_one_without(tmp_path: Path) -> No
 
 
 def of_kind(kind: str, place: Path) -> tuple[Path, int, dict[str, int]]:
-    """A source with one image that is none, how many things lie in it, and what of them is left out."""
-    litter = {"a/@eaDir/1.png": b"x", "a/1.txt": b"x", "a/1.seg.png": PNG, "a/broken.png": b"<html>"}
+    """A source with one image that is none, how many things lie in it, and what of them is left out; one more, the
+    caption of an image, goes with it.
+    """
+    litter = {"a/@eaDir/1.png": b"x", "a/notes.txt": b"x", "a/1.seg.png": PNG, "a/broken.png": b"<html>"}
+    litter["a/2.txt"] = b"a caption"
     if kind in ("folder", "zip", "tar"):
         names = ["a/1.png", "a/2.png", "b/3.png"]
         return make(place, kind, names, litter), 7, {BY_PRODUCT: 1, SIDECAR: 1, MASK: 1}
@@ -268,7 +271,7 @@ def test_read_is_written_rejected_and_left_out(tmp_path: Path, kind: str, capsys
     if kind == "folder":
         os.mkfifo(path / "pipe.png")
         things, left_out = things + 1, left_out | {SPECIAL: 1}
-        assert things == sum(len(files) for _, _, files in os.walk(path))
+        assert things + 1 == sum(len(files) for _, _, files in os.walk(path))
     out = tmp_path / "out"
     for _ in range(2):  # the second time it is finished already
         assert data_prep(path, out, "--size", 16, "--max-reject-fraction", 0.5, "--workers", 1) == 0
@@ -276,6 +279,7 @@ def test_read_is_written_rejected_and_left_out(tmp_path: Path, kind: str, capsys
         found = {word: int(re.search(rf"^{word} +(\d+)", printed, re.MULTILINE)[1]) for word in WORDS}
         assert found["read"] == things == found["written"] + found["rejected"] + found["left out"]
         assert found["left out"] == sum(left_out.values())
+        assert bool(re.search("^ +1  txt$", printed, re.MULTILINE)) == (kind in ("folder", "zip", "tar"))
         for rule, count in left_out.items():
             assert f"          {count} {rule}\n" in printed
             assert f"{count} {rule}" in said

@@ -204,7 +204,7 @@ def test_a_disk_that_fails_at_any_file_is_one_line_and_the_run_can_go_on(
 def test_a_disk_that_is_full_at_a_shard_leaves_no_part_of_it(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    (plan, *_) = plan_shards(open_source(str(photos)), 5)
+    (plan, *_) = plan_shards(open_source(str(photos)), 5, {})
     with claimed(tmp_path) as staging:
         failing_fsync(monkeypatch, name, errno.ENOSPC)
         with pytest.raises(DataPrepError, match=rf"{name}: cannot be written \(No space left on device\); make room"):
@@ -238,7 +238,7 @@ def test_too_little_room_is_told_before_anything_is_written(
 
 def test_the_estimate_is_what_will_be_written(big: Path, prepared_big: Path) -> None:
     source = open_source(str(big))
-    plans = plan_shards(source, 5)
+    plans = plan_shards(source, 5, {})
     room = check_room(plans, Recipe(image_size=64), prepared_big)
     written = sum(path.stat().st_size for path in prepared_big.glob("shard-*"))
     assert 0.7 * written < room.needed < 1.1 * written  # each tar is padded to 10 KiB, which it does not count

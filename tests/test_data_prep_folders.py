@@ -112,7 +112,8 @@ def test_what_img2dataset_leaves_beside_its_tars_is_no_data_set(tmp_path: Path) 
         pq.write_table(pa.table({"url": ["x"], "key": [f"{shard}0"]}), tmp_path / f"{shard}.parquet")
     source = open_source(str(tmp_path))
     assert (source.kind, source.names) == ("tar", ["00000.tar/000000.jpg", "00001.tar/000010.jpg"])
-    assert source.left_out == {SIDECAR: 2 * (2 + 2)}
+    assert source.left_out == {SIDECAR: 2 * (2 + 1)}
+    assert [source.further(i) for i in range(2)] == [{"txt": b"a cat"}] * 2
 
 
 def test_img2datasets_numbered_folders_are_no_classes(tmp_path: Path) -> None:
@@ -121,7 +122,8 @@ def test_img2datasets_numbered_folders_are_no_classes(tmp_path: Path) -> None:
         pq.write_table(pa.table({"url": ["x"]}), root / f"{shard}.parquet")
     source = open_source(str(root))
     assert (source.names, source.classes) == (["00000/0.jpg", "00001/1.jpg"], [])
-    assert source.left_out == {SIDECAR: 3}
+    assert source.left_out == {SIDECAR: 2}
+    assert [source.further(i) for i in range(2)] == [{"txt": b"a cat"}, {}]
 
 
 def test_prepared_data_are_not_prepared_again(dataset: Path) -> None:

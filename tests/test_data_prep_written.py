@@ -24,6 +24,8 @@ from tests.data_prep_harness import (
     noise,
 )
 
+IMAGE = ["offset", "length", "crc32"]  # of a row of the index
+
 
 @pytest.fixture(scope="module")
 def mnist() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -59,10 +61,12 @@ def test_index_agrees_with_the_tars(prepared_photos: Path) -> None:
             for member in tar:
                 data = tar.extractfile(member).read()
                 assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
-                assert member.name == f"{int(member.name[:9]):09d}.webp"
-                members.append((position, member.offset_data, len(data), zlib.crc32(data), int(member.name[:9])))
+                key, extension = int(member.name[:9]), "webp" if len(members) % 2 == 0 else "cls"
+                assert member.name == f"{key:09d}.{extension}"
+                members.append((position, member.offset_data, len(data), zlib.crc32(data), key))
     index = np.load(prepared_photos / "index.npy")
-    assert [(r["shard"], r["offset"], r["length"], r["crc32"], r["key"]) for r in index] == members
+    indexed = [(r["shard"], *place, r["key"]) for r in index for place in (r[IMAGE].item(), r["cls"].item())]
+    assert indexed == members
     assert [r["key"] for r in index] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]  # the rejects keep their positions
 
 
@@ -105,7 +109,11 @@ def test_the_summary_accounts_for_every_source_and_its_size(
     lines = capsys.readouterr().out.splitlines()
     for line in ("read      13", "written   11 images of 2 classes", "rejected  2", "          1 not an image"):
         assert line in lines
-    assert load_manifest(tmp_path / "out").report == {"kept": 0, "shorter_sides": {"32": 10, "64": 1}}
+    assert load_manifest(tmp_path / "out").report == {
+        "kept": 0,
+        "shorter_sides": {"32": 10, "64": 1},
+        "members": {"cls": 11},
+    }
     assert any(line.startswith("sides           32-63         10  ###") for line in lines)
     assert any(line.startswith("               64-127          1  ####") for line in lines)
     assert f"look at   {tmp_path / 'out' / 'contact_sheet.png'}" in lines
@@ -116,13 +124,14 @@ def test_gnu_tar_and_webdataset_read_every_shard(prepared_photos: Path, tmp_path
     for shard in shards:
         done = subprocess.run(["tar", "-xf", shard, "-C", tmp_path], capture_output=True, text=True, check=True)
         assert done.stderr == ""
-    extracted = {path.stem: path.read_bytes() for path in tmp_path.iterdir()}
+    extracted = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     streamed = {
-        sample["__key__"]: sample["webp"]
+        f"{sample['__key__']}.{extension}": sample[extension]
+        for extension in ("webp", "cls")
         for sample in wds.WebDataset([str(shard) for shard in shards], shardshuffle=False, empty_check=False)
     }
     assert streamed == extracted
-    assert len(extracted) == 10
+    assert len(extracted) == 2 * 10
 
 
 @pytest.mark.parametrize(("encoding", "mode"), [("png", "L"), ("jpeg", "RGB")])

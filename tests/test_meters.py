@@ -13,7 +13,8 @@ import torch
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
 from trainer.config import Config
 from trainer.data.datasets.shards import ShardedDataset
-from trainer.data.stream.stream import BatchLayout, ReadAndDecode
+from trainer.data.stream.batches import read_batch
+from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import open_training_data
 from trainer.diffusion.contract import Losses
 from trainer.engine.build import build_network, build_objective, build_state
@@ -147,7 +148,7 @@ def first_step(config: Config, *, images: slice, micro_batch: int | None) -> Tra
     """The backward pass of the run's first step over a part of its first global batch."""
     opened, ids = ShardedDataset(Path(config.data.path or "")), open_training_data(config, index_folder=None).order.ids
     positions = np.arange(config.train.global_batch)[images]
-    batch = ReadAndDecode(opened)((positions.tolist(), ids(positions).tolist()))
+    batch = read_batch(opened, (positions.tolist(), ids(positions).tolist()))
     strategy = DataParallel(config.train)
     step = TrainStep(
         config=config,

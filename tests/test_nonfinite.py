@@ -9,7 +9,7 @@ import torch
 from tests.faults import Fault
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, tensors_of, write_config
 from trainer.data.datasets.shards import ShardedDataset
-from trainer.data.stream.stream import ReadAndDecode
+from trainer.data.stream.batches import read_batch
 from trainer.diffusion.ddpm.timesteps import UniformTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.checkpointing.checkpoints import read_verified
@@ -52,7 +52,7 @@ def test_the_dump_makes_the_batch_again(run: Path, dataset: Path) -> None:
     samples = dump["samples"]
     assert [sample["position"] for sample in samples] == list(range(24, 32))
     opened = ShardedDataset(dataset)
-    batch = ReadAndDecode(opened)(([sample["position"] for sample in samples], [sample["id"] for sample in samples]))
+    batch = read_batch(opened, ([sample["position"] for sample in samples], [sample["id"] for sample in samples]))
     config = load_config(run / "config.toml")
     position = device_batch(batch, config, torch.device("cpu")).position
     t, _ = UniformTimesteps(config.diffusion.timesteps).draw(KeyedNoise.training(config.seed, position))

@@ -136,7 +136,7 @@ def test_samples_are_webdatasets(tmp_path: Path) -> None:
     theirs = wds.WebDataset([str(tmp_path / f"{n}.tar") for n in range(2)], shardshuffle=False, empty_check=False)
     expected = [(sample["png"], int(sample["cls"])) for sample in theirs]
     assert len(expected) == 10
-    assert list(zip([ours.read(n) for n in range(10)], ours.labels(range(10)))) == expected
+    assert list(zip([ours.read(n) for n in range(10)], ours.index["label"])) == expected
     assert (ours.image(7) == pixels(7).transpose(2, 0, 1)).all()
     assert ours.shards_of([0, 4, 5, 9]).tolist() == [0, 0, 1, 1]
 
@@ -160,7 +160,7 @@ def test_images_that_webdataset_would_lose_are_kept(tmp_path: Path) -> None:
     dataset = open_tars(path)
     assert [dataset.read(n) for n in range(4)] == [png[0], png[1], png[2], png[3]]
     assert len(dataset) == 5
-    assert dataset.labels(range(5)).tolist() == [-1] * 5
+    assert dataset.index["label"].tolist() == [-1] * 5
 
 
 def test_images_that_are_left_out_are_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +186,7 @@ def test_images_that_are_left_out_are_told_of_once(tmp_path: Path, capsys: pytes
 def test_a_word_for_a_label_is_told_of_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = {"0000.cls": b"7", "0001.cls": b"n01440764", "0002.cls": b"", "0003.cls": b"99999999999"}
     path = write_tar(tmp_path / "a.tar", images_of(4) | labels)
-    assert open_tars(path).labels(range(4)).tolist() == [7, -1, -1, -1]
+    assert open_tars(path).index["label"].tolist() == [7, -1, -1, -1]
     assert capsys.readouterr().err.strip() == (
         f"{path}: 0001.cls: 3 labels are no class numbers and left out (data_prep reads words)"
     )

@@ -170,7 +170,7 @@ def skipping_stream(folder: Path, *, world_size: int, workers: int, limit: int =
         plan = MicroBatchPlan(layout, order=GlobalOrder(21, 3), rank=rank, first_step=0, last_step=7)
         bad = BadSamples(limit, told.append)
         for batch in micro_batches(dataset, plan, workers=workers, prefetch=1, pin_memory=False, bad_samples=bad):
-            assert batch.keys() == {"position", "id", "label", "image"}
+            assert batch.keys() == {"position", "id", "image"}
             assert all(
                 (image.numpy() == dataset.image(number)).all()
                 for image, number in zip(batch["image"], batch["id"].tolist())

@@ -13,15 +13,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_prep.arrays import array_of_npy
 from data_prep.errors import InputError
 from data_prep.format import (
     INDEX_DTYPE,
     INDEX_NAME,
+    MEMBERS,
     NAMES_NAME,
     FormatError,
     Manifest,
     center_crop_box,
     crc32,
+    index_dtype,
     load_manifest,
     sha256_of,
 )
@@ -33,7 +36,7 @@ MAX_OFFSET = 2**62  # larger than any file's size and the kernel's offset type
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Manifest and index of one folder. `index`: (samples,) INDEX_DTYPE, memory-mapped."""
+    """Manifest and index of one folder. `index`: (samples,) of `index_dtype`, memory-mapped."""
 
     folder: Path
     manifest: Manifest
@@ -60,7 +63,7 @@ class Dataset:
             manifest = load_manifest(folder)
         except FormatError as error:
             raise InputError(str(error)) from error
-        return cls(folder=folder, manifest=manifest, index=load_index(folder))
+        return cls(folder=folder, manifest=manifest, index=load_index(folder, manifest))
 
     def rows_of(self, shard: int) -> npt.NDArray[np.void]:
         """The index's rows of one shard, in the order of members."""
@@ -91,14 +94,17 @@ class Dataset:
             raise InputError(f"{path}: member {row['key']:09d} {error}") from error
 
 
-def load_index(folder: Path) -> npt.NDArray[np.void]:
-    """The index, (samples,) INDEX_DTYPE, memory-mapped. Raises InputError where it is missing or has another type."""
+def load_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
+    """The index, (samples,) of `index_dtype`, memory-mapped.
+
+    Raises InputError where it is missing or has another type.
+    """
     path = folder / INDEX_NAME
     try:
         index: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # rejects pickles and .npz
     except (OSError, ValueError, EOFError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as an index ({error})") from error
-    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+    if index.dtype != index_dtype(manifest.members) or index.ndim != 1:
         raise InputError(f"{path}: not an index ({index.ndim} axes of {index.dtype})")
     return index
 
@@ -117,16 +123,42 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def member_bytes(descriptor: int, row: np.void) -> bytes:
-    """The bytes at an index row's offset and length; fewer where the file ends before."""
+    """The bytes at an index row's offset and length (an image's, or a further member's); fewer where the file ends
+    before.
+    """
     return os.pread(descriptor, int(row["length"]), min(int(row["offset"]), MAX_OFFSET))
 
 
-def decode_member(data: bytes, manifest: Manifest) -> Image.Image:
-    """Decode a member's bytes to `image_size` squared, in the manifest's mode.
+def places_of(row: np.void) -> list[tuple[str, np.void]]:
+    """Name and place of each of a sample's members, in the order of the tar; the image has no name."""
+    further = (row.dtype.names or ())[len(INDEX_DTYPE.names or ()) :]
+    return [("", row), *((name, row[name]) for name in further if row[name]["offset"])]
+
+
+def check_member(name: str, data: bytes, label: int, manifest: Manifest) -> None:
+    """Raise FormatError, as `decode_member`, where a further member is not what its name says."""
+    try:
+        match MEMBERS[name]:
+            case "image":
+                decode_member(data, manifest, manifest.members[name])
+            case "class" if data != b"%d" % label:
+                raise FormatError(f"is {data[:20]!r}, the index says {label}")
+            case "text":
+                data.decode()
+            case "array":
+                array_of_npy(data)
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"cannot be decoded ({error})") from error
+
+
+def decode_member(data: bytes, manifest: Manifest, side: int | None = None) -> Image.Image:
+    """Decode an image's bytes to `side` squared (default: `image_size`), in the manifest's mode.
 
     Raises FormatError where they are something else; its message begins with a verb, for the caller to add a subject.
     """
-    size, mode = manifest.image_size, manifest.mode
+    size, mode = side or manifest.image_size, manifest.mode
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
         image.load()

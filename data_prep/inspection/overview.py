@@ -25,6 +25,7 @@ def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
     print(f"read      {manifest.samples + manifest.rejected + sum(left_out.values())}")
     print(f"written   {manifest.samples} images of {len(manifest.classes) or 'no'} classes")
     _print_kept(manifest)
+    _print_members(manifest)
     print(f"rejected  {manifest.rejected}")
     for reason, count in outcome.reasons.most_common():
         print(f"          {count} {reason}")
@@ -46,6 +47,7 @@ def print_contents(dataset: Dataset) -> None:
     how = "own files, cropped when read" if manifest.crops else manifest.transform
     print(f"stored    {manifest.encoding}, {how}")
     _print_kept(manifest)
+    _print_members(manifest)
     print(f"source    {source.get('kind')} of {source.get('files')}, fingerprint {str(source.get('fingerprint'))[:16]}")
     print(f"rejected  {manifest.rejected}")
     _print_left_out(_left_out(manifest))
@@ -83,6 +85,13 @@ def _print_kept(manifest: Manifest) -> None:
     if manifest.crops:
         kept = manifest.report.get("kept", 0)
         print(f"          {kept} with the source's bytes, {manifest.samples - kept} encoded anew without loss")
+
+
+def _print_members(manifest: Manifest) -> None:
+    """A line for each further member: how many samples have it, and the side of second images."""
+    for line, (name, side) in enumerate(manifest.members.items()):
+        what = f"{name}, {side}x{side}" if side else name
+        print(f"{'' if line else 'members':8}  {manifest.report.get('members', {}).get(name, 0):>9}  {what}")
 
 
 def _print_sizes(manifest: Manifest) -> None:

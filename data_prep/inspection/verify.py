@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from data_prep.errors import InputError
 from data_prep.format import INDEX_NAME, NAMES_NAME, REJECTS_NAME, UNLABELLED, FormatError, crc32, sha256_of
-from data_prep.inspection.dataset import Dataset, decode_member, member_bytes, opened
+from data_prep.inspection.dataset import Dataset, check_member, decode_member, member_bytes, opened, places_of
 from data_prep.progress import WorkProgress
 from data_prep.tars import entries
 
@@ -103,12 +103,13 @@ def _index_fault(path: Path, rows: npt.NDArray[np.void]) -> str | None:
         members = [(member.name, member.offset, member.length, member.kind) for member in entries(path)]
     except InputError as error:
         return str(error).removeprefix(f"{path}: ")
-    if len(members) != len(rows):
-        return f"holds {len(members)} members, the index says {len(rows)}"
-    for (name, offset, length, kind), row in zip(members, rows):
-        key = f"{row['key']:09d}"
-        if kind != "file" or (name.split(".")[0], offset, length) != (key, row["offset"], row["length"]):
-            expected = f"{key} at {row['offset']} with {row['length']}"
+    indexed = [(row["key"], place) for row in rows for _, place in places_of(row)]
+    if len(members) != len(indexed):
+        return f"holds {len(members)} members, the index says {len(indexed)}"
+    for (name, offset, length, kind), (number, place) in zip(members, indexed):
+        key = f"{number:09d}"
+        if kind != "file" or (name.split(".")[0], offset, length) != (key, place["offset"], place["length"]):
+            expected = f"{key} at {place['offset']} with {place['length']}"
             return f"member {name} at {offset} with {length} bytes, the index says {expected}"
     return None
 
@@ -119,12 +120,16 @@ def _content_fault(dataset: Dataset, path: Path, rows: npt.NDArray[np.void], dec
     decoded = set(np.linspace(0, len(rows) - 1, wanted).astype(int).tolist())
     with opened(path) as descriptor:
         for position, row in enumerate(rows):
-            data = member_bytes(descriptor, row)
-            if crc32(data) != row["crc32"]:
-                return f"member {row['key']:09d} is damaged (crc32 differs from the index)"
-            if position in decoded:
-                try:
-                    decode_member(data, dataset.manifest)
-                except FormatError as error:
-                    return f"member {row['key']:09d} {error}"
+            for name, place in places_of(row):
+                data, member = member_bytes(descriptor, place), f"{row['key']:09d}" + (f".{name}" if name else "")
+                if crc32(data) != place["crc32"]:
+                    return f"member {member} is damaged (crc32 differs from the index)"
+                if position in decoded:
+                    try:
+                        if name:
+                            check_member(name, data, int(row["label"]), dataset.manifest)
+                        else:
+                            decode_member(data, dataset.manifest)
+                    except FormatError as error:
+                        return f"member {member} {error}"
     return None

@@ -10,6 +10,7 @@ from data_prep.sources.base import LABELS, Labels, Source, Wanted
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.embedded import Mnist5kSource
 from data_prep.sources.lmdb import LmdbSource
+from data_prep.sources.members import PAIR
 from data_prep.sources.opening import KINDS, open_archives, open_folder
 from data_prep.sources.splits import SPLITS, Split, split_called
 from data_prep.sources.unlabelled import UnlabelledSource
@@ -23,13 +24,23 @@ WITHOUT_SPLITS = ("lmdb", "tfrecords", "embedded")
 
 
 def open_source(
-    spec: str, *, size: int = 256, split: Split = "train", labels: Labels = "auto", image_column: str | None = None
+    spec: str,
+    *,
+    size: int = 256,
+    split: Split = "train",
+    labels: Labels = "auto",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    pair: str | None = None,
 ) -> Source:
     """Open the source given as SRC on the command line; see `Wanted` for the other options.
 
-    Raises InputError where `spec` is of no supported kind, contains no image at all, or lacks the requested split.
+    Raises InputError where `spec` is of no supported kind, contains no image at all, or lacks the requested split,
+    captions or second images.
     """
-    wanted = Wanted(size=size, split=split, labels=labels, image_column=image_column)
+    wanted = Wanted(
+        size=size, split=split, labels=labels, image_column=image_column, caption_column=caption_column, pair=pair
+    )
     try:
         source = _open_embedded(spec) if spec.startswith(EMBEDDED_PREFIX) else _open_path(Path(spec), wanted)
     except OSError as error:
@@ -42,7 +53,13 @@ def open_source(
         told = ", ".join(f"{count} {rule}" for rule, count in source.left_out.items())
         holds = f"holds no images (left out: {told})" if told else "holds no files"
         raise InputError(f"{spec}: {holds}; give {KNOWN}, with images in it")
-    return UnlabelledSource(source) if labels == "none" else source
+    if labels == "none":
+        source = UnlabelledSource(source)
+    if caption_column is not None and "txt" not in source.members:
+        raise InputError(f"{spec}: --caption-column {caption_column}: there is no such column of text")
+    if pair is not None and PAIR not in source.members:
+        raise InputError(f"{spec}: --pair {pair}: no image has a second one of that name")
+    return source
 
 
 def _open_embedded(spec: str) -> Source:

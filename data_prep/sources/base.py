@@ -21,6 +21,7 @@ MAX_FILE_BYTES = 256 * 1024**2  # bytes; files are read into memory whole, and n
 MAX_CLASSES = 1_000_000
 
 LABEL_COLUMNS = ("label", "labels", "class")
+CAPTION_COLUMNS = ("text", "caption")
 
 Labels = Literal["auto", "none"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
@@ -31,13 +32,24 @@ class Wanted:
     """Options for what is read of a source.
 
     `size` selects among TFRecords of several resolutions; `image_column` among a parquet file's columns of images, None
-    if there is only one; with `labels` "none" labels are not read, so errors in them do not matter.
+    if there is only one; with `labels` "none" images alone are read, so errors in labels and what else goes with them
+    do not matter. `caption_column`: of captions, in a metadata file or a parquet file, None for the usual names or a
+    `.txt` beside the image; `pair`: what second images are called, see `members_beside`, or their column in a parquet
+    file.
     """
 
     size: int = 256
     split: Split = "train"
     labels: Labels = "auto"
     image_column: str | None = None
+    caption_column: str | None = None
+    pair: str | None = None
+
+    @property
+    def choice(self) -> list[list[object]]:
+        """Rows of a fingerprint: how captions and second images are found; none for the usual way."""
+        chosen = {"caption column": self.caption_column, "pair": self.pair}
+        return [[name, value] for name, value in chosen.items() if value is not None]
 
 
 class Source(Protocol):
@@ -81,6 +93,13 @@ class Source(Protocol):
 
         Raises Reject where this image is unavailable, and InputError where the source as a whole has changed or failed.
         """
+
+    @property
+    def members(self) -> Sequence[str]:
+        """What else samples of this source may have, by the names of `data_prep.format.MEMBERS`; classes apart."""
+
+    def further(self, i: int) -> dict[str, bytes]:
+        """The content of the files of `members` that go with image `i`, by name. Raises as `read`."""
 
     def part(self, start: int, stop: int) -> Self:
         """Images [start, stop) as a source, renumbered from 0."""

@@ -23,6 +23,7 @@ from PIL import Image
 from data_prep.arrays import image_of_array
 from data_prep.errors import InputError
 from data_prep.recipe import Mode
+from data_prep.sources.members import ImagesAlone
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -36,7 +37,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, eq=False)
-class CifarSource:
+class CifarSource(ImagesAlone):
     """`pixels`: (N, 3, 32, 32) uint8; `labels`: (N,), 0..9; the fingerprint covers all of both."""
 
     pixels: npt.NDArray[np.uint8]

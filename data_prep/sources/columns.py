@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
-from data_prep.sources.base import LABEL_COLUMNS, Wanted, classes_of_values, needed_module
+from data_prep.sources.base import CAPTION_COLUMNS, LABEL_COLUMNS, Wanted, classes_of_values, needed_module
+from data_prep.sources.members import PAIR
 
 IMAGE_COLUMN = "image"
 BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
@@ -15,7 +16,8 @@ BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_by
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Columns of the encoded image, its original name and its label in a row; a dot separates the fields of a struct.
+    """Columns of the encoded image, its original name and its label in a row, and by name those of further members; a
+    dot separates the fields of a struct.
 
     `chosen`: whether it is another than the first column of images; `notice` is a line for the user.
     """
@@ -23,6 +25,7 @@ class Columns:
     bytes: str
     path: str | None
     label: str | None
+    further: dict[str, str]
     chosen: bool
     notice: str | None
 
@@ -36,15 +39,24 @@ def find_columns(path: Path, schema: Any, wanted: Wanted) -> Columns:
     structs = list(_structs(schema, ""))
     binaries = [] if structs else list(_binaries(schema))
     images = [name for name, _ in structs] or binaries
-    name = _image_column(path, schema, images, wanted.image_column)
+    first = [name for name in images if name != wanted.pair]
+    name = _image_column(path, schema, first, wanted.image_column)
     label, notice = _label_column(schema) if wanted.labels == "auto" else (None, None)
     notices = [notice] if notice else []
-    if len(images) > 1:
+    end = "" if binaries else ".bytes"
+    further = {}
+    if wanted.labels == "auto":
+        captions = CAPTION_COLUMNS if wanted.caption_column is None else (wanted.caption_column,)
+        texts = [caption for caption in captions if caption in schema.names and _is_text(schema.field(caption).type)]
+        further = {"txt": texts[0]} if texts else {}
+        further |= {PAIR: f"{wanted.pair}{end}"} if wanted.pair in images else {}
+    if len(first) > 1:
         notices.append(f"reads column {name} of {', '.join(images)}; see --image-column")
     return Columns(
-        bytes=name if binaries else f"{name}.bytes",
+        bytes=f"{name}{end}",
         path=f"{name}.path" if dict(structs).get(name) else None,
         label=label,
+        further=further,
         chosen=name != images[0],
         notice="\n".join(notices) or None,
     )

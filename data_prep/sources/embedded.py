@@ -10,12 +10,13 @@ from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.recipe import Mode
+from data_prep.sources.members import ImagesAlone
 
 MNIST_SIDE = 28
 
 
 @dataclass(frozen=True, eq=False)
-class Mnist5kSource:
+class Mnist5kSource(ImagesAlone):
     """The first 500 handwritten digits of each class of MNIST. `pixels`: (N, 28, 28), uint8; `labels`: (N,), 0..9."""
 
     pixels: npt.NDArray[np.uint8]

@@ -10,6 +10,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of
 from data_prep.sources.label_files import MAX_BYTES
+from data_prep.sources.members import Further
 from data_prep.sources.selection import select
 from data_prep.sources.walk import Listing
 
@@ -29,6 +30,7 @@ class FolderSource:
     fingerprint: str
     notice: str | None
     left_out: Mapping[str, int]
+    beside: Further[str]
     kind: ClassVar[str] = "folder"
     natural_mode: ClassVar[Mode] = "RGB"
 
@@ -51,15 +53,27 @@ class FolderSource:
         rows: list[list[object]] = [[name, _size(root / name)] for name in sorted([*names, *extra])]
         if labelling.file is not None:
             rows.append([*extra, labelling.file[1]])
+        rows += wanted.choice
         notice = "\n".join([*listing.notices, *chosen.notices]) or None
         left_out = listing.left_out + chosen.left_out
-        return cls(root, names, labelling.labels, labelling.classes, fingerprint_of(rows), notice, left_out)
+        beside = chosen.further.placed(lambda position: listed[position])
+        return cls(root, names, labelling.labels, labelling.classes, fingerprint_of(rows), notice, left_out, beside)
+
+    @property
+    def members(self) -> list[str]:  # noqa: D102 - see Source
+        return self.beside.members
 
     def label(self, i: int) -> int:  # noqa: D102 - see Source
         return self.labels[i]
 
     def read(self, i: int) -> bytes:  # noqa: D102 - see Source
-        path = self.root / self.names[i]
+        return self._content(self.names[i])
+
+    def further(self, i: int) -> dict[str, bytes]:  # noqa: D102 - see Source
+        return self.beside.read(i, self._content)
+
+    def _content(self, name: str) -> bytes:
+        path = self.root / name
         if path.is_symlink() and not path.is_file():
             raise Reject("broken link", os.path.realpath(path))
         try:
@@ -72,7 +86,8 @@ class FolderSource:
             raise InputError(f"{path}: {error.strerror}; the source must stay as it is during a run") from error
 
     def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
-        return replace(self, names=self.names[start:stop], labels=self.labels[start:stop], notice=None)
+        names, labels = self.names[start:stop], self.labels[start:stop]
+        return replace(self, names=names, labels=labels, beside=self.beside.part(start, stop), notice=None)
 
 
 def _size(path: Path) -> int:

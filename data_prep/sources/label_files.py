@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.sources.base import LABEL_COLUMNS, classes_of_values
+from data_prep.sources.base import CAPTION_COLUMNS, LABEL_COLUMNS, classes_of_values
 from data_prep.sources.rules import parts_of
 
 JSON_NAME = "dataset.json"
@@ -38,10 +38,7 @@ def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None
     """
     if name == JSON_NAME:
         return _labels_of_json(data, where) if is_labels_json(data) else None
-    try:
-        rows = list(_csv_rows(data) if name.endswith(".csv") else _jsonl_rows(data))
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise UnreadableError(f"{where}: cannot be read ({error}), so that no label is taken from it") from error
+    rows = _rows(name, data, where)
     column = next((column for column in LABEL_COLUMNS if any(column in row for row in rows)), None)
     if column is None:
         return None
@@ -50,6 +47,20 @@ def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None
     if wrong is not None:
         raise InputError(f"{where}: {json.dumps(wrong)} in column {column} is no label; {WITHOUT}")
     return labels if name.endswith(".jsonl") else _numbers_or_words(labels)
+
+
+def listed_captions(name: str, data: bytes, column: str | None, where: str) -> dict[str, Value] | None:
+    """The caption of each file listed in a metadata file, by path as in `listed_labels`.
+
+    column: None for the first of CAPTION_COLUMNS that has text; None is returned where there is no such column. Raises
+    UnreadableError where the file is damaged.
+    """
+    rows = _rows(name, data, where)
+    columns = CAPTION_COLUMNS if column is None else (column,)
+    found = next((column for column in columns if any(isinstance(row.get(column), str) for row in rows)), None)
+    if found is None:
+        return None
+    return {_path(str(row[FILE_COLUMN])): str(row[found]) for row in rows if row.get(FILE_COLUMN) and row.get(found)}
 
 
 def is_labels_json(data: bytes) -> bool:
@@ -125,6 +136,13 @@ def _labels_of_json(data: bytes, where: str) -> dict[str, Value]:
 def _path(name: str) -> str:
     """A path in the form used for names: separated by `/`, without a prefix."""
     return "/".join(parts_of(name.replace("\\", "/")))
+
+
+def _rows(name: str, data: bytes, where: str) -> list[dict[str, Any]]:
+    try:
+        return list(_csv_rows(data) if name.endswith(".csv") else _jsonl_rows(data))
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UnreadableError(f"{where}: cannot be read ({error}), so that no label is taken from it") from error
 
 
 def _csv_rows(data: bytes) -> Iterator[dict[str, Any]]:

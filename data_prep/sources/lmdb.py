@@ -20,6 +20,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, needed_module
+from data_prep.sources.members import ImagesAlone
 
 DATA_NAME = "data.mdb"
 STDERR = 2
@@ -27,7 +28,7 @@ LOSSLESS = "surrogateescape"  # maps keys to names and back without loss
 
 
 @dataclass(frozen=True)
-class LmdbSource:
+class LmdbSource(ImagesAlone):
     """The values of a database, named by their keys in their order; the fingerprint covers keys and lengths."""
 
     root: Path

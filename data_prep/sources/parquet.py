@@ -31,7 +31,7 @@ class ParquetSource:
 
     files: list[Path]
     places: list[Place]
-    column: str
+    columns: dict[str, str]  # of the image, called "", and of the further members
     start: int
     names: list[str]
     labels: list[int]
@@ -65,21 +65,37 @@ class ParquetSource:
         classes, labels = classes_of_column(tables[0].schema_arrow, columns.label, values)
         sizes = [[path.stat().st_size, table.num_row_groups] for path, table in zip(files, tables)]
         chosen = [[columns.bytes]] if columns.chosen else []  # omitted for the first column, as in earlier versions
-        fingerprint = fingerprint_of([*sizes, *chosen, *([name, label] for name, label in zip(names, labels))])
-        return cls(files, places, columns.bytes, 0, names, labels, classes, fingerprint, columns.notice)
+        rows = ([name, label] for name, label in zip(names, labels))
+        fingerprint = fingerprint_of([*sizes, *chosen, *wanted.choice, *rows])
+        read = {"": columns.bytes, **columns.further}
+        return cls(files, places, read, 0, names, labels, classes, fingerprint, columns.notice)
+
+    @property
+    def members(self) -> list[str]:  # noqa: D102 - see Source
+        return [name for name in self.columns if name]
 
     def label(self, i: int) -> int:  # noqa: D102 - see Source
         return self.labels[i]
 
     def read(self, i: int) -> bytes:  # noqa: D102 - see Source
-        row = self.start + i
-        place = self.places[bisect_right(self.places, row, key=lambda place: place.first) - 1]
-        data = _reader(self.files[place.file], place.group, self.column).read(row - place.first)
+        data = self._row(i)[""]
         if data is None:
             raise Reject("no bytes", "the row only names a file; embed it into the parquet")
         if len(data) > MAX_FILE_BYTES:
             raise Reject("file too large", f"{len(data)} bytes")
         return data
+
+    def further(self, i: int) -> dict[str, bytes]:  # noqa: D102 - see Source
+        row = self._row(i)
+        values = {name: row[name] for name in self.members if row[name]}
+        return {name: value.encode() if isinstance(value, str) else value for name, value in values.items()}
+
+    def _row(self, i: int) -> dict[str, Any]:
+        """The values of `columns` in the row of image `i`."""
+        row = self.start + i
+        place = self.places[bisect_right(self.places, row, key=lambda place: place.first) - 1]
+        columns = tuple(self.columns.items())
+        return _reader(self.files[place.file], place.group, columns).read(row - place.first)
 
     def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
         names, labels = self.names[start:stop], self.labels[start:stop]
@@ -117,17 +133,15 @@ def _names_and_labels(path: Path, table: Any, group: int, columns: Columns) -> t
 
 
 class _GroupReader:
-    """The images of one row group, a few rows in memory at a time; forward reads are cheap, a backward one starts
-    anew.
-    """
+    """Columns of one row group, a few rows in memory at a time; forward reads are cheap, a backward one starts anew."""
 
-    def __init__(self, path: Path, group: int, column: str) -> None:
-        self._path, self._group, self._column = path, group, column
-        self._first, self._rows = 0, list[bytes | None]()
+    def __init__(self, path: Path, group: int, columns: tuple[tuple[str, str], ...]) -> None:
+        self._path, self._group, self._columns = path, group, columns
+        self._first, self._rows = 0, list[dict[str, Any]]()
         self._batches = self._read_batches()
 
-    def read(self, row: int) -> bytes | None:
-        """The image's bytes, or None where the row has none."""
+    def read(self, row: int) -> dict[str, Any]:
+        """The values of a row by the names of the columns; None for what the row does not have."""
         if row < self._first:
             self._first, self._rows, self._batches = 0, [], self._read_batches()
         while row >= self._first + len(self._rows):
@@ -135,20 +149,20 @@ class _GroupReader:
             self._rows = next(self._batches)
         return self._rows[row - self._first]
 
-    def _read_batches(self) -> Iterator[list[bytes | None]]:
-        table = _open(self._path)
+    def _read_batches(self) -> Iterator[list[dict[str, Any]]]:
+        table, columns = _open(self._path), [column for _, column in self._columns]
         try:
-            for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[self._group], columns=[self._column]):
-                yield [inner(row, self._column) for row in batch.to_pylist()]
+            for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[self._group], columns=columns):
+                yield [{name: inner(row, column) for name, column in self._columns} for row in batch.to_pylist()]
         except (OSError, ValueError) as error:
             raise InputError(f"{self._path}: row group {self._group} cannot be read ({_first_line(error)})") from error
         raise InputError(f"{self._path}: has lost rows; the source must stay as it is during a run")
 
 
 @lru_cache(maxsize=1)
-def _reader(path: Path, group: int, column: str) -> _GroupReader:
+def _reader(path: Path, group: int, columns: tuple[tuple[str, str], ...]) -> _GroupReader:
     """One per process, since rows are read in order."""
-    return _GroupReader(path, group, column)
+    return _GroupReader(path, group, columns)
 
 
 def _first_line(error: Exception) -> str:

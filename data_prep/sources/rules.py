@@ -60,6 +60,11 @@ def suffix_of(name: str) -> str:
     return (dot + end).lower() if stem and end else ""
 
 
+def stem_of(name: str) -> str:
+    """A name without its suffix."""
+    return name[: len(name) - len(suffix_of(name))]
+
+
 def has_image_suffix(name: str) -> bool:
     """Whether the name has the suffix of an image format."""
     return suffix_of(name) in IMAGE_SUFFIXES
@@ -97,7 +102,7 @@ def masks_among(names: Sequence[str]) -> frozenset[str]:
     suspects = [name for name in names if _MASK.fullmatch(name) or _MASK_FOLDER.fullmatch(name)]
     if not suspects:
         return frozenset()
-    stems = {_stem(name) for name in names if has_image_suffix(name)}
+    stems = {stem_of(name) for name in names if has_image_suffix(name)}
     folders = {part for name in names for part in parts_of(name) if part.lower() in _IMAGE_FOLDERS}
     return frozenset(name for name in suspects if has_image_suffix(name) and _image_stems(name, folders) & stems)
 
@@ -108,9 +113,5 @@ def _image_stems(mask: str, folders: Iterable[str]) -> set[str]:
     if match := _MASK.fullmatch(mask):
         stems.add(match[1])
     if match := _MASK_FOLDER.fullmatch(mask):
-        stems |= {_stem(f"{match[1]}{folder}{match[3]}") for folder in folders}
+        stems |= {stem_of(f"{match[1]}{folder}{match[3]}") for folder in folders}
     return stems
-
-
-def _stem(name: str) -> str:
-    return name[: len(name) - len(suffix_of(name))]

@@ -3,13 +3,23 @@
 import hashlib
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from data_prep.format import UNLABELLED
 from data_prep.sources.base import Wanted, classes_of_values, labels_from_folders
-from data_prep.sources.label_files import JSON_NAME, METADATA_NAMES, UnreadableError, listed_labels, values_of
+from data_prep.sources.label_files import (
+    JSON_NAME,
+    METADATA_NAMES,
+    UnreadableError,
+    Value,
+    listed_captions,
+    listed_labels,
+    values_of,
+)
+from data_prep.sources.members import Further, members_beside
 from data_prep.sources.rules import MASK, has_image_suffix, masks_among, parts_of, rule_against
 from data_prep.sources.splits import Split, chosen_of, left_out_by_split, splits_of_images
 
@@ -31,10 +41,13 @@ class Labelling:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The selected images, by position among all names, with labels; and what was left out, by rule."""
+    """The selected images, by position among all names, with labels and further members; and what was left out, by
+    rule.
+    """
 
     positions: list[int]
     labelling: Labelling
+    further: Further[int]
     left_out: Counter[str]
     notices: list[str]
 
@@ -50,8 +63,10 @@ def select(
     """
     masks = masks_among(names)
     rules = [MASK if name in masks else rule_against(name) for name in names]
-    positions = [position for position, rule in enumerate(rules) if rule is None]
-    left_out = Counter(rule for rule in rules if rule)
+    beside = members_beside(names, rules, wanted) if wanted.labels == "auto" else {}
+    members = {member for of_images in beside.values() for member in of_images.values()}
+    positions = [position for position, rule in enumerate(rules) if rule is None and position not in members]
+    left_out = Counter(rule for position, rule in enumerate(rules) if rule and position not in members)
     pool = [names[position] for position in positions]
     splits, depth = _splits(pool)
     chosen = chosen_of(splits, wanted.split, where)
@@ -59,12 +74,19 @@ def select(
         positions = [positions[i] for i in chosen]
         left_out.update(left_out_by_split(splits, wanted.split))
     labelling = Labelling(labels=[UNLABELLED] * len(positions))
+    columns: dict[str, list[int | bytes | None]] = {
+        name: [of_images.get(position) for position in positions] for name, of_images in beside.items() if of_images
+    }
     notices = _split_notices(splits, chosen)
     if wanted.labels == "auto":
         listed, faults = _listed(names, positions, where, read)
         labelling = listed or _by_folders([names[position] for position in positions], pool, depth, shards)
         notices += [*faults, *labelling.notices]
-    return Selection(positions=positions, labelling=labelling, left_out=left_out, notices=notices)
+        captions, notice = _captions(names, positions, wanted.caption_column, where, read)
+        notices += [notice] if notice and notice not in notices else []
+        columns["txt"] = [of or listed for of, listed in zip(columns.get("txt", captions), captions)]
+    further = Further(columns)
+    return Selection(positions=positions, labelling=labelling, further=further, left_out=left_out, notices=notices)
 
 
 def _splits(pool: Sequence[str]) -> tuple[list[Split | None], int]:
@@ -99,7 +121,7 @@ def _listed(
     """
     chosen = [names[position] for position in positions]
     faults: list[str] = []
-    for folder, position in _label_files(names, chosen):
+    for folder, position in _label_files(names, chosen, (JSON_NAME, *METADATA_NAMES)):
         data = read(position)
         if data is None:
             continue
@@ -111,21 +133,46 @@ def _listed(
             continue
         if listed is None:
             continue
-        below = [name[len(folder) :] for name in names if name.startswith(folder)]
-        values, notice = values_of(listed, below, [name[len(folder) :] for name in chosen], place)
+        values, notice = _matched(listed, names, chosen, folder, place)
         classes, labels = classes_of_values(values)
         file = (position, hashlib.sha256(data).hexdigest())
         return Labelling(classes=classes, labels=labels, file=file, notices=[notice] if notice else []), faults
     return None, faults
 
 
-def _label_files(names: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """(folder, position) of possible label files, the nearest first; `folder` ends with a slash or is empty.
+def _captions(
+    names: Sequence[str], positions: Sequence[int], column: str | None, where: str, read: Read
+) -> tuple[list[int | bytes | None], str | None]:
+    """The caption of each image from the nearest metadata file that has some, and a line as of `values_of`.
 
-    Names that occur several times in an archive are excluded as ambiguous.
+    Damaged files are reported by `_listed`.
     """
-    wanted = (JSON_NAME, *METADATA_NAMES)
-    found = [(name, position) for position, name in enumerate(names) if name.endswith(wanted)]
+    chosen = [names[position] for position in positions]
+    for folder, position in _label_files(names, chosen, METADATA_NAMES):
+        data = read(position)
+        place = f"{where}: {names[position]}"
+        with suppress(UnreadableError):
+            listed = data and listed_captions(PurePosixPath(names[position]).name, data, column, place)
+            if listed:
+                values, notice = _matched(listed, names, chosen, folder, place)
+                return [value.encode() if isinstance(value, str) else None for value in values], notice
+    return [None] * len(positions), None
+
+
+def _matched(
+    listed: Mapping[str, Value], names: Sequence[str], chosen: Sequence[str], folder: str, place: str
+) -> tuple[list[Value], str | None]:
+    """`values_of` for a file in `folder`."""
+    below = [name[len(folder) :] for name in names if name.startswith(folder)]
+    return values_of(listed, below, [name[len(folder) :] for name in chosen], place)
+
+
+def _label_files(names: Sequence[str], chosen: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """(folder, position) of the files called one of `wanted`, the nearest first.
+
+    `folder` ends with a slash or is empty. Names that occur several times in an archive are excluded as ambiguous.
+    """
+    found = [(name, position) for position, name in enumerate(names) if name.endswith(tuple(wanted))]
     images = [name for name in chosen if has_image_suffix(name)] or chosen
     if not found or not images:
         return

@@ -28,6 +28,7 @@ from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, needed_module
 from data_prep.sources.label_files import labels_of_progan
+from data_prep.sources.members import ImagesAlone
 from data_prep.sources.protobuf import WireError, bytes_and_integers
 
 LENGTH = struct.Struct("<QI")  # a record's length and its CRC
@@ -46,7 +47,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class TfrecordsSource:
+class TfrecordsSource(ImagesAlone):
     """The records of all files of one resolution, in order; the fingerprint covers positions, lengths and labels."""
 
     files: list[Path]

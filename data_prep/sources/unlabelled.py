@@ -1,4 +1,4 @@
-"""A wrapper for any source that drops its labels."""
+"""A wrapper for any source that drops its labels, captions and what else goes with images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +9,12 @@ from PIL import Image
 from data_prep.format import UNLABELLED
 from data_prep.recipe import Mode
 from data_prep.sources.base import Source, fingerprint_of
+from data_prep.sources.members import ImagesAlone
 
 
 @dataclass(frozen=True, eq=False)
-class UnlabelledSource:
-    """The images of `source` without labels; its fingerprint differs from that of `source`."""
+class UnlabelledSource(ImagesAlone):
+    """The images of `source` alone; its fingerprint differs from that of `source`."""
 
     source: Source
     classes: ClassVar[Sequence[str]] = ()

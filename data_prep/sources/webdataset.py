@@ -4,15 +4,18 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from data_prep.sources.base import classes_of_values
-from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR, has_image_suffix, rule_against
+from data_prep.format import MEMBERS
+from data_prep.sources.base import Wanted, classes_of_values
+from data_prep.sources.members import PAIR, Further
+from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR, has_image_suffix, rule_against, stem_of, suffix_of
 from data_prep.sources.selection import Labelling
 from data_prep.tar_headers import Kind
 from data_prep.tars import content, entries
 
 MAX_LABEL_BYTES = 1024**2
+SECOND_IMAGES = tuple(name for name, kind in MEMBERS.items() if kind == "image")
 LONGEST_WORD = 200  # characters of a class name; longer text is a caption
 
 
@@ -29,25 +32,31 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """Content of an archive: candidate images, files with the same key as one, and what was left out."""
+    """Content of an archive: candidate images, files with the same key as one, and what was left out.
+
+    `fields` has labels and captions, and also the arrays and second images that are kept.
+    """
 
     candidates: list[Member]
     fields: dict[str, Member]
     left_out: Counter[str]
 
 
-def sorted_out(path: Path, archive: int) -> Archive:
+def sorted_out(path: Path, archive: int, wanted: Wanted) -> Archive:
     """The members of archive number `archive`. Raises InputError where it is damaged or truncated.
 
     Every image is a candidate, so `a.1.jpg` and `a.2.jpg` are two; but beside `a.jpg`, `a.seg.png` is an auxiliary
-    image of it.
+    image of it, and `a.low.png`, `a.source.png` or one called `wanted.pair` its second one, as `a.npy` is its array.
     """
+    kept = {wanted.pair if name == PAIR and wanted.pair else name for name in SECOND_IMAGES}
+    kept = kept if wanted.labels == "auto" else set()
     members = [Member(m.name, archive, m.offset, m.length, m.kind) for m in entries(path) if m.kind != "folder"]
     visible = [member for member in members if rule_against(member.name) != BY_PRODUCT]
     images = [member.name for member in visible if has_image_suffix(member.name)]
     keys = {key_of(name) for name in images}
     plain = {key_of(name) for name in images if _extension(name).count(".") == 0}
     left_out = Counter({BY_PRODUCT: len(members) - len(visible)})
+    pictures = {key_of(name) for name in images if _extension(name).count(".") == 0 and suffix_of(name) != ".npy"}
     candidates: list[Member] = []
     fields: dict[str, Member] = {}
     for member in visible:
@@ -55,7 +64,12 @@ def sorted_out(path: Path, archive: int) -> Archive:
             fields[member.name] = member
             left_out[SIDECAR] += 1
         elif _is_picture_beside(member.name) and key_of(member.name) in plain:
-            left_out[MASK] += 1
+            if _extension(member.name).rpartition(".")[0] in kept:
+                fields[member.name] = member
+            else:
+                left_out[MASK] += 1
+        elif kept and _extension(member.name) == "npy" and key_of(member.name) in pictures:
+            fields[member.name] = member
         else:
             candidates.append(member)
     return Archive(candidates=candidates, fields=fields, left_out=+left_out)
@@ -91,6 +105,38 @@ def labels_beside(images: Sequence[Member], archives: Sequence[Archive], paths: 
     return Labelling(classes=classes, labels=labels, notices=notices)
 
 
+def fields_beside(
+    images: Sequence[Member], archives: Sequence[Archive], listed: Further[Member], wanted: Wanted
+) -> Further[Member]:
+    """The further members of each image: its caption, array and second images, or else what is `listed` for it.
+
+    For `a.1.jpg`, `a.1.txt` precedes `a.txt`.
+    """
+    of_stem = [{_named(name, wanted): field for name, field in archive.fields.items()} for archive in archives]
+    columns: dict[str, list[Member | bytes | None]] = {}
+    for member in ("npy", *SECOND_IMAGES) if wanted.caption_column is not None else ("txt", "npy", *SECOND_IMAGES):
+        columns[member] = [
+            next((found for stem in _stems(image) if (found := of_stem[image.archive].get((stem, member)))), None)
+            for image in images
+        ]
+    for member, others in listed.columns.items():
+        columns[member] = [own or other for own, other in zip(columns.get(member, [None] * len(images)), others)]
+    return Further(columns)
+
+
+def _named(name: str, wanted: Wanted) -> tuple[str, str]:
+    """The stem of a field's name, and the member that it is: ("a", "low") for `a.low.png`, ("a", "txt") for `a.txt`."""
+    stem, suffix = stem_of(name), suffix_of(name)
+    if _extension(name) == "npy" or not has_image_suffix(name):
+        return stem, suffix[1:]
+    stem, _, word = stem.rpartition(".")
+    return stem, PAIR if word == wanted.pair else word
+
+
+def _stems(image: Member) -> list[str]:
+    return list(dict.fromkeys([stem_of(image.name), key_of(image.name)])) if has_image_suffix(image.name) else []
+
+
 def crowded(names: Iterable[str]) -> list[str]:
     """A line where several images share a key, since webdataset would make fewer samples of these files."""
     counts = Counter(key_of(name) for name in names)
@@ -124,10 +170,7 @@ def _is_picture_beside(name: str) -> bool:
 
 
 def _label_file(image: Member, fields: dict[str, Member]) -> Member | None:
-    if not has_image_suffix(image.name):
-        return None
-    stems = dict.fromkeys([str(PurePosixPath(image.name).with_suffix("")), key_of(image.name)])
-    names = [stem + suffix for stem in stems for suffix in (".cls", ".json")]
+    names = [stem + suffix for stem in _stems(image) for suffix in (".cls", ".json")]
     found = next((fields[name] for name in names if name in fields), None)
     return found if found and found.kind == "file" and found.length <= MAX_LABEL_BYTES else None
 

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Self
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -14,6 +15,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.recipe import Mode
 from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, is_safe
 from data_prep.sources.label_files import MAX_BYTES
+from data_prep.sources.members import Further
 from data_prep.sources.selection import select
 
 ENCRYPTED_FLAG = 0x1
@@ -32,6 +34,7 @@ class ZipSource:
     fingerprint: str
     notice: str | None
     left_out: Mapping[str, int]
+    beside: Further[int]  # places: positions in the archive's directory
     kind: ClassVar[str] = "zip"
     natural_mode: ClassVar[Mode] = "RGB"
 
@@ -52,16 +55,29 @@ class ZipSource:
         rows = [entries[listed[position][1]] for position in (*taken, *chosen.positions)]
         names = [listed[position][0] for position in chosen.positions]
         positions = [listed[position][1] for position in chosen.positions]
-        fingerprint = fingerprint_of([_name(entry), entry.file_size, entry.CRC] for entry in rows)
+        facts = ([_name(entry), entry.file_size, entry.CRC] for entry in rows)
+        fingerprint = fingerprint_of(chain(facts, wanted.choice))
         notice = "\n".join(chosen.notices) or None
-        return cls(path, names, positions, labelling.labels, labelling.classes, fingerprint, notice, chosen.left_out)
+        beside = chosen.further.placed(lambda position: listed[position][1])
+        labels, classes = labelling.labels, labelling.classes
+        return cls(path, names, positions, labels, classes, fingerprint, notice, chosen.left_out, beside)
+
+    @property
+    def members(self) -> list[str]:  # noqa: D102 - see Source
+        return self.beside.members
 
     def label(self, i: int) -> int:  # noqa: D102 - see Source
         return self.labels[i]
 
     def read(self, i: int) -> bytes:  # noqa: D102 - see Source
+        return self._content(self.positions[i])
+
+    def further(self, i: int) -> dict[str, bytes]:  # noqa: D102 - see Source
+        return self.beside.read(i, self._content)
+
+    def _content(self, position: int) -> bytes:
         archive = _archive(self.path)
-        entry = archive.infolist()[self.positions[i]]
+        entry = archive.infolist()[position]
         if not is_safe(entry.filename):
             raise Reject("unsafe name", "absolute, or with a `..`")
         if stat.S_ISLNK(entry.external_attr >> UNIX_MODE_SHIFT):
@@ -83,6 +99,7 @@ class ZipSource:
             names=self.names[start:stop],
             positions=self.positions[start:stop],
             labels=self.labels[start:stop],
+            beside=self.beside.part(start, stop),
             notice=None,
         )
 

@@ -13,7 +13,6 @@ import numpy as np
 from data_prep.errors import DataPrepError, InputError
 from data_prep.format import (
     CONTACT_SHEET_NAME,
-    INDEX_DTYPE,
     INDEX_NAME,
     MANIFEST_NAME,
     NAMES_NAME,
@@ -22,6 +21,7 @@ from data_prep.format import (
     Manifest,
     ShardRecord,
     check_files,
+    index_dtype,
     load_manifest,
     sha256_of,
 )
@@ -32,7 +32,16 @@ from data_prep.recipe import Recipe
 from data_prep.sources import Source
 from data_prep.write.convert import codec_versions
 from data_prep.write.disk import check_room, readable
-from data_prep.write.output import begin_or_resume, check_ours, check_same_run, claimed, discard_staging, whole_file
+from data_prep.write.members import members_of
+from data_prep.write.output import (
+    MEMBERS_ASKED,
+    begin_or_resume,
+    check_ours,
+    check_same_run,
+    claimed,
+    discard_staging,
+    whole_file,
+)
 from data_prep.write.workers import write_shards
 from data_prep.write.writer import ShardPlan, ShardResult, is_whole, load_result
 
@@ -55,6 +64,7 @@ class Merged:
     reasons: Counter[str]
     kept: int
     shorter_sides: Counter[int]  # by the largest power of two that is not larger
+    further: Counter[str]  # samples that have a further member, by its name
 
 
 def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject_fraction: float) -> Outcome:
@@ -64,7 +74,7 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
     another dataset, belongs to another run or to no run of data_prep, and DataPrepError where it cannot be written, a
     worker dies or too many images are rejected.
     """
-    parameters = _parameters(source, recipe)
+    parameters = {**_parameters(source, recipe), MEMBERS_ASKED: members_of(source, recipe)}
     if (out / MANIFEST_NAME).exists():
         return _check_finished(out, parameters)
     check_ours(out)
@@ -72,27 +82,27 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
         if (out / MANIFEST_NAME).exists():  # the run that held the lock has finished it
             return _check_finished(out, parameters)
         # Also compared when resuming: shards by two versions of Pillow would not be reproducible from the source.
-        begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
-        plans = plan_shards(source, recipe.shard_samples)
+        begun = begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
+        plans = plan_shards(source, recipe.shard_samples, begun[MEMBERS_ASKED])
         missing = _missing(plans, out, staging, workers)
         if missing:
             _check_room(missing, recipe, out, begun=len(missing) < len(plans))
             _write(missing, recipe, out, staging, workers, total=len(source.names))
-        merged = _merge(plans, out, staging)
+        merged = _merge(plans, out, staging, begun[MEMBERS_ASKED])
         _check_rejects(merged, len(source.names), max_reject_fraction, out)
-        manifest = _manifest(merged, source, recipe, out)
+        manifest = _manifest(merged, source, recipe, out, begun[MEMBERS_ASKED])
         with whole_file(out / CONTACT_SHEET_NAME, staging) as stream:
-            stream.write(contact_sheet(Dataset(folder=out, manifest=manifest, index=load_index(out))))
+            stream.write(contact_sheet(Dataset(folder=out, manifest=manifest, index=load_index(out, manifest))))
         with whole_file(out / MANIFEST_NAME, staging) as stream:
             stream.write(manifest.to_json().encode())
         discard_staging(out)
     return Outcome(manifest=manifest, reasons=merged.reasons, already_finished=False)
 
 
-def plan_shards(source: Source, shard_samples: int) -> list[ShardPlan]:
+def plan_shards(source: Source, shard_samples: int, members: dict[str, int]) -> list[ShardPlan]:
     """Divide the sorted sources into shards of `shard_samples`; the last one may be smaller."""
     return [
-        ShardPlan(number=number, first_key=start, source=source.part(start, start + shard_samples))
+        ShardPlan(number=number, first_key=start, source=source.part(start, start + shard_samples), members=members)
         for number, start in enumerate(range(0, len(source.names), shard_samples))
     ]
 
@@ -148,6 +158,7 @@ def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
         "--shard-samples": manifest.options.get("shard_samples"),
         "--upscale": manifest.options.get("upscale"),
         "a source": manifest.source,
+        MEMBERS_ASKED: manifest.members,
     }
     check_same_run(out, finished, parameters)
     discard_staging(out)  # left by a run that was killed after writing the manifest
@@ -193,10 +204,11 @@ def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[S
         yield result
 
 
-def _merge(plans: list[ShardPlan], out: Path, staging: Path) -> Merged:
+def _merge(plans: list[ShardPlan], out: Path, staging: Path, members: dict[str, int]) -> Merged:
     """Write index, names and rejects of the whole dataset."""
     shards: list[ShardRecord] = []
-    rows = [np.empty(0, INDEX_DTYPE)]
+    rows = [np.empty(0, index_dtype(members))]
+    further: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     shorter_sides: Counter[int] = Counter()
     kept = 0
@@ -210,12 +222,20 @@ def _merge(plans: list[ShardPlan], out: Path, staging: Path) -> Merged:
             shorter_sides.update(_power_of_two(min(sample.width, sample.height)) for sample in result.samples)
             kept += sum(sample.kept for sample in result.samples)
             names.writelines(json.dumps(sample.name).encode() + b"\n" for sample in result.samples)
-            rows.append(_index_rows(result, shard=len(shards)))
+            rows.append(_index_rows(result, len(shards), members))
+            further.update(name for sample in result.samples for name in sample.further)
             shards.append(result.record)
     index = np.concatenate(rows)
     with whole_file(out / INDEX_NAME, staging) as stream:
         np.save(stream, index)
-    return Merged(shards=shards, samples=len(index), reasons=reasons, kept=kept, shorter_sides=shorter_sides)
+    return Merged(
+        shards=shards,
+        samples=len(index),
+        reasons=reasons,
+        kept=kept,
+        shorter_sides=shorter_sides,
+        further=further,
+    )
 
 
 def _power_of_two(side: int) -> int:
@@ -223,9 +243,13 @@ def _power_of_two(side: int) -> int:
     return 1 << side.bit_length() - 1
 
 
-def _index_rows(result: ShardResult, shard: int) -> np.ndarray[Any, np.dtype[np.void]]:
-    """Rows of the index for a shard, (samples,) INDEX_DTYPE."""
-    return np.array([(shard, s.offset, s.length, s.crc32, s.label, s.key) for s in result.samples], INDEX_DTYPE)
+def _index_rows(result: ShardResult, shard: int, members: Iterable[str]) -> np.ndarray[Any, np.dtype[np.void]]:
+    """Rows of the index for a shard, (samples,) of `index_dtype(members)`."""
+    rows = [
+        (shard, s.offset, s.length, s.crc32, s.label, s.key, *(tuple(s.further.get(m, (0, 0, 0))) for m in members))
+        for s in result.samples
+    ]
+    return np.array(rows, index_dtype(members))
 
 
 def _check_rejects(merged: Merged, read: int, max_reject_fraction: float, out: Path) -> None:
@@ -244,13 +268,14 @@ def _check_rejects(merged: Merged, read: int, max_reject_fraction: float, out: P
     )
 
 
-def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Manifest:
+def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path, members: dict[str, int]) -> Manifest:
     left_out = {rule: count for rule, count in sorted(source.left_out.items()) if count}
     return Manifest(
         image_size=recipe.image_size,
         mode=recipe.mode,
         encoding=recipe.manifest_encoding,
         transform=recipe.transform,
+        members=members,
         samples=merged.samples,
         rejected=merged.reasons.total(),
         classes=list(source.classes),
@@ -263,5 +288,6 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path) -> Mani
             "kept": merged.kept,
             "shorter_sides": {str(side): count for side, count in sorted(merged.shorter_sides.items())},
             **({"left_out": left_out} if left_out else {}),
+            **({"members": {name: merged.further[name] for name in members}} if members else {}),
         },
     )

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import InputError, Reject
-from data_prep.format import INDEX_DTYPE
+from data_prep.format import INDEX_DTYPE, MEMBER_DTYPE
 from data_prep.recipe import Recipe
 from data_prep.write.images import pillow_is_quiet
-from data_prep.write.writer import ShardPlan, member_of
+from data_prep.write.writer import ShardPlan, members_at
 
 TRIALS = 32  # sizes of photos vary by about half their mean, so the mean of 32 is accurate to a tenth
 TOLERANCE = 0.8  # share of the estimate that must be free: an estimate's error must not refuse what would fit
 TAR_BLOCK = 512
-BYTES_BESIDE_AN_IMAGE = TAR_BLOCK + TAR_BLOCK // 2 + INDEX_DTYPE.itemsize + 64  # header, padding, index row, name
+BYTES_BESIDE_A_MEMBER = TAR_BLOCK + TAR_BLOCK // 2 + MEMBER_DTYPE.itemsize  # header, padding, index
+BYTES_BESIDE_AN_IMAGE = TAR_BLOCK + TAR_BLOCK // 2 + INDEX_DTYPE.itemsize + 64  # and the name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ def readable(count: int) -> str:
 
 def _bytes_of(plan: ShardPlan, i: int, recipe: Recipe) -> int:
     try:
-        return len(member_of(plan, i, recipe).data) + BYTES_BESIDE_AN_IMAGE
+        image, further = members_at(plan, i, recipe)
     except Reject:
         return 0
+    beside = sum(len(data) + BYTES_BESIDE_A_MEMBER for _, data in further.values())
+    return len(image.data) + BYTES_BESIDE_AN_IMAGE + beside

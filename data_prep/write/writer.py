@@ -3,8 +3,8 @@
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,10 @@ from data_prep.recipe import Recipe
 from data_prep.sources import Source
 from data_prep.write.convert import Member, convert
 from data_prep.write.images import pillow_is_quiet
+from data_prep.write.members import stored
 from data_prep.write.output import whole_file
+
+Further = Mapping[str, tuple[str, bytes]]  # extension and bytes of a sample's further members, by name
 
 NAMELESS_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 SIZE_FIELD, CHECKSUM_FIELD = slice(124, 136), slice(148, 156)
@@ -23,11 +26,15 @@ SIZE_FIELD, CHECKSUM_FIELD = slice(124, 136), slice(148, 156)
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """Shard `number` with the sources from `first_key` on; independent of other shards."""
+    """Shard `number` with the sources from `first_key` on; independent of other shards.
+
+    members: as `Manifest.members`.
+    """
 
     number: int
     first_key: int
     source: Source
+    members: dict[str, int]
 
     @property
     def tar_name(self) -> str:
@@ -42,7 +49,9 @@ class ShardPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One member of a tar: the fields of INDEX_DTYPE, the source's name and size, and whether its bytes were kept."""
+    """One sample of a tar: the fields of INDEX_DTYPE, the source's name and size, whether the image's bytes were kept,
+    and by name the MEMBER_DTYPE of each further member.
+    """
 
     key: int
     offset: int
@@ -53,6 +62,7 @@ class Sample:
     width: int
     height: int
     kept: bool
+    further: dict[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,21 +160,24 @@ def _digest_line(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
-def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, Member]]:
-    """Position in the plan's source and member of each valid image; others are added to `rejects`."""
+def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, Member, Further]]:
+    """Position in the plan's source and members of each valid sample; others are added to `rejects`."""
     for i, name in enumerate(plan.source.names):
         try:
-            yield i, member_of(plan, i, recipe)
+            yield i, *members_at(plan, i, recipe)
         except Reject as reject:
             rejects.append(Rejected(name=name, reason=reject.reason, detail=reject.detail))
 
 
-def member_of(plan: ShardPlan, i: int, recipe: Recipe) -> Member:
-    """The member for the plan's image `i`. Raises Reject, InputError, and DataPrepError where memory is
-    insufficient.
+def members_at(plan: ShardPlan, i: int, recipe: Recipe) -> tuple[Member, Further]:
+    """The image and the further members of the plan's sample `i`. Raises Reject, InputError, and DataPrepError where
+    memory is insufficient.
     """
     try:
-        return convert(plan.source.read(i), recipe)
+        member = convert(plan.source.read(i), recipe)
+        if not plan.members:
+            return member, {}
+        return member, stored(plan.source.further(i), plan.source.label(i), plan.members, recipe)
     except MemoryError as error:
         raise DataPrepError(
             f"{plan.source.names[i]}: not enough memory for this image; run again to go on from here, with fewer "
@@ -187,28 +200,38 @@ class HashedStream:
         self.size += len(data)
 
 
-def _write_tar(tar: HashedStream, members: Iterable[tuple[int, Member]], plan: ShardPlan) -> list[Sample]:
+def _write_tar(tar: HashedStream, members: Iterable[tuple[int, Member, Further]], plan: ShardPlan) -> list[Sample]:
     """Write USTAR members whose headers depend only on position and content."""
     samples = []
-    for i, member in members:
-        key, length = plan.first_key + i, len(member.data)
+    for i, member, further in members:
+        key = plan.first_key + i
+        offset, length, checksum = _write_member(tar, member_name(key, member.extension), member.data)
         sample = Sample(
             key=key,
-            offset=tar.size + tarfile.BLOCKSIZE,
+            offset=offset,
             length=length,
-            crc32=crc32(member.data),
+            crc32=checksum,
             label=plan.source.label(i),
             name=plan.source.names[i],
             width=member.width,
             height=member.height,
             kept=member.kept,
+            further={
+                name: _write_member(tar, member_name(key, extension), data)
+                for name, (extension, data) in further.items()
+            },
         )
         samples.append(sample)
-        header = ustar_header(member_name(key, member.extension), length)
-        tar.write(header + member.data + bytes(-length % tarfile.BLOCKSIZE))
     tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the end-of-archive mark,
     tar.write(bytes(-tar.size % tarfile.RECORDSIZE))  # and padding to a whole record
     return samples
+
+
+def _write_member(tar: HashedStream, name: str, data: bytes) -> tuple[int, int, int]:
+    """Write a file. Returns its offset, length and crc32."""
+    offset = tar.size + tarfile.BLOCKSIZE
+    tar.write(ustar_header(name, len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+    return offset, len(data), crc32(data)
 
 
 def ustar_header(name: str, length: int) -> bytes:

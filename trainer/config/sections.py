@@ -26,7 +26,7 @@ class DataConfig(Section):
     mixture: list[MixtureEntry] = Field(default=[])
     """Datasets that are mixed, each with its own epochs."""
     flip: bool = False
-    """Mirror each image left to right with probability 1/2."""
+    """Mirror each image left to right with probability 1/2, its second images with it (but no array)."""
     order: Literal["global", "windowed", "lanes"] = "global"
     """"global" shuffles all samples; "windowed" shuffles shards, then the samples of `window` shards at a time; "lanes"
     does so in each of `lanes` parts of the dataset, so that a node reads only its parts (docs/stream.md)."""
@@ -37,6 +37,9 @@ class DataConfig(Section):
     of nodes."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the images that is never trained on."""
+    cond: list[Literal["label", "caption", "low_res", "source", "array"]] = Field(default=[])
+    """What the network is given besides the noised image: the class ("label"), a caption, a second image ("low_res",
+    "source") or an array of each sample. Only that is read; a sample without it counts as damaged."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a damaged image does: "raise" ends the run, "skip" trains on the next whole one instead."""
     max_bad_samples: int = Field(default=100, ge=0, le=10**12)
@@ -59,6 +62,8 @@ class DataConfig(Section):
             raise ValueError("should have either path or [[data.mixture]]")
         if self.mixture and self.order == "lanes":
             raise ValueError('order = "lanes" is for one dataset; a mixture may have "global" or "windowed"')
+        if len(set(self.cond)) < len(self.cond):
+            raise ValueError(f"cond should name each once, not {', '.join(self.cond)}")
         return self
 
     @property

@@ -75,7 +75,7 @@ def open_training_data(config: Config, *, index_folder: Path | None, nodes: int 
 
 
 def _identity(data: DataConfig, fingerprint: str) -> dict[str, Any]:
-    fields: dict[str, Any] = {"data.order": data.order, "data.holdout": data.holdout}
+    fields: dict[str, Any] = {"data.order": data.order, "data.holdout": data.holdout, "data.cond": list(data.cond)}
     if data.order != "global":
         fields["data.window"] = data.window
     if data.order == "lanes":
@@ -141,6 +141,7 @@ class _Opener:
 
     def __init__(self, config: Config, cache: NodeCache | None, index_folder: Path | None) -> None:
         self.model = config.model
+        self.cond = config.data.cond
         self.cache = cache
         self.index_folder = index_folder
         self.patience = cache.patience if cache is not None else Patience()
@@ -166,7 +167,7 @@ class _Opener:
             return self._tars(path, [_local_shard(tar) for tar in tars])
         if not ours:
             check_prepared(folder, image_size=self.model.image_size, channels=self.model.channels)
-        return ShardedDataset(folder, files=self.cache)
+        return ShardedDataset(folder, files=self.cache, cond=self.cond)
 
     def _open_remote(self, url: str) -> IndexedDataset:
         if self.cache is None:
@@ -188,7 +189,7 @@ class _Opener:
         except FormatError as error:
             raise DataError(f"{url}: {error}") from error
         cache.keep(f"{url}/{INDEX_NAME}", f"{manifest.parent.name}/{INDEX_NAME}", promised)
-        return ShardedDataset(manifest.parent, origin=url, files=cache)
+        return ShardedDataset(manifest.parent, origin=url, files=cache, cond=self.cond)
 
     def _remote_shard(self, url: str) -> Shard:
         size, stamp = remote_size(url, self.patience)
@@ -202,6 +203,7 @@ class _Opener:
             mode={1: "L", 3: "RGB"}[self.model.channels],
             files=self.cache or InPlace(),
             index_folder=self.index_folder,
+            cond=self.cond,
         )
 
 

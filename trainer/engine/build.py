@@ -16,17 +16,21 @@ from trainer.engine.state.ema import profiles
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.models.backbones import BACKBONES
 
 
 def build_network(config: Config) -> nn.Module:
     """The network that the configuration describes, initialised from torch's current seed.
 
-    Raises ConfigError where its sizes are inconsistent.
+    Raises ConfigError where its sizes are inconsistent, or where it does not take what `data.cond` names.
     """
+    backbone = BACKBONES[config.model.kind]
+    taken = backbone.conditioning(config.model, 1)
+    if unknown := [name for name in config.data.cond if name not in taken]:
+        raise ConfigError(f"data.cond = {unknown}: the network takes no {unknown[0]}; leave it out")
     out_channels = FAMILIES[config.diffusion.kind].output_channels(config.diffusion, config.model.channels)
-    return BACKBONES[config.model.kind].build(config.model, out_channels)
+    return backbone.build(config.model, out_channels)
 
 
 def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:

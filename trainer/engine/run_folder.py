@@ -141,11 +141,12 @@ class RunFolder:
         write_whole(self.config, config.to_toml())
 
     def _changes(self, config: Config) -> list[str]:
+        """Fields that differ from config.toml; those that an older version did not have count as their defaults."""
         try:
-            before = _flat(tomllib.loads(read_bytes(self.config).decode()))
+            before = flat_fields(Config.parse(tomllib.loads(read_bytes(self.config).decode()), source=str(self.config)))
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, RecursionError) as fault:
+        except (OSError, ValueError, RecursionError, ConfigError) as fault:
             self.best_effort.say(f"{self.config}: cannot be read ({fault}), so nobody knows what has changed since")
             return []
         now = flat_fields(config)

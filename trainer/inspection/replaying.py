@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trainer.config import Config
-from trainer.data.stream.batches import ReadAndDecode
+from trainer.data.stream.batches import read_batch
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.diffusion.times import GivenTimes
@@ -141,13 +141,13 @@ def _compute(
 ) -> Outcome:
     """Forward and backward passes of the step, with the loss multiplied by `scale` as in fp16 training."""
     objective = build_objective(config, device)
-    read = ReadAndDecode(data.dataset, replace_by=data.order if config.data.on_bad_sample == "skip" else None)
+    replace_by = data.order if config.data.on_bad_sample == "skip" else None
     outcome = Outcome()
     accumulation = len(dump.samples) // dump.micro_batch
     for first in range(0, len(dump.samples), dump.micro_batch):
         samples = dump.samples[first : first + dump.micro_batch]
         positions = [sample.position for sample in samples]
-        batch = read((positions, [sample.id for sample in samples]))
+        batch = read_batch(data.dataset, (positions, [sample.id for sample in samples]), replace_by=replace_by)
         seed_dropout(batch, config)
         inputs = device_batch(batch, config, device)
         times = GivenTimes(

@@ -2,12 +2,16 @@
 
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer.errors import DataError
+
+# By the name that a network takes it by (`data.cond`): the member of a sample, as data_prep.format.MEMBERS names it.
+MEMBER_OF = {"label": "cls", "caption": "txt", "array": "npy", "low_res": "low", "source": "source"}
+SECOND_IMAGES = ("low_res", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +36,16 @@ class ShardFiles(Protocol):
 
 
 class Dataset(Protocol):
-    """Images by sample id, 0 <= id < len(self), in numbered shards: the interface used by the stream."""
+    """Samples by id, 0 <= id < len(self), in numbered shards: the interface used by the stream.
+
+    cond: names of MEMBER_OF, what is read with each image.
+    """
 
     where: str
     shards: list[Shard]
     image_size: int
     fingerprint: str
+    cond: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -54,8 +62,15 @@ class Dataset(Protocol):
         Raises SampleError that names shard and member, or DataError where the shard is unavailable.
         """
 
-    def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The samples' class labels, -1 for none; (B,)."""
+    def further(self, sample: int) -> dict[str, Any]:
+        """What `cond` names: label: int; caption: str; low_res, source: (h, w, C) uint8; array: a numpy array.
+
+        Raises SampleError that names shard and member where the sample has no such member or it is damaged, or
+        DataError where the shard is unavailable.
+        """
+
+    def key(self, sample: int) -> str:
+        """Key of a sample in its tar, or what identifies it there."""
 
     def describe(self, sample: int) -> str:
         """Location of a sample, for messages."""

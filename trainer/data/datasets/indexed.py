@@ -3,34 +3,35 @@
 import bisect
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.datasets.dataset import Shard, ShardFiles
-from trainer.data.stream.decode import decode_into
+from data_prep.format import MEMBERS, UNLABELLED, crc32
+from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
+from trainer.data.stream.decode import decode_array, decode_into, decode_square, decode_text
 from trainer.errors import DataError, SampleError
 
 _OPEN_SHARDS = 256
 
-Row = tuple[int, ...]  # of an index, in the order of its columns
+Place = tuple[int, ...]  # of a member in its shard: offset, length, and crc32 where the index has it
 
 
 class IndexedDataset:
     """Images by sample id, 0 <= id < len(self): ids are numbered through the shards, in the order of the index.
 
     Instances may be forked or pickled to loader processes: reads share no file position, and a pickled copy opens its
-    own files. Subclasses implement `describe`, `split_keys` and, where the index has more than lengths, `is_intact`.
+    own files. Subclasses implement `key`, `describe` and `split_keys`.
 
     where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
-    pages) or an array, with the `columns` "offset", "length" and "label" among others; crop: see `decode`; fingerprint:
-    identifies the samples and their numbering.
+    pages) or an array, of `dtype`: the image's "offset", "length" and, right behind them, perhaps "crc32"; "label";
+    and for each further member the same by its name; crop: see `decode`; fingerprint: identifies the samples and their
+    numbering; cond: names of MEMBER_OF, what is read with each image; sides: of second images in pixels, by their
+    members' names; one that is not there has its own.
     """
-
-    damage = "cut off"  # reason in the error where `is_intact` is false
 
     def __init__(
         self,
@@ -43,7 +44,9 @@ class IndexedDataset:
         crop: bool,
         fingerprint: str,
         files: ShardFiles,
-        columns: Sequence[str],
+        dtype: np.dtype[np.void],
+        cond: Sequence[str],
+        sides: Mapping[str, int],
     ) -> None:
         self.where = where
         self.shards = list(shards)
@@ -56,7 +59,12 @@ class IndexedDataset:
         self._ends: list[int] = self.bounds[1:].tolist()  # a list of int: faster than an array to search for one sample
         self._index_source = index
         self._index: npt.NDArray[np.void] | None = None
-        self._offset_at, self._length_at = (columns.index(name) for name in ("offset", "length"))
+        columns = dtype.names or ()
+        image = columns.index("offset")
+        self._image_at = slice(image, image + (3 if "crc32" in columns else 2))
+        self.cond = tuple(cond)
+        self.sides = sides
+        self._cond_at = {name: columns.index(MEMBER_OF[name]) for name in cond if name != "label"}
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -94,33 +102,60 @@ class IndexedDataset:
         except SampleError as error:
             raise SampleError(f"{self.describe(sample)}: {error}") from error
 
+    def further(self, sample: int) -> dict[str, Any]:
+        """Implements `Dataset.further`."""
+        found: dict[str, Any] = {}
+        for name in self.cond:
+            try:
+                found[name] = self._label(sample) if name == "label" else self._further(sample, name)
+            except SampleError as error:
+                raise SampleError(f"{self.describe(sample)}: {name}: {error}") from error
+        return found
+
     def read(self, sample: int) -> bytes:
         """The encoded image.
 
         Raises SampleError where the bytes differ from those that were indexed, DataError where the shard is
         unavailable.
         """
-        row: Row = self.index[sample].item()  # plain integers: faster than a dictionary of them
+        row: tuple[int, ...] = self.index[sample].item()  # plain integers: faster than a dictionary of them
+        try:
+            return self._verified(sample, row[self._image_at])
+        except SampleError as error:
+            raise SampleError(f"{self.describe(sample)}: {error}") from error
+
+    def _label(self, sample: int) -> int:
+        label = int(self.index[sample]["label"])
+        if label == UNLABELLED:
+            raise SampleError("the sample has none")
+        return label
+
+    def _further(self, sample: int, name: str) -> Any:
+        place: Place = self.index[sample].item()[self._cond_at[name]]
+        if not any(place):
+            raise SampleError("the sample has none")
+        data = self._verified(sample, place)
+        kind = MEMBERS[MEMBER_OF[name]]
+        if kind == "image":
+            return decode_square(data, self.mode, self.sides.get(MEMBER_OF[name]), crop=self.crop)
+        return decode_text(data) if kind == "text" else decode_array(data)
+
+    def _verified(self, sample: int, place: Place) -> bytes:
         shard = bisect.bisect_right(self._ends, sample)
-        encoded = self._read(shard, row)
-        if self.is_intact(row, encoded):
-            return encoded
+        found = self._read(shard, place)
+        if _is_intact(place, found):
+            return found
         if self.files.renew(self.shards[shard]):
             os.close(self._descriptors.pop(shard))
-            encoded = self._read(shard, row)
-        if not self.is_intact(row, encoded):
-            raise SampleError(
-                f"{self.describe(sample)}: damaged ({self.damage}); restore the shard or prepare it again"
-            )
-        return encoded
+            found = self._read(shard, place)
+        if not _is_intact(place, found):
+            damage = "crc32 differs" if len(place) > 2 else "cut off"
+            raise SampleError(f"damaged ({damage}); restore the shard or prepare it again")
+        return found
 
-    def is_intact(self, row: Row, encoded: bytes) -> bool:
-        """Whether the bytes are those that were indexed, as far as the index has evidence; row: the sample's."""
-        return len(encoded) == row[self._length_at]
-
-    def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Implements `Dataset.labels`."""
-        return self.index["label"][np.asarray(samples)].astype(np.int64)
+    def key(self, sample: int) -> str:
+        """Key of a sample in its tar, or what identifies it there."""
+        raise NotImplementedError
 
     def describe(self, sample: int) -> str:
         """Location of a sample, for messages: "shard-000003.tar: member 000006151.webp (sample 6150)"."""
@@ -130,9 +165,9 @@ class IndexedDataset:
         """(N,) keys that identify samples independently of their location; the held-out split is a function of them."""
         raise NotImplementedError
 
-    def _read(self, shard: int, row: Row) -> bytes:
+    def _read(self, shard: int, place: Place) -> bytes:
         try:
-            return os.pread(self._descriptor(shard), row[self._length_at], row[self._offset_at])
+            return os.pread(self._descriptor(shard), place[1], place[0])
         except OSError as error:
             raise DataError(f"{self.shards[shard].url}: cannot be read ({error.strerror})") from error
 
@@ -162,3 +197,8 @@ class IndexedDataset:
     def __getstate__(self) -> dict[str, Any]:
         # Pickling would copy the memory-mapped content; descriptors are invalid in another process.
         return {**self.__dict__, "_index": None, "_descriptors": OrderedDict()}
+
+
+def _is_intact(place: Place, data: bytes) -> bool:
+    """Whether the bytes are those that were indexed, as far as the index has evidence."""
+    return len(data) == place[1] and (len(place) == 2 or crc32(data) == place[2])

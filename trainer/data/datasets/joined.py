@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from trainer.data.datasets.indexed import IndexedDataset
 
 
 class JoinedDatasets:
-    """Implements `Dataset`. Samples of dataset k begin at `id_starts[k]`; labels are those of each dataset."""
+    """Implements `Dataset`. Samples of dataset k begin at `id_starts[k]`."""
 
     def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
         self.datasets = list(datasets)
@@ -20,6 +21,7 @@ class JoinedDatasets:
         self.id_starts = np.cumsum([0, *(len(dataset) for dataset in datasets)])
         self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self.image_size = datasets[0].image_size
+        self.cond = datasets[0].cond
         fingerprints = [dataset.fingerprint for dataset in datasets]
         self.fingerprint = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
 
@@ -45,15 +47,15 @@ class JoinedDatasets:
         dataset, own = self._find(sample)
         dataset.decode_into(out, own)
 
-    def labels(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The samples' class labels, -1 for none; (B,)."""
-        asked = np.asarray(samples)
-        owners = np.searchsorted(self.id_starts, asked, side="right") - 1
-        found = np.empty(asked.shape, dtype=np.int64)
-        for number in np.unique(owners).tolist():
-            chosen = owners == number
-            found[chosen] = self.datasets[number].labels(asked[chosen] - self.id_starts[number])
-        return found
+    def further(self, sample: int) -> dict[str, Any]:
+        """What `cond` names, by the dataset that holds the sample; labels are that dataset's own numbers."""
+        dataset, own = self._find(sample)
+        return dataset.further(own)
+
+    def key(self, sample: int) -> str:
+        """Key of a sample in its tar."""
+        dataset, own = self._find(sample)
+        return dataset.key(own)
 
     def describe(self, sample: int) -> str:
         """Location of a sample, for messages."""

@@ -1,19 +1,27 @@
 """Datasets written by data_prep: manifest and index are checked when opened, a crc32 when an image is read."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from data_prep.format import INDEX_DTYPE, INDEX_NAME, SOURCE_ENCODING, FormatError, crc32, load_manifest, sha256_of
-from trainer.data.datasets.dataset import InPlace, Shard, ShardFiles
-from trainer.data.datasets.indexed import IndexedDataset, Row
-from trainer.errors import DataError
+from data_prep.format import (
+    INDEX_DTYPE,
+    INDEX_NAME,
+    SOURCE_ENCODING,
+    FormatError,
+    index_dtype,
+    load_manifest,
+    sha256_of,
+)
+from trainer.data.datasets.dataset import MEMBER_OF, InPlace, Shard, ShardFiles
+from trainer.data.datasets.indexed import IndexedDataset
+from trainer.errors import ConfigError, DataError
 
-_COLUMNS = tuple(INDEX_DTYPE.fields or ())
-_CRC32_AT = _COLUMNS.index("crc32")
+_KEY_AT = list(INDEX_DTYPE.names or ()).index("key")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -22,12 +30,17 @@ class ShardedDataset(IndexedDataset):
 
     Opening checks the manifest, the index and the sizes of shards in `folder`; reading checks each sample's crc32.
     `folder` holds manifest and index, and also the shards unless `origin` (a path or URL) is their location. Raises
-    DataError.
+    DataError, and ConfigError where no sample has what `cond` names.
     """
 
-    damage = "crc32 differs"
-
-    def __init__(self, folder: Path, *, origin: str | None = None, files: ShardFiles | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        origin: str | None = None,
+        files: ShardFiles | None = None,
+        cond: Sequence[str] = (),
+    ) -> None:
         try:
             self.manifest = load_manifest(folder)
         except FormatError as error:
@@ -37,6 +50,9 @@ class ShardedDataset(IndexedDataset):
         for record in self.manifest.shards:
             if PurePosixPath(record.name).name != record.name or not _SHA256.fullmatch(record.sha256):
                 raise DataError(f"{where}: the manifest names a shard {record.name!r} with sha256 {record.sha256!r}")
+        for name in cond:
+            if not (self.manifest.classes if name == "label" else MEMBER_OF[name] in self.manifest.members):
+                raise ConfigError(f"data.cond = {list(cond)}: no sample in {where} has a {name}")
         super().__init__(
             where=where,
             shards=[
@@ -55,20 +71,21 @@ class ShardedDataset(IndexedDataset):
             crop=self.manifest.encoding == SOURCE_ENCODING,
             fingerprint=self.manifest.fingerprint,
             files=files or InPlace(),
-            columns=_COLUMNS,
+            dtype=index_dtype(self.manifest.members),
+            cond=cond,
+            sides=self.manifest.members,
         )
         if origin is None:
             self._check_sizes()
         self._check_index()
 
     @override
-    def is_intact(self, row: Row, encoded: bytes) -> bool:
-        """Compares the crc32."""
-        return super().is_intact(row, encoded) and crc32(encoded) == row[_CRC32_AT]
+    def key(self, sample: int) -> str:
+        return f"{self.index[sample].item()[_KEY_AT]:09d}"
 
     @override
     def describe(self, sample: int) -> str:
-        member = f"{self.index[sample]['key']:09d}"
+        member = self.key(sample)
         if not self.crop:  # with `crop`, members keep the extension of their format
             member += f".{self.manifest.encoding}"
         return f"{self.shards[int(self.shards_of(sample))].url}: member {member} (sample {sample})"
@@ -100,7 +117,7 @@ class ShardedDataset(IndexedDataset):
             self.index  # noqa: B018 - loads and checks the index
         except ValueError as error:
             raise DataError(f"{path}: not an index ({error}); prepare the dataset again") from error
-        if self.index.dtype != INDEX_DTYPE or self.index.shape != (self.manifest.samples,):
+        if self.index.dtype != index_dtype(self.manifest.members) or self.index.shape != (self.manifest.samples,):
             raise DataError(f"{path}: holds {self.index.shape} rows, the manifest says {self.manifest.samples}")
         if len(self) != self.manifest.samples or not len(self):
             raise DataError(

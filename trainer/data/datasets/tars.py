@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from data_prep.format import UNLABELLED, sha256_of
+from data_prep.format import MEMBERS, UNLABELLED, sha256_of
 from data_prep.progress import WorkProgress
 from data_prep.tar_headers import Member, TarError, walk
-from trainer.data.datasets.dataset import Shard, ShardFiles
+from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
 from trainer.data.datasets.indexed import IndexedDataset
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 TAR_DTYPE = np.dtype(
     [
@@ -42,7 +42,8 @@ class TarDataset(IndexedDataset):
 
     shards: with `samples` = 0, since their numbers are not known yet; image_size and mode: what every image must have
     (the shorter side) or is converted to (grey to RGB); index_folder: where the index is kept for the next start, None
-    for nowhere. Raises DataError with shard and offset where a tar is damaged.
+    for nowhere; cond: see `IndexedDataset`. Raises DataError with shard and offset where a tar is damaged, and
+    ConfigError where no sample has what `cond` names.
     """
 
     def __init__(
@@ -54,15 +55,20 @@ class TarDataset(IndexedDataset):
         mode: str,
         files: ShardFiles,
         index_folder: Path | None,
+        cond: Sequence[str] = (),
     ) -> None:
+        dtype = _dtype(cond)
         if index_folder is None:
-            counts, index = _index(shards, files)
+            counts, index = _index(shards, files, dtype)
             source: Path | npt.NDArray[np.void] = index
         else:
-            counts, source = _kept_index(shards, files, index_folder)
+            counts, source = _kept_index(shards, files, index_folder, dtype)
             index = np.load(source, mmap_mode="r", allow_pickle=False)
         if not sum(counts):
             raise DataError(f"{where}: no image in {len(shards)} tars")
+        for name in cond:
+            if not (index["label"] != UNLABELLED if name == "label" else index[MEMBER_OF[name]]["offset"]).any():
+                raise ConfigError(f"data.cond = {list(cond)}: no sample in {where} has a {name}")
         names = [PurePosixPath(shard.url).name for shard in shards]
         content = [image_size, mode, names, counts, hashlib.sha256(index.tobytes()).hexdigest()]
         super().__init__(
@@ -77,8 +83,15 @@ class TarDataset(IndexedDataset):
             crop=True,
             fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             files=files,
-            columns=tuple(TAR_DTYPE.fields or ()),
+            dtype=dtype,
+            cond=cond,
+            sides={},
         )
+
+    @override
+    def key(self, sample: int) -> str:
+        """The hash of its image's name in hexadecimal digits, since the index does not store names."""
+        return f"{self.index[sample]['name']:016x}"
 
     @override
     def describe(self, sample: int) -> str:
@@ -97,19 +110,30 @@ class TarDataset(IndexedDataset):
         return self.index["name"].astype(np.uint64)
 
 
-def _kept_index(shards: Sequence[Shard], files: ShardFiles, folder: Path) -> tuple[list[int], Path]:
+def _dtype(cond: Sequence[str]) -> np.dtype[np.void]:
+    """Of the index: TAR_DTYPE, and for each further member that is asked for its place, zeros where there is none."""
+    members = [MEMBER_OF[name] for name in cond if name != "label"]
+    return np.dtype([*TAR_DTYPE.descr, *((member, TAR_DTYPE[["offset", "length"]]) for member in members)])
+
+
+def _kept_index(
+    shards: Sequence[Shard], files: ShardFiles, folder: Path, dtype: np.dtype[np.void]
+) -> tuple[list[int], Path]:
     """The stored index, or a new one: one process reads the headers while others wait for it.
 
-    It is keyed by the shards' names, sizes and times, so that a changed shard results in a new index.
+    It is keyed by the shards' names, sizes and times, so that a changed shard results in a new index, and by further
+    members.
     """
-    key = hashlib.sha256(json.dumps([[s.url, s.bytes, s.digest] for s in shards]).encode()).hexdigest()[:32]
+    keyed_by: list[list[object]] = [[s.url, s.bytes, s.digest] for s in shards]
+    keyed_by += [list(dtype.names or ())] if dtype != TAR_DTYPE else []
+    key = hashlib.sha256(json.dumps(keyed_by).encode()).hexdigest()[:32]
     path, record = folder / f"{key}.npy", folder / f"{key}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         counts = _counts_kept(path, record)
         if counts is None:
-            counts, index = _index(shards, files)
+            counts, index = _index(shards, files, dtype)
             _replace(path, lambda stream: np.save(stream, index))
             content = json.dumps({"counts": counts, "sha256": _digest(path, counts)}).encode()
             _replace(record, lambda stream: stream.write(content))
@@ -139,8 +163,10 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     unfinished.rename(path)
 
 
-def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.NDArray[np.void]]:
-    """Read the headers of all shards. Returns the number of samples of each, and the index, (N,) TAR_DTYPE.
+def _index(
+    shards: Sequence[Shard], files: ShardFiles, dtype: np.dtype[np.void]
+) -> tuple[list[int], npt.NDArray[np.void]]:
+    """Read the headers of all shards. Returns the number of samples of each, and the index, (N,) of `dtype`.
 
     Reports the images and labels that are left out, one line each: no other process or start does.
     """
@@ -149,7 +175,7 @@ def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.N
         for shard in shards:
             descriptor = files.open(shard)
             try:
-                rows, others, words = _samples(descriptor, walk(descriptor))
+                rows, others, words = _samples(descriptor, walk(descriptor), dtype)
                 parts.append(rows)
                 left_out += [f"{shard.url}: {name}" for name in others]
                 without_number += [f"{shard.url}: {name}" for name in words]
@@ -170,10 +196,12 @@ def _index(shards: Sequence[Shard], files: ShardFiles) -> tuple[list[int], npt.N
     if without_number:
         count = f"{len(without_number)} labels are" if len(without_number) > 1 else "a label is"
         print(f"{without_number[0]}: {count} no class numbers and left out (data_prep reads words)", file=sys.stderr)
-    return [len(part) for part in parts], np.concatenate([np.empty(0, TAR_DTYPE), *parts])
+    return [len(part) for part in parts], np.concatenate([np.empty(0, dtype), *parts])
 
 
-def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
+def _samples(
+    descriptor: int, members: Sequence[Member], dtype: np.dtype[np.void]
+) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
     """WebDataset's grouping: a sample is all members with the same name up to the first dot; its image is .jpg, .png,
     ...
 
@@ -197,6 +225,7 @@ def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np
             raise ValueError(f"{member.name} is there twice")
         fields[extension.lower()] = member
     rows = []
+    wanted = (dtype.names or ())[len(TAR_DTYPE.names or ()) :]
     for fields in samples.values():
         label = _label(descriptor, fields["cls"]) if "cls" in fields else UNLABELLED
         if label is None:
@@ -207,8 +236,20 @@ def _samples(descriptor: int, members: Sequence[Member]) -> tuple[npt.NDArray[np
             left_out += [member.name for extension, member in fields.items() if _is_image(extension)]
         for image in images:
             name = int.from_bytes(hashlib.sha256(image.name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-            rows.append((image.offset, image.length, label, name))
-    return np.array(rows, dtype=TAR_DTYPE), left_out, without_number
+            rows.append((image.offset, image.length, label, name, *(_place(fields, member) for member in wanted)))
+    return np.array(rows, dtype=dtype), left_out, without_number
+
+
+def _place(fields: dict[str, Member], name: str) -> tuple[int, int]:
+    """Offset and length of a further member, by its name in data_prep.format.MEMBERS; zeros where there is none.
+
+    Raises ValueError where there are several.
+    """
+    extensions = [f"{name}.{kind}" for kind in sorted(_IMAGE_EXTENSIONS)] if MEMBERS[name] == "image" else [name]
+    found = [fields[extension] for extension in extensions if extension in fields]
+    if len(found) > 1:
+        raise ValueError(f"{found[0].name} and {found[1].name} are both {name} of one sample")
+    return (found[0].offset, found[0].length) if found else (0, 0)
 
 
 def _is_image(extension: str) -> bool:

@@ -12,11 +12,13 @@ import base64
 import hashlib
 import io
 import re
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_prep.arrays import array_of_npy
 from data_prep.format import FormatError, center_crop_box
 from data_prep.jpeg import JPEG_MAGIC, NEEDS_SIMPLEJPEG, hole_of_zeros, jpeg_fault
 from data_prep.png import PNG_MAGIC, png_fault
@@ -70,6 +72,36 @@ def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: 
     if is_jpeg and (fault := jpeg_fault(encoded)) is not None:
         raise SampleError(f"cannot be decoded ({fault})")
     _decode_by_pillow(out, encoded, mode, crop=crop)
+
+
+def decode_square(encoded: bytes, mode: str, side: int | None, *, crop: bool) -> npt.NDArray[np.uint8]:
+    """Decode a second image to (side, side, C) uint8, see `decode_into`; side None: its own shorter side."""
+    if side is None:
+        try:
+            with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+                side = min(image.size)
+        except Exception as error:  # as in `_decode_by_pillow`
+            raise SampleError(f"cannot be decoded ({' '.join(str(error).split())})") from error
+    pixels = np.empty((side, side, {"RGB": 3, "L": 1}[mode]), dtype=np.uint8)
+    decode_into(pixels, encoded, mode, crop=crop)
+    return pixels
+
+
+def decode_text(data: bytes) -> str:
+    """A caption. Raises SampleError where it is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise SampleError(f"cannot be decoded ({error})") from error
+
+
+def decode_array(data: bytes) -> npt.NDArray[Any]:
+    """An array of numbers in numpy's format. Raises SampleError for anything else, pickles included."""
+    try:
+        found = array_of_npy(data)
+    except ValueError as error:
+        raise SampleError(f"is no array of numbers ({error})") from error
+    return found.astype(found.dtype.newbyteorder("="), copy=False)
 
 
 def jpeg_signature() -> str:

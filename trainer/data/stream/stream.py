@@ -23,7 +23,7 @@ from trainer.data.datasets.dataset import Dataset
 from trainer.data.orders.order import Int64Array, Order
 from trainer.data.stream.bad_samples import BadSamples
 from trainer.data.stream.batch_memory import BatchMemory
-from trainer.data.stream.batches import FillSlots, ReadAndDecode, as_tensors
+from trainer.data.stream.batches import Collate, ReadSamples, as_tensors, pixels_shape
 from trainer.data.stream.prefetch import Prefetcher
 from trainer.errors import ConfigError, DataError
 from trainer.signals import STOP_SIGNALS, on_parents_death
@@ -122,22 +122,29 @@ def micro_batches(
     start_method: StartMethod = "fork",
     bad_samples: BadSamples | None = None,
     prefetcher: Prefetcher | None = None,
-) -> Generator[dict[str, torch.Tensor], None, None]:
-    """Iterate over the plan's micro-batches in order, as made by `ReadAndDecode`, without "faults".
+) -> Generator[dict[str, Any], None, None]:
+    """Iterate over the plan's micro-batches in order, see `as_tensors`, without "faults".
 
     Raises DataError, with a one-line message, where a sample is damaged; with `bad_samples` it is replaced and counted
     there. Also where a loader process was killed; see `dead_loaders_told`.
     """
     if len(plan.micro_steps) == 0:
         return
-    decode = ReadAndDecode(dataset, replace_by=plan.order if bad_samples is not None else None)
     loaders = min(workers, len(plan.micro_steps))
     # A loader prepares as many batches as it may prefetch, while the trainer holds one and requests the next.
     memory = BatchMemory(
-        decode.shape(plan.layout.micro_batch), loaders=loaders, slots=_IN_TRAINING + (prefetch if loaders else 0)
+        pixels_shape(dataset, plan.layout.micro_batch),
+        loaders=loaders,
+        slots=_IN_TRAINING + (prefetch if loaders else 0),
     )
+    replace_by = plan.order if bad_samples is not None else None
+    stages = [
+        plan,
+        ReadSamples(dataset, replace_by=replace_by, memory=memory),
+        Collate(plan.layout.micro_batch),
+    ]
     loader: Iterable[dict[str, Any]] = wds.WebLoader(
-        wds.DataPipeline(plan, wds.map(FillSlots(decode, memory))),
+        wds.DataPipeline(*stages),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=loaders,

@@ -117,7 +117,7 @@ class FeatureDistance:
 
         def read(numbers: range) -> torch.Tensor:
             enter("validate")
-            pixels, _ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
+            pixels, *_ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
             return self._features(pixels)
 
         what = "the images to measure a distance to: cannot be read"

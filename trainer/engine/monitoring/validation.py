@@ -1,5 +1,7 @@
 """The loss on held-out images, with the same noise every time: differences are due to the network alone."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -8,6 +10,7 @@ from einops import rearrange
 from trainer.config import Config
 from trainer.data.datasets.dataset import Dataset
 from trainer.data.orders.order import sample_ids
+from trainer.data.stream.batches import as_tensors, pixels_shape, stacked
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.keyed_noise import KeyedNoise
@@ -15,6 +18,7 @@ from trainer.engine.build import build_trained
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.watchdog import enter
 from trainer.engine.state.train_state import TrainState
+from trainer.engine.step.train_step import conditioning
 from trainer.errors import DataError, SampleError
 from trainer.sampling.request import batches_of
 from trainer.signals import StopRequest
@@ -73,11 +77,12 @@ class Validation:
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
         """Quartile of the noise levels and loss of each image; damaged ones are left out by on_bad_sample = "skip"."""
-        pixels, kept = read_images(self.config, self.dataset, ids)
+        pixels, further, kept = read_images(self.config, self.dataset, ids)
         if not kept:
             return [], []
         device = self.state.strategy.device
-        batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device))
+        cond = conditioning(as_tensors(stacked(further)), self.config, device)
+        batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device), cond=cond)
         noise = KeyedNoise.validation(self.config.seed, batch.position)
         losses = self.objective.training_losses(network, batch, noise, times=self.objective.validation_times)
         return quartile_of(losses.level).tolist(), losses.loss.tolist()
@@ -94,19 +99,22 @@ class Validation:
         return values
 
 
-def read_images(config: Config, dataset: Dataset, ids: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[int]]:
-    """Images (B, C, H, W) uint8, and their ids; damaged images are left out where `data.on_bad_sample` is "skip".
+def read_images(
+    config: Config, dataset: Dataset, ids: npt.NDArray[np.int64]
+) -> tuple[torch.Tensor, list[dict[str, Any]], list[int]]:
+    """Images (B, C, H, W) uint8, what `data.cond` names of each, and their ids; damaged samples are left out where
+    `data.on_bad_sample` is "skip".
 
-    Otherwise raises DataError with the name of the damaged image.
+    Otherwise raises DataError with the name of the damaged sample.
     """
-    side = dataset.image_size
-    pixels, kept = np.empty((len(ids), side, side, dataset.channels), dtype=np.uint8), list[int]()
+    pixels, further, kept = np.empty(pixels_shape(dataset, len(ids)), dtype=np.uint8), [], list[int]()
     for sample in ids.tolist():
         try:
             dataset.decode_into(pixels[len(kept)], sample)
+            further.append(dataset.further(sample))
         except SampleError:
             if config.data.on_bad_sample == "raise":
                 raise
         else:
             kept.append(sample)
-    return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w"), kept
+    return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w"), further, kept

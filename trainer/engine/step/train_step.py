@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.config import Config
+from trainer.data.datasets.dataset import SECOND_IMAGES
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import Batch, Losses
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_flips, keyed_int
@@ -23,15 +24,33 @@ from trainer.telemetry.pictures import from_uint8
 def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.device) -> Batch:
     """Move a micro-batch of the loader to the device.
 
-    batch: "image" (B, C, H, W) uint8 and "position" (B,) int64. With `data.flip`, whether an image is flipped is a
-    function of the seed and its position.
+    batch: "image" (B, C, H, W) uint8, "position" (B,) int64, and what `data.cond` names, of which captions stay behind.
+    With `data.flip`, whether an image is flipped, its second images with it, is a function of the seed and its
+    position.
     """
     position = batch["position"].to(device, non_blocking=True)
-    images = batch["image"].to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    x = from_uint8(images)
-    if config.data.flip:
-        x = torch.where(keyed_flips(config.seed, position)[:, None, None, None], x.flip(-1), x)
-    return Batch(x=x, position=position)
+    flips = keyed_flips(config.seed, position)[:, None, None, None] if config.data.flip else None
+    x = _image(batch["image"], device, flips)
+    return Batch(x=x, position=position, cond=conditioning(batch, config, device, flips))
+
+
+def conditioning(
+    batch: dict[str, torch.Tensor], config: Config, device: torch.device, flips: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """What `data.cond` names, on the device: second images (B, C, h, w) float32 in [-1, 1], the rest as it is.
+
+    flips: (B, 1, 1, 1) bool, the samples whose second images are mirrored. Captions are no tensors yet.
+    """
+    return {
+        name: _image(batch[name], device, flips) if name in SECOND_IMAGES else batch[name].to(device, non_blocking=True)
+        for name in config.data.cond
+        if name != "caption"
+    }
+
+
+def _image(pixels: torch.Tensor, device: torch.device, flips: torch.Tensor | None) -> torch.Tensor:
+    x = from_uint8(pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last))
+    return x if flips is None else torch.where(flips, x.flip(-1), x)
 
 
 def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
