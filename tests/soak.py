@@ -177,7 +177,8 @@ class Soak:
         run.broken += false_claims(folder, since=job.began, exit_code=code, last_step=STEPS)
         if not struck and code != 0:
             run.broken.append(f"ended with {code} though nothing was done to it; see {job.log}")
-        if not run.broken and strike and folder.exists() and pick.random() < SHARE_OF_DAMAGE:
+        goes_on = folder.exists() and not (folder / "DONE").exists()  # what a finished run has is compared as it is
+        if not run.broken and strike and goes_on and pick.random() < SHARE_OF_DAMAGE:
             damage = damage_something(folder, pick)
             if damage is not None:
                 run.launches[-1]["damage"] = damage.what
