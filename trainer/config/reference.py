@@ -80,9 +80,9 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
     if not get_args(annotation):
         return _TYPES[annotation] + bounds
-    inner = FieldInfo.from_annotation(get_args(annotation)[0])  # of X | None or list[X]
+    inner = FieldInfo.from_annotation(get_args(annotation)[-1 if get_origin(annotation) is dict else 0])
     name = _type(inner.annotation, inner.metadata)
-    return (f"list ({name})" if get_origin(annotation) is list else name) + bounds
+    return {list: f"list ({name})", dict: f"table ({name})"}.get(get_origin(annotation), name) + bounds
 
 
 def _bounds(metadata: list[Any]) -> Iterator[str]:

@@ -100,6 +100,12 @@ class TrainConfig(Section):
     ema_snapshots: SpanField = Span(0, "steps")
     """Between two snapshots of the averages of ema_sigma_rel, from which one of any width can be made afterwards;
     "0 steps" for none."""
+    freeze: list[str] = Field(default=[])
+    """Networks, or parameters as patterns, that are not trained: "down.*" of the network "model", "critic" and
+    "critic.conv.*" of another (docs/strategies.md). It stays the same for the whole run."""
+    init_from: dict[str, str] = Field(default={})
+    """By name of a network (the plain one is "model") the run or checkpoint whose weights it starts from in step 0:
+    "PATH" takes the raw ones, "PATH:ema" the average. It stays the same for the whole run, which reads it once."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp"] = "ddp"
     """What ranks share: "ddp" nothing; DeepSpeed's "zero1" moments, "zero2" gradients too, "zero3" weights too; "fsdp2"
     all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md). "auto", or

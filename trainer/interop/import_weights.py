@@ -77,7 +77,7 @@ def make_run(
     """
     plain = config.train.model_copy(update={"strategy": "ddp", "precision": "fp32"})
     state = build_state(config, DataParallel(plain))
-    state.set_weights(weights)
+    state.main.set_weights(weights)
     folder = RunFolder(path, writes=True)
     folder.save_config(config)
     saved = Checkpoints(folder.checkpoints, accelerator).save(state.contents(), step=0, identity=identity(config, None))

@@ -65,7 +65,7 @@ class FeatureDistance:
         """(N, D), on every rank; None after a request to stop."""
         strategy, model = self.state.strategy, self.config.model
         started = time.monotonic()
-        network = build_trained(self.config, self.state.average(), strategy.device)
+        network = build_trained(self.config, self.state.main.average(), strategy.device)
         reverse = self.state.objective.reverse(network).respaced(self.steps)
         ranks, rank = strategy.accelerator.num_processes, strategy.accelerator.process_index
         batches = batches_of(self.config.log.distance_samples, _BATCH)

@@ -53,7 +53,7 @@ class Validation:
         accelerator = self.state.strategy.accelerator
         share = batches[accelerator.process_index :: accelerator.num_processes]
         values: dict[str, float] = {}
-        for name, whole in (("loss", self.state.weights), ("ema_loss", self.state.average)):
+        for name, whole in (("loss", self.state.main.weights), ("ema_loss", self.state.main.average)):
             network = build_trained(self.config, whole(), self.state.strategy.device)
             parts: list[tuple[int, list[int], list[float]]] = []
 
