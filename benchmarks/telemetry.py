@@ -42,7 +42,7 @@ from trainer.telemetry.meters import STEP_SUMS
 
 # What is called for telemetry alone. `PendingVerdict.read` is more than that: the step is settled by it.
 METERS: dict[str, list[tuple[Any, str]]] = {
-    "loss by timestep, bound": [(step_module, "step_sums")],
+    "loss by timestep, bound": [(phase_step, "step_sums")],
     "gradient noise scale": [(GradientSquare, "after_micro_batch"), (GradientSquare, "read")],
     "verdict, clocks, progress": [(PendingVerdict, "read"), (Telemetry, "count"), (Telemetry, "queued")],
     "log lines": [(Telemetry, "log")],

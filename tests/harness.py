@@ -98,19 +98,20 @@ def launch(
     expect: int | list[int] | None = 0,
     script: str = "train",
     fault: Fault | None = None,
+    family: str | None = None,
 ) -> str:
     """Run trainer/train.py (or sample.py, evaluate.py, convert.py) in `processes` processes, as torchrun would.
 
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
     their own. `expect` is the exit code of every process, or of each (none waits for one that is to end by SIGKILL);
-    None where a fault kills one of them, and the others are killed in their turn, as launchers do. Returns what all of
-    them printed.
+    None where a fault kills one of them, and the others are killed in their turn, as launchers do. `family`: a module
+    to import first, which registers one. Returns what all of them printed.
     """
     context = server()
     port = free_port()
     with tempfile.NamedTemporaryFile("r+") as log:
         ranks = [
-            context.Process(target=run_rank, args=(rank, processes, port, script, arguments, fault, log.name))
+            context.Process(target=run_rank, args=(rank, processes, port, script, arguments, fault, family, log.name))
             for rank in range(processes)
         ]
         for process in ranks:
@@ -152,7 +153,14 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 
 def run_rank(
-    rank: int, processes: int, port: int, script: str, arguments: tuple[str, ...], fault: Fault | None, log: str
+    rank: int,
+    processes: int,
+    port: int,
+    script: str,
+    arguments: tuple[str, ...],
+    fault: Fault | None,
+    family: str | None,
+    log: str,
 ) -> None:
     """Be one rank of `launch`, in a process of its own: never returns."""
     os.environ.update(environment(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -164,6 +172,8 @@ def run_rank(
         os.dup2(descriptor, stream)
     os.chdir(REPOSITORY)
     launcher._parent = os.getppid()  # it was imported by the server, whose parent is another
+    if family is not None:
+        importlib.import_module(family)
     if fault is not None and fault.rank == rank:
         fault.inject()
     sys.argv = [f"{script}.py", *arguments]
