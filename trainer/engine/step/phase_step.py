@@ -1,7 +1,7 @@
 """One phase of a training step: losses, gradients and update of one network, without synchronising with the device."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -33,13 +33,7 @@ class PhaseStep:
             name: each.network.module if each.network is self.trained else each.network.fixed_module
             for name, each in state.networks.items()
         }
-        self._fixed = [
-            parameter
-            for each in state.networks.values()
-            if each.network is not self.trained
-            for parameter in each.network.module.parameters()
-            if parameter.requires_grad
-        ]
+        self._others = [each.network for each in state.networks.values() if each.network is not self.trained]
         self._device = state.strategy.device
         self._losses: Losses | None = None  # of the last micro-batches, set by `backward`
 
@@ -103,14 +97,10 @@ class PhaseStep:
 
     @contextmanager
     def _others_fixed(self) -> Iterator[None]:
-        """A context in which the other networks get no gradients, but pass them on."""
-        for parameter in self._fixed:
-            parameter.requires_grad_(False)
-        try:
+        with ExitStack() as stack:
+            for network in self._others:
+                stack.enter_context(network.fixed())
             yield
-        finally:
-            for parameter in self._fixed:
-                parameter.requires_grad_(True)
 
     def _record(self, losses: Losses, *, skipped: torch.Tensor) -> None:
         """Record the losses of all ranks in the objective (importance sampling); none where `skipped`, a scalar, is not

@@ -1,8 +1,8 @@
 """What a strategy does for a run and for each of its networks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,20 @@ class DistributedNetwork(ABC):
 
     @property
     def fixed_module(self) -> nn.Module:
-        """Computes the forward pass in a phase that trains another network."""
+        """Computes the forward pass within `fixed`."""
         return self.module
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """A context for the phase of another network: this one passes gradients on, and has none afterwards."""
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     @abstractmethod
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:

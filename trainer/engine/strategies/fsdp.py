@@ -97,6 +97,16 @@ class FullyShardedNetwork(DistributedNetwork):
         return ParameterSlice(name=name, shape=parameter.shape, start=start, stop=start + local.numel(), storage=local)
 
     @override
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Its gradients are computed and dropped: FSDP2 does not let `requires_grad` change after the first forward."""
+        try:
+            yield
+        finally:
+            for _, parameter in self._shards:
+                parameter.grad = None
+
+    @override
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Reduce-scatter after every micro-batch: no rank keeps gradients of other shards."""
         del is_last
