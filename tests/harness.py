@@ -105,7 +105,7 @@ def launch(
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
     their own. `expect` is the exit code of every process, or of each (none waits for one that is to end by SIGKILL);
     None where a fault kills one of them, and the others are killed in their turn, as launchers do. `family`: a module
-    to import first, which registers one. Returns what all of them printed.
+    whose `register` is called first. Returns what all of them printed.
     """
     context = server()
     port = free_port()
@@ -173,7 +173,7 @@ def run_rank(
     os.chdir(REPOSITORY)
     launcher._parent = os.getppid()  # it was imported by the server, whose parent is another
     if family is not None:
-        importlib.import_module(family)
+        importlib.import_module(family).register()
     if fault is not None and fault.rank == rank:
         fault.inject()
     sys.argv = [f"{script}.py", *arguments]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import tests.two_networks  # noqa: F401  # registers the family "adversarial"
+from tests import two_networks
 from tests.faults import Fault
 from tests.harness import (
     assert_same_state,
@@ -40,6 +40,12 @@ from trainer.signals import StopRequest
 
 ADVERSARIAL = overrides(diffusion__kind="adversarial", model__dropout=0.0)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def family() -> Iterator[None]:
+    with two_networks.registered():
+        yield
 
 
 def run(processes: int, config: Path, *arguments: str, **how: Any) -> str:
@@ -172,6 +178,40 @@ def test_a_network_that_is_frozen_as_a_whole_has_no_phase(tmp_path: Path) -> Non
 def test_freezing_nothing_or_everything_is_refused(tmp_path: Path, patterns: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("*", r"\*")):
         freeze(build_networks(adversarial(tmp_path)), patterns)
+
+
+def test_a_network_may_have_an_optimizer_of_its_own(tmp_path: Path) -> None:
+    """What its table leaves out is as for all, also when the resolved configuration is read again."""
+    own = ["optimizer.networks.critic.learning_rate=0.5", "optimizer.networks.critic.betas=[0.5, 0.9]"]
+    config = adversarial(tmp_path, *own, "optimizer.clip_norm=7.0")
+    (tmp_path / "resolved.toml").write_text(config.to_toml())
+    for each in (config, Config.load(tmp_path / "resolved.toml")):
+        step = made_step(each)
+        take(step)
+        model, critic = (network.network.optimizer for network in step.state.networks.values())
+        assert [model.clip_norm, critic.clip_norm] == [7.0, 7.0]
+        assert [model.param_groups[0]["betas"], critic.param_groups[0]["betas"]] == [(0.9, 0.999), (0.5, 0.9)]
+        assert [network.learning_rate for network in step.state.networks.values()] == [1e-3, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("critic.lerning_rate=1", "optimizer.networks.critic.lerning_rate: unknown key; did you mean learning_rate"),
+        ("critic.eps=-1.0", "optimizer.networks.critic.eps = -1.0: should be greater than 0"),
+        ("critic=3", "optimizer.networks.critic = 3: should be a section"),
+    ],
+)
+def test_faults_in_a_networks_optimizer_are_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adversarial(tmp_path, f"optimizer.networks.{override}")
+
+
+def test_settings_of_a_network_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.networks\.crtic: this run has no such network, but model, critic"
+    ):
+        made_step(adversarial(tmp_path, "optimizer.networks.crtic.eps=1e-6"))
 
 
 def test_two_networks_resume_to_the_bit_on_two_ranks(tmp_path: Path, dataset: Path) -> None:
@@ -307,7 +347,7 @@ def saved(folder: Path, *settings: str, spoil: str | None = None) -> Path:
         ("SAVED:ema-0.1", "has no weights 'ema-0.1', but critic.ema, critic.model, ema, model"),
         ("SAVED:critic.model", r"critic.model/conv.weight: of no layer of the network 'model'"),
         ("DEEP", r"model/down.1.residual.norm_in.weight: of no layer of the network 'model'"),
-        ("PLAIN", r"model/middle.0.attention.norm.weight: missing; the network 'model' has it"),
+        ("PLAIN", r"model/down.2.attention.norm.weight: missing; the network 'model' has it"),
         ("WIDE", r"model/temb.dense_in.weight: shape \(.*\), the network 'model' has \(.*\)"),
         ("NAN", "model/conv_in.bias: holds what is no finite floating point number"),
     ],

@@ -1,6 +1,7 @@
-"""A family of two networks: DDPM's, which also learns to please a critic, and the critic. Importing it registers it."""
+"""A family of two networks: DDPM's, which also learns to please a critic, and the critic."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import DDPMConfig
+from trainer.config.families import FAMILIES as SECTIONS
 from trainer.diffusion.contract import Batch, Losses, Network, Phase
 from trainer.diffusion.ddpm.family import ddpm_objective, ddpm_output_channels
 from trainer.diffusion.ddpm.objective import GaussianObjective
-from trainer.diffusion.families import Family, register_family
+from trainer.diffusion.families import FAMILIES, Family, register_family
 from trainer.diffusion.keyed_noise import KeyedNoise
 
 
@@ -57,7 +59,19 @@ def phases(objective: GaussianObjective) -> list[Phase]:
     return [Phase(trains="model", losses=please_the_critic), Phase(trains="critic", losses=tell_apart)]
 
 
-register_family(
-    AdversarialConfig,
-    Family(objective=ddpm_objective, output_channels=ddpm_output_channels, networks=critic_of, phases=phases),
-)
+def register() -> None:
+    """Make the family known in this process, as `kind = "adversarial"`."""
+    register_family(
+        AdversarialConfig,
+        Family(objective=ddpm_objective, output_channels=ddpm_output_channels, networks=critic_of, phases=phases),
+    )
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """The family is known within, and to no other test of this process."""
+    register()
+    try:
+        yield
+    finally:
+        del FAMILIES["adversarial"], SECTIONS._sections["adversarial"]

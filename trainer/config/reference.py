@@ -57,7 +57,8 @@ def _section(section: type[Section], heading: str) -> Iterator[str]:
         path = f"{heading.strip('[]')}.{name}".lstrip(".")
         for inner in _sections_in(field.annotation):
             kind = f' kind = "{inner.model_fields["kind"].default}"' if "kind" in inner.model_fields else ""
-            yield from _section(inner, f"[[{path}]]" if get_origin(field.annotation) is list else f"[{path}]{kind}")
+            forms = {list: f"[[{path}]]", dict: f"[{path}.NAME]"}
+            yield from _section(inner, forms.get(get_origin(field.annotation), f"[{path}]{kind}"))
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

@@ -67,8 +67,8 @@ class DataConfig(Section):
         return self.path or " + ".join(entry.path for entry in self.mixture)
 
 
-class OptimizerConfig(Section):
-    """Adam, as in appendix B."""
+class AdamConfig(Section):
+    """Adam for one network; what is left out is as in [optimizer]."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
     """Learning rate after the warm-up."""
@@ -80,6 +80,26 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
     clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     """The gradient's global norm is clipped to this; inf never clips."""
+
+
+class OptimizerConfig(AdamConfig):
+    """Adam, as in appendix B, for every network."""
+
+    networks: dict[str, AdamConfig] = Field(default={})
+    """By name of a network, what differs for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("networks"), dict):
+            return raw
+        shared = {name: value for name, value in raw.items() if name in AdamConfig.model_fields}
+        own = {name: {**shared, **some} if isinstance(some, dict) else some for name, some in raw["networks"].items()}
+        return {**raw, "networks": own}
+
+    def of(self, network: str) -> AdamConfig:
+        """The settings for a network."""
+        return self.networks.get(network, self)
 
 
 class TrainConfig(Section):

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from trainer.config import Config, DDPMConfig
+from trainer.config import AdamConfig, Config, DDPMConfig
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import MODEL, Objective, Phase
 from trainer.diffusion.ddpm.family import ddpm_diffusion
@@ -22,7 +22,7 @@ from trainer.engine.state.ema import profiles
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.models.backbones import BACKBONES
 
 
@@ -85,14 +85,14 @@ def build_objective(config: Config, device: torch.device) -> Objective:
     return FAMILIES[config.diffusion.kind].objective(config.diffusion, device)
 
 
-def build_optimizer(config: Config, network: nn.Module) -> GuardedAdam:
+def build_optimizer(config: AdamConfig, network: nn.Module) -> GuardedAdam:
     """Adam over the network's parameters that are not frozen."""
     return GuardedAdam(
         (parameter for parameter in network.parameters() if parameter.requires_grad),
-        learning_rate=config.optimizer.learning_rate,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        clip_norm=config.optimizer.clip_norm,
+        learning_rate=config.learning_rate,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        clip_norm=config.clip_norm,
     )
 
 
@@ -100,12 +100,17 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
     """The state of a run at step 0, sharded over the ranks; its values do not depend on their number. Collective."""
     torch.manual_seed(config.seed)
     networks = build_networks(config)
+    if unknown := config.optimizer.networks.keys() - networks.keys():
+        has = ", ".join(networks)
+        raise ConfigError(f"optimizer.networks.{min(unknown)}: this run has no such network, but {has}", agreed=True)
     freeze(networks, config.train.freeze)
     layout = BatchLayout.plan(config.train.global_batch, strategy.accelerator.num_processes, config.train.micro_batch)
     recompute(networks[MODEL], stage_kinds(lambda: build_network(config), config, layout.micro_batch))
     if config.train.compile == "regional":
         for network in networks.values():
             compile_stages(network, config.train.compile_cache, cuda_graphs=config.train.cuda_graphs)
-    optimizer = partial(build_optimizer, config)
-    distributed = {name: strategy.prepare(network, optimizer) for name, network in networks.items()}
+    distributed = {
+        name: strategy.prepare(network, partial(build_optimizer, config.optimizer.of(name)))
+        for name, network in networks.items()
+    }
     return TrainState(strategy, distributed, profiles(config.train), build_objective(config, strategy.device))

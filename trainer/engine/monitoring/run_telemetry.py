@@ -121,11 +121,10 @@ class Telemetry:
         images, seconds = self.stopwatch.lap()
         rate = images / seconds
         values = {
-            "train/learning_rate": self.state.main.network.optimizer.param_groups[0]["lr"],
             "train/images_per_second": rate,
             "train/epoch": self.state.position / self._samples,
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
-            **self._meters(),
+            **self._of_networks(),
             **self.clock.take(),
             **self._of_all_ranks(seconds),
             **self._use_of_devices(rate),
@@ -205,13 +204,13 @@ class Telemetry:
             values["device/memory_reserved_bytes"] = max(reserved)
         return values
 
-    def _meters(self) -> dict[str, float]:
-        """The meters of all networks: train/loss of the main one, train/critic/loss of one named "critic"."""
-        values = self.state.main.meters.take()
+    def _of_networks(self) -> dict[str, float]:
+        """Meters and learning rates: train/loss of the main network, train/critic/loss of one named "critic"."""
+        values: dict[str, float] = {}
         for name, network in self.state.networks.items():
-            if network is not self.state.main:
-                taken = network.meters.take()
-                values |= {f"train/{name}/{key.removeprefix('train/')}": value for key, value in taken.items()}
+            prefix = "train" if network is self.state.main else f"train/{name}"
+            taken = {"train/learning_rate": network.learning_rate, **network.meters.take()}
+            values |= {key.replace("train", prefix, 1): value for key, value in taken.items()}
         return values
 
     def _use_of_devices(self, rate: float) -> dict[str, float]:

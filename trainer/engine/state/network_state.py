@@ -47,6 +47,12 @@ class NetworkState:
         """A parameter's name among those of all networks: "critic.conv.weight"."""
         return name if self.name == MODEL else f"{self.name}.{name}"
 
+    @property
+    def learning_rate(self) -> float:
+        """That of the last step."""
+        rate: float = self.network.optimizer.param_groups[0]["lr"]
+        return rate
+
     def updated(self) -> None:
         """Call when an update has been applied: the averages follow the weights."""
         self.updates += 1

@@ -62,8 +62,14 @@ class PhaseStep:
         self._losses = Losses.join(losses)
         return torch.stack(means).sum()
 
+    def learning_rate(self, step: int, global_batch: int) -> float:
+        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), hence 0 in step 0 (Ho et al.)."""
+        optimizer = self.config.optimizer.of(self.phase.trains)
+        warmup = optimizer.warmup.steps(global_batch)
+        return optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
+
     def update(
-        self, loss: torch.Tensor, *flags: torch.Tensor, layout: BatchLayout, learning_rate: float
+        self, loss: torch.Tensor, *flags: torch.Tensor, step: int, layout: BatchLayout
     ) -> tuple[torch.Tensor, torch.Tensor, PhaseBatches]:
         """Clip and apply the gradients on all ranks; on none if any rank's loss or gradient is not finite.
 
@@ -78,7 +84,7 @@ class PhaseStep:
             dist.all_reduce(sums)
         summed_flags, report = sums[: len(flags)], sums[len(flags) :]
         optimizer = self.trained.optimizer
-        optimizer.prepare_step(learning_rate=learning_rate, loss=report[0])
+        optimizer.prepare_step(learning_rate=self.learning_rate(step, layout.global_batch), loss=report[0])
         self.trained.step()
         if self.phase.trains == MODEL:
             self._record(losses, skipped=optimizer.skipped)

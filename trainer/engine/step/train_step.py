@@ -57,11 +57,6 @@ class TrainStep:
         ]
         self._seen: list[dict[str, torch.Tensor]] = []  # the loader's micro-batches of this step, for later phases
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), hence 0 in step 0 (Ho et al.)."""
-        warmup = self.config.optimizer.warmup.steps(self.layout.global_batch)
-        return self.config.optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
-
     def warm_up(self) -> None:
         """Called before the state is loaded: rehearses every phase where the strategy needs it."""
         for phase in self.phases:
@@ -90,15 +85,15 @@ class TrainStep:
         enter("update")
         first, *others = self.phases
         flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing, copying)]
-        rate = self.learning_rate(self._step)
-        counts, report, about = first.update(loss, *flags, layout=self.layout, learning_rate=rate)
+        counts, report, about = first.update(loss, *flags, step=self._step, layout=self.layout)
         reports, batches = [counts, report], [about]
         for phase in others:
             loss = self._backward(phase, self._seen)
             enter("update")
-            _, report, about = phase.update(loss, layout=self.layout, learning_rate=rate)
+            _, report, about = phase.update(loss, step=self._step, layout=self.layout)
             reports.append(report)
             batches.append(about)
+        self._seen.clear()  # frees the loader's memory
         self.state.position += self.layout.global_batch
         return PendingVerdict(torch.cat(reports), batches)
 
