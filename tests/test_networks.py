@@ -5,7 +5,7 @@ that start from another run's weights.
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import repeat
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,11 @@ def made_step(config: Config) -> TrainStep:
 
 
 def images(step: TrainStep) -> Iterator[dict[str, torch.Tensor]]:
-    size = step.layout.micro_batch
-    pixels = torch.randint(0, 256, (size, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    return repeat({"image": pixels, "position": torch.arange(size)})
+    """The same global batch in every step."""
+    size, generator = step.layout.micro_batch, torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (step.layout.global_batch, 3, 8, 8), generator=generator).to(torch.uint8)
+    parts = zip(pixels.split(size), torch.arange(len(pixels)).split(size), strict=True)
+    return cycle([{"image": image, "position": position} for image, position in parts])
 
 
 def take(step: TrainStep) -> Verdict:
@@ -100,6 +102,13 @@ def test_each_network_is_trained_in_its_phase_on_the_same_batch(tmp_path: Path, 
     assert [each.network for each in verdict.networks] == ["model", "critic"]
     assert changed(before, tensors(step)) == (kinds | {f"critic.{kind}" for kind in kinds}) - {"ema", "critic.ema"}
     assert step.state.position == 8
+
+
+def test_every_phase_accumulates_over_the_whole_global_batch(tmp_path: Path) -> None:
+    whole, accumulated = (take(made_step(adversarial(tmp_path, f"train.micro_batch={size}"))) for size in (8, 2))
+    for one, other in zip(whole.networks, accumulated.networks, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
 
 
 def test_a_phase_gives_gradients_to_its_own_network_alone(tmp_path: Path) -> None:

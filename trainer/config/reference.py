@@ -57,7 +57,7 @@ def _section(section: type[Section], heading: str) -> Iterator[str]:
         path = f"{heading.strip('[]')}.{name}".lstrip(".")
         for inner in _sections_in(field.annotation):
             kind = f' kind = "{inner.model_fields["kind"].default}"' if "kind" in inner.model_fields else ""
-            forms = {list: f"[[{path}]]", dict: f"[{path}.NAME]"}
+            forms: dict[Any, str] = {list: f"[[{path}]]", dict: f"[{path}.NAME]"}
             yield from _section(inner, forms.get(get_origin(field.annotation), f"[{path}]{kind}"))
 
 
