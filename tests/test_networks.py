@@ -28,14 +28,15 @@ from tests.harness import (
 from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.engine.build import build_network, build_networks, build_state
-from trainer.engine.checkpointing.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified, read_verified
 from trainer.engine.checkpointing.initial_weights import load_initial_weights
 from trainer.engine.network.freezing import freeze
 from trainer.engine.step import train_step
 from trainer.engine.step.step_report import Verdict
 from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.inspection.replaying import replay
 from trainer.signals import StopRequest
 
 ADVERSARIAL = overrides(diffusion__kind="adversarial", model__dropout=0.0)
@@ -233,6 +234,9 @@ def test_two_networks_resume_to_the_bit_on_two_ranks(tmp_path: Path, dataset: Pa
     assert (state["updates"], state["networks"]["critic"]["updates"], state["nonfinite_steps"]) == (6, 5, 1)
     assert sorted(logged(path, "train/critic/loss")) == [1, 2, 4, 5, 6]
     assert sorted(logged(path)) == [1, 2, 3, 4, 5, 6]
+    dump = path / "nonfinite" / "step-00000003.json"
+    with pytest.raises(DataError, match="of the network 'critic'; only steps of 'model' can be computed again"):
+        replay(dump, checkpoint=None, device=torch.device("cpu"))
     shutil.copytree(path, whole)
     for step in (4, 6):
         shutil.rmtree(checkpoint(path, step))
@@ -313,6 +317,30 @@ def test_what_is_frozen_stays_so_for_the_run(tmp_path: Path, dataset: Path) -> N
     run(1, config, "--set", FREEZE, *overrides(train__duration="2 steps"))
     output = run(1, config, expect=2)
     assert "train.freeze: ['down.*', 'critic.conv.*'] in the checkpoint, [] now" in output
+
+
+def test_imported_weights_may_be_frozen_later(tmp_path: Path) -> None:
+    """Their checkpoint has moments of everything."""
+    reader, manifest = open_verified(saved(tmp_path))
+    state = made_step(adversarial(tmp_path, FREEZE)).state
+    assert state.load(reader, manifest["state"]) == []
+    assert "optimizer.exp_avg/down.0.residual.conv_in.weight" not in state.contents().shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_every_strategy_computes_with_the_weights_that_it_started_from(
+    tmp_path: Path, dataset: Path, strategy: str
+) -> None:
+    """Frozen ones too."""
+    run(1, write_config(tmp_path, dataset, "first"))
+    sources = overrides(train__init_from__model=tmp_path / "first", train__init_from__critic=tmp_path / "first")
+    sources[1], sources[3] = f"{sources[1]}:ema", f"{sources[3]}:critic.model"
+    for name, ranks in (("ddp", 1), (strategy, 2)):
+        config = write_config(tmp_path, dataset, name)
+        run(ranks, config, *sources, "--set", FREEZE, *overrides(train__strategy=name))
+    for loss in ("train/loss", "train/critic/loss"):
+        assert logged(tmp_path / strategy, loss) == pytest.approx(logged(tmp_path / "ddp", loss), rel=1e-4)
 
 
 def test_networks_start_from_another_runs_weights(tmp_path: Path, dataset: Path) -> None:

@@ -24,6 +24,7 @@ from trainer.engine.strategies import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.backbones import BACKBONES
+from trainer.models.stages import checkpoint_activations
 
 
 def build_network(config: Config) -> nn.Module:
@@ -105,7 +106,11 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
         raise ConfigError(f"optimizer.networks.{min(unknown)}: this run has no such network, but {has}", agreed=True)
     freeze(networks, config.train.freeze)
     layout = BatchLayout.plan(config.train.global_batch, strategy.accelerator.num_processes, config.train.micro_batch)
-    recompute(networks[MODEL], stage_kinds(lambda: build_network(config), config, layout.micro_batch))
+    kind = config.train.activation_checkpointing
+    for network in networks.values():
+        checkpoint_activations(network, "none" if kind == "budget" else kind)
+    if kind == "budget":  # of the main network alone
+        recompute(networks[MODEL], stage_kinds(lambda: build_network(config), config, layout.micro_batch))
     if config.train.compile == "regional":
         for network in networks.values():
             compile_stages(network, config.train.compile_cache, cuda_graphs=config.train.cuda_graphs)

@@ -88,6 +88,11 @@ class NetworkState:
             if name in known
         }
 
+    def unused_moments(self) -> set[str]:
+        """Names of moments of frozen parameters: imported weights come with them, whatever is frozen later."""
+        frozen = self.shapes.keys() - self.network.trained
+        return {f"{self.kind(f'optimizer.{moment}')}/{name}" for moment in MOMENTS for name in frozen}
+
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint holds of the network besides tensors, as plain JSON."""
         scaler = self.network.scaler

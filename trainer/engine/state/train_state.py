@@ -117,7 +117,8 @@ class TrainState:
                 remarks.append(f"{kind}: the checkpoint has no such average; it starts as the checkpoint's {main}")
             left |= {kind for kind in kinds if kind.startswith(f"{main}-")} - asked
         remarks += [f"{kind}: train.ema_sigma_rel asks for no such average any more; it ends here" for kind in left]
-        found = {name: shape for name, shape in found.items() if name.partition("/")[0] not in left}
+        unused = {name for network in self.networks.values() for name in network.unused_moments()}
+        found = {name: s for name, s in found.items() if name.partition("/")[0] not in left and name not in unused}
         expected = {name: s for name, s in self._tensor_shapes().items() if name.partition("/")[0] not in source}
         if difference := sorted(expected.keys() ^ found.keys()):
             state = "missing" if difference[0] in expected else "not in this run"
