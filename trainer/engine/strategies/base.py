@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from typing_extensions import override
 
 from trainer.config import TrainConfig
 from trainer.engine.network.precision import run_in
@@ -18,22 +17,23 @@ from trainer.engine.strategies.parameter_slices import ParameterSlice, whole_sli
 NamedTensors = list[tuple[str, torch.Tensor]]
 
 
-class DistributedNetwork(ABC):
-    """One network over the ranks, with its optimizer: `module` computes the forward pass, and this rank's optimizer
-    steps those of `slices` that are trained.
+class DistributedNetwork:
+    """One network over `ranks` ranks, with its optimizer: `module` computes the forward pass, and this rank's optimizer
+    steps those of `slices` that are trained. Strategies override what they do otherwise than a replica on its own.
 
     `shapes`: of all parameters, unsharded; `trained`: names of those that are not frozen.
     """
 
-    module: nn.Module
-    optimizer: GuardedAdam
     slices: list[ParameterSlice]
     scaler: torch.amp.GradScaler | None = None
     keeps_own_gradients = False  # whether accumulated gradients stay local until the last micro-batch of a step
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizer: GuardedAdam, ranks: int) -> None:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.module = model
+        self.optimizer = optimizer
+        self.ranks = ranks
 
     @property
     def fixed_module(self) -> nn.Module:
@@ -52,26 +52,27 @@ class DistributedNetwork(ABC):
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    @abstractmethod
-    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
         """A context for forward and backward pass of a micro-batch; before the last of a step gradients may stay
         local.
         """
+        return nullcontext()
 
-    @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of `loss`, which is already divided by the number of micro-batches."""
+        loss.backward()
 
-    @abstractmethod
     def step(self) -> None:
         """Call `optimizer.step` and clear the gradients; `optimizer.prepare_step` must have been called."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    def weights_changed(self) -> None:  # noqa: B027  # for most the slices are the weights that compute
+    def weights_changed(self) -> None:  # for most the slices are the weights that compute
         """Copy the slices to the tensors of the forward pass, after the slices were modified by loading a
         checkpoint.
         """
 
-    def warm_up(self, forward_and_backward: Callable[[], object]) -> None:  # noqa: B027  # most strategies need none
+    def warm_up(self, forward_and_backward: Callable[[], object]) -> None:  # most strategies need none
         """Called before the state is loaded: runs what would otherwise make a process's first steps differ."""
 
     def before_exchange(self, see: Callable[[torch.Tensor], None]) -> bool:  # noqa: ARG002
@@ -80,13 +81,13 @@ class DistributedNetwork(ABC):
         """
         return False
 
-    @abstractmethod
     def replicas(self) -> tuple[NamedTensors, dist.ProcessGroup | None]:
         """Replicated tensors by parameter, equal bit for bit on all ranks of the group; none where everything is
         sharded.
 
         The group is None where there is one rank.
         """
+        return [(piece.name, piece.weight) for piece in self.slices], dist.group.WORLD if self.ranks > 1 else None
 
 
 class Strategy(ABC):
@@ -108,41 +109,12 @@ class Strategy(ABC):
         run_in(self.config.precision, model, self.device)
         optimizer = make_optimizer(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            return FrozenNetwork(model, optimizer, self.accelerator)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+            network = DistributedNetwork(model, optimizer, self.accelerator.num_processes)
+            network.slices = whole_slices(model)
+            return network
         return self._distribute(model, optimizer)
 
     @abstractmethod
     def _distribute(self, model: nn.Module, optimizer: GuardedAdam) -> DistributedNetwork:
         """The network, its optimizer with zero moments."""
-
-
-class FrozenNetwork(DistributedNetwork):
-    """A network that nothing trains: the same on every rank, under every strategy."""
-
-    def __init__(self, model: nn.Module, optimizer: GuardedAdam, accelerator: Accelerator) -> None:
-        super().__init__(model)
-        self.module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
-        self.optimizer = optimizer
-        self.slices = whole_slices(model)
-        self._ranks = accelerator.num_processes
-
-    @override
-    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    @override
-    def backward(self, loss: torch.Tensor) -> None:
-        raise AssertionError("a frozen network has no phase")
-
-    @override
-    def step(self) -> None:
-        raise AssertionError("a frozen network has no phase")
-
-    @override
-    def replicas(self) -> tuple[NamedTensors, dist.ProcessGroup | None]:
-        return whole_replicas(self.slices, self._ranks)
-
-
-def whole_replicas(slices: list[ParameterSlice], ranks: int) -> tuple[NamedTensors, dist.ProcessGroup | None]:
-    """`DistributedNetwork.replicas` where every rank holds all weights as slices."""
-    return [(piece.name, piece.weight) for piece in slices], dist.group.WORLD if ranks > 1 else None

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from trainer.config import TrainConfig
 from trainer.engine.processes.collectives import make_accelerator
-from trainer.engine.strategies.base import DistributedNetwork, NamedTensors, Strategy, whole_replicas
+from trainer.engine.strategies.base import DistributedNetwork, Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.engine.strategies.parameter_slices import whole_slices
 
@@ -37,7 +37,7 @@ class DataParallelNetwork(DistributedNetwork):
     keeps_own_gradients = True
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdam, accelerator: Accelerator, config: TrainConfig) -> None:
-        super().__init__(model)
+        super().__init__(model, optimizer, accelerator.num_processes)
         self._model = model
         self._accelerator = accelerator
         self._cuda_graphs = config.cuda_graphs
@@ -47,8 +47,7 @@ class DataParallelNetwork(DistributedNetwork):
         if self._cuda_graphs:
             optimizer.keep_gradients()
         self.module = accelerator.prepare(model)
-        self.optimizer = optimizer
-        self.optimizer.make_state(parameter for parameter in model.parameters() if parameter.requires_grad)
+        optimizer.make_state(parameter for parameter in model.parameters() if parameter.requires_grad)
         self.slices = whole_slices(model)
 
     @property
@@ -70,12 +69,12 @@ class DataParallelNetwork(DistributedNetwork):
     @override
     def step(self) -> None:
         if self.scaler is None:
-            self.optimizer.step()
+            super().step()
         else:
             self.scaler.unscale_(self.optimizer)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad()
+            self.optimizer.zero_grad()
 
     @override
     def warm_up(self, forward_and_backward: Callable[[], object]) -> None:
@@ -85,7 +84,7 @@ class DataParallelNetwork(DistributedNetwork):
         summation from then on. Because this runs before the state is loaded, in new and in resumed runs, all training
         steps sum in the same order and a resumed run is exact.
         """
-        if self._accelerator.num_processes > 1:
+        if self.ranks > 1:
             forward_and_backward()
             self.optimizer.zero_grad()
 
@@ -99,7 +98,3 @@ class DataParallelNetwork(DistributedNetwork):
         assert isinstance(self.module, DistributedDataParallel)
         self.module.register_comm_hook(dist.group.WORLD, see_and_average)
         return True
-
-    @override
-    def replicas(self) -> tuple[NamedTensors, dist.ProcessGroup | None]:
-        return whole_replicas(self.slices, self._accelerator.num_processes)

@@ -6,7 +6,7 @@ computation.
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -70,10 +70,13 @@ class FullyShardedDataParallel(Strategy):
 
 
 class FullyShardedNetwork(DistributedNetwork):
-    """A network of `FullyShardedDataParallel`."""
+    """A network of `FullyShardedDataParallel`.
+
+    Gradients are reduced and scattered after every micro-batch: no rank keeps those of other shards.
+    """
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdam, accelerator: Accelerator) -> None:
-        super().__init__(model)
+        super().__init__(model, optimizer, accelerator.num_processes)
         self.module, _ = accelerator.prepare(model, optimizer)
         parameters = {name: p for name, p in self.module.named_parameters() if isinstance(p, DTensor)}
         self.mesh = next(iter(parameters.values())).device_mesh
@@ -81,11 +84,10 @@ class FullyShardedNetwork(DistributedNetwork):
         # Each shard as a plain tensor: as fast as DTensor, and handled by the code of all other strategies.
         trained = [piece for piece in slices if piece.name in self.trained]
         self._shards = [(piece.storage, parameters[piece.name]) for piece in trained]
-        self.optimizer = optimizer
-        self.optimizer.param_groups[0]["params"] = [piece.storage for piece in trained]
-        self.optimizer.make_state(piece.storage for piece in trained)
+        optimizer.param_groups[0]["params"] = [piece.storage for piece in trained]
+        optimizer.make_state(piece.storage for piece in trained)
         if self.mesh.size() > 1:
-            self.optimizer.sharded = self.mesh.get_group(self.mesh.ndim - 1)  # gradients are equal on replicas
+            optimizer.sharded = self.mesh.get_group(self.mesh.ndim - 1)  # gradients are equal on replicas
         self.slices = [piece for piece in slices if piece.numel]
 
     def _slice(self, name: str, parameter: DTensor) -> ParameterSlice:
@@ -107,23 +109,12 @@ class FullyShardedNetwork(DistributedNetwork):
                 parameter.grad = None
 
     @override
-    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Reduce-scatter after every micro-batch: no rank keeps gradients of other shards."""
-        del is_last
-        return nullcontext()
-
-    @override
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    @override
     def step(self) -> None:
         for shard, parameter in self._shards:
             assert isinstance(parameter.grad, DTensor)
             shard.grad = parameter.grad.to_local()
             parameter.grad = None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        super().step()
 
     @override
     def replicas(self) -> tuple[NamedTensors, dist.ProcessGroup | None]:

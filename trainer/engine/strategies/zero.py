@@ -91,16 +91,15 @@ class ZeroNetwork(DistributedNetwork):
     """A network of `ZeroRedundancy`."""
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdam, accelerator: Accelerator, stage: int) -> None:
-        super().__init__(model)
+        super().__init__(model, optimizer, accelerator.num_processes)
         self.stage = stage
-        self._rank, self._ranks = accelerator.process_index, accelerator.num_processes
+        self._rank = accelerator.process_index
         self.module, _ = accelerator.prepare(model, optimizer)
         self.engine: Any = self.module
         self.zero: Any = self.engine.optimizer
-        self.optimizer = optimizer
-        if self._ranks > 1:
-            self.optimizer.sharded = dist.group.WORLD
-        self.optimizer.make_state(self._flat_partitions())
+        if self.ranks > 1:
+            optimizer.sharded = dist.group.WORLD
+        optimizer.make_state(self._flat_partitions())
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = self._slices_of_weights(names) if stage == 3 else self._slices_of_optimizer(names)
         self.slices = sorted([*trained, *self._frozen_slices(names)], key=lambda piece: (piece.name, piece.start))
@@ -191,7 +190,7 @@ class ZeroNetwork(DistributedNetwork):
     @override
     def replicas(self) -> tuple[NamedTensors, dist.ProcessGroup | None]:
         """Below stage 3 every rank computes with a full replica of the weights."""
-        if self.stage == 3 or self._ranks == 1:
+        if self.stage == 3 or self.ranks == 1:
             return [], None
         named = [(name, parameter.detach()) for name, parameter in self.engine.module.named_parameters()]
         return named, dist.group.WORLD
