@@ -39,12 +39,8 @@ class NetworkState:
         self.updates = 0
         self.meters = Meters()
 
-    def kind(self, kind: str) -> str:
-        """The prefix of tensors in checkpoints: "ema" for the network "model", "critic.ema" for one named "critic"."""
-        return kind if self.name == MODEL else f"{self.name}.{kind}"
-
-    def parameter(self, name: str) -> str:
-        """A parameter's name among those of all networks: "critic.conv.weight"."""
+    def qualified(self, name: str) -> str:
+        """A kind of tensors or a parameter among those of all networks: "ema", "critic.ema" of one named "critic"."""
         return name if self.name == MODEL else f"{self.name}.{name}"
 
     @property
@@ -58,6 +54,11 @@ class NetworkState:
         self.updates += 1
         self.averages.update(self.updates)
 
+    @property
+    def powers(self) -> set[str]:
+        """Kinds of the averages with power-function profiles."""
+        return {self.qualified(name) for name in self.averages.by_name if name != MAIN}
+
     def saved_slices(self) -> list[SavedSlice]:
         """This rank's share of what a checkpoint holds of the network."""
         mine = {(piece.name, piece.start) for piece in self.owned}
@@ -68,21 +69,12 @@ class NetworkState:
             if (piece.name, piece.start) in mine
         ]
 
-    def saved_powers(self) -> list[SavedSlice]:
-        """This rank's share of the averages with power-function profiles."""
-        return [
-            SavedSlice(f"{self.kind(name)}/{piece.name}", piece.shape, piece.start, tensor)
-            for name, average in self.averages.by_name.items()
-            if name != MAIN
-            for piece, tensor in zip(self.owned, average.values, strict=True)
-        ]
-
     def saved_shapes(self) -> dict[str, torch.Size]:
         """Shapes of all tensors that a checkpoint holds of the network, whichever rank has them."""
         moments = {f"optimizer.{moment}": self.network.trained for moment in MOMENTS}
         names = {"model": self.shapes.keys(), **moments, **dict.fromkeys(self.averages.by_name, self.shapes.keys())}
         return {
-            f"{self.kind(kind)}/{name}": shape
+            f"{self.qualified(kind)}/{name}": shape
             for kind, known in names.items()
             for name, shape in self.shapes.items()
             if name in known
@@ -91,7 +83,7 @@ class NetworkState:
     def unused_moments(self) -> set[str]:
         """Names of moments of frozen parameters: imported weights come with them, whatever is frozen later."""
         frozen = self.shapes.keys() - self.network.trained
-        return {f"{self.kind(f'optimizer.{moment}')}/{name}" for moment in MOMENTS for name in frozen}
+        return {f"{self.qualified(f'optimizer.{moment}')}/{name}" for moment in MOMENTS for name in frozen}
 
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint holds of the network besides tensors, as plain JSON."""
@@ -157,15 +149,15 @@ class NetworkState:
 
     def _groups(self) -> Iterator[_Group]:
         slices, state = self.network.slices, self.network.optimizer.state
-        yield _Group(self.kind("model"), slices, [piece.weight for piece in slices])
+        yield _Group(self.qualified("model"), slices, [piece.weight for piece in slices])
         trained = [piece for piece in slices if piece.name in self.network.trained]
         for moment in MOMENTS:
             values = [piece.of(state[piece.storage][moment]) for piece in trained]
-            yield _Group(self.kind(f"optimizer.{moment}"), trained, values)
+            yield _Group(self.qualified(f"optimizer.{moment}"), trained, values)
         for name, average in self.averages.by_name.items():
-            yield _Group(self.kind(name), self.owned, average.values)
+            yield _Group(self.qualified(name), self.owned, average.values)
 
     def _weights_and_averages(self) -> Iterator[tuple[ParameterSlice, torch.Tensor]]:
         for kind, slices, values in self._groups():
-            if not kind.startswith(self.kind("optimizer.")):
+            if not kind.startswith(self.qualified("optimizer.")):
                 yield from zip(slices, values, strict=True)

@@ -64,16 +64,14 @@ class TrainState:
 
     def snapshot_contents(self) -> Contents:
         """Content of a snapshot of the averages with power-function profiles, and this rank's share of it."""
-        shapes = {
-            f"{network.kind(average)}/{name}": shape
-            for network in self.networks.values()
-            for average in network.averages.by_name
-            if average != MAIN
-            for name, shape in network.shapes.items()
-        }
-        slices = [piece for network in self.networks.values() for piece in network.saved_powers()]
-        scalars = {"position": self.position, "updates": self.main.updates}
-        return Contents(slices, shapes, scalars, self.strategy.config.strategy)
+        powers = {kind for network in self.networks.values() for kind in network.powers}
+        slices, shapes, _, strategy = self.contents()
+        return Contents(
+            [piece for piece in slices if piece.name.partition("/")[0] in powers],
+            {name: shape for name, shape in shapes.items() if name.partition("/")[0] in powers},
+            {"position": self.position, "updates": self.main.updates},
+            strategy,
+        )
 
     def _scalars(self) -> dict[str, Any]:
         main, *others = self.networks.values()
@@ -110,8 +108,8 @@ class TrainState:
         remarks, source, left = [], dict[str, str](), set[str]()
         kinds = {name.partition("/")[0] for name in found}
         for network in self.networks.values():
-            main = network.kind(MAIN)
-            asked = {network.kind(name) for name in network.averages.by_name}
+            main = network.qualified(MAIN)
+            asked = {network.qualified(name) for name in network.averages.by_name}
             for kind in asked - kinds - {main}:
                 source[kind] = main
                 remarks.append(f"{kind}: the checkpoint has no such average; it starts as the checkpoint's {main}")

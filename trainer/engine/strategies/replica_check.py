@@ -13,7 +13,7 @@ def check_replicas(state: TrainState, step: int) -> None:
 
     Collective; synchronises with the device.
     """
-    different = [each.parameter(name) for each in state.networks.values() for name in _different(each.network)]
+    different = [each.qualified(name) for each in state.networks.values() for name in _different(each.network)]
     found = torch.tensor(float(len(different)), device=state.strategy.device)
     if dist.is_initialized():  # sharding groups: each group holds replicas of different shards
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
