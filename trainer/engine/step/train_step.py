@@ -35,7 +35,8 @@ def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.d
 
 def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
     """Call before the forward pass of a micro-batch: dropout masks become a function of seed and first position."""
-    torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
+    if getattr(config.model, "dropout", None) != 0:  # a backbone that has no such field may drop, too
+        torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
 
 
 class TrainStep:
