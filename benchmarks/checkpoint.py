@@ -101,7 +101,7 @@ def measure(config: Config, strategy_name: str, folder: Path) -> tuple[list[dict
         state.load(reader, manifest["state"])
 
     read, _ = timed(load)
-    spread, _ = timed(strategy.weights_changed)
+    spread, _ = timed(state.weights_changed)
     row = {
         "name": f"{strategy_name} x {ranks}",
         "gigabytes": bytes_ / 1e9,

@@ -36,11 +36,10 @@ def make_train_step(config: Config, *, ranks: int = 1) -> TrainStep:
     step = TrainStep(
         config=config,
         layout=BatchLayout.plan(config.train.global_batch, ranks, config.train.micro_batch),
-        strategy=strategy,
         state=state,
         stop=StopRequest(),
     )
-    strategy.warm_up(step.rehearse)
+    step.warm_up()
     return step
 
 
@@ -55,8 +54,7 @@ def batches(config: Config, size: int) -> Iterator[Batch]:
 def take(step: TrainStep, stream: Iterator[Batch]) -> None:
     """One step, guard and EMA included."""
     step.update(step.backward(stream)).read()
-    step.state.updates += 1
-    step.state.averages.update(step.state.updates)
+    step.state.main.updated()
 
 
 def train_step(config: Config, *, steps: int, threads: int) -> Run:
@@ -68,7 +66,7 @@ def train_step(config: Config, *, steps: int, threads: int) -> Run:
     def run() -> int:
         for _ in range(steps):
             take(step, stream)
-        synchronize(step.strategy.device)
+        synchronize(step.state.strategy.device)
         return steps * config.train.global_batch
 
     return run

@@ -82,7 +82,7 @@ def serve(rank: int, ranks: int, port: int, setting: Setting, pipe: Connection) 
     step = ours.make_train_step(config, ranks=ranks)
     torch.set_num_threads(setting.threads)
     stream = ours.batches(config, step.layout.micro_batch)
-    network, device = step.strategy.network, step.strategy.device
+    network, device = step.state.main.network.module, step.state.strategy.device
     gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=device)
 
     def local_step() -> None:

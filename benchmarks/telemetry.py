@@ -32,7 +32,7 @@ from trainer.engine.build import build_state
 from trainer.engine.monitoring.run_telemetry import Telemetry
 from trainer.engine.run_folder import RunFolder
 from trainer.engine.state.ema import Averages
-from trainer.engine.step import train_step as step_module
+from trainer.engine.step import phase_step
 from trainer.engine.step.gradient_noise import GradientSquare
 from trainer.engine.step.step_report import PendingVerdict
 from trainer.engine.step.train_step import TrainStep
@@ -42,7 +42,7 @@ from trainer.telemetry.meters import STEP_SUMS
 
 # What is called for telemetry alone. `PendingVerdict.read` is more than that: the step is settled by it.
 METERS: dict[str, list[tuple[Any, str]]] = {
-    "loss by timestep, bound": [(step_module, "step_sums")],
+    "loss by timestep, bound": [(phase_step, "step_sums")],
     "gradient noise scale": [(GradientSquare, "after_micro_batch"), (GradientSquare, "read")],
     "verdict, clocks, progress": [(PendingVerdict, "read"), (Telemetry, "count"), (Telemetry, "queued")],
     "log lines": [(Telemetry, "log")],
@@ -60,7 +60,6 @@ def training(config: Config, folder: Path) -> Callable[[bool], None]:
     train_step = TrainStep(
         config=config,
         layout=layout,
-        strategy=strategy,
         state=state,
         stop=StopRequest(),
     )
@@ -78,8 +77,7 @@ def training(config: Config, folder: Path) -> Callable[[bool], None]:
         pending = train_step.update(train_step.backward(stream))
         telemetry.queued()
         verdict = pending.read()
-        state.updates += 1
-        state.averages.update(state.updates)
+        state.main.updated()
         telemetry.count(verdict)
         if logs:
             telemetry.log()
@@ -137,7 +135,7 @@ def steps(config: Config, folder: str, *, metered: bool, averaged: bool) -> Run:
     """A contender: one step a turn, with or without meters and average. Without, they are taken out of this process."""
     if not metered:
         nothing = torch.zeros(STEP_SUMS, device="cuda" if torch.cuda.is_available() else "cpu")
-        step_module.step_sums = lambda *_, **__: nothing
+        phase_step.step_sums = lambda *_, **__: nothing
         GradientSquare.after_micro_batch = lambda *_: None  # type: ignore[method-assign]
         Telemetry.count = lambda *_: None  # type: ignore[method-assign]
         Telemetry.queued = lambda *_: None  # type: ignore[method-assign]

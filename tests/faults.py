@@ -92,7 +92,7 @@ class Fault:
                 while True:
                     time.sleep(60)
             case "drift":
-                _, weight = arguments[0].replicas()[0][0]
+                _, weight = arguments[0].main.network.replicas()[0][0]
                 weight.view(-1)[0].mul_(1.0000001)
 
     def _strike_after(self, result: Any, arguments: tuple[Any, ...]) -> Any:

@@ -99,19 +99,22 @@ def launch(
     script: str = "train",
     fault: Fault | None = None,
     path: Path | None = None,
+    family: str | None = None,
 ) -> str:
     """Run trainer/train.py (or sample.py, evaluate.py, convert.py) in `processes` processes, as torchrun would.
 
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
     their own. `expect` is the exit code of every process, or of each (none waits for one that is to end by SIGKILL);
-    None where a fault kills one of them, and the others are killed in their turn, as launchers do. Returns what all of
-    them printed. path: a folder from which they can import too.
+    None where a fault kills one of them, and the others are killed in their turn, as launchers do. path: a folder from
+    which they can import too. family: a module whose `register` is called first. Returns what all of them printed.
     """
     context = server()
     port = free_port()
     with tempfile.NamedTemporaryFile("r+") as log:
         ranks = [
-            context.Process(target=run_rank, args=(rank, processes, port, script, arguments, fault, log.name, path))
+            context.Process(
+                target=run_rank, args=(rank, processes, port, script, arguments, fault, log.name, path, family)
+            )
             for rank in range(processes)
         ]
         for process in ranks:
@@ -161,6 +164,7 @@ def run_rank(
     fault: Fault | None,
     log: str,
     path: Path | None = None,
+    family: str | None = None,
 ) -> None:
     """Be one rank of `launch`, in a process of its own: never returns."""
     os.environ.update(environment(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -174,6 +178,8 @@ def run_rank(
     if path is not None:
         sys.path.insert(0, str(path))
     launcher._parent = os.getppid()  # it was imported by the server, whose parent is another
+    if family is not None:
+        importlib.import_module(family).register()
     if fault is not None and fault.rank == rank:
         fault.inject()
     sys.argv = [f"{script}.py", *arguments]

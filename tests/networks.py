@@ -60,8 +60,8 @@ def make_run(folder: Path, *overrides: str) -> tuple[Path, Config]:
     state = build_state(config, strategy)
     average = build_network(config)
     randomise(average, seed=2)
-    state.set_weights(average.state_dict())
-    randomise(strategy.network, seed=1)
+    state.main.set_weights(average.state_dict())
+    randomise(state.main.network.module, seed=1)
     state.position = 3 * config.train.global_batch
     run = RunFolder(path, writes=True)
     path.mkdir()

@@ -190,7 +190,7 @@ def _launch(processes: int, port: int, arguments: tuple[str, ...], notes: Notes,
     """As torchrun does it: SIGTERM is handed on; when a rank fails, the others get SIGTERM and then SIGKILL."""
     context = multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=_be_rank, args=(rank, processes, port, arguments, notes, log))
+        context.Process(target=_be_rank, args=(rank, processes, port, arguments, notes, None, log))
         for rank in range(processes)
     ]
     for rank in ranks:
@@ -220,7 +220,7 @@ def _be_rank(rank: int, processes: int, port: int, arguments: tuple[str, ...], n
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in names.items()})  # also where there is one rank
     _take_one_core(rank)
-    run_rank(rank, processes, port, "train", arguments, notes, log)  # type: ignore[arg-type]  # stands for a fault
+    run_rank(rank, processes, port, "train", arguments, notes, None, log)  # type: ignore[arg-type]  # stands for a fault
 
 
 def _take_one_core(rank: int) -> None:

@@ -149,9 +149,9 @@ def test_the_exit_code_and_the_line_reach_the_shell(config_path: Path) -> None:
 
 
 KNOWN = (
-    "known here: duration, global_batch, micro_batch, ema_decay, ema_warmup, ema_sigma_rel, ema_snapshots, strategy, "
-    "hsdp_shard_size, bucket_size, offload_optimizer, precision, activation_checkpointing, memory_budget, "
-    "compile, compile_cache, cuda_graphs, max_nonfinite_steps, timeout, hang_timeout"
+    "known here: duration, global_batch, micro_batch, ema_decay, ema_warmup, ema_sigma_rel, ema_snapshots, freeze, "
+    "init_from, strategy, hsdp_shard_size, bucket_size, offload_optimizer, precision, activation_checkpointing, "
+    "memory_budget, compile, compile_cache, cuda_graphs, max_nonfinite_steps, timeout, hang_timeout"
 )
 
 

@@ -109,10 +109,10 @@ def test_a_step_with_cuda_graphs_marks_each_micro_batch_and_keeps_its_gradients(
     assert asked == [True]
 
     def places() -> list[int]:
-        return [p.grad.data_ptr() for p in step.strategy.network.parameters() if p.grad is not None]
+        return [p.grad.data_ptr() for p in step.state.main.network.module.parameters() if p.grad is not None]
 
     at_first = places()
-    assert len(at_first) == len(list(step.strategy.network.parameters()))
+    assert len(at_first) == len(list(step.state.main.network.module.parameters()))
     step.update(step.backward(micro_batches(2))).read()
     assert places() == at_first
     assert len(marks) == step.layout.accumulation

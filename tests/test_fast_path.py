@@ -39,37 +39,38 @@ def test_every_layer_of_a_training_step_is_given_channels_last(
 
     layers = {
         name: module
-        for name, module in step.strategy.network.named_modules()
+        for name, module in step.state.main.network.module.named_modules()
         if isinstance(module, nn.Conv2d | nn.GroupNorm)
     }
     for name, module in layers.items():
         module.register_forward_hook(note(name))
-    run(step, micro_batches(BATCH)) if run is TrainStep.backward else run(step)
+    run(step, micro_batches(BATCH)) if run is TrainStep.backward else run(step, step.phases[0])
     assert seen.keys() == layers.keys()
     assert len(seen) > 20
     assert [name for name, kept in seen.items() if not kept] == []
-    convolutions = [p for p in step.strategy.network.parameters() if p.ndim == 4]
+    convolutions = [p for p in step.state.main.network.module.parameters() if p.ndim == 4]
     assert all(is_channels_last(p) and p.grad is not None and is_channels_last(p.grad) for p in convolutions)
 
 
 def test_what_adds_up_over_a_run_is_float32_in_bfloat16_too(tmp_path: Path) -> None:
     step, _ = make_step(tmp_path, "train.precision=bf16")
     convolved: list[torch.dtype] = []
-    step.strategy.network.get_submodule("conv_in").register_forward_hook(lambda *seen: convolved.append(seen[2].dtype))
+    conv_in = step.state.main.network.module.get_submodule("conv_in")
+    conv_in.register_forward_hook(lambda *seen: convolved.append(seen[2].dtype))
     loss = step.backward(micro_batches(BATCH))
     assert convolved == [torch.bfloat16]
-    parameters = list(step.strategy.network.parameters())
+    parameters = list(step.state.main.network.module.parameters())
     kept = {
         "loss": [loss],
         "weights": parameters,
         "gradients": [p.grad for p in parameters],
-        "moments": [t for state in step.strategy.optimizer.state.values() for t in state.values()],
-        "average": step.state.averages.by_name["ema"].values,
+        "moments": [t for state in step.state.main.network.optimizer.state.values() for t in state.values()],
+        "average": step.state.main.averages.by_name["ema"].values,
     }
     for name, tensors in kept.items():
         assert tensors
         assert {t.dtype for t in tensors if t is not None} == {torch.float32}, name
-    tables = [table for table in vars(step.objective.diffusion).values() if isinstance(table, torch.Tensor)]
+    tables = [table for table in vars(step.state.objective.diffusion).values() if isinstance(table, torch.Tensor)]
     assert {table.dtype for table in tables if table.is_floating_point()} == {torch.float32, torch.float64}
 
 
@@ -86,7 +87,7 @@ def test_statistics_of_normalisation_are_not_rounded_to_bfloat16() -> None:
 
 def test_the_optimizer_and_the_exchange_take_the_fast_way(tmp_path: Path) -> None:
     step, _ = make_step(tmp_path)
-    assert all(group["fused"] for group in step.strategy.optimizer.param_groups)
+    assert all(group["fused"] for group in step.state.main.network.optimizer.param_groups)
     settings = make_accelerator(bucket_size=50 * 2**20).ddp_handler
     assert (settings.gradient_as_bucket_view, settings.bucket_cap_mb) == (True, 50)
 

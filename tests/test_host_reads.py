@@ -135,9 +135,9 @@ def test_a_gpu_is_never_waited_for_in_a_step(tmp_path: Path) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         pending = step.update(step.backward(micro_batches(2)))
-        step.state.averages.update(2)
+        step.state.main.averages.update(2)
         verdict = pending.read()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert verdict.finite
-    assert sum(verdict.figures.quartile_images) == BATCH
+    assert sum(verdict.networks[0].figures.quartile_images) == BATCH

@@ -153,7 +153,6 @@ def first_step(config: Config, *, images: slice, micro_batch: int | None) -> Tra
     step = TrainStep(
         config=config,
         layout=BatchLayout.plan(len(positions), 1, micro_batch),
-        strategy=strategy,
         state=build_state(config, strategy),
         stop=StopRequest(),
     )
@@ -164,7 +163,8 @@ def first_step(config: Config, *, images: slice, micro_batch: int | None) -> Tra
 
 
 def gradient_of(step: TrainStep) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in step.strategy.network.parameters() if p.grad is not None]).double()
+    parameters = step.state.main.network.module.parameters()
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double()
 
 
 @pytest.mark.parametrize(("processes", "micro_batch"), [(2, 4), (2, 2), (1, 2)])
@@ -192,21 +192,21 @@ def test_the_gradient_of_a_part_is_taken_before_it_is_averaged(
 def test_one_gradient_alone_has_no_noise_scale(config_path: Path) -> None:
     config = load_config(config_path)
     step = first_step(config, images=slice(0, 8), micro_batch=None)
-    assert step.gradient_square.batch is None
-    assert step.update(torch.tensor(1.0)).read().figures.noise is None
+    assert step.phases[0].gradient_square.batch is None
+    assert step.update(torch.tensor(1.0)).read().networks[0].figures.noise is None
 
 
 def test_the_distance_from_the_average(config_path: Path) -> None:
     config = load_config(config_path)
     strategy = DataParallel(config.train)
-    build_state(config, strategy)
-    state = TrainState(strategy, {"ema": constant(0.9)}, build_objective(config, strategy.device))
-    assert state.averages.squared_distance()[0] == 0
+    network = build_state(config, strategy).main.network
+    state = TrainState(strategy, {"model": network}, {"ema": constant(0.9)}, build_objective(config, strategy.device))
+    assert state.main.averages.squared_distance()[0] == 0
     with torch.no_grad():
-        for parameter in strategy.network.parameters():
+        for parameter in network.module.parameters():
             parameter.mul_(2)
-    distance, weights = state.averages.squared_distance().tolist()
-    assert weights == pytest.approx(sum(p.square().sum().item() for p in strategy.network.parameters()))
+    distance, weights = state.main.averages.squared_distance().tolist()
+    assert weights == pytest.approx(sum(p.square().sum().item() for p in network.module.parameters()))
     assert distance / weights == pytest.approx(0.25)
 
 

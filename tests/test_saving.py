@@ -168,12 +168,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(saving, "_write_part", wait_and_write)
     state = small_state(config_path)
-    before = {piece.name: piece.weight.clone() for piece in state.strategy.slices}
+    before = {piece.name: piece.weight.clone() for piece in state.main.network.slices}
     checkpoints = Checkpoints(tmp_path / "checkpoints", state.strategy.accelerator)
     begun = checkpoints.begin(state.contents(), step=1, identity={})
     assert not begun.is_written
     with torch.no_grad():
-        for piece in state.strategy.slices:
+        for piece in state.main.network.slices:
             piece.weight.add_(1)
     may_write.set()
     tensors, _ = read_verified(checkpoints.finish(begun))

@@ -41,20 +41,20 @@ def small_state(config_path: Path, model: UNetConfig = MODEL, **decays: Decay) -
     config = Config.load(config_path)
     strategy = DataParallel(config.train)
     torch.manual_seed(1)
-    strategy.prepare(UNet(model), make_optimizer)
-    return TrainState(strategy, {"ema": constant(0.9), **decays}, build_objective(config, strategy.device))
+    network = strategy.prepare(UNet(model), make_optimizer)
+    objective = build_objective(config, strategy.device)
+    return TrainState(strategy, {"model": network}, {"ema": constant(0.9), **decays}, objective)
 
 
 def take_a_step(state: TrainState, seed: int = 0) -> None:
     torch.manual_seed(seed)
-    state.strategy.network.eval()
+    state.main.network.module.eval()
     x = torch.randn(2, 3, 8, 8)
-    loss = (state.strategy.network(x, torch.tensor([3, 5])) - x).square().mean()
-    state.strategy.backward(loss)
-    state.strategy.optimizer.prepare_step(learning_rate=1e-3, loss=loss.detach())
-    state.strategy.step()
-    state.updates += 1
-    state.averages.update(state.updates)
+    loss = (state.main.network.module(x, torch.tensor([3, 5])) - x).square().mean()
+    state.main.network.backward(loss)
+    state.main.network.optimizer.prepare_step(learning_rate=1e-3, loss=loss.detach())
+    state.main.network.step()
+    state.main.updated()
 
 
 def save(state: TrainState, folder: Path, step: int) -> Path:
@@ -71,8 +71,8 @@ def test_a_loaded_state_goes_on_like_the_saved_one(tmp_path: Path, config_path: 
     ours, theirs = (read_verified(save(each, tmp_path / "again", n))[0] for n, each in enumerate((state, loaded)))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    conv = next(piece for piece in loaded.strategy.slices if piece.name == "conv_in.weight")
-    moments = loaded.strategy.optimizer.state[conv.storage]
+    conv = next(piece for piece in loaded.main.network.slices if piece.name == "conv_in.weight")
+    moments = loaded.main.network.optimizer.state[conv.storage]
     assert moments["exp_avg"].is_contiguous(memory_format=torch.channels_last)  # as the fused optimizer needs it
 
 
@@ -103,7 +103,8 @@ def test_averages_may_come_and_go_between_restarts(tmp_path: Path, config_path: 
     came, went = other.load(reader, manifest["state"])
     assert "ema-0.2: the checkpoint has no such average; it starts as the checkpoint's ema" in came
     assert "ema-0.1: train.ema_sigma_rel asks for no such average any more" in went
-    assert all(torch.equal(value, state.average("ema")[name]) for name, value in other.average("ema-0.2").items())
+    started, main = other.main.average("ema-0.2"), state.main.average("ema")
+    assert all(torch.equal(value, main[name]) for name, value in started.items())
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -178,29 +179,29 @@ def test_an_average_in_uneven_parts_is_the_whole_one(parts: int) -> None:
 
 def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(config_path: Path) -> None:
     state = small_state(config_path)
-    before = {piece.name: piece.weight.clone() for piece in state.strategy.slices}
+    before = {piece.name: piece.weight.clone() for piece in state.main.network.slices}
     x = torch.randn(2, 3, 8, 8)
-    state.strategy.backward(state.strategy.network(x, torch.tensor([3, 5])).square().mean())
-    state.strategy.optimizer.prepare_step(learning_rate=1.0, loss=torch.tensor(torch.nan))
-    state.strategy.step()
-    assert state.strategy.optimizer.skipped == 1
-    assert all(torch.equal(before[piece.name], piece.weight) for piece in state.strategy.slices)
+    state.main.network.backward(state.main.network.module(x, torch.tensor([3, 5])).square().mean())
+    state.main.network.optimizer.prepare_step(learning_rate=1.0, loss=torch.tensor(torch.nan))
+    state.main.network.step()
+    assert state.main.network.optimizer.skipped == 1
+    assert all(torch.equal(before[piece.name], piece.weight) for piece in state.main.network.slices)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(config_path: Path, value: float) -> None:
     """The loss is finite: a backward pass may overflow by itself."""
     state = small_state(config_path)
-    before = {piece.name: piece.weight.clone() for piece in state.strategy.slices}
+    before = {piece.name: piece.weight.clone() for piece in state.main.network.slices}
     x = torch.randn(2, 3, 8, 8)
-    state.strategy.backward(state.strategy.network(x, torch.tensor([3, 5])).square().mean())
-    gradient = state.strategy.slices[0].storage.grad
+    state.main.network.backward(state.main.network.module(x, torch.tensor([3, 5])).square().mean())
+    gradient = state.main.network.slices[0].storage.grad
     assert gradient is not None
     gradient.view(-1)[0] = value
-    state.strategy.optimizer.prepare_step(learning_rate=1.0, loss=torch.tensor(1.0))
-    state.strategy.step()
-    assert state.strategy.optimizer.skipped == 1
-    assert all(torch.equal(before[piece.name], piece.weight) for piece in state.strategy.slices)
+    state.main.network.optimizer.prepare_step(learning_rate=1.0, loss=torch.tensor(1.0))
+    state.main.network.step()
+    assert state.main.network.optimizer.skipped == 1
+    assert all(torch.equal(before[piece.name], piece.weight) for piece in state.main.network.slices)
 
 
 def test_one_process_owns_all() -> None:

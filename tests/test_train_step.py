@@ -31,11 +31,10 @@ def make_step(folder: Path, *overrides: str) -> tuple[TrainStep, Config]:
     )
     strategy = DataParallel(config.train)
     state = build_state(config, strategy)
-    randomise(strategy.network)
+    randomise(state.main.network.module)
     step = TrainStep(
         config=config,
         layout=BatchLayout.plan(BATCH, 1, config.train.micro_batch),
-        strategy=strategy,
         state=state,
         stop=StopRequest(),
     )
@@ -50,15 +49,15 @@ def micro_batches(size: int) -> Iterator[dict[str, torch.Tensor]]:
 def losses_by_hand(step: TrainStep, objective: GaussianObjective, t: torch.Tensor) -> torch.Tensor:
     x0 = IMAGES.float() / 127.5 - 1
     eps = keyed_normal(SEED, Stream.EPS, POSITIONS, (3, 8, 8))
-    x_t = step.objective.diffusion.q_sample(x0, t, eps)
-    return objective.losses(step.strategy.network(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
+    x_t = step.state.objective.diffusion.q_sample(x0, t, eps)
+    return objective.losses(step.state.main.network.module(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
 
 
 def gradient(step: TrainStep) -> torch.Tensor:
     return torch.cat(
         [
             parameter.grad.flatten()
-            for parameter in list(step.strategy.network.parameters())
+            for parameter in list(step.state.main.network.module.parameters())
             if parameter.grad is not None
         ]
     )
@@ -87,8 +86,8 @@ def test_the_loss_and_its_gradient_are_the_objectives(
     step, _ = make_step(tmp_path, *chosen, f"train.micro_batch={micro_batch}")
     found = step.backward(micro_batches(micro_batch))
     found_gradient = gradient(step)
-    step.strategy.optimizer.zero_grad()
-    objective = GaussianObjective(step.objective.diffusion, prediction=prediction, loss=loss, variance=variance)
+    step.state.main.network.optimizer.zero_grad()
+    objective = GaussianObjective(step.state.objective.diffusion, prediction=prediction, loss=loss, variance=variance)
     expected = losses_by_hand(step, objective, UniformTimesteps(T).draw(NOISE)[0]).mean()
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -99,7 +98,7 @@ def test_the_loss_and_its_gradient_are_the_objectives(
 def test_importance_weights_the_loss_and_remembers_it_unweighted(tmp_path: Path, micro_batch: int) -> None:
     importance = "diffusion.timestep_sampling=importance"
     step, _ = make_step(tmp_path, importance, f"train.micro_batch={micro_batch}")
-    memory = step.objective.tensors()
+    memory = step.state.objective.tensors()
     memory["timesteps/history"].copy_(torch.arange(1.0, T + 1)[:, None].expand(T, 10))
     memory["timesteps/counts"].fill_(10)
     p = 0.999 * torch.arange(1.0, T + 1).double() / sum(range(1, T + 1)) + 0.001 / T
@@ -109,9 +108,9 @@ def test_importance_weights_the_loss_and_remembers_it_unweighted(tmp_path: Path,
 
     found = step.backward(micro_batches(micro_batch))
     found_gradient = gradient(step)
-    step.strategy.optimizer.zero_grad()
+    step.state.main.network.optimizer.zero_grad()
     unweighted = losses_by_hand(
-        step, GaussianObjective(step.objective.diffusion, prediction="eps", loss="mse", variance="small"), t
+        step, GaussianObjective(step.state.objective.diffusion, prediction="eps", loss="mse", variance="small"), t
     )
     expected = (weights.float() * unweighted).mean()
     expected.backward()
@@ -128,10 +127,10 @@ def test_importance_weights_the_loss_and_remembers_it_unweighted(tmp_path: Path,
 def test_a_skipped_step_teaches_nothing(tmp_path: Path) -> None:
     step, _ = make_step(tmp_path, "diffusion.timestep_sampling=importance")
     step.update(step.backward(micro_batches(BATCH)))
-    memory = {name: tensor.clone() for name, tensor in step.objective.tensors().items()}
+    memory = {name: tensor.clone() for name, tensor in step.state.objective.tensors().items()}
     assert memory["timesteps/counts"].sum() == BATCH
     with torch.no_grad():
-        next(step.strategy.network.parameters())[0] = float("nan")
+        next(step.state.main.network.module.parameters())[0] = float("nan")
     assert not step.update(step.backward(micro_batches(BATCH))).read().finite
-    for name, tensor in step.objective.tensors().items():
+    for name, tensor in step.state.objective.tensors().items():
         assert torch.equal(tensor, memory[name])

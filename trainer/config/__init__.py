@@ -12,10 +12,11 @@ from trainer.config.backbones import MODELS, DDPMUNetConfig, ModelConfig
 from trainer.config.families import FAMILIES, DDPMConfig, DiffusionConfig
 from trainer.config.reading import apply_override, explain, read_toml
 from trainer.config.section import Section
-from trainer.config.sections import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from trainer.config.sections import AdamConfig, CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
 from trainer.errors import ConfigError
 
 __all__ = [
+    "AdamConfig",
     "CheckpointConfig",
     "Config",
     "DDPMConfig",

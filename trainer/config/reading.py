@@ -80,8 +80,10 @@ def _needs(section: type[BaseModel]) -> str:
 
 
 def _section(model: type[BaseModel], sections: list[str]) -> type[BaseModel]:
-    for name in sections:
+    names = iter(sections)
+    for name in names:
         annotation = model.model_fields[name].annotation
-        (section,) = get_args(annotation) or (annotation,)  # one, or a list of them
-        model = section
+        *key, model = get_args(annotation) or (annotation,)  # one, a list of them, or a table of them by name
+        if key:
+            next(names, None)
     return model

@@ -57,7 +57,8 @@ def _section(section: type[Section], heading: str) -> Iterator[str]:
         path = f"{heading.strip('[]')}.{name}".lstrip(".")
         for inner in _sections_in(field.annotation):
             kind = f' kind = "{inner.model_fields["kind"].default}"' if "kind" in inner.model_fields else ""
-            yield from _section(inner, f"[[{path}]]" if get_origin(field.annotation) is list else f"[{path}]{kind}")
+            forms: dict[Any, str] = {list: f"[[{path}]]", dict: f"[{path}.NAME]"}
+            yield from _section(inner, forms.get(get_origin(field.annotation), f"[{path}]{kind}"))
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
@@ -80,9 +81,9 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
     if not get_args(annotation):
         return _TYPES[annotation] + bounds
-    inner = FieldInfo.from_annotation(get_args(annotation)[0])  # of X | None or list[X]
+    inner = FieldInfo.from_annotation(get_args(annotation)[-1 if get_origin(annotation) is dict else 0])
     name = _type(inner.annotation, inner.metadata)
-    return (f"list ({name})" if get_origin(annotation) is list else name) + bounds
+    return {list: f"list ({name})", dict: f"table ({name})"}.get(get_origin(annotation), name) + bounds
 
 
 def _bounds(metadata: list[Any]) -> Iterator[str]:

@@ -72,8 +72,8 @@ class DataConfig(Section):
         return self.path or " + ".join(entry.path for entry in self.mixture)
 
 
-class OptimizerConfig(Section):
-    """Adam, as in appendix B."""
+class AdamConfig(Section):
+    """Adam for one network; what is left out is as in [optimizer]."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
     """Learning rate after the warm-up."""
@@ -85,6 +85,26 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
     clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     """The gradient's global norm is clipped to this; inf never clips."""
+
+
+class OptimizerConfig(AdamConfig):
+    """Adam, as in appendix B, for every network."""
+
+    networks: dict[str, AdamConfig] = Field(default={})
+    """By name of a network, what differs for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("networks"), dict):
+            return raw
+        shared = {name: value for name, value in raw.items() if name in AdamConfig.model_fields}
+        own = {name: {**shared, **some} if isinstance(some, dict) else some for name, some in raw["networks"].items()}
+        return {**raw, "networks": own}
+
+    def of(self, network: str) -> AdamConfig:
+        """The settings for a network."""
+        return self.networks.get(network, self)
 
 
 class TrainConfig(Section):
@@ -105,6 +125,12 @@ class TrainConfig(Section):
     ema_snapshots: SpanField = Span(0, "steps")
     """Between two snapshots of the averages of ema_sigma_rel, from which one of any width can be made afterwards;
     "0 steps" for none."""
+    freeze: list[str] = Field(default=[])
+    """Networks, or parameters as patterns, that are not trained: "down.*" of the network "model", "critic" and
+    "critic.conv.*" of another (docs/strategies.md). It stays the same for the whole run."""
+    init_from: dict[str, str] = Field(default={})
+    """By name of a network (the plain one is "model") the run or checkpoint whose weights it starts from in step 0:
+    "PATH" takes the raw ones, "PATH:ema" the average. It stays the same for the whole run, which reads it once."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp"] = "ddp"
     """What ranks share: "ddp" nothing; DeepSpeed's "zero1" moments, "zero2" gradients too, "zero3" weights too; "fsdp2"
     all by PyTorch; "hsdp" all, within groups of ranks. A checkpoint fits all of them (docs/strategies.md). "auto", or

@@ -1,7 +1,7 @@
 """What a family of diffusion models, a network and a sampler know of each other."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -12,6 +12,7 @@ from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.diffusion.times import Times
 
 Conditioning = Mapping[str, Tensor]
+MODEL = "model"  # name of the network that every family has: the one that samples are drawn with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,3 +197,20 @@ class Objective(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """What it has recorded, by the names that checkpoints have; load by copying into these."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a training step, which trains one network; all phases of a step see the same global batch.
+
+    trains: the network's name. losses: of all networks by name, a batch and its noise; it has to use every parameter
+    of the network that it trains. The others compute, and pass gradients on, but get none.
+    """
+
+    trains: str
+    losses: Callable[[Mapping[str, Network], Batch, KeyedNoise], Losses]
+
+
+def one_phase(objective: Objective) -> tuple[Phase, ...]:
+    """The plain step: the network "model" is trained by the objective's losses."""
+    return (Phase(trains=MODEL, losses=lambda networks, *given: objective.training_losses(networks[MODEL], *given)),)

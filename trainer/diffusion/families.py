@@ -1,14 +1,15 @@
 """The table of families: for every `diffusion.kind` the objective that its section describes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 
 from trainer.config.families import FAMILIES as SECTIONS
 from trainer.config.families import DiffusionConfig
-from trainer.diffusion.contract import Objective
+from trainer.diffusion.contract import Objective, Phase, one_phase
 from trainer.diffusion.ddpm.family import ddpm_objective, ddpm_output_channels
 
 S = TypeVar("S", bound=DiffusionConfig)
@@ -18,16 +19,24 @@ def _as_many(_: DiffusionConfig, channels: int) -> int:
     return channels
 
 
+def _no_more(_: DiffusionConfig, __: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family(Generic[S]):
     """A family of diffusion models.
 
     objective: from its section, on a device; raises ConfigError where fields do not go together. output_channels: from
-    its section and the channels of x, the channels of the network's output.
+    its section and the channels of x, the channels of the network's output. networks: from its section and a function
+    that makes one more network of the configured backbone, the networks that it has besides "model", initialised from
+    torch's current seed, by names of letters, digits and underscores. phases: of a step, from the objective.
     """
 
     objective: Callable[[S, torch.device], Objective]
     output_channels: Callable[[S, int], int] = _as_many
+    networks: Callable[[S, Callable[[], nn.Module]], Mapping[str, nn.Module]] = _no_more
+    phases: Callable[[Any], Sequence[Phase]] = one_phase
 
 
 FAMILIES: dict[str, Family[Any]] = {

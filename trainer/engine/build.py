@@ -1,16 +1,19 @@
 """Builds the objects that a configuration describes: network, objective, optimizer, state."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
-from trainer.config import Config
+from trainer.config import AdamConfig, Config
 from trainer.data.stream.stream import BatchLayout
-from trainer.diffusion.contract import Objective
+from trainer.diffusion.contract import MODEL, Objective, Phase
 from trainer.diffusion.families import FAMILIES
 from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
 from trainer.engine.network.compilation import compile_stages
+from trainer.engine.network.freezing import freeze
 from trainer.engine.network.precision import run_in
 from trainer.engine.state.ema import profiles
 from trainer.engine.state.train_state import TrainState
@@ -18,6 +21,7 @@ from trainer.engine.strategies import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.backbones import BACKBONES
+from trainer.models.stages import checkpoint_activations
 
 
 def build_network(config: Config) -> nn.Module:
@@ -31,6 +35,21 @@ def build_network(config: Config) -> nn.Module:
         raise ConfigError(f"data.cond = {unknown}: the network takes no {unknown[0]}; leave it out")
     out_channels = FAMILIES[config.diffusion.kind].output_channels(config.diffusion, config.model.channels)
     return backbone.build(config.model, out_channels)
+
+
+def build_networks(config: Config) -> dict[str, nn.Module]:
+    """All networks of the configured family by name, "model" first; as `build_network`."""
+    main = build_network(config)  # first: its initial weights do not depend on which others there are
+    others = FAMILIES[config.diffusion.kind].networks(config.diffusion, partial(build_network, config))
+    for name in others:
+        if name == MODEL or not re.fullmatch(r"\w+", name):  # checkpoints have it in names of tensors
+            raise ValueError(f"{name!r}: should be the name of a new network, of letters, digits and underscores")
+    return {MODEL: main, **others}
+
+
+def phases(config: Config, objective: Objective) -> Sequence[Phase]:
+    """The phases of a step, from the configured family's objective."""
+    return FAMILIES[config.diffusion.kind].phases(objective)
 
 
 def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
@@ -54,24 +73,36 @@ def build_objective(config: Config, device: torch.device) -> Objective:
     return FAMILIES[config.diffusion.kind].objective(config.diffusion, device)
 
 
-def build_optimizer(config: Config, network: nn.Module) -> GuardedAdam:
-    """Adam over the network's parameters."""
+def build_optimizer(config: AdamConfig, network: nn.Module) -> GuardedAdam:
+    """Adam over the network's parameters that are not frozen."""
     return GuardedAdam(
-        network.parameters(),
-        learning_rate=config.optimizer.learning_rate,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        clip_norm=config.optimizer.clip_norm,
+        (parameter for parameter in network.parameters() if parameter.requires_grad),
+        learning_rate=config.learning_rate,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        clip_norm=config.clip_norm,
     )
 
 
 def build_state(config: Config, strategy: Strategy) -> TrainState:
     """The state of a run at step 0, sharded over the ranks; its values do not depend on their number. Collective."""
     torch.manual_seed(config.seed)
-    network = build_network(config)
+    networks = build_networks(config)
+    if unknown := config.optimizer.networks.keys() - networks.keys():
+        has = ", ".join(networks)
+        raise ConfigError(f"optimizer.networks.{min(unknown)}: this run has no such network, but {has}", agreed=True)
+    freeze(networks, config.train.freeze)
     layout = BatchLayout.plan(config.train.global_batch, strategy.accelerator.num_processes, config.train.micro_batch)
-    recompute(network, stage_kinds(lambda: build_network(config), config, layout.micro_batch))
+    kind = config.train.activation_checkpointing
+    for network in networks.values():
+        checkpoint_activations(network, "none" if kind == "budget" else kind)
+    if kind == "budget":  # of the main network alone
+        recompute(networks[MODEL], stage_kinds(lambda: build_network(config), config, layout.micro_batch))
     if config.train.compile == "regional":
-        compile_stages(network, config.train.compile_cache, cuda_graphs=config.train.cuda_graphs)
-    strategy.prepare(network, lambda model: build_optimizer(config, model))
-    return TrainState(strategy, profiles(config.train), build_objective(config, strategy.device))
+        for network in networks.values():
+            compile_stages(network, config.train.compile_cache, cuda_graphs=config.train.cuda_graphs)
+    distributed = {
+        name: strategy.prepare(network, partial(build_optimizer, config.optimizer.of(name)))
+        for name, network in networks.items()
+    }
+    return TrainState(strategy, distributed, profiles(config.train), build_objective(config, strategy.device))

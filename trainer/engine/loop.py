@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from trainer.config import Config
-from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData
+from trainer.diffusion.contract import MODEL
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.save_schedule import SaveSchedule
 from trainer.engine.monitoring.feature_distance import FeatureDistance
@@ -19,10 +18,9 @@ from trainer.engine.monitoring.validation import Validation
 from trainer.engine.processes.collectives import together
 from trainer.engine.processes.watchdog import enter
 from trainer.engine.run_folder import RunFolder, identity
-from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.garbage_collection import collect_after
 from trainer.engine.step.nonfinite_dump import NonFiniteDump
-from trainer.engine.step.step_report import PendingVerdict, Verdict
+from trainer.engine.step.step_report import NetworkVerdict, PendingVerdict
 from trainer.engine.step.train_step import TrainStep
 from trainer.errors import NonFiniteError
 from trainer.telemetry.pictures import save_png
@@ -43,23 +41,19 @@ class TrainingLoop:
     def __init__(
         self,
         *,
-        config: Config,
-        layout: BatchLayout,
-        data: TrainingData,
-        state: TrainState,
         train_step: TrainStep,
         grids: SampleGrids,
+        data: TrainingData,
         checkpoints: Checkpoints,
         folder: RunFolder,
         recordings: Recordings,
         trackers: Trackers,
     ) -> None:
-        self.config = config
-        self.layout = layout
+        self.train_step = train_step
+        self.config, self.layout, self.state = train_step.config, train_step.layout, train_step.state
+        config, layout, state = self.config, self.layout, self.state
         self.accelerator = state.strategy.accelerator
         self.data = data
-        self.state = state
-        self.train_step = train_step
         self.grids = grids
         self.folder = folder
         self.recordings = recordings
@@ -167,25 +161,29 @@ class TrainingLoop:
             return
         enter("settle")
         verdict, self.pending = self.pending.read(), None
-        if verdict.finite:
-            self.state.updates += 1
-            self.state.averages.update(self.state.updates)
+        for each in verdict.networks:
+            if each.finite:
+                self.state.networks[each.network].updated()
+        skipped = [each for each in verdict.networks if not each.finite]
+        if not skipped:
             self.overflows = 0
-        elif self._is_overflow(verdict) and self.overflows < _MOST_OVERFLOWS:
+        elif all(map(self._is_overflow, skipped)) and self.overflows < _MOST_OVERFLOWS:
             self.overflows += 1  # the loss scaler's normal search for a scale, no sign of a bad batch
         else:
-            self._report_nonfinite(verdict)
+            self._report_nonfinite(skipped[0])
         self.saves.poll(verdict.writing, verdict.copying)
         self.stopping = self.stopping or verdict.stop_requests > 0
         self.telemetry.count(verdict)
         if self._is_due(self.config.log.every) or self.step == self.last_step:
             self.telemetry.log()
 
-    def _is_overflow(self, verdict: Verdict) -> bool:
-        return self.state.strategy.scaler is not None and math.isfinite(verdict.loss)
+    def _is_overflow(self, verdict: NetworkVerdict) -> bool:
+        return self.state.networks[verdict.network].network.scaler is not None and math.isfinite(verdict.loss)
 
-    def _report_nonfinite(self, verdict: Verdict) -> None:
-        """Write images, timesteps and seed of a skipped step to a file; raise after too many in a row."""
+    def _report_nonfinite(self, verdict: NetworkVerdict) -> None:
+        """Write images, timesteps and seed of a skipped step to a file; raise after too many. `verdict` is that on the
+        first network that it left unchanged.
+        """
         self.state.nonfinite_steps += 1
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
         with self.telemetry.best_effort():
@@ -195,7 +193,9 @@ class TrainingLoop:
                 )
                 dump.write(path)
         self.folder.event("nonfinite", step=self.step, dump=str(path))
-        line = f"step {self.step}: loss {verdict.loss}, gradient norm {verdict.grad_norm}; skipped, batch in {path}"
+        whose = "" if verdict.network == MODEL else f"{verdict.network}: "
+        norm = verdict.grad_norm
+        line = f"step {self.step}: {whose}loss {verdict.loss}, gradient norm {norm}; skipped, batch in {path}"
         self.progress.say(line)
         if self.state.nonfinite_steps > self.config.train.max_nonfinite_steps:
             raise NonFiniteError(

@@ -202,13 +202,20 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:
-    """The fields that must not change within a run: network, process, seed, batch and images.
+    """The fields that must not change within a run: network, process, seed, batch, images, what is frozen and what the
+    networks started from.
 
     Without `data` it is the identity of imported weights: fields that belong to training are UNDECIDED.
     """
     fields = {f"model.{name}": value for name, value in config.model.model_dump().items()}
     fields |= {f"diffusion.{name}": value for name, value in config.diffusion.identity().items()}
-    training = {"seed": config.seed, "data.flip": config.data.flip, "train.global_batch": config.train.global_batch}
+    fields |= {"train.init_from": config.train.init_from}  # a changed one would do nothing, and nobody would notice
+    training = {
+        "seed": config.seed,
+        "data.flip": config.data.flip,
+        "train.global_batch": config.train.global_batch,
+        "train.freeze": config.train.freeze,
+    }
     if data is None:
         undecided = [f"diffusion.{name}" for name in config.diffusion.of_training_alone()]
         return {**fields, **dict.fromkeys([*undecided, *training, DATA_FINGERPRINT], UNDECIDED)}

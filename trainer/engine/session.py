@@ -12,6 +12,7 @@ from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, dead_loaders
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_state
 from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.checkpointing.initial_weights import load_initial_weights
 from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
 from trainer.engine.checkpointing.resume import find_checkpoint, load_checkpoint
 from trainer.engine.loop import TrainingLoop
@@ -81,15 +82,9 @@ def _train(
     check_alike({**identity(config, data), "the configuration": config.to_toml()}, kind=ConfigError)
 
     state = build_state(config, strategy)
-    train_step = TrainStep(
-        config=config,
-        layout=layout,
-        strategy=strategy,
-        state=state,
-        stop=stop,
-    )
+    train_step = TrainStep(config=config, layout=layout, state=state, stop=stop)
     grids = SampleGrids(config, state, stop)
-    strategy.warm_up(train_step.rehearse)
+    train_step.warm_up()
 
     folder = RunFolder(run, writes=accelerator.is_main_process)
     what = f"run_dir = {folder.path}: cannot be written"
@@ -101,12 +96,9 @@ def _train(
         accelerator.print(f"changed since the last start: {change}")
 
     loop = TrainingLoop(
-        config=config,
-        layout=layout,
-        data=data,
-        state=state,
         train_step=train_step,
         grids=grids,
+        data=data,
         checkpoints=checkpoints,
         folder=folder,
         recordings=recordings,
@@ -141,6 +133,7 @@ def _resume(
         checkpoints.supersede(source, step)
         snapshots.supersede_after(step, source)
     else:
+        load_initial_weights(config, state, say=accelerator.print)
         snapshots.supersede_after(0, Path("its beginning"))  # snapshots of an earlier start
     return source
 
@@ -220,7 +213,7 @@ def _prefetcher(config: DataConfig, data: TrainingData, plan: MicroBatchPlan) ->
 
 def _summary(loop: TrainingLoop, source: Path | None) -> str:
     layout = loop.layout
-    parameters = sum(shape.numel() for shape in loop.state.shapes.values())
+    parameters = sum(shape.numel() for each in loop.state.networks.values() for shape in each.shapes.values())
     origin = f"resuming from {source}" if source is not None else "starting"
     images = loop.data.order.samples
     if source is not None and loop.step >= loop.last_step:

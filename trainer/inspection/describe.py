@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer.engine.checkpointing.checkpoints import open_verified
+from trainer.engine.checkpointing.checkpoints import is_weights, open_verified
 from trainer.engine.state.tensor_files import TensorReader
 from trainer.errors import CheckpointError
 from trainer.inspection import folders
@@ -33,7 +33,7 @@ def unusable_weights(path: Path) -> list[str]:
     """
     reader, _ = open_verified(path)
     kinds = {name: name.partition("/")[0] for name in reader.shapes}
-    names = [name for name, kind in kinds.items() if kind == "model" or kind.startswith("ema")]
+    names = [name for name, kind in kinds.items() if is_weights(kind)]
     bad = [name for name in names if not is_finite(reader, name)]
     return [f"{bad[0]} holds NaN or infinity ({len(bad)} of {len(names)} tensors of weights do)"] if bad else []
 

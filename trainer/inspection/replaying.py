@@ -10,15 +10,17 @@ from torch import nn
 from trainer.config import Config
 from trainer.data.stream.batches import read_batch
 from trainer.data.training_data import TrainingData, open_training_data
+from trainer.diffusion.contract import MODEL
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.diffusion.times import GivenTimes
-from trainer.engine.build import build_network, build_objective
+from trainer.engine.build import build_networks, build_objective
 from trainer.engine.checkpointing.checkpoints import read_weights
+from trainer.engine.network.freezing import freeze
 from trainer.engine.network.precision import run_in
 from trainer.engine.run_folder import RunFolder, check_identity, identity
 from trainer.engine.step.nonfinite_dump import NonFiniteDump
 from trainer.engine.step.train_step import device_batch, seed_dropout
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.inspection import folders
 from trainer.inspection.origin import GradientNorm, Origin, Watch, gradient_norms
 from trainer.inspection.text import table
@@ -70,6 +72,8 @@ def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Repl
     dump, checkpoint, configuration or data cannot be used or do not belong together.
     """
     dump = NonFiniteDump.read(path)
+    if dump.network != MODEL:
+        raise DataError(f"{path}: of the network {dump.network!r}; only steps of {MODEL!r} can be computed again")
     run = path.resolve().parent.parent
     config = _as_dumped(RunFolder(run, writes=False).load_config(), dump, path)
     data = open_training_data(config, index_folder=None)
@@ -79,7 +83,9 @@ def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Repl
         raise CheckpointError(f"{checkpoint}: damaged: {'; '.join(faults)}")
     weights, manifest = read_weights(checkpoint, "model")
     check_identity(manifest["identity"], identity(config, data), checkpoint)
-    network = build_network(config)
+    networks = build_networks(config)
+    freeze(networks, config.train.freeze)
+    network = networks[MODEL]
     network.load_state_dict(weights)
     kind = config.train.activation_checkpointing
     checkpoint_activations(network, "full" if kind == "budget" else kind)  # results do not depend on it

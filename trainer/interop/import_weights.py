@@ -75,9 +75,9 @@ def make_run(
 
     The journal records its origin as `event`. Errors as `Checkpoints.save`.
     """
-    plain = config.train.model_copy(update={"strategy": "ddp", "precision": "fp32"})
-    state = build_state(config, DataParallel(plain))
-    state.set_weights(weights)
+    plain = config.train.model_copy(update={"strategy": "ddp", "precision": "fp32", "freeze": []})
+    state = build_state(config.model_copy(update={"train": plain}), DataParallel(plain))
+    state.main.set_weights(weights)
     folder = RunFolder(path, writes=True)
     folder.save_config(config)
     saved = Checkpoints(folder.checkpoints, accelerator).save(state.contents(), step=0, identity=identity(config, None))

@@ -28,6 +28,7 @@ from trainer.engine.state.train_state import Contents
 from trainer.errors import CheckpointError
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
+_WEIGHTS = re.compile(r"(\w+\.)?(model|ema(-.*)?)")
 
 
 class Checkpoints:
@@ -254,17 +255,28 @@ def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A network's state dict and the manifest of a verified checkpoint.
 
-    `kind`: "model" for the raw weights, "ema" or "ema-<sigma_rel>" for an average. Raises CheckpointError where the
+    `kind`: "model" for the raw weights, "ema" or "ema-<sigma_rel>" for an average; of another network than the main one
+    with its name in front ("critic.ema"). Raises CheckpointError where the
     checkpoint has no such weights, or where one of them is not finite.
     """
     reader, manifest = open_verified(path)
-    kinds = {name.partition("/")[0] for name in reader.shapes}
-    if kind not in kinds:
-        known = sorted(name for name in kinds if name == "model" or name.startswith("ema"))
-        raise CheckpointError(f"{path}: has no weights {kind!r}, but {', '.join(known)}", agreed=True)
+    check_kind(reader, kind, path)
     prefix = f"{kind}/"
     names = [name for name in reader.shapes if name.startswith(prefix)]
     return {name.removeprefix(prefix): _usable(reader.whole(name), f"{path}: {name}") for name in names}, manifest
+
+
+def check_kind(reader: TensorReader, kind: str, path: Path) -> None:
+    """Raise CheckpointError where a checkpoint has no weights of that kind."""
+    kinds = {name.partition("/")[0] for name in reader.shapes}
+    if kind not in kinds:
+        known = sorted(filter(is_weights, kinds))
+        raise CheckpointError(f"{path}: has no weights {kind!r}, but {', '.join(known)}", agreed=True)
+
+
+def is_weights(kind: str) -> bool:
+    """Whether tensors of that kind are a network's raw or averaged weights, as "model" and "critic.ema-0.1" are."""
+    return _WEIGHTS.fullmatch(kind) is not None
 
 
 def _usable(weight: torch.Tensor, where: str) -> torch.Tensor:

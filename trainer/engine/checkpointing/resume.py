@@ -78,5 +78,5 @@ def load_checkpoint(path: Path, state: TrainState, identity: dict[str, Any], *, 
         return int(manifest["step"])
 
     step = together(f"{path}: cannot be read", load, kind=CheckpointError)[0]
-    state.strategy.weights_changed()
+    state.weights_changed()
     return step

@@ -113,7 +113,7 @@ class SaveSchedule:
         if where is self.checkpoints and where.exists(self.step):
             return
         together(str(self.folder.path), self.folder.check_that_it_is_there, only_rank=0)
-        check_replicas(self.state.strategy, self.step)
+        check_replicas(self.state, self.step)
         contents = self.state.contents() if where is self.checkpoints else self.state.snapshot_contents()
         try:
             saving = where.begin(contents, step=self.step, identity=self.identity)

@@ -70,7 +70,7 @@ class Telemetry:
         self.heartbeat = Heartbeat(folder.path, writes=writes, best_effort=folder.best_effort)
         self.stopwatch = Stopwatch(self.beat)
         self.pace = Pace(self._device)
-        self.pace.watch(state.strategy.network)
+        self.pace.watch(state.main.network.module)
         self.clock = StepClock(self._device)
         self._starts: list[dict[str, Any]] = []
         self._waited = 0.0  # seconds spent waiting for data, up to the last log line
@@ -97,8 +97,10 @@ class Telemetry:
 
     def count(self, verdict: Verdict) -> None:
         """Call when a step is settled, with its verdict; the state has been updated."""
-        if verdict.finite:
-            self.state.meters.add(loss=verdict.loss, grad_norm=verdict.grad_norm, figures=verdict.figures)
+        for each in verdict.networks:
+            if each.finite:
+                meters = self.state.networks[each.network].meters
+                meters.add(loss=each.loss, grad_norm=each.grad_norm, figures=each.figures)
         self.progress.advance()
         self.beat("training")
 
@@ -119,11 +121,10 @@ class Telemetry:
         images, seconds = self.stopwatch.lap()
         rate = images / seconds
         values = {
-            "train/learning_rate": self.state.strategy.optimizer.param_groups[0]["lr"],
             "train/images_per_second": rate,
             "train/epoch": self.state.position / self._samples,
             "train/nonfinite_steps": float(self.state.nonfinite_steps),
-            **self.state.meters.take(),
+            **self._of_networks(),
             **self.clock.take(),
             **self._of_all_ranks(seconds),
             **self._use_of_devices(rate),
@@ -189,7 +190,7 @@ class Telemetry:
             dtype=torch.float64,
             device=self._device,
         )
-        rows = gather_numbers(torch.cat([own, self.state.averages.squared_distance().to(self._device)]))
+        rows = gather_numbers(torch.cat([own, self.state.main.averages.squared_distance().to(self._device)]))
         waits, host, allocated, reserved, vanished, distance, weights = zip(*rows, strict=True)
         if any(vanished):
             raise TrainerError(self.folder.vanished, agreed=True)
@@ -201,6 +202,15 @@ class Telemetry:
         if self._device.type == "cuda":
             values["device/memory_allocated_bytes"] = max(allocated)
             values["device/memory_reserved_bytes"] = max(reserved)
+        return values
+
+    def _of_networks(self) -> dict[str, float]:
+        """Meters and learning rates: train/loss of the main network, train/critic/loss of one named "critic"."""
+        values: dict[str, float] = {}
+        for name, network in self.state.networks.items():
+            prefix = "train" if network is self.state.main else f"train/{name}"
+            taken = {"train/learning_rate": network.learning_rate, **network.meters.take()}
+            values |= {key.replace("train", prefix, 1): value for key, value in taken.items()}
         return values
 
     def _use_of_devices(self, rate: float) -> dict[str, float]:

@@ -32,7 +32,7 @@ class SampleGrids:
     def draw(self, step: int) -> Pixels | None:
         """The picture, (H, W, 3); the ranks divide its images. Collective; None after a request to stop."""
         accelerator, model = self.state.strategy.accelerator, self.config.model
-        network = build_trained(self.config, self.state.average(), accelerator.device)
+        network = build_trained(self.config, self.state.main.average(), accelerator.device)
         denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
         shape = (model.channels, model.image_size, model.image_size)
         batches = self.request.batches

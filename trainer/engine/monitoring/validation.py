@@ -53,7 +53,7 @@ class Validation:
         """
         batches = batches_of(len(self.ids), _BATCH)
         values: dict[str, float] = {}
-        for name, whole in (("loss", self.state.weights), ("ema_loss", self.state.average)):
+        for name, whole in (("loss", self.state.main.weights), ("ema_loss", self.state.main.average)):
             network = build_trained(self.config, whole(), self.state.strategy.device)
 
             def score(numbers: range, network: torch.nn.Module = network) -> tuple[list[int], list[float]]:

@@ -33,9 +33,9 @@ def run_in(precision: Precision, network: nn.Module, device: torch.device) -> No
         return
     forward = network.forward
 
-    def autocast_forward(x: torch.Tensor, t: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
+    def autocast_forward(*inputs: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
         with autocast(precision, device):
-            return forward(x, t, **cond).float()
+            return forward(*inputs, **cond).float()
 
     network.forward = autocast_forward
 

@@ -57,12 +57,12 @@ def find_batch(config: Config) -> Iterator[Trial]:
     share = BatchLayout.plan(config.train.global_batch, world_size, None).micro_batch
     # One objective and step for all sizes: its communication hook can be registered only once.
     layout = BatchLayout(global_batch=world_size, world_size=world_size, micro_batch=1)
-    train_step = TrainStep(config=config, layout=layout, strategy=strategy, state=state, stop=StopRequest())
+    train_step = TrainStep(config=config, layout=layout, state=state, stop=StopRequest())
     for size in (n for n in range(1, share + 1) if share % n == 0):
         train_step.layout = BatchLayout(global_batch=size * world_size, world_size=world_size, micro_batch=size)
         if config.train.memory_budget is not None:
             try:
-                recompute(strategy.network, stage_kinds(lambda: build_network(config), config, size))
+                recompute(state.main.network.module, stage_kinds(lambda: build_network(config), config, size))
             except ConfigError:
                 return
         seconds = _seconds_a_pass(train_step) if _is_likely_to_fit(config, strategy.device, size) else math.inf
@@ -100,7 +100,7 @@ def _say(line: str) -> None:
 
 def _seconds_a_pass(train_step: TrainStep) -> float:
     """Seconds for a forward and backward pass; infinity where the device runs out of memory."""
-    device, batches = train_step.strategy.device, _random_batches(train_step)
+    device, batches = train_step.state.strategy.device, _random_batches(train_step)
     torch.compiler.reset()  # drop the compiled code of other sizes
     try:
         train_step.backward(batches)  # warm-up: compilation, choice of kernels, allocation
@@ -113,7 +113,7 @@ def _seconds_a_pass(train_step: TrainStep) -> float:
     except torch.OutOfMemoryError:
         return math.inf
     finally:
-        train_step.strategy.optimizer.zero_grad()
+        train_step.state.main.network.optimizer.zero_grad()
 
 
 def _random_batches(train_step: TrainStep) -> Iterator[dict[str, torch.Tensor]]:

@@ -4,19 +4,18 @@ Learning rate, epoch, order, flips, t, noise and dropout are not stored: they ar
 `position`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from trainer.diffusion.contract import Objective
-from trainer.engine.state.ema import MAIN, Averages, Decay
+from trainer.diffusion.contract import MODEL, Objective
+from trainer.engine.state.ema import MAIN, Decay
+from trainer.engine.state.network_state import NetworkState
 from trainer.engine.state.tensor_files import SavedSlice, TensorReader
-from trainer.engine.strategies import Strategy
-from trainer.engine.strategies.optimizer import MOMENTS
-from trainer.engine.strategies.parameter_slices import ParameterSlice, assemble, fill, owned, row_by_row
+from trainer.engine.strategies import DistributedNetwork, Strategy
+from trainer.engine.strategies.parameter_slices import fill
 from trainer.errors import CheckpointError
-from trainer.telemetry.meters import Meters
 
 
 class Contents(NamedTuple):
@@ -28,140 +27,96 @@ class Contents(NamedTuple):
     strategy: str
 
 
-class _Group(NamedTuple):
-    """One tensor per parameter: `kind` is the prefix of its name in checkpoints; `values` has one entry per slice."""
-
-    kind: str
-    slices: list[ParameterSlice]
-    values: list[torch.Tensor]
-
-
 class TrainState:
     """The state of a run, sharded over the ranks by the strategy. Construction is collective.
 
-    `position` counts images consumed, `updates` the steps applied, `nonfinite_steps` those skipped as not finite.
-    `meters` accumulate until the next log line, and are saved so that a restart does not change that line.
+    `networks` by name, "model" (`main`) first; `position` counts images consumed, `nonfinite_steps` the steps that were
+    skipped, in one network or more, as not finite.
     """
 
-    def __init__(self, strategy: Strategy, decays: Mapping[str, Decay], objective: Objective) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        networks: Mapping[str, DistributedNetwork],
+        decays: Mapping[str, Decay],
+        objective: Objective,
+    ) -> None:
         self.strategy = strategy
         self.objective = objective
-        self.owned = owned(strategy.slices)
-        self.averages = Averages(self.owned, dict(decays))
-        self.shapes = strategy.shapes  # of all parameters, including those of which this rank has no slice
+        self.networks = {name: NetworkState(name, network, decays) for name, network in networks.items()}
+        self.main = self.networks[MODEL]
         self.position = 0
-        self.updates = 0
         self.nonfinite_steps = 0
-        self.meters = Meters()
 
     def contents(self) -> Contents:
         """Content of a checkpoint, and this rank's share of it.
 
         Names of tensors do not depend on the strategy or the number of ranks: model/<parameter>, ema/<parameter> (and
-        ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>, and what the objective
-        recorded, timesteps/<quantity>.
+        ema-<sigma_rel>/), optimizer.exp_avg/<parameter>, optimizer.exp_avg_sq/<parameter>; for any network but the main
+        one with its name in front, as in critic.model/<parameter>; no moments of frozen parameters; and what the
+        objective recorded, timesteps/<quantity>.
         """
-        mine = {(piece.name, piece.start) for piece in self.owned}
-        slices = [
-            SavedSlice(f"{kind}/{piece.name}", piece.shape, piece.start, tensor)
-            for kind, pieces, values in self._groups()
-            for piece, tensor in zip(pieces, values, strict=True)
-            if (piece.name, piece.start) in mine
-        ]
+        slices = [piece for network in self.networks.values() for piece in network.saved_slices()]
         if self.strategy.accelerator.is_main_process:
             recorded = self.objective.tensors().items()
             slices += [SavedSlice(name, value.shape, 0, value) for name, value in recorded]
-        return Contents(slices, self._tensor_shapes(), self._scalars(), self._strategy)
+        return Contents(slices, self._tensor_shapes(), self._scalars(), self.strategy.config.strategy)
 
     def snapshot_contents(self) -> Contents:
         """Content of a snapshot of the averages with power-function profiles, and this rank's share of it."""
-        averages = {name: average for name, average in self.averages.by_name.items() if name != MAIN}
-        shapes = {f"{average}/{name}": shape for average in averages for name, shape in self.shapes.items()}
-        slices = [
-            SavedSlice(f"{name}/{piece.name}", piece.shape, piece.start, tensor)
-            for name, average in averages.items()
-            for piece, tensor in zip(self.owned, average.values, strict=True)
-        ]
-        return Contents(slices, shapes, {"position": self.position, "updates": self.updates}, self._strategy)
-
-    @torch.no_grad()
-    def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Set the weights and every average of a run at step 0 from a state dict."""
-        for kind, slices, values in self._groups():
-            if not kind.startswith("optimizer."):
-                for piece, tensor in zip(slices, values, strict=True):
-                    fill(tensor, row_by_row(weights[piece.name])[piece.start : piece.stop])
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The raw weights as a complete state dict, float32, on every rank's device. Collective."""
-        return assemble(self.shapes, [(piece, piece.weight) for piece in self.owned], self.strategy.device)
-
-    def average(self, name: str = MAIN) -> dict[str, torch.Tensor]:
-        """An average as a complete state dict, float32, on every rank's device. Collective."""
-        parts = zip(self.owned, self.averages.by_name[name].values, strict=True)
-        return assemble(self.shapes, parts, self.strategy.device)
+        powers = {kind for network in self.networks.values() for kind in network.powers}
+        slices, shapes, _, strategy = self.contents()
+        return Contents(
+            [piece for piece in slices if piece.name.partition("/")[0] in powers],
+            {name: shape for name, shape in shapes.items() if name.partition("/")[0] in powers},
+            {"position": self.position, "updates": self.main.updates},
+            strategy,
+        )
 
     def _scalars(self) -> dict[str, Any]:
-        scaler = self.strategy.scaler
-        return {
-            "position": self.position,
-            "updates": self.updates,
-            "nonfinite_steps": self.nonfinite_steps,
-            "meters": self.meters.state(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
+        main, *others = self.networks.values()
+        scalars = {**main.scalars(), "position": self.position, "nonfinite_steps": self.nonfinite_steps}
+        return {**scalars, "networks": {each.name: each.scalars() for each in others}} if others else scalars
 
-    @torch.no_grad()
     def load(self, saved: TensorReader, scalars: Mapping[str, Any]) -> list[str]:
         """Load a saved state; each rank reads the slices that it holds, whatever number of ranks wrote them.
 
-        After all ranks have loaded, `strategy.weights_changed` must be called. An average that the checkpoint lacks is
+        After all ranks have loaded, `weights_changed` must be called. An average that the checkpoint lacks is
         initialised from the main one; additional ones are ignored. Returns a line for each of these. Raises
         CheckpointError, and changes nothing, where a tensor is missing, unexpected or of another shape.
         """
         remarks, source = self._check(saved.shapes)
-        for kind, slices, values in self._groups():
-            for piece, tensor in zip(slices, values, strict=True):
-                fill(tensor, saved.read(f"{source.get(kind, kind)}/{piece.name}", piece.start, piece.stop))
+        for name, network in self.networks.items():
+            network.load(saved, scalars if network is self.main else scalars["networks"][name], source)
         for name, tensor in self.objective.tensors().items():
             fill(tensor, saved.read(name, 0, tensor.numel()))
-        self.strategy.optimizer.set_updates(scalars["updates"])
-        if self.strategy.scaler is not None and scalars["scaler"]:
-            self.strategy.scaler.load_state_dict(scalars["scaler"])
-        for name in ("position", "updates", "nonfinite_steps"):
-            setattr(self, name, scalars[name])
-        self.meters = Meters.from_state(scalars.get("meters", {}))
+        self.position, self.nonfinite_steps = scalars["position"], scalars["nonfinite_steps"]
         return remarks
 
-    @property
-    def _strategy(self) -> str:
-        return self.strategy.config.strategy
+    def weights_changed(self) -> None:
+        """Call after weights were loaded; collective under some strategies."""
+        for each in self.networks.values():
+            each.network.weights_changed()
 
     def _tensor_shapes(self) -> dict[str, torch.Size]:
         """Shapes of all tensors of the state, whichever rank holds them."""
-        kinds = ["model", *(f"optimizer.{moment}" for moment in MOMENTS), *self.averages.by_name]
-        shapes = {f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}
+        shapes = {name: shape for each in self.networks.values() for name, shape in each.saved_shapes().items()}
         return shapes | {name: value.shape for name, value in self.objective.tensors().items()}
-
-    def _groups(self) -> Iterator[_Group]:
-        slices, state = self.strategy.slices, self.strategy.optimizer.state
-        yield _Group("model", slices, [piece.weight for piece in slices])
-        for moment in MOMENTS:
-            values = [piece.of(state[piece.storage][moment]) for piece in slices]
-            yield _Group(f"optimizer.{moment}", slices, values)
-        for name, average in self.averages.by_name.items():
-            yield _Group(name, self.owned, average.values)
 
     def _check(self, found: Mapping[str, torch.Size]) -> tuple[list[str], dict[str, str]]:
         """Returns remarks, and for each kind that is read from another kind, that kind."""
-        remarks, source = [], {}
+        remarks, source, left = [], dict[str, str](), set[str]()
         kinds = {name.partition("/")[0] for name in found}
-        for name in self.averages.by_name.keys() - kinds - {MAIN}:
-            source[name] = MAIN
-            remarks.append(f"{name}: the checkpoint has no such average; it starts as the checkpoint's {MAIN}")
-        left = {kind for kind in kinds if kind.startswith(f"{MAIN}-")} - self.averages.by_name.keys()
+        for network in self.networks.values():
+            main = network.qualified(MAIN)
+            asked = {network.qualified(name) for name in network.averages.by_name}
+            for kind in asked - kinds - {main}:
+                source[kind] = main
+                remarks.append(f"{kind}: the checkpoint has no such average; it starts as the checkpoint's {main}")
+            left |= {kind for kind in kinds if kind.startswith(f"{main}-")} - asked
         remarks += [f"{kind}: train.ema_sigma_rel asks for no such average any more; it ends here" for kind in left]
-        found = {name: shape for name, shape in found.items() if name.partition("/")[0] not in left}
+        unused = {name for network in self.networks.values() for name in network.unused_moments()}
+        found = {name: s for name, s in found.items() if name.partition("/")[0] not in left and name not in unused}
         expected = {name: s for name, s in self._tensor_shapes().items() if name.partition("/")[0] not in source}
         if difference := sorted(expected.keys() ^ found.keys()):
             state = "missing" if difference[0] in expected else "not in this run"

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData
+from trainer.diffusion.contract import MODEL
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.state.train_state import TrainState
-from trainer.engine.step.step_report import Verdict
+from trainer.engine.step.step_report import NetworkVerdict
 from trainer.errors import DataError
 
 
@@ -34,8 +35,8 @@ class DumpedSample(BaseModel):
 class NonFiniteDump(BaseModel):
     """A skipped step. `loss` and `grad_norm` as Python's `str` of a float, so "nan" and "inf" are possible.
 
-    `updates`: optimizer steps applied before, which identifies the weights; `micro_batch`, `precision` and `device`
-    ("cpu" or "cuda"): how it was computed.
+    `network`: the first that was not updated; `updates`: optimizer steps applied to it before, which identifies the
+    weights; `micro_batch`, `precision` and `device` ("cpu" or "cuda"): how it was computed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,6 +44,7 @@ class NonFiniteDump(BaseModel):
     loss: str
     grad_norm: str
     seed: int
+    network: str = MODEL
     updates: int
     micro_batch: int
     precision: str
@@ -51,7 +53,7 @@ class NonFiniteDump(BaseModel):
 
     @classmethod
     def of_step(
-        cls, verdict: Verdict, *, config: Config, layout: BatchLayout, state: TrainState, data: TrainingData
+        cls, verdict: NetworkVerdict, *, config: Config, layout: BatchLayout, state: TrainState, data: TrainingData
     ) -> Self:
         """The step that the state counted last, which was not applied. Synchronises with the device."""
         positions = np.arange(state.position - layout.global_batch, state.position)
@@ -66,7 +68,8 @@ class NonFiniteDump(BaseModel):
             loss=repr(verdict.loss),
             grad_norm=repr(verdict.grad_norm),
             seed=config.seed,
-            updates=state.updates,
+            network=verdict.network,
+            updates=state.networks[verdict.network].updates,
             micro_batch=layout.micro_batch,
             precision=config.train.precision,
             device=device.type,

@@ -1,23 +1,22 @@
-"""One optimizer step: losses, gradients, accumulation, clipping, update; without synchronising with the device."""
+"""One training step: from the loader's micro-batches through its phases to the verdict on them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from trainer.config import Config
 from trainer.data.datasets.dataset import SECOND_IMAGES
 from trainer.data.stream.stream import BatchLayout
-from trainer.diffusion.contract import Batch, Losses
-from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_flips, keyed_int
+from trainer.diffusion.contract import Batch
+from trainer.diffusion.keyed_noise import Stream, keyed_flips, keyed_int
+from trainer.engine.build import phases
 from trainer.engine.processes.watchdog import enter
 from trainer.engine.state.train_state import TrainState
-from trainer.engine.step.gradient_noise import GradientSquare
-from trainer.engine.step.step_report import PendingVerdict, StepBatches
-from trainer.engine.strategies import Strategy
+from trainer.engine.step.phase_step import PhaseStep
+from trainer.engine.step.step_report import PendingVerdict
 from trainer.models.backbones import example_inputs
 from trainer.signals import StopRequest
-from trainer.telemetry.meters import step_sums
 from trainer.telemetry.pictures import from_uint8
 
 
@@ -55,116 +54,86 @@ def _image(pixels: torch.Tensor, device: torch.device, flips: torch.Tensor | Non
 
 def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
     """Call before the forward pass of a micro-batch: dropout masks become a function of seed and first position."""
-    torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
+    if getattr(config.model, "dropout", None) != 0:  # a backbone that has no such field may drop, too
+        torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
 
 
 class TrainStep:
-    """The two halves of a step: `backward` computes the gradients, `update` applies them where they are finite."""
+    """A sequence of phases, each of which trains one network; the plain step is one phase.
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        layout: BatchLayout,
-        strategy: Strategy,
-        state: TrainState,
-        stop: StopRequest,
-    ) -> None:
+    Its two halves: `backward` computes the gradients of the first phase, `update` applies them where they are finite
+    and carries out the other phases. A phase that is not finite leaves its own network unchanged, and no other.
+    """
+
+    def __init__(self, *, config: Config, layout: BatchLayout, state: TrainState, stop: StopRequest) -> None:
         self.config = config
         self.layout = layout
-        self.strategy = strategy
         self.state = state
-        self.objective = state.objective
-        self._losses: Losses | None = None  # of the last micro-batches, set by `backward`
         self.stop = stop
-        self.gradient_square = GradientSquare(strategy, layout)
+        self.phases = [
+            PhaseStep(phase, config=config, layout=layout, state=state)
+            for phase in phases(config, state.objective)
+            if state.networks[phase.trains].network.trained
+        ]
+        self._seen: list[dict[str, torch.Tensor]] = []  # the loader's micro-batches of this step, for later phases
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), hence 0 in step 0 (Ho et al.)."""
-        warmup = self.config.optimizer.warmup.steps(self.layout.global_batch)
-        return self.config.optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
+    def warm_up(self) -> None:
+        """Called before the state is loaded: rehearses every phase where the strategy needs it."""
+        for phase in self.phases:
+            phase.trained.warm_up(partial(self.rehearse, phase))
 
-    def rehearse(self) -> None:
-        """One forward and backward pass over zeros, for strategies that need a warm-up."""
-        with self.strategy.device:
-            x, t, cond = example_inputs(self.config.model, self.layout.micro_batch)
-        x = x.contiguous(memory_format=torch.channels_last)
-        with self.strategy.accumulate(is_last=True):
-            self.strategy.backward(self.strategy.network(x, t, **cond).square().mean())
+    def rehearse(self, phase: PhaseStep) -> None:
+        """One forward and backward pass of a phase over zeros."""
+        with self.state.strategy.device:
+            x, _, cond = example_inputs(self.config.model, self.layout.micro_batch)
+            position = torch.zeros(len(x), dtype=torch.int64)
+        phase.rehearse(Batch(x=x.contiguous(memory_format=torch.channels_last), position=position, cond=cond))
 
     def backward(self, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Gradients of one global batch, accumulated over micro-batches and averaged over ranks.
+        """Gradients of the first phase; takes the global batch from the stream.
 
         Returns this rank's mean loss, a scalar on the device.
         """
-        means, losses = [], []
-        self.gradient_square.begin_step(self.state.position // self.layout.global_batch)
-        accumulation = self.layout.accumulation
-        for micro_step in range(accumulation):
-            enter("data")
-            batch = next(stream)
-            enter("forward")
-            seed_dropout(batch, self.config)
-            inputs = device_batch(batch, self.config, self.strategy.device)
-            noise = KeyedNoise.training(self.config.seed, inputs.position)
-            with self.strategy.accumulate(is_last=micro_step == accumulation - 1):
-                computed = self.objective.training_losses(self.strategy.network, inputs, noise)
-                loss = computed.mean() / accumulation
-                enter("backward")
-                self.strategy.backward(loss)
-            self.gradient_square.after_micro_batch(micro_step)
-            means.append(loss.detach())
-            losses.append(computed.detach())
-        self._losses = Losses.join(losses)
-        return torch.stack(means).sum()
+        self._seen.clear()
+        return self._backward(self.phases[0], self._taken(stream))
 
     def update(self, loss: torch.Tensor, *, writing: bool = False, copying: bool = False) -> PendingVerdict:
-        """Clip and apply the gradients on all ranks; on none if any rank's loss or gradient is not finite.
+        """Clip and apply the gradients, and carry out the phases that are left.
 
-        The decision is made on the device, see `GuardedAdam`. `writing`, `copying`: this rank is still writing a
-        checkpoint or uploading one to the mirror.
+        `writing`, `copying`: this rank is still writing a checkpoint or uploading one to the mirror.
         """
         enter("update")
-        losses = self._losses
-        assert losses is not None
+        first, *others = self.phases
         flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing, copying)]
-        scalars = torch.stack([loss / self.layout.world_size, *flags, self.gradient_square.read()])
-        report = torch.cat([scalars, step_sums(losses)])
-        if self.layout.world_size > 1:
-            dist.all_reduce(report)
-        optimizer = self.strategy.optimizer
-        step = self.state.position // self.layout.global_batch
-        optimizer.prepare_step(learning_rate=self.learning_rate(step), loss=report[0])
-        self.strategy.step()
-        self._record(losses, skipped=optimizer.skipped)
+        counts, report, about = first.update(loss, *flags, step=self._step, layout=self.layout)
+        reports, batches = [counts, report], [about]
+        for phase in others:
+            loss = self._backward(phase, self._seen)
+            enter("update")
+            _, report, about = phase.update(loss, step=self._step, layout=self.layout)
+            reports.append(report)
+            batches.append(about)
+        self._seen.clear()  # frees the loader's memory
         self.state.position += self.layout.global_batch
-        batches = StepBatches(
-            world_size=self.layout.world_size,
-            images=self.layout.global_batch,
-            small=self.gradient_square.batch,
-            bound_terms=self.objective.bound_terms,
-        )
-        return PendingVerdict(torch.cat([optimizer.grad_norm[None], report]), batches)
+        return PendingVerdict(torch.cat(reports), batches)
 
-    def _record(self, losses: Losses, *, skipped: torch.Tensor) -> None:
-        """Record the losses of all ranks in the objective (importance sampling); none where `skipped`, a scalar, is not
-        0.
+    @property
+    def _step(self) -> int:
+        return self.state.position // self.layout.global_batch
 
-        They are in the order of the images' positions, so the result does not depend on the number of ranks.
-        """
-        recorded = self.objective.tensors()
-        if not recorded:
-            return
-        before = {name: tensor.clone() for name, tensor in recorded.items()}
-        self.objective.record(_of_all_ranks(losses.t), _of_all_ranks(losses.loss))
-        for name, tensor in recorded.items():
-            tensor.copy_(torch.where(skipped.bool(), before[name], tensor))
+    def _backward(self, phase: PhaseStep, batches: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
+        accumulation = self.layout.accumulation
+        return phase.backward(map(self._inputs, batches), step=self._step, accumulation=accumulation)
 
+    def _taken(self, stream: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        for _ in range(self.layout.accumulation):
+            enter("data")
+            batch = next(stream)
+            if len(self.phases) > 1:
+                self._seen.append(batch)
+            yield batch
 
-def _of_all_ranks(part: torch.Tensor) -> torch.Tensor:
-    """All-gather of the ranks' parts of a global batch, which are contiguous in position, in rank order."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return part
-    whole = part.new_empty(dist.get_world_size() * len(part))
-    dist.all_gather_into_tensor(whole, part.contiguous())
-    return whole
+    def _inputs(self, batch: dict[str, torch.Tensor]) -> Batch:
+        enter("forward")
+        seed_dropout(batch, self.config)
+        return device_batch(batch, self.config, self.state.strategy.device)

@@ -1,9 +1,10 @@
 """Distribution strategies: each configures Accelerate, and describes what this rank holds by slices."""
 
 from trainer.config import TrainConfig
-from trainer.engine.strategies.base import DataParallel, Strategy
+from trainer.engine.strategies.base import DistributedNetwork, Strategy
+from trainer.engine.strategies.data_parallel import DataParallel
 
-__all__ = ["DataParallel", "Strategy", "make_strategy"]
+__all__ = ["DataParallel", "DistributedNetwork", "Strategy", "make_strategy"]
 
 
 def make_strategy(config: TrainConfig, *, micro_batch: int, accumulation: int) -> Strategy:

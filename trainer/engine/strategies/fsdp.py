@@ -6,14 +6,14 @@ computation.
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from trainer.config import TrainConfig
 from trainer.engine.processes.collectives import check_connected, join_group, new_accelerator
-from trainer.engine.strategies.base import Strategy
+from trainer.engine.strategies.base import DistributedNetwork, NamedTensors, Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.engine.strategies.parameter_slices import ParameterSlice
 from trainer.errors import ConfigError
@@ -63,21 +63,32 @@ class FullyShardedDataParallel(Strategy):
         return {"parallelism_config": ParallelismConfig(dp_replicate_size=ranks // size, dp_shard_size=size)}
 
     @override
-    def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
+    def _distribute(self, model: nn.Module, optimizer: GuardedAdam) -> DistributedNetwork:
         names = sorted({type(stage).__name__ for stage in stages(model)})
         self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
-        self.network, _ = self.accelerator.prepare(model, optimizer)
-        self.parameters = {name: p for name, p in self.network.named_parameters() if isinstance(p, DTensor)}
-        self.mesh = next(iter(self.parameters.values())).device_mesh
-        self.slices = [self._slice(name, parameter) for name, parameter in self.parameters.items()]
+        return FullyShardedNetwork(model, optimizer, self.accelerator)
+
+
+class FullyShardedNetwork(DistributedNetwork):
+    """A network of `FullyShardedDataParallel`.
+
+    Gradients are reduced and scattered after every micro-batch: no rank keeps those of other shards.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: GuardedAdam, accelerator: Accelerator) -> None:
+        super().__init__(model, optimizer, accelerator.num_processes)
+        self.module, _ = accelerator.prepare(model, optimizer)
+        parameters = {name: p for name, p in self.module.named_parameters() if isinstance(p, DTensor)}
+        self.mesh = next(iter(parameters.values())).device_mesh
+        slices = [self._slice(name, parameter) for name, parameter in parameters.items()]
         # Each shard as a plain tensor: as fast as DTensor, and handled by the code of all other strategies.
-        shards = [piece.storage for piece in self.slices]
-        self.optimizer = optimizer
-        self.optimizer.param_groups[0]["params"] = shards
-        self.optimizer.make_state(shards)
+        trained = [piece for piece in slices if piece.name in self.trained]
+        self._shards = [(piece.storage, parameters[piece.name]) for piece in trained]
+        optimizer.param_groups[0]["params"] = [piece.storage for piece in trained]
+        optimizer.make_state(piece.storage for piece in trained)
         if self.mesh.size() > 1:
-            self.optimizer.sharded = self.mesh.get_group(self.mesh.ndim - 1)  # gradients are equal on replicas
-        self.slices = [piece for piece in self.slices if piece.numel]
+            optimizer.sharded = self.mesh.get_group(self.mesh.ndim - 1)  # gradients are equal on replicas
+        self.slices = [piece for piece in slices if piece.numel]
 
     def _slice(self, name: str, parameter: DTensor) -> ParameterSlice:
         """The local slice: `fully_shard` cuts dimension 0 into equal chunks; the last may be short or empty."""
@@ -88,27 +99,25 @@ class FullyShardedDataParallel(Strategy):
         return ParameterSlice(name=name, shape=parameter.shape, start=start, stop=start + local.numel(), storage=local)
 
     @override
-    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Reduce-scatter after every micro-batch: no rank keeps gradients of other shards."""
-        del is_last
-        return nullcontext()
-
-    @override
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Its gradients are computed and dropped: FSDP2 does not let `requires_grad` change after the first forward."""
+        try:
+            yield
+        finally:
+            for _, parameter in self._shards:
+                parameter.grad = None
 
     @override
     def step(self) -> None:
-        shards = self.optimizer.param_groups[0]["params"]
-        for shard, parameter in zip(shards, self.parameters.values(), strict=True):
+        for shard, parameter in self._shards:
             assert isinstance(parameter.grad, DTensor)
             shard.grad = parameter.grad.to_local()
             parameter.grad = None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        super().step()
 
     @override
-    def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
+    def replicas(self) -> tuple[NamedTensors, dist.ProcessGroup | None]:
         if self.mesh.ndim == 1 or self.mesh.size(0) == 1:
             return [], None
         return [(piece.name, piece.weight) for piece in self.slices], self.mesh.get_group(0)

@@ -24,7 +24,8 @@ class GuardedAdam(torch.optim.Adam):
         eps: float,
         clip_norm: float,
     ) -> None:
-        super().__init__(parameters, lr=learning_rate, betas=betas, eps=eps, fused=True)
+        groups = [{"params": list(parameters)}]  # torch takes an empty group, of a frozen network, but no empty list
+        super().__init__(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
         self.clip_norm = clip_norm
         self._keeps_gradients = False
         self.sharded: dist.ProcessGroup | None = None

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from trainer.engine.processes.collectives import gather
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSlice:
-    """The part of one parameter that this rank's optimizer steps: elements `start` to `stop`, in row-major order.
+    """The part of one parameter that this rank holds: elements `start` to `stop`, in row-major order.
 
-    `storage` is the float32 tensor that the optimizer steps: the parameter itself, its local shard, or a flat partition
-    that holds slices of many parameters, this one from `offset` on.
+    `storage` is the float32 tensor that the optimizer steps unless the parameter is frozen: the parameter itself, its
+    local shard, or a flat partition that holds slices of many parameters, this one from `offset` on.
     """
 
     name: str
@@ -43,6 +44,14 @@ class ParameterSlice:
     def weight(self) -> torch.Tensor:
         """View of the master weights, float32."""
         return self.of(self.storage.detach())
+
+
+def whole_slices(model: nn.Module) -> list[ParameterSlice]:
+    """A slice for each parameter, of all its elements."""
+    return [
+        ParameterSlice(name=name, shape=p.shape, start=0, stop=p.numel(), storage=p)
+        for name, p in model.named_parameters()
+    ]
 
 
 def row_by_row(values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from trainer.config import TrainConfig
 from trainer.engine.processes.collectives import check_connected, join_group, new_accelerator
-from trainer.engine.strategies.base import Strategy
+from trainer.engine.strategies.base import DistributedNetwork, NamedTensors, Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.engine.strategies.parameter_slices import ParameterSlice
 from trainer.errors import ConfigError
@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 try:
     import deepspeed
-    from accelerate import DeepSpeedPlugin
+    from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import InitProcessGroupKwargs
 except ImportError as error:
     raise ConfigError(
@@ -80,22 +80,36 @@ class ZeroRedundancy(Strategy):
         }
 
     @override
-    def _spread(self, model: nn.Module, optimizer: GuardedAdam) -> None:
+    def _distribute(self, model: nn.Module, optimizer: GuardedAdam) -> DistributedNetwork:
         if self.stage == 3 and self.config.compile != "none":
             # Weights of a stage are gathered around its forward: hooks inside would break the compiled graph.
             deepspeed.utils.set_z3_leaf_modules(model, list({type(stage) for stage in stages(model)}))
-        self.network, _ = self.accelerator.prepare(model, optimizer)
-        self.engine: Any = self.network
+        return ZeroNetwork(model, optimizer, self.accelerator, self.stage)
+
+
+class ZeroNetwork(DistributedNetwork):
+    """A network of `ZeroRedundancy`."""
+
+    def __init__(self, model: nn.Module, optimizer: GuardedAdam, accelerator: Accelerator, stage: int) -> None:
+        super().__init__(model, optimizer, accelerator.num_processes)
+        self.stage = stage
+        self._rank = accelerator.process_index
+        self.module, _ = accelerator.prepare(model, optimizer)
+        self.engine: Any = self.module
         self.zero: Any = self.engine.optimizer
-        self.optimizer = optimizer
-        if self.accelerator.num_processes > 1:
-            self.optimizer.sharded = dist.group.WORLD
-        self.optimizer.make_state(self._flat_partitions())
+        if self.ranks > 1:
+            optimizer.sharded = dist.group.WORLD
+        optimizer.make_state(self._flat_partitions())
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self.slices = sorted(
-            self._slices_of_weights(names) if self.stage == 3 else self._slices_of_optimizer(names),
-            key=lambda piece: (piece.name, piece.start),
-        )
+        trained = self._slices_of_weights(names) if stage == 3 else self._slices_of_optimizer(names)
+        self.slices = sorted([*trained, *self._frozen_slices(names)], key=lambda piece: (piece.name, piece.start))
+
+    @property
+    @override
+    def fixed_module(self) -> nn.Module:
+        """The network without DeepSpeed's engine, whose own backward pass it would announce."""
+        module: nn.Module = self.engine.module
+        return module
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         """This rank's float32 master weights, as flat tensors."""
@@ -121,18 +135,31 @@ class ZeroRedundancy(Strategy):
 
     def _slices_of_weights(self, names: dict[nn.Parameter, str]) -> Iterator[ParameterSlice]:
         """Slices for stage 3, which cuts each parameter into equal parts, padded at the end."""
-        rank = self.accelerator.process_index
         for group, flat in zip(self.zero.fp16_groups, self._flat_partitions(), strict=True):
             offset = 0
             for parameter in group:
-                size = parameter.partition_numel()
-                start, stop = min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
-                if stop > start:
-                    shape = torch.Size(parameter.ds_shape)
-                    yield ParameterSlice(
-                        name=names[parameter], shape=shape, start=start, stop=stop, storage=flat, offset=offset
-                    )
-                offset += size
+                yield from self._slice_of_weight(names[parameter], parameter, flat, offset)
+                offset += parameter.partition_numel()
+
+    def _slice_of_weight(self, name: str, parameter: Any, storage: torch.Tensor, offset: int) -> list[ParameterSlice]:
+        """This rank's part of a parameter under stage 3; none where it is only padding."""
+        size = parameter.partition_numel()
+        start, stop = (min(rank * size, parameter.ds_numel) for rank in (self._rank, self._rank + 1))
+        shape = torch.Size(parameter.ds_shape)
+        piece = ParameterSlice(name=name, shape=shape, start=start, stop=stop, storage=storage, offset=offset)
+        return [piece] if piece.numel else []
+
+    def _frozen_slices(self, names: dict[nn.Parameter, str]) -> Iterator[ParameterSlice]:
+        """Slices of the parameters that the optimizer does not have: sharded under stage 3, otherwise whole."""
+        for parameter, name in names.items():
+            if name in self.trained:
+                continue
+            if self.stage == 3:
+                yield from self._slice_of_weight(name, parameter, parameter.ds_tensor, 0)  # type: ignore[attr-defined]
+            else:
+                yield ParameterSlice(
+                    name=name, shape=parameter.shape, start=0, stop=parameter.numel(), storage=parameter
+                )
 
     @override
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
@@ -161,9 +188,9 @@ class ZeroRedundancy(Strategy):
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     @override
-    def replicas(self) -> tuple[list[tuple[str, torch.Tensor]], dist.ProcessGroup | None]:
+    def replicas(self) -> tuple[NamedTensors, dist.ProcessGroup | None]:
         """Below stage 3 every rank computes with a full replica of the weights."""
-        if self.stage == 3 or self.accelerator.num_processes == 1:
+        if self.stage == 3 or self.ranks == 1:
             return [], None
         named = [(name, parameter.detach()) for name, parameter in self.engine.module.named_parameters()]
         return named, dist.group.WORLD
