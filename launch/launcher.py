@@ -15,10 +15,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import torch
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     # Ctrl-C reaches the workers too, which save and exit; the launcher waits for them.
     before = signal.signal(signal.SIGINT, lambda *_: None)
+    _shut_down_at_one_signal()
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as failure:  # of a single process
@@ -63,6 +66,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.config_file is None and not os.path.isfile(default_config_file):  # noqa: PTH113  # it is a str
         _fill_in(arguments)
     return arguments
+
+
+def _shut_down_at_one_signal() -> None:
+    """Make torch's launcher ignore signals that follow the one at which it shuts its workers down.
+
+    Its handler raises an exception wherever the program is: a second signal (a scheduler sends one to every process, a
+    script hands one on) breaks the shutdown off, and threads that nobody has told to end then keep the launcher alive.
+    """
+    shut_down = api._terminate_process_handler
+
+    def shut_down_once(signum: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(each, signal.SIG_IGN)
+        shut_down(signum, frame)
+
+    api._terminate_process_handler = shut_down_once
 
 
 def _fill_in(arguments: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ echo "node $rank of $DDPM_NODES: $(hostname), $DDPM_PROCS_PER_NODE of $world pro
   "gloo on ${GLOO_SOCKET_IFNAME:-any interface}, meeting at $DDPM_HEAD:$DDPM_PORT"
 export DDPM_LAUNCHER_PID=$$ # workers whose parent is another have been adopted: the launcher is dead
 trap '' USR1 # would kill the launcher and orphan its workers; ignored, it is inherited, and the trainer takes it over
-exec "$python" -m accelerate.commands.accelerate_cli launch "${several[@]}" \
+exec "$python" "$repository/launch/launcher.py" "${several[@]}" \
   --num_machines "$DDPM_NODES" --machine_rank "$rank" --num_processes "$world" \
   --main_process_ip "$DDPM_HEAD" --main_process_port "$DDPM_PORT" \
   --rdzv_backend static --max_restarts "${DDPM_ELASTIC_RESTARTS:-0}" --mixed_precision no --dynamo_backend no --log_dir /dev/null \

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -166,8 +166,9 @@ def test_a_signal_to_every_process_of_a_job(
     with job(["bash", "launch/local.sh", "--config", str(config), *settings], run) as (launcher, below):
         assert len(below) >= 2 + 2 * 2
         os.killpg(launcher.pid, number)  # the trainers are in groups of their own
-        for process in below if number == signal.SIGTERM else []:
-            process.send_signal(number)
+        for process in 5 * below if number == signal.SIGTERM else []:  # more than once, as impatient schedulers do
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         output, _ = launcher.communicate(timeout=60)
         _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive

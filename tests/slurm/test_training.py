@@ -181,7 +181,7 @@ def test_a_trainer_that_fails_is_started_again_within_the_job(
     job = cluster.train(run, DDPM_ELASTIC_RESTARTS="1")
     job.wait_until("a checkpoint and steps behind it", lambda: run.step >= 70)
     run.end_at(200)
-    launcher = cluster.lab("enter", "n2", "pgrep", "--oldest", "--full", "accelerate_cli launch").strip()
+    launcher = cluster.lab("enter", "n2", "pgrep", "--oldest", "--full", "launch/launcher.py").strip()
     (trainer,) = cluster.lab("enter", "n2", "pgrep", "--parent", launcher).split()
     cluster.lab("enter", "n2", "kill", "-9", trainer)
     assert job.wait() == "COMPLETED", job.output
