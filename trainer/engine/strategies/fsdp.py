@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -131,5 +130,9 @@ def _fsdp_on_cpus() -> Iterator[None]:
         return "gloo", DistributedType.MULTI_GPU
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    with mock.patch.object(PartialState, "_prepare_backend", gloo):
+    prepare = PartialState._prepare_backend
+    PartialState._prepare_backend = gloo
+    try:
         yield
+    finally:
+        PartialState._prepare_backend = prepare
