@@ -30,6 +30,8 @@ from trainer.engine.monitoring.validation import read_images
 from trainer.engine.run_folder import check_identity
 from trainer.engine.step.train_step import conditioning, device_batch
 from trainer.errors import CheckpointError, ConfigError, DataError, SampleError
+from trainer.models.backbones import BACKBONES, Backbone
+from trainer.models.ddpm_unet import build_ddpm_unet
 from trainer.telemetry.pictures import from_uint8
 
 COUNT, BATCH, SEED = 12, 4, 3
@@ -240,3 +242,23 @@ def test_held_out_samples_come_with_what_is_asked_for(folder: Path) -> None:
     cond = conditioning(as_tensors(stacked(further)), config, torch.device("cpu"))
     assert cond["label"].tolist() == [1, 1]
     assert torch.equal(cond["low_res"], from_uint8(images([pixels(100 + n, 4, 4) for n in kept])))
+
+
+def test_a_network_that_takes_more_than_images_must_be_given_it(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = Backbone(
+        build=build_ddpm_unet, conditioning=lambda _, samples: {"label": torch.zeros(samples, dtype=torch.int64)}
+    )
+    monkeypatch.setitem(BACKBONES, "ddpm-unet", labelled)
+    config = write_config(tmp_path, dataset)
+    with pytest.raises(ConfigError, match=r"data.cond = \[\]: the network takes label; add it"):
+        build_network(load_config(config))
+    build_network(load_config(config, 'data.cond=["label"]'))
+
+
+def test_tars_have_images_of_one_channel_or_three(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", images_of(3))
+    config = load_config(write_config(tmp_path, tmp_path), "model.channels=4")
+    with pytest.raises(ConfigError, match=r"model.channels = 4: images in .* have 1 or 3"):
+        open_training_data(config, index_folder=None)

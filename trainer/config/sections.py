@@ -38,8 +38,8 @@ class DataConfig(Section):
     holdout: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the images that is never trained on."""
     cond: list[Literal["label", "caption", "low_res", "source", "array"]] = Field(default=[])
-    """What the network is given besides the noised image: the class ("label"), a caption, a second image ("low_res",
-    "source") or an array of each sample. Only that is read; a sample without it counts as damaged."""
+    """What is read besides the image, and given to a network that takes it: the class ("label"), a caption, a second
+    image ("low_res", "source") or an array of each sample. A sample without it counts as damaged."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What a damaged image does: "raise" ends the run, "skip" trains on the next whole one instead."""
     max_bad_samples: int = Field(default=100, ge=0, le=10**12)
@@ -165,13 +165,13 @@ class TrainConfig(Section):
     """How long a rank waits for the others, to start and in every exchange, before it gives them up: "10 minutes"."""
     hang_timeout: SecondsField = 300.0
     """A rank that does nothing new for so long has hung: all ranks write their stacks to stderr and RUN/hangs/ and end.
-    Four times as long in its first step and for what is saved in the background; before the first step so long, or
-    timeout if it is longer, without reading, writing or computing. Less than timeout; "0 seconds" for never."""
+    The first step and saves in the background have four times as long. Before the first step it is the longer one of
+    this and timeout, without reading, writing or computing. Less than timeout; "0 seconds" for never."""
 
     @model_validator(mode="before")
     @classmethod
     def _leave_open(cls, raw: Any) -> Any:
-        """ "auto" is what stands for nothing: whoever had a say in it has had it."""
+        """Drop "auto", which means the default: what a launcher sets has been applied before."""
         if not isinstance(raw, dict):
             return raw
         return {n: value for n, value in raw.items() if value != "auto" or n not in ("strategy", "precision")}

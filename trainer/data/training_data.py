@@ -196,11 +196,14 @@ class _Opener:
         return _shard(url, size, stamp)
 
     def _tars(self, where: str, shards: Sequence[Shard]) -> TarDataset:
+        mode = {1: "L", 3: "RGB"}.get(self.model.channels)
+        if mode is None:
+            raise ConfigError(f"model.channels = {self.model.channels}: images in {where} have 1 or 3")
         return TarDataset(
             where,
             shards,
             image_size=self.model.image_size,
-            mode={1: "L", 3: "RGB"}[self.model.channels],
+            mode=mode,
             files=self.cache or InPlace(),
             index_folder=self.index_folder,
             cond=self.cond,

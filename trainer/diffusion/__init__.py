@@ -1,1 +1,1 @@
-"""Schedules, the diffusion process and samplers: pure tensor mathematics."""
+"""Families of diffusion models: what is learned and how, keyed noise, and the contract with networks and samplers."""

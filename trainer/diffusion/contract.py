@@ -161,7 +161,7 @@ class Sampler(Protocol):
 
 
 class Objective(Protocol):
-    """The one place where t is drawn, samples are corrupted, the network predicts and the losses are computed.
+    """The one place where samples are corrupted, the network predicts and the losses are computed, t drawn by `times`.
 
     The training step, validation and the replay of a step all call it. A class that inherits from this one records
     nothing unless it overrides `record` and `tensors`.

@@ -50,7 +50,7 @@ class Stream(enum.IntEnum):
     EPS = 1
     FLIP = 2
     INITIAL = 3  # x_T of a sample
-    ANCESTRAL = 4  # z_t of a sample, with sub = t
+    ANCESTRAL = 4  # z_t of a sample by any sampler, with sub = t
     DROPOUT = 5
     LIKELIHOOD = 6  # eps of an image when its bits are counted, with sub = t
     VALIDATION = 7  # t of a held-out image, with sub = 0, and its eps, with sub = 1
@@ -171,7 +171,9 @@ _SAMPLING: Mapping[Purpose, NoiseKey] = {"initial": NoiseKey(Stream.INITIAL), "s
 
 @dataclass(frozen=True)
 class KeyedNoise:
-    """All random numbers of some samples, by what they are for.
+    """The random numbers of some samples that families and samplers take, by what they are for.
+
+    Flips, dropout and the evaluation of the bound have streams of their own.
 
     seed: in [0, 2^63); index: (B,) int64, what each sample's numbers are keyed by; keys: the stream of each purpose:
     "t" is for the times of training and "eps" for its noise, "initial" for x_T of a drawn sample and "step" for the

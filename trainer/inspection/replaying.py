@@ -10,7 +10,8 @@ from torch import nn
 from trainer.config import Config
 from trainer.data.stream.batches import read_batch
 from trainer.data.training_data import TrainingData, open_training_data
-from trainer.diffusion.contract import MODEL
+from trainer.diffusion.contract import MODEL, one_phase
+from trainer.diffusion.families import FAMILIES
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.diffusion.times import GivenTimes
 from trainer.engine.build import build_networks, build_objective
@@ -76,6 +77,8 @@ def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Repl
         raise DataError(f"{path}: of the network {dump.network!r}; only steps of {MODEL!r} can be computed again")
     run = path.resolve().parent.parent
     config = _as_dumped(RunFolder(run, writes=False).load_config(), dump, path)
+    if FAMILIES[config.diffusion.kind].phases is not one_phase:
+        raise ConfigError(f"{path}: steps of several phases cannot be computed again")
     data = open_training_data(config, index_folder=None)
     if checkpoint is None:
         checkpoint = _newest_before(run, dump.step)

@@ -75,7 +75,7 @@ class BatchMemory:
         free = np.flatnonzero(self._taken[loader].numpy() == 0)
         if not len(free):
             return None
-        number = int(free[0])  # the most recently used one, so that few pages are touched
+        number = int(free[0])  # always the first free one, so that few pages are touched
         self._taken[loader, number] = 1
         return Slot(self._key, loader, number), self._pixels[loader, number].numpy()
 

@@ -1,1 +1,1 @@
-"""DDPM (Ho et al. 2020), Improved DDPM (Nichol & Dhariwal 2021) and DDIM (Song et al. 2021)."""
+"""DDPM (Ho et al. 2020) and Improved DDPM (Nichol and Dhariwal 2021)."""

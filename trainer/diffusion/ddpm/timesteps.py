@@ -61,7 +61,7 @@ class ImportanceSampling(Times):
         return self.quantiles(timestep_uniform(noise))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The last losses of every t, (T, 10) float32, and how many there have been, (T,) int64."""
+        """The last losses of every t, (T, 10) float32, and how many of them there are, (T,) int64."""
         return {"history": self.history, "counts": self.counts}
 
     def quantiles(self, uniform: Tensor) -> tuple[Tensor, Tensor]:

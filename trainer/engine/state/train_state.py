@@ -1,7 +1,7 @@
 """TrainState: the complete state of a run. What is not part of it does not survive a restart.
 
 Learning rate, epoch, order, flips, t, noise and dropout are not stored: they are functions of the seed and of
-`position`.
+`position`, and t, where it is drawn by importance, of the losses that the objective recorded, which are stored.
 """
 
 from collections.abc import Mapping
