@@ -177,7 +177,7 @@ def test_validation_is_the_objective_on_the_held_out_images(whole: Path) -> None
     network = build_network(config).eval()
     weights = {name: tensor for name, tensor in tensors_of(whole, 3).items() if name.startswith("model/")}
     network.load_state_dict({name.removeprefix("model/"): tensor for name, tensor in weights.items()})
-    pixels, _ = read_images(config, data.dataset, data.held_out)
+    pixels, *_ = read_images(config, data.dataset, data.held_out)
     batch = Batch(x=pixels.float() / 127.5 - 1, position=torch.from_numpy(data.held_out))
     objective = build_objective(config, torch.device("cpu"))
     with torch.no_grad():
