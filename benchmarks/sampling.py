@@ -32,7 +32,7 @@ from benchmarks.machine import DTYPES, add_setting, default_device, describe, pe
 from benchmarks.peers import diffusers_network
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
-from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
 from trainer.engine.build import build_network, build_objective, build_trained
 from trainer.engine.network.cost import measure
@@ -133,7 +133,7 @@ def largest_difference(setting: Setting) -> int:
     config, device = setting.load("fp32"), default_device()
     model, index = config.model, torch.arange(setting.batch, device=device)
     shape = (model.channels, model.image_size, model.image_size)
-    visited = respaced(ddpm_sections(config)[1].timesteps, f"ddim{setting.steps}").tolist()
+    visited = kept_timesteps(ddpm_sections(config)[1].timesteps, f"ddim{setting.steps}").tolist()
 
     def noises() -> Iterator[Tensor]:
         yield KeyedNoise.sampling(SEED, index).normal("initial", shape)

@@ -25,7 +25,7 @@ from trainer.data.training_data import open_training_data
 from trainer.diffusion.contract import Batch, Losses
 from trainer.diffusion.families import FAMILIES
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.diffusion.times import GivenTimes
+from trainer.diffusion.time_distribution import GivenTimes
 from trainer.engine.build import build_network, build_objective
 from trainer.engine.monitoring.validation import read_images
 from trainer.models.backbones import BACKBONES, example_inputs

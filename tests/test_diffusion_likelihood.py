@@ -17,7 +17,7 @@ from trainer.diffusion.ddpm.likelihood import (
     term_bits,
 )
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.keyed_noise import Stream, keyed_normal
@@ -166,7 +166,7 @@ def test_the_clamp_and_the_cdf_are_options_of_a_term(diffusion: GaussianDiffusio
 @pytest.mark.parametrize("spec", ["all", "ddim10", "quadratic10"])
 def test_the_bound_has_one_keyed_draw_for_each_image_and_timestep(spec: str) -> None:
     whole = GaussianDiffusion(make_betas("linear", 50))
-    steps = respaced(50, spec)
+    steps = kept_timesteps(50, spec)
     told: list[int] = []
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from tests.diffusion_reference import linear
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.respacing import asked_for, respaced
+from trainer.diffusion.ddpm.respacing import count_in_spec, kept_timesteps
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.ddpm.schedules import make_betas
 
@@ -45,13 +45,13 @@ QUADRATIC_10_OF_1000 = [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
     ],
 )
 def test_the_published_spacings(timesteps: int, spec: str, expected: list[int]) -> None:
-    steps = respaced(timesteps, spec)
+    steps = kept_timesteps(timesteps, spec)
     assert steps.dtype == torch.int64
     assert steps.tolist() == expected
 
 
 def test_quadratic_spacing_visits_a_repeated_timestep_once() -> None:
-    steps = respaced(1000, "quadratic50")
+    steps = kept_timesteps(1000, "quadratic50")
     assert steps[:8].tolist() == [0, 1, 2, 5, 8, 11, 16, 21]  # 0 comes twice in the authors' list
     assert (len(steps), steps[-1].item()) == (49, 800)
 
@@ -74,13 +74,13 @@ def test_quadratic_spacing_visits_a_repeated_timestep_once() -> None:
 )
 def test_what_is_no_spacing_is_refused(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"respacing='{spec}': {message}"):
-        respaced(100, spec)
+        kept_timesteps(100, spec)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("spec", ["50", "ddim20", "quadratic50", "trailing10", "10,15,25", "all"])
 def test_q_is_the_same_at_the_timesteps_that_are_kept(name: str, spec: str) -> None:
-    whole, steps = GaussianDiffusion(make_betas(name, 1000)), respaced(1000, spec)
+    whole, steps = GaussianDiffusion(make_betas(name, 1000)), kept_timesteps(1000, spec)
     short = whole.respaced(steps)
     # The cosine schedule ends at abar = 2e-9, to which 1 - beta adds the last bit of 1.
     torch.testing.assert_close(short.abar64, whole.abar64[steps], rtol=1e-12, atol=1e-15)
@@ -145,7 +145,7 @@ def test_original_timesteps_must_fit_the_betas() -> None:
     ],
 )
 def test_what_was_asked_for_can_be_told_from_what_is_given(spec: str, asked: int, given: int) -> None:
-    assert (asked_for(1000, spec), len(respaced(1000, spec))) == (asked, given)
+    assert (count_in_spec(1000, spec), len(kept_timesteps(1000, spec))) == (asked, given)
 
 
 def test_ddim_of_diffusers_knows_trailing_timesteps_where_their_number_divides_t() -> None:

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from tests.diffusion_reference import Reference, images, normal
 from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
@@ -42,7 +42,7 @@ def wide_model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def process(variance: str = "small", spec: str = "all", prediction: str = "eps") -> ReverseProcess:
     network = wide_model if variance.startswith("learned") else model
     reverse = ReverseProcess(network, GaussianDiffusion(BETAS), prediction=prediction, variance=variance)
-    return reverse.respaced(respaced(T, spec))
+    return reverse.respaced(kept_timesteps(T, spec))
 
 
 def draw(
@@ -97,7 +97,7 @@ def algorithm_ddim(
 @pytest.mark.parametrize("spec", ["all", "12", "quadratic10"])
 @pytest.mark.parametrize("variance", ["small", "large", "learned", "learned-range"])
 def test_ancestral_is_algorithm_2(variance: str, spec: str) -> None:
-    steps = respaced(T, spec).tolist()
+    steps = kept_timesteps(T, spec).tolist()
     for clip in (True, False) if variance == "small" else (True,):
         drawn = draw(ancestral, process(variance, spec), clip=clip)
         assert drawn.dtype == torch.float32
@@ -113,7 +113,7 @@ def test_ancestral_is_algorithm_2(variance: str, spec: str) -> None:
 @pytest.mark.parametrize("spec", ["all", "12", "quadratic10"])
 @pytest.mark.parametrize(("eta", "sigma_hat"), [(0.0, False), (0.4, False), (1.0, False), (1.0, True)])
 def test_ddim_is_equation_12(eta: float, sigma_hat: bool, spec: str) -> None:
-    steps = respaced(T, spec).tolist()
+    steps = kept_timesteps(T, spec).tolist()
     for clip in (True, False):
         drawn = draw(ddim, process(spec=spec), eta=eta, sigma_hat=sigma_hat, clip=clip)
         expected = torch.stack([algorithm_ddim(i, eta, steps, clip, sigma_hat) for i in INDEX.tolist()])
@@ -232,10 +232,10 @@ def test_our_ddim_steps_are_those_of_diffusers(prediction: str, eta: float) -> N
         trained_betas=PAPER.numpy(), prediction_type=PREDICTIONS[prediction], timestep_spacing="leading"
     )
     scheduler.set_timesteps(50)
-    assert scheduler.timesteps.tolist() == respaced(1000, "ddim50").tolist()[::-1]
+    assert scheduler.timesteps.tolist() == kept_timesteps(1000, "ddim50").tolist()[::-1]
     output = normal(1, 3, 3, 4, 4)
     reverse = ReverseProcess(lambda *_: output, GaussianDiffusion(PAPER), prediction=prediction, variance="small")
-    reverse = reverse.respaced(respaced(1000, "ddim50"))
+    reverse = reverse.respaced(kept_timesteps(1000, "ddim50"))
     for clip in (True, False):
         scheduler.register_to_config(clip_sample=clip)
         for t in (1, 2, 10, 49):
@@ -250,7 +250,7 @@ def test_our_ddim_steps_are_those_of_diffusers(prediction: str, eta: float) -> N
 
 def test_a_first_order_dpm_solver_is_our_ddim() -> None:
     """Lu et al. 2022: DPM-Solver-1 is DDIM with eta = 0, so its higher orders may be driven with our conventions."""
-    steps = respaced(1000, "20")
+    steps = kept_timesteps(1000, "20")
     scheduler = DPMSolverMultistepScheduler(trained_betas=PAPER.numpy(), solver_order=1)
     scheduler.set_timesteps(timesteps=steps.tolist()[::-1])
     network = lambda x, t: model(x, t / 20)  # noqa: E731
@@ -290,12 +290,12 @@ def test_refinements_invert_few_steps_as_well() -> None:
         calls.append(t[0].item())
         return smooth(x, t)
 
-    reverse = ReverseProcess(network, GaussianDiffusion(PAPER), variance="small").respaced(respaced(1000, "20"))
+    reverse = ReverseProcess(network, GaussianDiffusion(PAPER), variance="small").respaced(kept_timesteps(1000, "20"))
     errors = []
     for refinements in (0, 2, 8):
         calls.clear()
         latent = last_of(ddim_invert(reverse, x0, refinements=refinements))
-        assert calls == [t for t in respaced(1000, "20").tolist() for _ in range(1 + refinements)]
+        assert calls == [t for t in kept_timesteps(1000, "20").tolist() for _ in range(1 + refinements)]
         errors.append(
             (last_of(ddim(reverse, latent, noise=KeyedNoise.sampling(0, index), clip=False)) - x0).abs().max().item()
         )
@@ -331,7 +331,7 @@ def test_interpolation_is_that_of_the_paper(t: int, spec: str) -> None:
     pair = images(1, 1, SHAPE), images(2, 1, SHAPE)
     ours = interpolate(process(spec=spec), *pair, t=t, lambdas=lambdas, noise=KeyedNoise.sampling(SEED, INDEX[:1]))
     assert ours.shape == (3, 1, *SHAPE)
-    expected = interpolation(t, lambdas, 1, 2, respaced(T, spec).tolist())
+    expected = interpolation(t, lambdas, 1, 2, kept_timesteps(T, spec).tolist())
     for one, other in zip(ours[:, 0], expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-4)
 

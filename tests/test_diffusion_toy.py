@@ -16,7 +16,7 @@ from tests.diffusion_reference import decoder_nll
 from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.ddpm.likelihood import bits_per_dim
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
@@ -110,7 +110,7 @@ def optimal(data: Mixture, steps: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def process(data: Mixture, variance: str, spec: str) -> ReverseProcess:
-    steps = respaced(1000, spec)
+    steps = kept_timesteps(1000, spec)
     network = optimal(data, steps)
     if variance != "learned-range":
         both, network = network, lambda x, t: both(x, t)[:, :1]
@@ -152,7 +152,7 @@ def draw(case: Case, data: Mixture) -> Tensor:
 
 def gaussian_output(case: Case, spec: str) -> tuple[float, float]:
     """Mean and variance of a chain of affine steps on Gaussian data, by recursion."""
-    steps = respaced(1000, spec).tolist()
+    steps = kept_timesteps(1000, spec).tolist()
     m, s2 = GAUSSIAN.means[0], GAUSSIAN.deviations[0] ** 2
     abars = [1.0, *(ABAR[t].item() for t in steps)]
     off, variance = -math.sqrt(abars[-1]) * m, 1.0
@@ -230,7 +230,7 @@ def expected_bound(data: Mixture, variance: str, spec: str, shares: Tensor) -> f
 
     Quadrature over the values and the noise, in float64.
     """
-    steps = respaced(1000, spec)
+    steps = kept_timesteps(1000, spec)
     abars = torch.cat((torch.ones(1, dtype=torch.float64), ABAR[steps]))
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(48))
     x0 = (torch.arange(256, dtype=torch.float64) / 127.5 - 1)[:, None]

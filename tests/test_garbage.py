@@ -9,7 +9,7 @@ import pytest
 from tests.harness import load_config
 from trainer.engine import session
 from trainer.engine.step import garbage_collection as garbage
-from trainer.engine.step.garbage_collection import collect_after, collected_when_told
+from trainer.engine.step.garbage_collection import collect_after, manual_collection
 from trainer.telemetry.profiling import RecordingRequest
 
 
@@ -19,7 +19,7 @@ class Knot:
 
 
 def test_garbage_lies_until_the_step_that_collects_it() -> None:
-    with collected_when_told():
+    with manual_collection():
         knot = weakref.ref(Knot())
         kept = [[number] for number in range(100_000)]  # ordinarily collects hundreds of times
         assert kept

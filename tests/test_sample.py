@@ -13,7 +13,7 @@ from tests.faults import Fault
 from tests.harness import checkpoint, launch, load_config, overrides, write_config
 from trainer.diffusion.contract import Sampler
 from trainer.diffusion.ddpm.process import GaussianDiffusion, Variance
-from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
@@ -82,7 +82,7 @@ def test_the_images_are_what_the_mathematics_draws(
     drawn = draw(run, tmp_path, 1, "--n", "2", *arguments)
     reverse = reverse_process(run, weights)
     reverse.variance = variance
-    reverse = reverse.respaced(respaced(T, steps))
+    reverse = reverse.respaced(kept_timesteps(T, steps))
     noise = KeyedNoise.sampling(0, torch.arange(2))
     x0 = last_of(chain(reverse, noise.normal("initial", (3, 8, 8)), noise=noise))
     for number in range(2):
@@ -109,7 +109,7 @@ def test_dpm_solver_is_of_second_order_where_ddim_is_of_first(schedule: Schedule
 
     def error(name: str, steps: str) -> float:
         chain = SamplingRequest(sampler=name, count=64, seed=0, batch=64).make_sampler()
-        drawn = last_of(chain(reverse.respaced(respaced(1000, steps)), x, noise=noise))
+        drawn = last_of(chain(reverse.respaced(kept_timesteps(1000, steps)), x, noise=noise))
         return (drawn - solution).abs().mean().item()
 
     assert error("dpm-solver++", "200") / error("dpm-solver++", "1000") > 10

@@ -18,7 +18,13 @@ import torch
 from tests.harness import REPOSITORY, environment, make_dataset
 from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.orders.order import GlobalOrder, sample_ids
-from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, StartMethod, dead_loaders_told, micro_batches
+from trainer.data.stream.stream import (
+    BatchLayout,
+    MicroBatchPlan,
+    StartMethod,
+    loader_death_as_data_error,
+    micro_batches,
+)
 from trainer.errors import ConfigError, DataError
 from trainer.signals import STOP_SIGNALS
 
@@ -197,7 +203,7 @@ def test_a_loader_that_was_killed_is_told_in_one_line(opened: ShardedDataset) ->
     message = r"^DataLoader worker \(pid.*/dev/shm; take fewer data\.workers or a smaller data\.prefetch$"
 
     def go_on() -> None:
-        with dead_loaders_told():  # torch may speak up in the join, too
+        with loader_death_as_data_error():  # torch may speak up in the join, too
             loader.kill()
             loader.join(20)
             list(stream)
@@ -209,11 +215,11 @@ def test_a_loader_that_was_killed_is_told_in_one_line(opened: ShardedDataset) ->
 
 
 def test_other_errors_are_not_taken_for_dead_loaders() -> None:
-    with pytest.raises(RuntimeError, match=r"^Caught RuntimeError in DataLoader worker"), dead_loaders_told():
+    with pytest.raises(RuntimeError, match=r"^Caught RuntimeError in DataLoader worker"), loader_death_as_data_error():
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
 
 
-def test_spawned_loaders_are_deaf_from_their_first_moment(opened: ShardedDataset) -> None:
+def test_spawned_loaders_ignore_stop_signals_from_the_start(opened: ShardedDataset) -> None:
     """They import for seconds before any of our code runs, so the mask must come from the trainer.
 
     In a process of its own: the tracker that would lift the mask starts once.

@@ -11,7 +11,7 @@ from tests.networks import randomise
 from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.ddpm.objective import GaussianObjective, Loss
-from trainer.diffusion.ddpm.reverse import Prediction, ReverseVariance
+from trainer.diffusion.ddpm.reverse import PredictionKind, ReverseVariance
 from trainer.diffusion.ddpm.timesteps import UniformTimesteps, timestep_uniform
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
 from trainer.engine.build import build_state
@@ -63,7 +63,7 @@ def gradient(step: TrainStep) -> torch.Tensor:
     )
 
 
-OBJECTIVES: list[tuple[Prediction, Loss, ReverseVariance]] = [
+OBJECTIVES: list[tuple[PredictionKind, Loss, ReverseVariance]] = [
     ("mu", "bound", "learned"),
     ("mu", "bound", "small"),
     ("mu", "mse", "small"),
@@ -80,7 +80,7 @@ OBJECTIVES: list[tuple[Prediction, Loss, ReverseVariance]] = [
 @pytest.mark.parametrize("micro_batch", [BATCH, 2])
 @pytest.mark.parametrize(("prediction", "loss", "variance"), OBJECTIVES)
 def test_the_loss_and_its_gradient_are_the_objectives(
-    tmp_path: Path, prediction: Prediction, loss: Loss, variance: ReverseVariance, micro_batch: int
+    tmp_path: Path, prediction: PredictionKind, loss: Loss, variance: ReverseVariance, micro_batch: int
 ) -> None:
     chosen = [f"diffusion.prediction={prediction}", f"diffusion.loss={loss}", f"diffusion.variance={variance}"]
     step, _ = make_step(tmp_path, *chosen, f"train.micro_batch={micro_batch}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import DDPMConfig
-from trainer.config.families import FAMILIES as SECTIONS
+from trainer.config.families import FAMILY_SECTIONS
 from trainer.diffusion.contract import Batch, Losses, Network, Phase
 from trainer.diffusion.ddpm.family import ddpm_objective, ddpm_output_channels
 from trainer.diffusion.ddpm.objective import GaussianObjective
@@ -74,4 +74,4 @@ def registered() -> Iterator[None]:
     try:
         yield
     finally:
-        del FAMILIES["adversarial"], SECTIONS._sections["adversarial"]
+        del FAMILIES["adversarial"], FAMILY_SECTIONS._sections["adversarial"]

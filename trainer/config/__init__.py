@@ -8,8 +8,8 @@ from typing import Any, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
-from trainer.config.backbones import MODELS, DDPMUNetConfig, ModelConfig
-from trainer.config.families import FAMILIES, DDPMConfig, DiffusionConfig
+from trainer.config.backbones import BACKBONE_SECTIONS, DDPMUNetConfig, ModelConfig
+from trainer.config.families import FAMILY_SECTIONS, DDPMConfig, DiffusionConfig
 from trainer.config.reading import apply_override, explain, read_toml
 from trainer.config.section import Section
 from trainer.config.sections import AdamConfig, CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
@@ -105,7 +105,7 @@ class Config(Section):
 
         Raises ConfigError for a kind that is not known.
         """
-        return _narrowed(cls, MODELS.of(model_kind), FAMILIES.of(diffusion_kind))
+        return _narrowed(cls, BACKBONE_SECTIONS.of(model_kind), FAMILY_SECTIONS.of(diffusion_kind))
 
     def to_toml(self) -> str:
         """The configuration as resolved: every field, defaults included."""

@@ -38,4 +38,4 @@ class DDPMUNetConfig(ModelConfig):
     """Groups of every GroupNorm."""
 
 
-MODELS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig)
+BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig)

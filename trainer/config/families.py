@@ -74,4 +74,4 @@ class DDPMConfig(DiffusionConfig):
         return {"loss"} if self.variance_is_learned else {"loss", "variance"}  # learned: half of the network's output
 
 
-FAMILIES: Kinds[DiffusionConfig] = Kinds("diffusion", DiffusionConfig, DDPMConfig)
+FAMILY_SECTIONS: Kinds[DiffusionConfig] = Kinds("diffusion", DiffusionConfig, DDPMConfig)

@@ -12,8 +12,8 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from trainer.config import Config
-from trainer.config.backbones import MODELS
-from trainer.config.families import FAMILIES
+from trainer.config.backbones import BACKBONE_SECTIONS
+from trainer.config.families import FAMILY_SECTIONS
 from trainer.config.section import Section
 from trainer.units import Span, parse_seconds, parse_size
 
@@ -63,7 +63,7 @@ def _section(section: type[Section], heading: str) -> Iterator[str]:
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
     """The sections that a field holds: its own, one for each kind, those of a list, those of a union."""
-    for kinds in (MODELS, FAMILIES):
+    for kinds in (BACKBONE_SECTIONS, FAMILY_SECTIONS):
         if annotation is kinds.base:
             return list(kinds)
     if isinstance(annotation, type) and issubclass(annotation, Section):

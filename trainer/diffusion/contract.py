@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.diffusion.times import Times
+from trainer.diffusion.time_distribution import TimeDistribution
 
 Conditioning = Mapping[str, Tensor]
 MODEL = "model"  # name of the network that every family has: the one that samples are drawn with
@@ -170,12 +170,12 @@ class Objective(Protocol):
     bound_terms: number of terms of the variational bound, of which `Losses.bound` has one a sample, None without one.
     """
 
-    times: Times
-    validation_times: Times
+    times: TimeDistribution
+    validation_times: TimeDistribution
     bound_terms: int | None
 
     def training_losses(
-        self, network: Network, batch: Batch, noise: KeyedNoise, *, times: Times | None = None
+        self, network: Network, batch: Batch, noise: KeyedNoise, *, times: TimeDistribution | None = None
     ) -> Losses:
         """The losses of a batch, a pure function of it, the network, the noise and what was recorded.
 

@@ -7,8 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from trainer.config.families import FAMILIES as SECTIONS
-from trainer.config.families import DiffusionConfig
+from trainer.config.families import FAMILY_SECTIONS, DiffusionConfig
 from trainer.diffusion.contract import Objective, Phase, one_phase
 from trainer.diffusion.ddpm.family import ddpm_objective, ddpm_output_channels
 
@@ -46,5 +45,5 @@ FAMILIES: dict[str, Family[Any]] = {
 
 def register_family(section: type[S], family: Family[S]) -> None:
     """Make a family known by the `kind` of its section. ValueError where the kind is taken."""
-    kind = SECTIONS.add(section)
+    kind = FAMILY_SECTIONS.add(section)
     FAMILIES[kind] = family

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from trainer.config import Config, DataConfig
 from trainer.data.stream.bad_samples import BadSamples
 from trainer.data.stream.prefetch import Prefetcher
-from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, dead_loaders_told, micro_batches
+from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, loader_death_as_data_error, micro_batches
 from trainer.data.training_data import TrainingData, open_training_data
 from trainer.engine.build import build_state
 from trainer.engine.checkpointing.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ from trainer.engine.processes.watchdog import Watchdog
 from trainer.engine.run_dir import check_run_dir
 from trainer.engine.run_folder import RunFolder, identity
 from trainer.engine.state.train_state import TrainState
-from trainer.engine.step.garbage_collection import collected_when_told
+from trainer.engine.step.garbage_collection import manual_collection
 from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import Strategy, make_strategy
 from trainer.errors import ConfigError, DataError
@@ -187,7 +187,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
         prefetcher=_prefetcher(config.data, loop.data, plan),
     )
     try:
-        with dead_loaders_told(), collected_when_told():
+        with loader_death_as_data_error(), manual_collection():
             finished = loop.run(stream)
     finally:
         stream.close()

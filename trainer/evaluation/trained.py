@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.config import Config, DDPMConfig
 from trainer.diffusion.contract import Denoiser
-from trainer.diffusion.ddpm.respacing import asked_for
+from trainer.diffusion.ddpm.respacing import count_in_spec
 from trainer.engine.build import build_objective, build_trained
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
@@ -118,7 +118,7 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
         )
     except ValueError as error:
         raise ConfigError(f"--respacing: {error}") from error
-    asked = asked_for(timesteps, reverse.respacing)
+    asked = count_in_spec(timesteps, reverse.respacing)
     if steps < asked and accelerator.is_main_process:
         print(
             f"--respacing {reverse.respacing}: {steps} steps, for {asked - steps} of {asked} fall on a timestep that "

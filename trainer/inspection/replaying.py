@@ -13,7 +13,7 @@ from trainer.data.training_data import TrainingData, open_training_data
 from trainer.diffusion.contract import MODEL, one_phase
 from trainer.diffusion.families import FAMILIES
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.diffusion.times import GivenTimes
+from trainer.diffusion.time_distribution import GivenTimes
 from trainer.engine.build import build_networks, build_objective
 from trainer.engine.checkpointing.checkpoints import read_weights
 from trainer.engine.network.freezing import freeze
@@ -200,5 +200,5 @@ def _newest_before(run: Path, step: int) -> Path:
 def _whose_weights(result: Replay) -> str:
     behind = result.dump.updates - result.updates
     if behind == 0:
-        return "the very weights of that step"
+        return "the weights of that step"
     return f"{abs(behind)} updates {'before' if behind > 0 else 'after'} that step: its weights were others"

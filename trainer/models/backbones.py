@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer.config.backbones import MODELS, ModelConfig
+from trainer.config.backbones import BACKBONE_SECTIONS, ModelConfig
 from trainer.models.ddpm_unet import build_ddpm_unet
 
 S = TypeVar("S", bound=ModelConfig)
@@ -39,7 +39,7 @@ BACKBONES: dict[str, Backbone[Any]] = {
 
 def register_backbone(section: type[S], backbone: Backbone[S]) -> None:
     """Make a backbone known by the `kind` of its section. ValueError where the kind is taken."""
-    kind = MODELS.add(section)
+    kind = BACKBONE_SECTIONS.add(section)
     BACKBONES[kind] = backbone
 
 

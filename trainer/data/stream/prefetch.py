@@ -88,7 +88,7 @@ class Prefetcher:
         """Wait for room and pin the shard; give up where there is none by the time it is needed."""
         wanted = self.shards[shard]
         while not self._closed and (now := self._training) + self.in_hand <= micro_step:
-            self._let_go()
+            self._unpin_used()
             if sum(self.shards[pinned].bytes for pinned in self._pins) + wanted.bytes <= self.budget:
                 try:
                     descriptor = self.cache.pin(wanted)
@@ -101,6 +101,6 @@ class Prefetcher:
                 if not self._closed and self._training == now:
                     self._moved.wait(_AGAIN)
 
-    def _let_go(self) -> None:
+    def _unpin_used(self) -> None:
         for shard in [shard for shard in self._pins if self._last_need[shard] < self._training]:
             self.cache.unpin(self._pins.pop(shard))

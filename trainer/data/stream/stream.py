@@ -126,7 +126,7 @@ def micro_batches(
     """Iterate over the plan's micro-batches in order, see `as_tensors`, without "faults".
 
     Raises DataError, with a one-line message, where a sample is damaged; with `bad_samples` it is replaced and counted
-    there. Also where a loader process was killed; see `dead_loaders_told`.
+    there. Also where a loader process was killed; see `loader_death_as_data_error`.
     """
     if len(plan.micro_steps) == 0:
         return
@@ -155,7 +155,7 @@ def micro_batches(
     )
     batches = enumerate(iter(loader), start=plan.micro_steps.start)
     try:
-        with dead_loaders_told():
+        with loader_death_as_data_error():
             with _stop_signals_blocked():
                 first = next(batches)  # starts the loader processes, which inherit the signal mask
             if prefetcher is not None:
@@ -169,7 +169,7 @@ def micro_batches(
                     prefetcher.advance(micro_step)
                 yield batch
     except DataError as error:
-        _let_go_of_loaders(error)
+        _release_loaders(error)
         # A loader process puts its traceback into the message; the last line is the original message.
         raise DataError(_ERROR_NAME.sub("", str(error).strip().splitlines()[-1])) from error
     finally:
@@ -183,7 +183,7 @@ def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def dead_loaders_told() -> Iterator[None]:
+def loader_death_as_data_error() -> Iterator[None]:
     """A context that turns torch's error for a killed loader process into DataError.
 
     torch raises it in a signal handler, at any point of the main thread: so all code that runs while a stream is open
@@ -195,14 +195,14 @@ def dead_loaders_told() -> Iterator[None]:
         found = _DEAD_LOADER.match(str(error))
         if found is None:
             raise
-        _let_go_of_loaders(error)
+        _release_loaders(error)
         raise DataError(
             f"{found[0].rstrip('. ')}: a loader process ended, most often for want of memory or of room in /dev/shm; "
             "take fewer data.workers or a smaller data.prefetch"
         ) from error
 
 
-def _let_go_of_loaders(error: BaseException) -> None:
+def _release_loaders(error: BaseException) -> None:
     # The error and its traceback's frames reference each other, and through them the loader: without this its processes
     # would stay alive until a garbage collection, which destroys them in arbitrary order.
     traceback.clear_frames(error.__traceback__)
@@ -229,10 +229,10 @@ def _prepare_worker(trainer: int, _: int) -> None:
         os._exit(0)
     gc.enable()  # disabled in the trainer, from which it was forked
     torch.set_num_threads(1)  # parallelism is by worker processes
-    threading.Thread(target=_end_when_the_trainer_says, args=(trainer,), daemon=True).start()
+    threading.Thread(target=_exit_on_trainers_sigterm, args=(trainer,), daemon=True).start()
 
 
-def _end_when_the_trainer_says(trainer: int) -> None:
+def _exit_on_trainers_sigterm(trainer: int) -> None:
     """Since SIGTERM is otherwise blocked, accept it from the trainer: a loader that ignored it would hang the
     trainer.
     """

@@ -9,9 +9,9 @@ from torch import Tensor
 from trainer.diffusion.contract import Batch, Conditioning, Losses, Network
 from trainer.diffusion.ddpm.likelihood import BIN, bound_bits, normal_kl
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-from trainer.diffusion.ddpm.respacing import respaced
+from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import (
-    Prediction,
+    PredictionKind,
     ReverseProcess,
     ReverseVariance,
     check_parameterisation,
@@ -20,7 +20,7 @@ from trainer.diffusion.ddpm.reverse import (
 )
 from trainer.diffusion.ddpm.timesteps import UniformTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.diffusion.times import Times
+from trainer.diffusion.time_distribution import TimeDistribution
 
 Loss = Literal["mse", "bound", "hybrid"]
 
@@ -48,10 +48,10 @@ class GaussianObjective:
         self,
         diffusion: GaussianDiffusion,
         *,
-        prediction: Prediction,
+        prediction: PredictionKind,
         variance: ReverseVariance,
         loss: Loss,
-        times: Times | None = None,
+        times: TimeDistribution | None = None,
     ) -> None:
         check_parameterisation(prediction, variance)
         if loss not in get_args(Loss):
@@ -61,16 +61,16 @@ class GaussianObjective:
         if loss == "hybrid" and variance != "learned-range":
             raise ValueError(f"loss='hybrid': needs variance='learned-range', got {variance!r}")
         self.diffusion = diffusion
-        self.prediction: Prediction = prediction
+        self.prediction: PredictionKind = prediction
         self.variance: ReverseVariance = variance
         self.loss: Loss = loss
-        self.validation_times: Times = UniformTimesteps(diffusion.timesteps)
-        self.times: Times = self.validation_times if times is None else times
+        self.validation_times: TimeDistribution = UniformTimesteps(diffusion.timesteps)
+        self.times: TimeDistribution = self.validation_times if times is None else times
         self.bound_terms: int | None = diffusion.timesteps
         self._in_bound = squared_error_in_bound(diffusion, prediction, variance) if loss == "mse" else None
 
     def training_losses(
-        self, network: Network, batch: Batch, noise: KeyedNoise, *, times: Times | None = None
+        self, network: Network, batch: Batch, noise: KeyedNoise, *, times: TimeDistribution | None = None
     ) -> Losses:
         """Ho et al. 2020, algorithm 1, lines 2 to 5: draw t and eps, noise the images, predict, compare.
 
@@ -95,10 +95,10 @@ class GaussianObjective:
     def denoiser(self, network: Network, cond: Conditioning | None = None, *, respacing: str = "all") -> ReverseProcess:
         """The reverse process that a network describes which was trained with this objective.
 
-        respacing: the timesteps to keep, see `respaced`, which raises ValueError.
+        respacing: the timesteps to keep, see `kept_timesteps`, which raises ValueError.
         """
         reverse = ReverseProcess(network, self.diffusion, prediction=self.prediction, variance=self.variance, cond=cond)
-        return reverse if respacing == "all" else reverse.respaced(respaced(self.diffusion.timesteps, respacing))
+        return reverse if respacing == "all" else reverse.respaced(kept_timesteps(self.diffusion.timesteps, respacing))
 
     def losses(self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each image: (B,) float32.
@@ -151,7 +151,7 @@ class GaussianObjective:
 
 
 def squared_error_in_bound(
-    diffusion: GaussianDiffusion, prediction: Prediction, variance: ReverseVariance
+    diffusion: GaussianDiffusion, prediction: PredictionKind, variance: ReverseVariance
 ) -> tuple[Tensor, Tensor]:
     """What a squared error means for the bound: weight and constant, each (T,) float32, on the diffusion's device.
 

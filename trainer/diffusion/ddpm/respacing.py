@@ -9,7 +9,7 @@ from torch import Tensor
 VALID = "'all', a count such as '50', counts by section such as '10,15,25', 'ddim50', 'quadratic50' or 'trailing50'"
 
 
-def respaced(timesteps: int, spec: str) -> Tensor:
+def kept_timesteps(timesteps: int, spec: str) -> Tensor:
     """The timesteps that `spec` keeps of a chain of T: (S,) int64, increasing, 2 <= S <= T.
 
     "all"          every timestep.
@@ -45,7 +45,7 @@ def respaced(timesteps: int, spec: str) -> Tensor:
     return torch.tensor(steps, dtype=torch.int64)
 
 
-def asked_for(timesteps: int, spec: str) -> int:
+def count_in_spec(timesteps: int, spec: str) -> int:
     """How many timesteps `spec` names; "quadratic..." may give fewer, since none is visited twice."""
     if spec == "all":
         return timesteps

@@ -11,7 +11,7 @@ from trainer.diffusion import contract
 from trainer.diffusion.contract import Conditioning, Network
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 
-Prediction = Literal["eps", "x0", "mu", "v"]
+PredictionKind = Literal["eps", "x0", "mu", "v"]
 ReverseVariance = Literal["small", "large", "learned", "learned-range"]
 
 
@@ -45,9 +45,9 @@ class ReverseStep(contract.Prediction):
 
 
 def check_parameterisation(prediction: str, variance: str) -> None:
-    """Raises ValueError for names that are none of `Prediction` and `ReverseVariance`."""
+    """Raises ValueError for names that are none of `PredictionKind` and `ReverseVariance`."""
     for field, value, names in (
-        ("prediction", prediction, get_args(Prediction)),
+        ("prediction", prediction, get_args(PredictionKind)),
         ("variance", variance, get_args(ReverseVariance)),
     ):
         if value not in names:
@@ -73,7 +73,7 @@ def interpret(
     t: Tensor,
     *,
     diffusion: GaussianDiffusion,
-    prediction: Prediction,
+    prediction: PredictionKind,
     variance: ReverseVariance,
 ) -> ReverseStep:
     """The reverse step that a network's output describes, x_0 not clamped. Differentiable; everything is float32.
@@ -144,14 +144,14 @@ class ReverseProcess:
         network: Network,
         diffusion: GaussianDiffusion,
         *,
-        prediction: Prediction = "eps",
+        prediction: PredictionKind = "eps",
         variance: ReverseVariance,
         cond: Conditioning | None = None,
     ) -> None:
         check_parameterisation(prediction, variance)
         self.network = network
         self.diffusion = diffusion
-        self.prediction: Prediction = prediction
+        self.prediction: PredictionKind = prediction
         self.variance: ReverseVariance = variance
         self.cond: Conditioning = cond or {}
 

@@ -5,13 +5,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.diffusion.times import Times
+from trainer.diffusion.time_distribution import TimeDistribution
 
 HISTORY = 10  # last losses of each timestep
 UNIFORM_SHARE = 0.001
 
 
-class UniformTimesteps(Times):
+class UniformTimesteps(TimeDistribution):
     """Ho et al. 2020, algorithm 1: every t of 0..T-1 equally often, but for less than T / 2^32."""
 
     def __init__(self, timesteps: int) -> None:
@@ -31,7 +31,7 @@ def timestep_uniform(noise: KeyedNoise) -> Tensor:
     return noise.bits("t").double() * 2.0**-32
 
 
-class ImportanceSampling(Times):
+class ImportanceSampling(TimeDistribution):
     """Nichol and Dhariwal 2021, section 3.3: t in proportion to sqrt(E[L_t^2]), and weights by which the mean of the
     losses stays what it was.
 

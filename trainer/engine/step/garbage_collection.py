@@ -8,7 +8,7 @@ _STEPS = 500
 
 
 @contextmanager
-def collected_when_told() -> Iterator[None]:
+def manual_collection() -> Iterator[None]:
     """A context in which only explicit `gc.collect` collects; objects that exist already are frozen (`gc.freeze`)."""
     gc.collect()
     gc.freeze()

@@ -8,7 +8,7 @@ from typing_extensions import override
 from trainer.diffusion.keyed_noise import KeyedNoise
 
 
-class Times(ABC):
+class TimeDistribution(ABC):
     """How t is drawn, and what is recorded of the losses: nothing, unless overridden."""
 
     @abstractmethod
@@ -23,7 +23,7 @@ class Times(ABC):
         return {}
 
 
-class GivenTimes(Times):
+class GivenTimes(TimeDistribution):
     """Times and weights that were drawn before: t (B,), weight (B,) float32 or None for 1."""
 
     def __init__(self, t: Tensor, weight: Tensor | None = None) -> None:
