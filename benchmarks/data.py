@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from benchmarks.turns import Contender, Run, compare, load
 from data_prep.format import INDEX_DTYPE, Manifest, ShardRecord, sha256_of
+from trainer.data import decode as decode_module
 from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.decode import decode
 from trainer.data.orders.lanes import LanesOrder
 from trainer.data.orders.order import GlobalOrder, Order
 from trainer.data.orders.windowed import WindowedOrder
-from trainer.data.stream import decode as decode_module
-from trainer.data.stream.decode import decode
 from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, micro_batches
 
 BATCH = 64

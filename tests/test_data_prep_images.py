@@ -12,7 +12,7 @@ from data_prep.errors import Reject
 from data_prep.png import png_fault
 from data_prep.recipe import Recipe
 from data_prep.write.convert import convert, encode
-from trainer.data.stream.decode import decode
+from trainer.data.decode import decode
 from trainer.errors import SampleError
 
 SIDE = 16

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.harness import load_config
-from trainer.data.stream import decode as decode_module
-from trainer.data.stream.decode import decode, jpeg_signature
+from trainer.data import decode as decode_module
+from trainer.data.decode import decode, jpeg_signature
 from trainer.data.training_data import open_training_data
 from trainer.errors import DataError, SampleError
 

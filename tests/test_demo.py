@@ -11,7 +11,7 @@ from PIL import Image
 from data_prep.format import INDEX_NAME
 from tests.harness import REPOSITORY, checkpoint, environment, launch, logged
 from trainer.data.datasets.shards import ShardedDataset
-from trainer.data.stream.decode import decode
+from trainer.data.decode import decode
 
 
 def energy_distance(one: np.ndarray, other: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from data_prep.recipe import Recipe
 from data_prep.write.convert import convert
 from data_prep.write.writer import write_shard
 from tests.data_prep_harness import bytes_of, data_prep, file_of, pixels_of_noise
-from trainer.data.stream.decode import decode
+from trainer.data.decode import decode
 from trainer.errors import SampleError
 
 SIDE = 96

@@ -8,6 +8,11 @@ from typing_extensions import override
 from trainer.config.kinds import Kinds
 from trainer.config.section import Section
 
+ScheduleName = Literal["linear", "cosine", "sqrt-linear", "sigmoid", "table"]
+PredictionKind = Literal["eps", "x0", "mu", "v"]
+ReverseVariance = Literal["small", "large", "learned", "learned-range"]
+Loss = Literal["mse", "bound", "hybrid"]
+
 
 class DiffusionConfig(Section):
     """What the section of every family has."""
@@ -31,17 +36,17 @@ class DDPMConfig(DiffusionConfig):
     """The family."""
     timesteps: int = Field(default=1000, gt=1, le=1_000_000)
     """T, the number of noise levels."""
-    schedule: Literal["linear", "cosine", "sqrt-linear", "sigmoid", "table"] = "linear"
+    schedule: ScheduleName = "linear"
     """beta_t: "linear" 1e-4 to 0.02 (Ho et al. 2020; times 1000 / T), "cosine" (Nichol and Dhariwal 2021),
     "sqrt-linear", "sigmoid", or "table"."""
     betas: list[Annotated[float, Field(gt=0, lt=1)]] | None = None
     """With schedule "table": beta_t for every t."""
-    prediction: Literal["eps", "x0", "mu", "v"] = "eps"
+    prediction: PredictionKind = "eps"
     """What the network predicts: "eps", "x0", "mu" (the posterior's mean) or "v" (Salimans and Ho 2022)."""
-    variance: Literal["small", "large", "learned", "learned-range"] = "small"
+    variance: ReverseVariance = "small"
     """Variance of the reverse process: "small" beta~_t or "large" beta_t (section 3.2); "learned", a diagonal one, or
     "learned-range", between the two fixed ones (Nichol and Dhariwal 2021), doubles the network's output."""
-    loss: Literal["mse", "bound", "hybrid"] = "mse"
+    loss: Loss = "mse"
     """The "mse" of the prediction (with "eps" it is L_simple), "bound" (L, the variational bound, in bits per
     dimension), or "hybrid" (L_simple + 0.001 L_vlb; Nichol and Dhariwal 2021)."""
     timestep_sampling: Literal["uniform", "importance"] = "uniform"

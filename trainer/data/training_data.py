@@ -22,11 +22,11 @@ from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.datasets.split import is_held_out
 from trainer.data.datasets.tars import TarDataset
 from trainer.data.datasets.unprepared import check_prepared
+from trainer.data.decode import jpeg_signature
 from trainer.data.orders.lanes import LanesOrder
 from trainer.data.orders.mixture import MixtureOrder, member_seed
 from trainer.data.orders.order import GlobalOrder, Order, Selected
 from trainer.data.orders.windowed import WindowedOrder
-from trainer.data.stream.decode import jpeg_signature
 from trainer.errors import ConfigError, DataError
 
 DATA_FINGERPRINT = "data (manifest)"  # its key in a run's identity

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from data_prep.format import MEMBERS, UNLABELLED, crc32
 from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
-from trainer.data.stream.decode import decode_array, decode_into, decode_square, decode_text
+from trainer.data.decode import decode_array, decode_into, decode_square, decode_text
 from trainer.errors import DataError, SampleError
 
 _OPEN_SHARDS = 256

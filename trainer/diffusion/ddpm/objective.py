@@ -1,19 +1,18 @@
 """What a network is trained to minimise: the six objectives of Ho et al. 2020, table 2, and their successors."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from trainer.config.families import Loss, PredictionKind, ReverseVariance
 from trainer.diffusion.contract import Batch, Conditioning, Losses, Network
 from trainer.diffusion.ddpm.likelihood import BIN, bound_bits, normal_kl
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import (
-    PredictionKind,
     ReverseProcess,
-    ReverseVariance,
     check_parameterisation,
     interpret,
     is_learned,
@@ -21,8 +20,6 @@ from trainer.diffusion.ddpm.reverse import (
 from trainer.diffusion.ddpm.timesteps import UniformTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.diffusion.time_distribution import TimeDistribution
-
-Loss = Literal["mse", "bound", "hybrid"]
 
 
 class GaussianObjective:

@@ -1,18 +1,16 @@
 """What a network's output means: the reverse process p(x_{t-1} | x_t) of Ho et al. 2020, section 3.2."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 from einops import rearrange
 from torch import Tensor
 from typing_extensions import override
 
+from trainer.config.families import PredictionKind, ReverseVariance
 from trainer.diffusion import contract
 from trainer.diffusion.contract import Conditioning, Network
 from trainer.diffusion.ddpm.process import GaussianDiffusion
-
-PredictionKind = Literal["eps", "x0", "mu", "v"]
-ReverseVariance = Literal["small", "large", "learned", "learned-range"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-ScheduleName = Literal["linear", "cosine", "sqrt-linear", "sigmoid", "table"]
+from trainer.config.families import ScheduleName
 
 # Nichol and Dhariwal 2021, section 3.2: no beta comes nearer to 1.
 MAX_BETA = 0.999

@@ -92,7 +92,7 @@ class FullyShardedNetwork(DistributedNetwork):
     def _slice(self, name: str, parameter: DTensor) -> ParameterSlice:
         """The local slice: `fully_shard` cuts dimension 0 into equal chunks; the last may be short or empty."""
         local = parameter.to_local().detach()
-        row = parameter[0].numel() if parameter.ndim > 1 else 1
+        row = parameter.shape[1:].numel()
         ranks, rank = self.mesh.size(self.mesh.ndim - 1), self.mesh.get_local_rank(self.mesh.ndim - 1)
         start = min(-(-parameter.shape[0] // ranks) * rank, parameter.shape[0]) * row
         return ParameterSlice(name=name, shape=parameter.shape, start=start, stop=start + local.numel(), storage=local)
