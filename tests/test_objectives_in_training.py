@@ -125,7 +125,7 @@ def test_the_names_are_those_of_the_mathematics(config_path: Path) -> None:
     fields = type(load_config(config_path).diffusion).model_fields
     for name, literal in (
         ("schedule", schedules.ScheduleName),
-        ("prediction", reverse.Prediction),
+        ("prediction", reverse.PredictionKind),
         ("variance", reverse.ReverseVariance),
         ("loss", objectives.Loss),
     ):
