@@ -124,7 +124,7 @@ def test_the_average_is_that_of_the_weights(whole: Path) -> None:
 def losses_of(config: Config, batch: Batch, noise: KeyedNoise, times: GivenTimes | None = None) -> Losses:
     torch.manual_seed(config.seed)
     network = build_network(config).eval()
-    for parameter in network.parameters():  # a fresh network may give 0, whatever it does
+    for parameter in network.parameters():  # the output of a fresh network is near 0
         torch.nn.init.normal_(parameter, std=0.1)
     objective = build_objective(config, torch.device("cpu"))
     times = objective.validation_times if times is None else times

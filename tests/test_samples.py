@@ -145,7 +145,7 @@ def test_a_damaged_member_counts_as_a_damaged_sample(folder: Path, tmp_path: Pat
     with pytest.raises(SampleError, match=rf"000000002.* {name}: damaged \(crc32 differs\)"):
         dataset.further(2)
     dataset.cond = ()
-    assert skipping(dataset)[1] == []  # whoever does not ask for it does not meet it
+    assert skipping(dataset)[1] == []  # a dataset opened without it reads only images
     damage(copy, 3)
     assert len(skipping(dataset)[1]) == 1
 

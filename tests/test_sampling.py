@@ -109,7 +109,7 @@ def test_the_conditioning_reaches_the_network() -> None:
 
 
 class Guided:
-    """Classifier-free guidance (Ho and Salimans 2022), which is told nothing of the family."""
+    """Classifier-free guidance (Ho and Salimans 2022), which does not depend on the family."""
 
     def __init__(self, cond: Denoiser, uncond: Denoiser, scale: float) -> None:
         self.cond, self.uncond, self.scale = cond, uncond, scale

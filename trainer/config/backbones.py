@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from trainer.config.kinds import Kinds
 from trainer.config.section import Section
@@ -17,6 +18,11 @@ class ModelConfig(Section):
     """Side of the square images in pixels; must be the dataset's."""
     channels: int = Field(default=3, gt=0, le=1024)
     """Channels of the images: 3 for RGB, 1 for grey; must be the dataset's."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether the network may draw random numbers in training, as dropout does; overridden where it can be told."""
+        return True
 
 
 class DDPMUNetConfig(ModelConfig):
@@ -36,6 +42,11 @@ class DDPMUNetConfig(ModelConfig):
     """Dropout probability inside residual blocks."""
     norm_groups: int = Field(default=32, gt=0, le=65_536)
     """Groups of every GroupNorm."""
+
+    @property
+    @override
+    def drops(self) -> bool:
+        return self.dropout > 0
 
 
 BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig)

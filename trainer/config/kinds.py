@@ -1,4 +1,4 @@
-"""Sections that are told apart by their field `kind`: [model] is a backbone's, [diffusion] is a family's."""
+"""Sections whose class depends on their field `kind`: a backbone's in [model], a family's in [diffusion]."""
 
 import difflib
 from collections.abc import Iterator

@@ -23,7 +23,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a person is told of work: `doing` so many `items`, called `what`, each of which takes so many `units`.
+    """Words and numbers for progress lines: "`doing`: ... of `items` `what`"; an item takes `units` of the unit `unit`.
 
     `kind`: of the error where it cannot be done.
     """

@@ -41,5 +41,5 @@ class BackgroundTask(Generic[T]):
     def _run(self) -> None:
         try:
             self._results.append(self._action())
-        except Exception as fault:  # raised again in the training thread, which tells the other ranks
+        except Exception as fault:  # raised again by `result`, in the training thread
             self._fault = fault

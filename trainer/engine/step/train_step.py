@@ -54,7 +54,7 @@ def _image(pixels: torch.Tensor, device: torch.device, flips: torch.Tensor | Non
 
 def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
     """Call before the forward pass of a micro-batch: dropout masks become a function of seed and first position."""
-    if getattr(config.model, "dropout", None) != 0:  # a backbone that has no such field may drop, too
+    if config.model.drops:
         torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
 
 
