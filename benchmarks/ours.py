@@ -140,4 +140,4 @@ def _with_data(config: Config, folder: Path) -> Config:
     sections["train"] |= {"duration": "1000000 steps", "hang_timeout": "0 seconds"}  # it waits for its turns
     sections["checkpoint"]["every"] = "0 steps"
     sections["log"] |= {"samples_every": "0 steps", "validate_every": "0 steps"}
-    return Config.model_validate(sections)
+    return type(config).model_validate(sections)
