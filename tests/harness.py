@@ -150,6 +150,7 @@ def server() -> multiprocessing.context.ForkServerContext:
             *("trainer.engine.strategies.zero", "trainer.engine.strategies.fsdp"),
             # What optimizers and DeepSpeed import when they are first used: seconds for every process.
             *("torch._dynamo", "torch._inductor", "deepspeed.runtime.zero.muon.muon_optimizer"),
+            "tests.preloaded",  # the last: it freezes what the others have made
         ]
     )
     return context

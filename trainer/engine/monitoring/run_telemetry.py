@@ -58,10 +58,11 @@ class Telemetry:
         self.last_step = last_step
         self._samples = samples
         self._device = state.strategy.device
-        inputs = partial(example_inputs, config.model)
-        self._flops_per_image = training_flops(lambda: build_network(config), inputs).training
         self.peak = device_peak(self._device, config.train.precision)
         writes = state.strategy.accelerator.is_main_process
+        inputs = partial(example_inputs, config.model)
+        # Counting takes a large part of a second, and what is derived from it is written by rank 0 alone.
+        self._flops_per_image = training_flops(lambda: build_network(config), inputs).training if writes else 0
         self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)
         self.metrics = Metrics(folder.logs, self.step, trackers, say=self.progress.say) if writes else None
         if self.metrics is not None:
