@@ -18,6 +18,9 @@ from tests.data_prep_harness import (
 from tests.harness import make_dataset, write_config
 from tests.server import FaultyServer, serving
 
+# Tests share the cores with each other: threads that wait for one another on busy cores take ten times as long.
+torch.set_num_threads(1)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
