@@ -28,8 +28,8 @@ demo: $(INSTALLED) ## train on real digits with two processes and draw samples, 
 test: $(INSTALLED) ## the tests that every change must pass
 	$(PYTEST)
 
-test-all: $(INSTALLED) ## the slow tests too
-	$(PYTEST) -m "not slurm"
+test-all: test ## the slow tests too
+	$(PYTEST) -m "slow and not slurm"
 
 test-slurm: $(INSTALLED) ## jobs on a SLURM that is started for it; as root, on Debian or with slurmctld and slurmd
 	tests/slurm/lab.sh install
