@@ -72,7 +72,7 @@ def _shut_down_at_one_signal() -> None:
     """Make torch's launcher ignore signals that follow the one at which it shuts its workers down.
 
     Its handler raises an exception wherever the program is: a second signal (a scheduler sends one to every process, a
-    script hands one on) breaks the shutdown off, and threads that nobody has told to end then keep the launcher alive.
+    script hands one on) breaks the shutdown off, and its threads, which were not ended, then keep the launcher alive.
     """
     shut_down = api._terminate_process_handler
 
