@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ from data_prep.inspection.overview import left_out_line, print_contents, print_o
 from data_prep.inspection.stats import write_stats
 from data_prep.inspection.verify import DECODE, verify
 from data_prep.recipe import ENCODINGS, MODES, TRANSFORMS, Recipe
-from data_prep.sources import LABELS, SPLITS, Split, open_source, split_called
+from data_prep.sources import LABELS, SPLITS, Split, Wanted, open_source, split_called
 from data_prep.write.build import build
 
 INTERRUPTED = 130  # exit code of a shell for Ctrl-C
@@ -59,15 +60,8 @@ def run_build(argv: Sequence[str]) -> int:
     _check_workers(options.workers)
     if options.out.resolve().is_relative_to(Path(options.src).resolve()):
         raise InputError(f"{options.out}: lies in the source folder; give a folder outside it")
-    source = open_source(
-        options.src,
-        size=options.size,
-        split=options.split,
-        labels=options.labels,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        pair=options.pair,
-    )
+    wanted = Wanted(**{field.name: getattr(options, field.name) for field in fields(Wanted)})
+    source = open_source(options.src, wanted)
     for line in [*(source.notice or "").splitlines(), *left_out_line(source.left_out)]:
         print(f"note: {line}", file=sys.stderr)
     recipe = Recipe(
@@ -81,7 +75,13 @@ def run_build(argv: Sequence[str]) -> int:
     outcome = build(
         source, recipe, options.out, workers=options.workers, max_reject_fraction=options.max_reject_fraction
     )
-    print_outcome(outcome, options.out, time.monotonic() - start)
+    print_outcome(
+        outcome.manifest,
+        options.out,
+        reasons=outcome.reasons,
+        already_finished=outcome.already_finished,
+        seconds=time.monotonic() - start,
+    )
     return 0
 
 

@@ -8,9 +8,12 @@ requires parsing millions of headers.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from data_prep.errors import InputError
 
 BLOCK = 512
 _END = bytes(BLOCK)
@@ -40,7 +43,7 @@ class TarError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An entry of a tar: name, kind, and position of its bytes.
+    """A member of a tar: name, kind, and position of its bytes.
 
     "sparse": a file whose `length` stored bytes omit runs of zeros, with a map of the parts.
     """
@@ -52,15 +55,26 @@ class Member:
 
 
 def walk(descriptor: int) -> list[Member]:
-    """The entries of an open tar, in order.
+    """The members of an open tar, in order.
 
     Raises TarError with the offset where a header is damaged or zeroed, a member is truncated, or the end-of-archive
     mark is missing.
     """
-    return list(_entries(descriptor, os.fstat(descriptor).st_size))
+    return list(_members(descriptor, os.fstat(descriptor).st_size))
 
 
-def _entries(descriptor: int, end: int) -> Iterator[Member]:
+def list_members(path: Path) -> list[Member]:
+    """The members of the tar `path`, as `walk` gives them. Raises InputError where it cannot be read or is damaged."""
+    try:
+        with path.open("rb") as stream:
+            return walk(stream.fileno())
+    except TarError as error:
+        raise InputError(f"{path}: {error}; restore the file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _members(descriptor: int, end: int) -> Iterator[Member]:
     headers: list[tuple[int, bytes]] = []  # whose checksums are not compared yet
     extended: dict[str, str] = {}  # of the next member: "path", "size", "sparse"
     defaults: dict[str, str] = {}  # of all following members, from a global pax header

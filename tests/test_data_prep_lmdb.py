@@ -162,7 +162,7 @@ def test_a_folder_of_databases_names_one(tmp_path: Path) -> None:
 
 
 def test_a_huge_value_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.sources.lmdb.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("data_prep.sources.reading.MAX_FILE_BYTES", 10)
     with pytest.raises(Reject, match="file too large"):
         open_source(str(lsun(tmp_path / "a", [b"x" * 11]))).read(0)
 

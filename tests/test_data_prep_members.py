@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.errors import DataPrepError
 from data_prep.format import load_manifest
-from data_prep.sources import open_source
+from data_prep.sources import Wanted, open_source
 from data_prep.sources.rules import SIDECAR
 from data_prep.write import build
 from tests.data_prep_harness import bytes_of, data_prep, error_line, file_of, noise, pixels_of_noise
@@ -154,8 +154,16 @@ def test_captions_lie_beside_or_in_a_metadata_file(tmp_path: Path, case: str, ki
     assert written == [None if caption is None else caption.decode() for caption in expected]
 
 
-def zipped(folder: Path) -> Path:
-    return Path(shutil.make_archive(str(folder), "zip", folder))
+def zipped(folder: Path, title: str = "in") -> Path:
+    return Path(shutil.make_archive(str(folder.with_name(title)), "zip", folder))
+
+
+def tarred(folder: Path, title: str = "in") -> Path:
+    path = folder.with_name(f"{title}.tar")
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*")):
+            tar.add(file, str(file.relative_to(folder)), recursive=False)
+    return path
 
 
 PAIRS = {
@@ -174,11 +182,8 @@ def test_second_images_are_found_by_their_name(tmp_path: Path, case: str, kind: 
     if kind == "zip":
         path = zipped(path)
     if kind == "tar":
-        with tarfile.open(tmp_path / "in.tar", "w") as tar:
-            for name in (first, second, drawn):
-                tar.add(path / name, name)
-        path = tmp_path / "in.tar"
-    source = open_source(str(path), pair="drawn")
+        path = tarred(path)
+    source = open_source(str(path), Wanted(pair="drawn"))
     assert (list(source.names), further_of(source)) == ([first, second], [{"source": png(2, side=6)}, {}])
     assert not source.left_out
     assert data_prep(path, tmp_path / "out", *OPTIONS, "--pair", "drawn") == 0
@@ -199,7 +204,7 @@ def test_parquet_has_captions_and_second_images_in_columns(tmp_path: Path) -> No
     assert [sample.get("txt") for sample in samples] == ["a", None, "c"]
     np.testing.assert_array_equal(samples[1]["webp"], pixels_of_noise(SIZE, SIZE, seed=11))
     np.testing.assert_array_equal(samples[1]["source.webp"], pixels_of_noise(SIZE, SIZE, seed=1))
-    source = open_source(str(tmp_path / "a.parquet"), caption_column="instruction", image_column="edited")
+    source = open_source(str(tmp_path / "a.parquet"), Wanted(caption_column="instruction", image_column="edited"))
     assert further_of(source) == [{"txt": b"x"}, {"txt": b"y"}, {"txt": b"z"}]
 
 
@@ -243,13 +248,19 @@ def test_a_damaged_member_rejects_its_sample_whole(
     assert data_prep("verify", tmp_path / "out", "--decode", "all") == 0
 
 
-def begun_by_an_earlier_version(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def begun(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preparation that was killed before its first shard."""
+
     def killed(*_: object) -> None:
         raise DataPrepError("killed")
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "write_shards", killed)
         assert data_prep(source, out, *OPTIONS) == 1
+
+
+def begun_by_an_earlier_version(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(source, out, monkeypatch)
     note = out / ".staging" / "begun.json"
     parameters = json.loads(note.read_text())
     assert parameters.pop("the members") == {"cls": 0, "txt": 0}
@@ -263,9 +274,61 @@ def test_what_an_earlier_version_began_goes_on_as_images_alone(
     begun_by_an_earlier_version(source, tmp_path / "out", monkeypatch)
     assert data_prep(source, tmp_path / "out", *OPTIONS) == 0
     assert (load_manifest(tmp_path / "out").format_version, load_manifest(tmp_path / "out").classes) == (2, ["a", "b"])
-    capsys.readouterr()
+    kept = f"{tmp_path / 'out'}: was begun as images alone and stays so; its source also has txt"
+    assert kept in capsys.readouterr().out
     assert data_prep(source, tmp_path / "out", *OPTIONS) == 0
-    assert "already finished, nothing to do" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already finished, nothing to do" in printed
+    assert kept in printed
+
+
+FILES_OF_CAPTIONS: dict[str, tuple[dict[str, bytes], dict[str, bytes]]] = {
+    "beside": ({"0.txt": b"an owl", "1.txt": b"a cat"}, {"0.txt": b"an owlet"}),
+    "listed": (
+        {"metadata.csv": b"file_name,text\n0.png,an owl\n1.png,a cat\n"},
+        {"metadata.csv": b"file_name,text\n0.png,an elk\n1.png,a cat\n"},
+    ),
+}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+@pytest.mark.parametrize("case", FILES_OF_CAPTIONS)
+def test_a_source_with_other_captions_is_another(
+    tmp_path: Path,
+    case: str,
+    kind: str,
+    finished: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before, after = FILES_OF_CAPTIONS[case]
+    folder = laid_out(tmp_path / "in", {"0.png": png(0), "1.png": png(1), **before})
+    pack = {"folder": lambda path, _: path, "zip": zipped, "tar": tarred}[kind]
+    if finished:
+        assert data_prep(pack(folder, "1"), tmp_path / "out", *OPTIONS) == 0
+    else:
+        begun(pack(folder, "1"), tmp_path / "out", monkeypatch)
+    laid_out(folder, after)
+    capsys.readouterr()
+    assert data_prep(pack(folder, "2"), tmp_path / "out", *OPTIONS) == 2
+    assert "was made with a source {" in capsys.readouterr().err.splitlines()[-1]
+    laid_out(folder, before)
+    assert data_prep(pack(folder, "1"), tmp_path / "out", *OPTIONS) == 0
+    assert [sample["txt"] for sample in decoded(tmp_path / "out")] == ["an owl", "a cat"]
+
+
+def test_images_alone_whose_source_has_got_captions_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = laid_out(tmp_path / "in", {"0.png": png(0), "1.png": png(1)}), tmp_path / "out"
+    assert data_prep(source, out, *OPTIONS) == 0
+    assert "images alone" not in capsys.readouterr().out
+    laid_out(source, {"0.txt": b"an owl"})
+    assert data_prep(source, out, *OPTIONS) == 0
+    told = f"{out}: was begun as images alone and stays so; its source also has txt, which another folder would keep"
+    assert told in capsys.readouterr().out.splitlines()
+    assert data_prep(source, out, *OPTIONS, "--labels", "none") == 2  # as before: that is another source
 
 
 def test_a_run_with_other_members_is_refused(rich: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

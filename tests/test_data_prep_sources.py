@@ -190,7 +190,7 @@ def test_a_damaged_entry_of_any_compression_is_a_reject(tmp_path: Path, method: 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_huge_file_is_rejected_unread(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"data_prep.sources.{kind}.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("data_prep.sources.reading.MAX_FILE_BYTES", 10)
     spec = fill(tmp_path / "in", ["a.png"]) if kind == "folder" else zipped(tmp_path / "in.zip", ["a.png"])
     with pytest.raises(Reject, match="file too large"):
         open_source(str(spec)).read(0)

@@ -17,7 +17,7 @@ from data_prep.inspection.dataset import Dataset
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
 from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR
-from data_prep.tars import entries
+from data_prep.tar_headers import list_members
 from data_prep.write.convert import convert
 from tests.data_prep_harness import data_prep, file_of, noise, pixels_of_noise
 
@@ -170,7 +170,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_archive_is_an_error_not_a_shorter_one(tmp_path: Path, damage: str) -> None:
     path = tarred(tmp_path / "in.tar", [(f"{i}.png", png()) for i in range(10)])
-    assert len(entries(path)) == 10
+    assert len(list_members(path)) == 10
     change, message = DAMAGE[damage]
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(InputError, match=rf"in\.tar: {message}.*; restore the file$"):

@@ -17,16 +17,15 @@ from data_prep.arrays import array_of_npy
 from data_prep.errors import InputError
 from data_prep.format import (
     INDEX_DTYPE,
-    INDEX_NAME,
     MEMBERS,
     NAMES_NAME,
     FormatError,
     Manifest,
     center_crop_box,
+    checked_index,
     crc32,
-    index_dtype,
+    load_index,
     load_manifest,
-    sha256_of,
 )
 from data_prep.jpeg import JPEG_MAGIC, jpeg_fault
 from data_prep.png import PNG_MAGIC, png_fault
@@ -44,25 +43,14 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
-        """Open a dataset. Raises InputError where the folder has no finished one or the index does not match the
-        manifest.
-        """
-        dataset = cls.open_unchecked(folder)
-        manifest, index, path = dataset.manifest, dataset.index, folder / INDEX_NAME
-        if sha256_of(path) != manifest.index_sha256:
-            raise InputError(f"{path}: sha256 differs from the manifest's; the file was changed or is stale")
-        if len(index) != manifest.samples or (index["shard"] >= len(manifest.shards)).any():
-            expected = f"{manifest.samples} samples in {len(manifest.shards)} shards"
-            raise InputError(f"{path}: is not of the manifest's {expected}")
-        return dataset
+        """Open a finished dataset. Raises FormatError where there is none, or its index is not the manifest's."""
+        manifest = load_manifest(folder)
+        return cls(folder=folder, manifest=manifest, index=checked_index(folder, manifest))
 
     @classmethod
     def open_unchecked(cls, folder: Path) -> "Dataset":
-        """Like `open`, without checking the index: for verification, which reports all faults."""
-        try:
-            manifest = load_manifest(folder)
-        except FormatError as error:
-            raise InputError(str(error)) from error
+        """Like `open`, without checking the index's rows: for verification, which reports all faults."""
+        manifest = load_manifest(folder)
         return cls(folder=folder, manifest=manifest, index=load_index(folder, manifest))
 
     def rows_of(self, shard: int) -> npt.NDArray[np.void]:
@@ -92,21 +80,6 @@ class Dataset:
             return decode_member(data, self.manifest)
         except FormatError as error:
             raise InputError(f"{path}: member {row['key']:09d} {error}") from error
-
-
-def load_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
-    """The index, (samples,) of `index_dtype`, memory-mapped.
-
-    Raises InputError where it is missing or has another type.
-    """
-    path = folder / INDEX_NAME
-    try:
-        index: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # rejects pickles and .npz
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise InputError(f"{path}: cannot be read as an index ({error})") from error
-    if index.dtype != index_dtype(manifest.members) or index.ndim != 1:
-        raise InputError(f"{path}: not an index ({index.ndim} axes of {index.dtype})")
-    return index
 
 
 @contextmanager

@@ -9,17 +9,17 @@ import numpy as np
 from data_prep.format import CONTACT_SHEET_NAME, UNLABELLED, Manifest
 from data_prep.inspection.contact_sheet import contact_sheet
 from data_prep.inspection.dataset import Dataset
-from data_prep.write.build import Outcome
-from data_prep.write.output import claimed, discard_staging, whole_file
+from data_prep.output import claimed, discard_staging, whole_file
 
 BAR = 40  # characters of the longest bar
 CLASSES_SHOWN = 20
 
 
-def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
-    """Print the summary of a run."""
-    manifest = outcome.manifest
-    if outcome.already_finished:
+def print_outcome(
+    manifest: Manifest, out: Path, *, reasons: Counter[str], already_finished: bool, seconds: float
+) -> None:
+    """Print the summary of a run that completed the dataset in `out`; `reasons` counts the rejects."""
+    if already_finished:
         print(f"{out}: already finished, nothing to do")
     left_out = _left_out(manifest)
     print(f"read      {manifest.samples + manifest.rejected + sum(left_out.values())}")
@@ -27,7 +27,7 @@ def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
     _print_kept(manifest)
     _print_members(manifest)
     print(f"rejected  {manifest.rejected}")
-    for reason, count in outcome.reasons.most_common():
+    for reason, count in reasons.most_common():
         print(f"          {count} {reason}")
     _print_left_out(left_out)
     _print_sizes(manifest)

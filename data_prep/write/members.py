@@ -58,8 +58,8 @@ def stored(
 def _encoded(name: str, data: bytes, side: int, recipe: Recipe) -> tuple[str, bytes]:
     match MEMBERS[name]:
         case "image":
-            member = convert(data, replace(recipe, image_size=side))
-            return f"{name}.{member.extension}", member.data
+            image = convert(data, replace(recipe, image_size=side))
+            return f"{name}.{image.extension}", image.data
         case "text":
             return name, _text(data)
         case "array":
