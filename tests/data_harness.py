@@ -13,8 +13,16 @@ from PIL import Image
 
 from tests.harness import REPOSITORY, environment, free_port
 from tests.stream_ranks import Way, digest
+from trainer.data.datasets.dataset import Dataset
 from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.stream.batches import read_batch
 from trainer.data.training_data import open_training_data
+
+
+def image_of(dataset: Dataset, sample: int) -> np.ndarray:
+    """(C, H, W), as a batch has it."""
+    image: np.ndarray = read_batch(dataset, ([0], [sample]))["image"][0].numpy()
+    return image
 
 
 def pixels(number: int, width: int = 8, height: int = 8) -> np.ndarray:
@@ -82,5 +90,5 @@ def expected(config: Path, way: str, *, bad: frozenset[int] = frozenset()) -> li
     seen = []
     for position in range(parsed.first * batch, parsed.last * batch):
         sample = next(sample for sample in data.order.ids(np.arange(position, position + 64)) if sample not in bad)
-        seen.append((position, int(sample), digest(data.dataset.image(int(sample)))))
+        seen.append((position, int(sample), digest(image_of(data.dataset, int(sample)))))
     return seen

@@ -52,18 +52,16 @@ class BatchLayout:
         Raises ConfigError with the valid values where it does not divide.
         """
         if global_batch % world_size:
-            valid = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
             raise ConfigError(
                 f"train.global_batch = {global_batch}: is not divisible by {world_size} processes; "
-                f"valid numbers of processes: {_shorten(valid)}"
+                f"valid numbers of processes: {_shorten(divisors(global_batch))}"
             )
         share = global_batch // world_size
         micro_batch = min(share, largest_micro_batch or share)
         if share % micro_batch:
-            valid = [n for n in range(1, share + 1) if share % n == 0]
             raise ConfigError(
                 f"train.micro_batch = {micro_batch}: does not divide the {share} images of a process "
-                f"({global_batch} / {world_size} processes); valid: {_shorten(valid)}"
+                f"({global_batch} / {world_size} processes); valid: {_shorten(divisors(share))}"
             )
         return cls(global_batch=global_batch, world_size=world_size, micro_batch=micro_batch)
 
@@ -81,6 +79,11 @@ class BatchLayout:
         share = self.global_batch // self.world_size
         first = step * self.global_batch + rank * share + accumulated * self.micro_batch
         return np.arange(first, first + self.micro_batch, dtype=np.int64)
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n >= 1, ascending."""
+    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
 
 
 class MicroBatchPlan:
