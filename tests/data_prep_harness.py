@@ -1,6 +1,7 @@
 """What the tests of data_prep share: small images, running it here or as a process, looking at what it wrote."""
 
 import io
+import json
 import subprocess
 import sys
 import time
@@ -68,6 +69,11 @@ def failing_run(*arguments: object, **options: object) -> str:
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     return done.stderr
+
+
+def names_of(folder: Path) -> list[str]:
+    """The origin of each sample of a dataset."""
+    return [json.loads(line) for line in (folder / "names.jsonl").read_text().splitlines()]
 
 
 def bytes_of(folder: Path) -> dict[str, str]:

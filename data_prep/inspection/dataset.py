@@ -1,7 +1,6 @@
 """Reader of finished datasets for inspection and verification; the trainer has its own, faster one."""
 
 import io
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from data_prep.errors import InputError
 from data_prep.format import (
     INDEX_DTYPE,
     MEMBERS,
-    NAMES_NAME,
     FormatError,
     Manifest,
     center_crop_box,
@@ -61,10 +59,6 @@ class Dataset:
     def path_of(self, shard: int) -> Path:
         """Path of a shard."""
         return self.folder / self.manifest.shards[shard].name
-
-    def names(self) -> list[str]:
-        """Origin of each sample."""
-        return [json.loads(line) for line in (self.folder / NAMES_NAME).read_text().splitlines()]
 
     def read(self, sample: int) -> Image.Image:
         """Decode a sample as the trainer does. Raises InputError where its bytes differ from the index or do not

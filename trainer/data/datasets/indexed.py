@@ -67,7 +67,7 @@ class IndexedDataset:
         self._ends: list[int] = self.bounds[1:].tolist()  # a list of int: faster than an array to search for one sample
         self._index_source = index
         self._index: npt.NDArray[np.void] | None = None
-        columns = self.index.dtype.names or ()
+        columns = self._open_index().dtype.names or ()
         image = columns.index("offset")
         self._image_at = slice(image, image + (3 if "crc32" in columns else 2))
         self.cond = tuple(cond)
@@ -85,11 +85,14 @@ class IndexedDataset:
     @property
     def index(self) -> npt.NDArray[np.void]:
         """(N,) structured array, one row per sample."""
+        if self._index is None:
+            self._index = self._open_index()
+        return self._index
+
+    def _open_index(self) -> npt.NDArray[np.void]:
         if isinstance(self._index_source, np.ndarray):
             return self._index_source
-        if self._index is None:
-            self._index = np.asarray(np.load(self._index_source, mmap_mode="r", allow_pickle=False))
-        return self._index
+        return np.asarray(np.load(self._index_source, mmap_mode="r", allow_pickle=False))
 
     def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The shards, by position in `shards`, that hold these samples."""
