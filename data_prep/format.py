@@ -242,9 +242,7 @@ def load_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
 
 
 def checked_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
-    """The index as of `load_index`. Raises FormatError also where it is not the manifest's: its sha256, its number of
-    rows, or the shard that the first and the last row of each shard name.
-    """
+    """Like `load_index`. Raises FormatError also where sha256, rows or their shards are not the manifest's."""
     index = load_index(folder, manifest)
     check_digest(folder / INDEX_NAME, manifest.index_sha256)
     counts = np.array([shard.samples for shard in manifest.shards], np.int64)

@@ -12,8 +12,7 @@ LINE_SECONDS = 30.0
 
 
 class WorkProgress:
-    """Progress of `total` pieces of work, of which `done` exist already; a context manager that closes the bar or the
-    log.
+    """Progress of `total` pieces of work, of which `done` exist already; a context manager that ends it.
 
     `what`: the work, for example "sampling"; `unit`: unit of the pieces, for example "img"; `visible` is False in all
     but one of several processes that share the work. Work shorter than `line_seconds` logs no line; with None there are

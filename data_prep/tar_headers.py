@@ -126,9 +126,7 @@ def _kind(letter: bytes, name: str, extended: dict[str, str]) -> Kind:
 
 
 def _behind_sparse_map(descriptor: int, header: bytes, start: int) -> int:
-    """Offset of an old GNU sparse file's data, after the extension blocks of its map, each flagged by the one
-    before.
-    """
+    """Offset of an old GNU sparse file's data, after its map's extension blocks, each flagged by the one before."""
     more = header[482]
     while more:
         block = os.pread(descriptor, BLOCK, start)
@@ -139,9 +137,7 @@ def _behind_sparse_map(descriptor: int, header: bytes, start: int) -> int:
 
 
 def _check(headers: list[tuple[int, bytes]]) -> None:
-    """Raise TarError for the first wrong checksum. Vectorised over headers: one by one takes most of the time of
-    `walk`.
-    """
+    """Raise TarError for the first wrong checksum. One by one would take most of the time of `walk`."""
     if not headers:
         return
     content = np.frombuffer(b"".join(header for _, header in headers), dtype=np.uint8).reshape(-1, BLOCK)

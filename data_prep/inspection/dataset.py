@@ -61,9 +61,7 @@ class Dataset:
         return self.folder / self.manifest.shards[shard].name
 
     def read(self, sample: int) -> Image.Image:
-        """Decode a sample as the trainer does. Raises InputError where its bytes differ from the index or do not
-        decode.
-        """
+        """Decode a sample as the trainer does. Raises InputError where it is damaged."""
         row = self.index[sample]
         path = self.path_of(int(row["shard"]))
         with opened(path) as descriptor:
@@ -90,9 +88,7 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def member_bytes(descriptor: int, row: np.void) -> bytes:
-    """The bytes at an index row's offset and length (an image's, or a further member's); fewer where the file ends
-    before.
-    """
+    """The bytes at an index row's offset and length, of an image or a further member; fewer where the file ends."""
     return os.pread(descriptor, int(row["length"]), min(int(row["offset"]), MAX_OFFSET))
 
 

@@ -50,9 +50,7 @@ def open_source(spec: str, wanted: Wanted = AS_USUAL) -> Source:
 
 
 def _open_embedded(spec: str) -> Source:
-    """A set of images inside a Python package: of this one, or of another, which has an entry point of the group
-    "ddpm_trainer.sources" with the set's name for a function that opens it.
-    """
+    """Images inside a package: this one, or another with an entry point of the set's name, in ddpm_trainer.sources."""
     name = spec.removeprefix(EMBEDDED_PREFIX)
     if name == "mnist5k":
         return Mnist5kSource.open()

@@ -86,9 +86,7 @@ class Source(Protocol):
 
     @property
     def left_out(self) -> Mapping[str, int]:
-        """Number of files (or rows) that are no candidates, by the rule that excluded them; `names` does not include
-        them.
-        """
+        """Number of files (or rows) that are no candidates, by the rule that excluded them; `names` is without them."""
 
     def label(self, i: int) -> int:
         """Position of image `i`'s class in `classes`, or UNLABELLED."""

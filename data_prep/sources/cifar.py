@@ -64,9 +64,7 @@ def is_gzip(path: Path) -> bool:
 
 
 def find_batches(folder: Path) -> Path | None:
-    """The folder of the batches: `folder` itself, or the one created by unpacking the archive; None where there are
-    none.
-    """
+    """The folder of the batches: `folder`, or the one that unpacking the archive made in it; None without batches."""
     places = [folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"]
     return next((place for place in places if any((place / name).is_file() for name in KNOWN_NAMES - {META})), None)
 

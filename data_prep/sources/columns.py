@@ -16,8 +16,7 @@ BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_by
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Columns of the encoded image, its original name and its label in a row, and by name those of further members; a
-    dot separates the fields of a struct.
+    """Columns of image, its name and its label, and of further members by name; dots separate a struct's fields.
 
     `chosen`: whether it is another than the first column of images; `notice` is a line for the user.
     """
@@ -72,9 +71,7 @@ def inner(row: Any, column: str) -> Any:
 
 
 def classes_of_column(schema: Any, column: str | None, values: Sequence[Any]) -> tuple[list[str], list[int]]:
-    """The class names and the label of each row; numbers get their names from Hugging Face's metadata, if there are
-    any.
-    """
+    """The class names and each row's label; numbers get names from Hugging Face's metadata where it has any."""
     classes, labels = classes_of_values(values)
     names = _class_names(schema, column) if column else []
     if len(names) < len(classes) or not all(value is None or type(value) is int for value in values):

@@ -1,6 +1,4 @@
-"""Label files of published datasets: EDM's and StyleGAN's `dataset.json`, Hugging Face's `metadata.csv` and
-`metadata.jsonl`, ProGAN's `*-rxx.labels`.
-"""
+"""Label files: EDM's `dataset.json`, Hugging Face's `metadata.csv` and `.jsonl`, ProGAN's `*-rxx.labels`."""
 
 import csv
 import io

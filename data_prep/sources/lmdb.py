@@ -69,9 +69,7 @@ def _keep_silent() -> None:
 
 
 def _rows(root: Path) -> list[tuple[str, int]]:
-    """Name and length of each value. Raises InputError where their number differs from the one stored in the
-    database.
-    """
+    """Name and length of each value. Raises InputError where there are more or fewer than the database says."""
     with _reading(root) as transaction:
         expected = transaction.stat()["entries"]
         found = islice(transaction.cursor(), expected + 1)  # bounded, since damaged pages may form a cycle

@@ -41,9 +41,7 @@ class Labelling:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The selected images, by position among all names, with labels and further members; and what was left out, by
-    rule.
-    """
+    """The selected images, as positions among all names, with labels and further members; what rules left out."""
 
     positions: list[int]
     labelling: Labelling

@@ -182,9 +182,7 @@ def _label_file(image: ArchivedFile, fields: dict[str, ArchivedFile]) -> Archive
 
 
 def _label(path: Path, file: ArchivedFile) -> int | str | None:
-    """The label in a file. Raises ValueError for invalid ones, RecursionError for a `.json` that is nested too
-    deeply.
-    """
+    """The label in a file. Raises ValueError for invalid ones, RecursionError for a `.json` nested too deeply."""
     text = content(path, file).decode("utf-8-sig").strip()
     if file.name.endswith(".cls"):
         try:

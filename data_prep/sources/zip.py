@@ -79,9 +79,7 @@ class ZipSource(PlacedSource[int]):
 
 
 def _name(entry: ZipInfo) -> str:
-    """The entry's name with `/` as separator, also for archives made on Windows; a name that leads outside is
-    unchanged.
-    """
+    """The entry's name with `/` as separator, also of Windows' archives; one that leads outside is unchanged."""
     return entry.filename.replace("\\", "/") if is_safe(entry.filename) else entry.filename
 
 

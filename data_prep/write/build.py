@@ -160,9 +160,7 @@ def _reasons(path: Path) -> Counter[str]:
 
 
 def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:
-    """Report the estimated size. Raises InputError where the disk has less; a new run then leaves nothing in the
-    folder.
-    """
+    """Report the estimated size. Raises InputError where the disk has less; a new run then leaves no file behind."""
     try:
         room = check_room(missing, recipe, out)
     except InputError:

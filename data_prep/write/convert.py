@@ -35,9 +35,7 @@ PNG_DEPTH_AT = 24  # offset of the bit depth in the IHDR chunk, which is always 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """An image as a file. `width` and `height` are the source's, after its orientation was applied; `kept`: whether its
-    bytes are the source's.
-    """
+    """An image as a file; width and height are the source's, upright; `kept`: whether its bytes are the source's."""
 
     data: bytes
     extension: str
@@ -65,9 +63,7 @@ def convert(found: bytes | Image.Image, recipe: Recipe) -> EncodedImage:
 
 
 def prepare(image: Image.Image, recipe: Recipe) -> Image.Image:
-    """An upright image, converted to `recipe.image_size` squared in `recipe.mode`, 8 bits per channel, without
-    metadata.
-    """
+    """An upright image as `recipe.image_size` squared in `recipe.mode`, 8 bits per channel, without metadata."""
     image = TRANSFORMS[recipe.transform](to_mode(image, recipe.mode), recipe.image_size)
     image.info = {}  # otherwise encoders would copy profile and comments to every sample
     return image
@@ -101,9 +97,7 @@ def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
 
 
 def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | None:
-    """The extension of a file with these bytes, if they only need a crop to give the wanted pixels in any decoder;
-    else None.
-    """
+    """The extension of a file whose bytes need only a crop to give the wanted pixels in any decoder; else None."""
     if not recipe.keeps_bytes or min(image.size) != recipe.image_size or image.mode != recipe.mode:
         return None
     deep = image.format == "PNG" and data[PNG_DEPTH_AT] != 8

@@ -15,9 +15,7 @@ MAX_TEXT_BYTES = 1 << 20
 
 
 def members_of(source: Source, recipe: Recipe) -> dict[str, int]:
-    """`Manifest.members` of a dataset of this source: second images have the side of the first that can be read, at
-    most that of the images.
-    """
+    """`Manifest.members` of this source's dataset; second images get the first one's side, at most the images'."""
     names = [*(["cls"] if source.classes else []), *source.members]
     return {name: _side(source, name, recipe) if MEMBERS[name] == "image" else 0 for name in names}
 

@@ -170,9 +170,7 @@ def _converted(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iter
 
 
 def convert_sample(plan: ShardPlan, i: int, recipe: Recipe) -> tuple[EncodedImage, Further]:
-    """The image and the further members of the plan's sample `i`. Raises Reject, InputError, and DataPrepError where
-    memory is insufficient.
-    """
+    """Image and further members of sample `i`. Raises Reject, InputError, and DataPrepError for want of memory."""
     try:
         image = convert(plan.source.read(i), recipe)
         if not plan.members:
@@ -237,8 +235,7 @@ def _write_member(tar: HashedStream, name: str, data: bytes) -> tuple[int, int, 
 
 
 def ustar_header(name: str, length: int) -> bytes:
-    """The header that `tarfile` writes for a file of `length` bytes with mtime, uid and gid of 0, in a tenth of the
-    time.
+    """The header that `tarfile` writes for a file with mtime, uid and gid of 0, in a tenth of the time.
 
     `name`: at most 100 ASCII characters.
     """

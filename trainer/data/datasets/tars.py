@@ -196,8 +196,7 @@ def _index(
 def _samples(
     descriptor: int, members: Sequence[Member], dtype: np.dtype[np.void]
 ) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
-    """WebDataset's grouping: a sample is all members with the same name up to the first dot; its image is .jpg, .png,
-    ...
+    """WebDataset's grouping: a sample is all members of one name up to the first dot; its image is .jpg, .png, ...
 
     In addition, images that this rule would drop are samples of their own: `a.1.jpg` and `a.2.jpg` where there is no
     `a.jpg`, and images without an extension. Returns the rows of the index, the names of images that are still left out

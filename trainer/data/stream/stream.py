@@ -46,8 +46,7 @@ class BatchLayout:
 
     @classmethod
     def plan(cls, global_batch: int, world_size: int, largest_micro_batch: int | None) -> "BatchLayout":
-        """Divide the global batch over the ranks, and a rank's share into micro-batches of at most
-        `largest_micro_batch`.
+        """Divide the global batch over ranks, a rank's share into micro-batches of at most `largest_micro_batch`.
 
         Raises ConfigError with the valid values where it does not divide.
         """
@@ -213,9 +212,7 @@ def _release_loaders(error: BaseException) -> None:
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """A context that blocks stop signals: launchers signal whole process groups, but only the trainer may stop its
-    loaders.
-    """
+    """A context that blocks stop signals: launchers signal process groups, but only the trainer stops its loaders."""
     # Starting the resource tracker of spawned processes resets this mask, so it is started before.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -236,9 +233,7 @@ def _prepare_worker(trainer: int, _: int) -> None:
 
 
 def _exit_on_trainers_sigterm(trainer: int) -> None:
-    """Since SIGTERM is otherwise blocked, accept it from the trainer: a loader that ignored it would hang the
-    trainer.
-    """
+    """Accept SIGTERM, which is blocked, from the trainer: it would hang if its loader ignored that."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)
