@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.data_prep_harness import packed
 from tests.harness import REPOSITORY, environment, free_port
 from tests.stream_ranks import Way, digest
 from trainer.data.datasets.dataset import Dataset
@@ -36,12 +37,7 @@ def encoded(image: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def write_tar(path: Path, members: dict[str, bytes], *, form: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
+    return packed(path, members, form=form)
 
 
 def images_of(count: int, first: int = 0) -> dict[str, bytes]:

@@ -1,10 +1,7 @@
 """Promises on which files of a folder or an archive are images, of which split, and that the rest is counted."""
 
-import io
 import os
 import re
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ from data_prep.errors import InputError
 from data_prep.format import UNLABELLED, load_manifest
 from data_prep.sources import Source, Wanted, open_source
 from data_prep.sources.rules import BY_PRODUCT, MASK, MEDIA, PACKED, SIDECAR, SPECIAL
-from tests.data_prep_harness import data_prep, error_line, file_of, noise
+from tests.data_prep_harness import data_prep, error_line, file_of, noise, packed
 from tests.test_data_prep_lmdb import lsun
 from tests.test_data_prep_parquet import write as write_parquet
 from tests.test_data_prep_tfrecords import write as write_tfrecords
@@ -26,23 +23,7 @@ VALIDATION = "images of split validation"
 def make(place: Path, kind: str, names: list[str], contents: dict[str, bytes] | None = None) -> Path:
     """A folder, zip or tar of files of these names: images, unless `contents` says otherwise."""
     files = dict.fromkeys(names, PNG) | (contents or {})
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / {"folder": "in", "zip": "in.zip", "tar": "in.tar"}[kind]
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-    elif kind == "tar":
-        with tarfile.open(path, "w") as tar:
-            for name, data in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    else:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    return path
+    return packed(place / {"folder": "in", "zip": "in.zip", "tar": "in.tar"}[kind], files)
 
 
 def labels_of(source: Source) -> dict[str, str | None]:

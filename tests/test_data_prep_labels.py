@@ -13,7 +13,7 @@ from data_prep.format import UNLABELLED
 from data_prep.inspection.dataset import Dataset
 from data_prep.sources import Source, Wanted, open_source
 from data_prep.sources.rules import SIDECAR
-from tests.data_prep_harness import data_prep, file_of, noise
+from tests.data_prep_harness import data_prep, file_of, noise, packed
 from tests.test_data_prep_tfrecords import write
 
 NAMES = [f"0000{folder}/img{number:08d}.png" for folder in range(2) for number in range(3)]
@@ -23,16 +23,7 @@ def edm(root: Path, kind: str, labels: object, *, extra: dict[str, object] | Non
     """As EDM's dataset_tool.py leaves it: numbered folders that are no classes, and dataset.json."""
     files = {name: file_of(noise(8, 8, seed=seed), "PNG") for seed, name in enumerate(NAMES)}
     files["dataset.json"] = json.dumps({"labels": labels, **(extra or {})}).encode()
-    root.mkdir()
-    if kind == "zip":
-        with zipfile.ZipFile(root / "cifar10.zip", "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return root / "cifar10.zip"
-    for name, content in files.items():
-        (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "in" / name).write_bytes(content)
-    return root / "in"
+    return packed(root / ("cifar10.zip" if kind == "zip" else "in"), files)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -133,16 +124,7 @@ def test_progan_labels_that_do_not_fit_are_named(tmp_path: Path, labels: np.ndar
 
 
 def folder_or_zip(root: Path, kind: str, files: dict[str, bytes]) -> str:
-    root.mkdir()
-    if kind == "zip":
-        with zipfile.ZipFile(root / "in.zip", "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return str(root / "in.zip")
-    for name, content in files.items():
-        (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "in" / name).write_bytes(content)
-    return str(root / "in")
+    return str(packed(root / ("in.zip" if kind == "zip" else "in"), files))
 
 
 def found(source: Source) -> list[str | None]:

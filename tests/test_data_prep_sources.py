@@ -1,6 +1,5 @@
 """Promises of the sources: which files count, in what order, with which labels, and that nothing outside is read."""
 
-import io
 import pickle
 import stat
 import sys
@@ -17,20 +16,15 @@ from PIL import Image
 from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED
 from data_prep.sources import open_source
+from tests.data_prep_harness import file_of, packed
 
 
 def png(value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (4, 4), value).save(stream, "PNG")
-    return stream.getvalue()
+    return file_of(Image.new("L", (4, 4), value), "PNG")
 
 
 def fill(root: Path, names: list[str]) -> Path:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png())
-    return root
+    return packed(root, dict.fromkeys(names, png()))
 
 
 def zipped(path: Path, names: list[str]) -> Path:
