@@ -11,35 +11,21 @@ from data_prep.recipe import Recipe
 from data_prep.sources import Source
 
 SOURCE, MEMBERS = "a source", "the members"
+NAMES = ("--size", "--transform", "--format", "--mode", "--shard-samples", "--upscale", SOURCE, MEMBERS)
 BEGUN_NAME = "begun.json"
 
 
 def parameters_of(source: Source, recipe: Recipe, members: dict[str, int]) -> dict[str, Any]:
     """Every parameter that determines the bytes; members: as `Manifest.members`."""
-    return {
-        "--size": recipe.image_size,
-        "--transform": recipe.transform,
-        "--format": recipe.encoding,
-        "--mode": recipe.mode,
-        "--shard-samples": recipe.shard_samples,
-        "--upscale": recipe.upscale,
-        SOURCE: source_facts(source, members),
-        MEMBERS: members,
-    }
+    options = recipe.image_size, recipe.transform, recipe.encoding, recipe.mode, recipe.shard_samples, recipe.upscale
+    return dict(zip(NAMES, (*options, source_facts(source, members), members), strict=True))
 
 
 def parameters_of_finished(manifest: Manifest) -> dict[str, Any]:
     """The same of a finished dataset."""
-    return {
-        "--size": manifest.image_size,
-        "--transform": manifest.transform,
-        "--format": manifest.options.get("format"),
-        "--mode": manifest.mode,
-        "--shard-samples": manifest.options.get("shard_samples"),
-        "--upscale": manifest.options.get("upscale"),
-        SOURCE: manifest.source,
-        MEMBERS: manifest.members,
-    }
+    encoding, shard_samples, upscale = (manifest.options.get(name) for name in ("format", "shard_samples", "upscale"))
+    options = manifest.image_size, manifest.transform, encoding, manifest.mode, shard_samples, upscale
+    return dict(zip(NAMES, (*options, manifest.source, manifest.members), strict=True))
 
 
 def source_facts(source: Source, members: dict[str, int]) -> dict[str, Any]:
