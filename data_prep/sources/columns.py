@@ -11,6 +11,7 @@ from data_prep.sources.base import CAPTION_COLUMNS, LABEL_COLUMNS, Wanted, class
 from data_prep.sources.members import PAIR
 
 IMAGE_COLUMN = "image"
+# Of columns of plain bytes, as written by img2dataset.
 BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
 
 
@@ -36,7 +37,8 @@ def find_columns(path: Path, schema: Any, wanted: Wanted) -> Columns:
     which none is called `image`.
     """
     structs = list(_structs(schema, ""))
-    binaries = [] if structs else list(_binaries(schema))
+    named = [field for field in schema if field.name.lower() in BINARY_NAMES]
+    binaries = [] if structs else [field.name for field in named if _is_binary(field.type)]
     images = [name for name, _ in structs] or binaries
     first = [name for name in images if name != wanted.pair]
     name = _image_column(path, schema, first, wanted.image_column)
@@ -90,13 +92,6 @@ def _structs(fields: Any, prefix: str) -> Iterator[tuple[str, bool]]:
             yield prefix + field.name, "path" in parts and _is_text(parts["path"])
         else:
             yield from _structs(field.type, f"{prefix}{field.name}.")
-
-
-def _binaries(schema: Any) -> Iterator[str]:
-    """Columns of plain bytes with names usual for images, as written by img2dataset."""
-    for field in schema:
-        if field.name.lower() in BINARY_NAMES and _is_binary(field.type):
-            yield field.name
 
 
 def _image_column(path: Path, schema: Any, images: Sequence[str], wanted: str | None) -> str:

@@ -134,14 +134,11 @@ def _path(name: str) -> str:
 
 def _rows(name: str, data: bytes, where: str) -> list[dict[str, Any]]:
     try:
-        return list(_csv_rows(data) if name.endswith(".csv") else _jsonl_rows(data))
+        if name.endswith(".csv"):  # with or without a byte order mark, and any line endings
+            return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
+        return list(_jsonl_rows(data))
     except (ValueError, csv.Error, RecursionError) as error:
         raise UnreadableError(f"{where}: cannot be read ({error}), so that no label is taken from it") from error
-
-
-def _csv_rows(data: bytes) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV file, with or without a byte order mark, and any line endings."""
-    return csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
 
 
 def _jsonl_rows(data: bytes) -> Iterator[dict[str, Any]]:

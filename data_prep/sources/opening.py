@@ -14,6 +14,7 @@ from data_prep.sources.cifar import CifarSource
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.lmdb import LmdbSource
 from data_prep.sources.parquet import ParquetSource
+from data_prep.sources.reading import begins_with
 from data_prep.sources.rules import SIDECAR, has_image_suffix
 from data_prep.sources.splits import chosen_of, split_of_file
 from data_prep.sources.tar import TarSource
@@ -39,8 +40,8 @@ class Kind:
 
 KINDS = [
     Kind(name="tfrecords", ending="", is_one=lambda path: tfrecords.is_tfrecords(path), has_splits=False),
-    Kind(name="parquet", ending=".parquet", is_one=parquet.is_parquet, has_splits=False),
-    Kind(name="tar", ending=".tar", is_one=tar.is_tar, has_splits=True),
+    Kind(name="parquet", ending=".parquet", is_one=lambda path: begins_with(path, parquet.MAGIC), has_splits=False),
+    Kind(name="tar", ending=".tar", is_one=lambda path: begins_with(path, tar.MAGIC, at=tar.MAGIC_AT), has_splits=True),
     Kind(name="zip", ending=".zip", is_one=zipfile.is_zipfile, has_splits=True),
 ]
 

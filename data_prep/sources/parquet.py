@@ -11,7 +11,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.sources.base import Wanted, fingerprint_of, needed_module
 from data_prep.sources.columns import Columns, classes_of_column, find_columns, inner
 from data_prep.sources.placed import PlacedSource
-from data_prep.sources.reading import begins_with, check_length, has_changed
+from data_prep.sources.reading import check_length, has_changed
 
 MAGIC = b"PAR1"
 ROWS_AT_ONCE = 16  # a row group may contain a gigabyte of images
@@ -96,11 +96,6 @@ class ParquetSource(PlacedSource[int]):
         group = self.groups[bisect_right(self.groups, row, key=lambda group: group.first) - 1]
         columns = tuple(self.columns.items())
         return _reader(self.files[group.file], group.group, columns).read(row - group.first)
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether the file begins with parquet's magic bytes."""
-    return begins_with(path, MAGIC)
 
 
 def _open(path: Path) -> Any:

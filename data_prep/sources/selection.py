@@ -21,7 +21,7 @@ from data_prep.sources.label_files import (
 )
 from data_prep.sources.members import Further, members_beside
 from data_prep.sources.rules import MASK, has_image_suffix, masks_among, parts_of, rule_against
-from data_prep.sources.splits import Split, chosen_of, left_out_by_split, splits_of_images
+from data_prep.sources.splits import Split, chosen_of, splits_of_images
 
 Read = Callable[[int], bytes | None]
 
@@ -70,7 +70,8 @@ def select(
     chosen = chosen_of(splits, wanted.split, where)
     if chosen is not None:
         positions = [positions[i] for i in chosen]
-        left_out.update(left_out_by_split(splits, wanted.split))
+        others = [split for split in splits if split != wanted.split]
+        left_out.update(f"images of split {split}" if split else "images outside the splits" for split in others)
     labelling = Labelling(labels=[UNLABELLED] * len(positions))
     columns: dict[str, list[int | bytes | None]] = {
         name: [of_images.get(position) for position in positions] for name, of_images in beside.items() if of_images
@@ -94,13 +95,9 @@ def _splits(pool: Sequence[str]) -> tuple[list[Split | None], int]:
     splits, depth = splits_of_images(images)
     if len(images) < len(pool):
         of_image = dict(zip(images, splits))
-        of_folder = {_start(name, depth): split for name, split in of_image.items()} if depth else {}
-        splits = [of_image.get(name) or of_folder.get(_start(name, depth)) for name in pool]
+        of_folder = {parts_of(name)[:depth]: split for name, split in of_image.items()} if depth else {}
+        splits = [of_image.get(name) or of_folder.get(parts_of(name)[:depth]) for name in pool]
     return splits, depth if len({split for split in splits if split}) > 1 else 0
-
-
-def _start(name: str, depth: int) -> tuple[str, ...]:
-    return parts_of(name)[:depth]
 
 
 def _split_notices(splits: Sequence[Split | None], chosen: list[int] | None) -> list[str]:

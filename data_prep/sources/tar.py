@@ -10,7 +10,7 @@ from data_prep.errors import Reject
 from data_prep.sources.base import Wanted, fingerprint_of, is_safe
 from data_prep.sources.label_files import MAX_BYTES
 from data_prep.sources.placed import PlacedSource
-from data_prep.sources.reading import begins_with, check_length
+from data_prep.sources.reading import check_length
 from data_prep.sources.rules import SIDECAR, parts_of
 from data_prep.sources.selection import select
 from data_prep.sources.webdataset import ArchivedFile, content, crowded, fields_beside, labels_beside, sorted_out
@@ -76,11 +76,6 @@ class TarSource(PlacedSource[ArchivedFile]):
             raise Reject(file.kind, "links, devices and sparse files in archives are not read")
         check_length(file.length)
         return content(self.archives[file.archive], file)
-
-
-def is_tar(path: Path) -> bool:
-    """Whether the file begins with a tar header."""
-    return begins_with(path, MAGIC, at=MAGIC_AT)
 
 
 def _label_file(paths: Sequence[Path], file: ArchivedFile) -> bytes | None:

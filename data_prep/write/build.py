@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,21 +178,15 @@ def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, w
             progress.update(sources)
 
 
-def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[ShardResult]:
-    """The shards' results in order, loaded one at a time since all may not fit into memory."""
-    for plan in plans:
-        result = load_result(plan, out, staging)
-        if result is None or result.sources != len(plan.source.names):
-            raise DataPrepError(f"{staging / plan.result_name}: does not account for all sources of the shard")
-        yield result
-
-
 def _merge(plans: list[ShardPlan], out: Path, staging: Path, members: dict[str, int]) -> Merged:
     """Write index, names and rejects of the whole dataset."""
     merged = Merged()
     rows = [np.empty(0, index_dtype(members))]
     with whole_file(out / NAMES_NAME, staging) as names, whole_file(out / REJECTS_NAME, staging) as rejects:
-        for result in _results(plans, out, staging):
+        for plan in plans:  # their results one at a time, since all may not fit into memory
+            result = load_result(plan, out, staging)
+            if result is None or result.sources != len(plan.source.names):
+                raise DataPrepError(f"{staging / plan.result_name}: does not account for all sources of the shard")
             for rejected in result.rejects:
                 rejects.write(json.dumps(asdict(rejected)).encode() + b"\n")
                 merged.reasons[rejected.reason] += 1
@@ -203,16 +197,12 @@ def _merge(plans: list[ShardPlan], out: Path, staging: Path, members: dict[str, 
             merged.shards.append(result.record)
             merged.samples += len(result.samples)
             merged.kept += sum(sample.kept for sample in result.samples)
-            merged.shorter_sides.update(_power_of_two(min(sample.width, sample.height)) for sample in result.samples)
+            sides = [min(sample.width, sample.height) for sample in result.samples]
+            merged.shorter_sides.update(1 << side.bit_length() - 1 for side in sides)
             merged.further.update(name for sample in result.samples for name in sample.further)
     with whole_file(out / INDEX_NAME, staging) as stream:
         np.save(stream, np.concatenate(rows))
     return merged
-
-
-def _power_of_two(side: int) -> int:
-    """The largest power of two that is not larger than `side` >= 1."""
-    return 1 << side.bit_length() - 1
 
 
 def _index_rows(result: ShardResult, shard: int, members: Iterable[str]) -> np.ndarray[Any, np.dtype[np.void]]:

@@ -160,7 +160,7 @@ class _Opener:
 
     def _open_local(self, path: str) -> IndexedDataset:
         folder = Path(path)
-        if _names_tars(path):
+        if path.endswith(".tar"):
             return self._tars(path, [_local_shard(Path(name)) for name in expand(path)])
         ours = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME, _UNFINISHED))
         tars = sorted(folder.glob("*.tar"))
@@ -173,7 +173,7 @@ class _Opener:
     def _open_remote(self, url: str) -> IndexedDataset:
         if self.cache is None:
             raise ConfigError(f"data.path = {url}: needs data.cache_dir, a folder on a disk of each node")
-        if _names_tars(url):
+        if url.endswith(".tar"):
             return self._tars(url, [self._remote_shard(name) for name in expand(url)])
         url = url.rstrip("/")
         if exists(f"{url}/{MANIFEST_NAME}", self.patience):
@@ -209,10 +209,6 @@ class _Opener:
             index_folder=self.index_folder,
             cond=self.cond,
         )
-
-
-def _names_tars(path: str) -> bool:
-    return path.endswith(".tar")
 
 
 def _local_shard(path: Path) -> Shard:
