@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ from data_prep.inspection.overview import left_out_line, print_contents, print_o
 from data_prep.inspection.stats import write_stats
 from data_prep.inspection.verify import DECODE, verify
 from data_prep.recipe import ENCODINGS, MODES, TRANSFORMS, Recipe
-from data_prep.sources import LABELS, SPLITS, Split, open_source, split_called
+from data_prep.sources import LABELS, SPLITS, Split, Wanted, open_source, split_called
 from data_prep.write.build import build
 
 INTERRUPTED = 130  # exit code of a shell for Ctrl-C
@@ -52,22 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_build(argv: Sequence[str]) -> int:
     """`SRC OUT`: build a dataset, and print the summary."""
-    options = _build_parser().parse_args(argv)
+    options = _parsed_with_workers(_build_parser(), argv, "processes; the bytes do not depend on it")
     start = time.monotonic()
     if not 0 <= options.max_reject_fraction <= 1:
         raise InputError(f"--max-reject-fraction {options.max_reject_fraction:g}: must lie in [0, 1]")
-    _check_workers(options.workers)
     if options.out.resolve().is_relative_to(Path(options.src).resolve()):
         raise InputError(f"{options.out}: lies in the source folder; give a folder outside it")
-    source = open_source(
-        options.src,
-        size=options.size,
-        split=options.split,
-        labels=options.labels,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        pair=options.pair,
-    )
+    wanted = Wanted(**{field.name: getattr(options, field.name) for field in fields(Wanted)})
+    source = open_source(options.src, wanted)
     for line in [*(source.notice or "").splitlines(), *left_out_line(source.left_out)]:
         print(f"note: {line}", file=sys.stderr)
     recipe = Recipe(
@@ -81,7 +74,13 @@ def run_build(argv: Sequence[str]) -> int:
     outcome = build(
         source, recipe, options.out, workers=options.workers, max_reject_fraction=options.max_reject_fraction
     )
-    print_outcome(outcome, options.out, time.monotonic() - start)
+    print_outcome(
+        outcome.manifest,
+        options.out,
+        reasons=outcome.reasons,
+        already_finished=outcome.already_finished,
+        seconds=time.monotonic() - start,
+    )
     return 0
 
 
@@ -89,9 +88,7 @@ def run_verify(argv: Sequence[str]) -> int:
     """`verify DIR`: print each fault as a line; returns 0 if there is none, otherwise 2."""
     parser = _dataset_parser("verify", "Check every byte of a finished dataset against its manifest and index.")
     parser.add_argument("--decode", choices=DECODE, default="sample", help="which images to decode as well")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="threads")
-    options = parser.parse_args(argv)
-    _check_workers(options.workers)
+    options = _parsed_with_workers(parser, argv)
     faults = verify(options.dir, decode=options.decode, workers=options.workers)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
@@ -111,9 +108,7 @@ def run_inspect(argv: Sequence[str]) -> int:
 def run_stats(argv: Sequence[str]) -> int:
     """`stats DIR`: write stats.npz, and print its scalar values."""
     parser = _dataset_parser("stats", "Write the pixel statistics of a finished dataset to DIR/stats.npz.")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="threads")
-    options = parser.parse_args(argv)
-    _check_workers(options.workers)
+    options = _parsed_with_workers(parser, argv)
     stats = write_stats(Dataset.open(options.dir), workers=options.workers)
     print(f"images  {stats.count}")
     print(f"mean    {', '.join(f'{value:.4f}' for value in stats.channel_mean)}   of each channel, pixels in [-1, 1]")
@@ -150,7 +145,6 @@ def _build_parser() -> argparse.ArgumentParser:
         help="of metadata.csv, .jsonl or parquet (default: text or caption, or .txt)",
     )
     add("--pair", metavar="NAME", help="a second image to each: a folder, an ending of names or a parquet column")
-    add("--workers", type=int, default=available_cores(), help="processes; the bytes do not depend on it")
     add("--shard-samples", type=int, default=Recipe.shard_samples, help="sources to a shard")
     add("--max-reject-fraction", type=float, default=0.01, help="fail where more of the sources are unusable")
     add("--upscale", action="store_true", help="enlarge images smaller than --size instead of rejecting them")
@@ -183,6 +177,12 @@ def _split(text: str) -> Split:
     return split
 
 
-def _check_workers(workers: int) -> None:
-    if workers < 1:
-        raise InputError(f"--workers {workers}: must be at least 1")
+def _parsed_with_workers(
+    parser: argparse.ArgumentParser, argv: Sequence[str], what: str = "threads"
+) -> argparse.Namespace:
+    """The options, with --workers. Raises InputError for fewer than one."""
+    parser.add_argument("--workers", type=int, default=available_cores(), help=what)
+    options = parser.parse_args(argv)
+    if options.workers < 1:
+        raise InputError(f"--workers {options.workers}: must be at least 1")
+    return options

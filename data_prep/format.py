@@ -34,6 +34,9 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import InputError
 
 try:
     # Not isal's, which is as fast: it leaves the processor's vector registers in a state that slows older instructions
@@ -51,6 +54,7 @@ REJECTS_NAME = "rejects.jsonl"
 CONTACT_SHEET_NAME = "contact_sheet.png"
 STATS_NAME = "stats.npz"
 UNLABELLED = -1
+CHANNELS = {"RGB": 3, "L": 1}  # of an image, by its mode
 SOURCE_ENCODING = "source"
 
 INDEX_DTYPE = np.dtype(
@@ -75,7 +79,7 @@ def index_dtype(members: Iterable[str]) -> np.dtype[np.void]:
     return np.dtype([*INDEX_DTYPE.descr, *((name, MEMBER_DTYPE) for name in members)])
 
 
-class FormatError(ValueError):
+class FormatError(InputError, ValueError):
     """A malformed dataset folder; the message has the file's name and what is expected."""
 
 
@@ -94,12 +98,12 @@ class Manifest:
     """Description of a dataset.
 
     `image_size` is the side in pixels; `mode` is Pillow's ("RGB" or "L"); `encoding` is "webp", "png", "jpeg" or
-    "source" (see the module); `source` describes the input (kind, count of files, fingerprint), `transform` the
-    resizing. `members` has the further members that samples may have, by name in their order in the tar, with the side
-    in pixels for a second image and 0 for others. `options` are data_prep's further options that determine the bytes;
-    readers do not need them, nor `report`, which is informative: "kept", the number of samples whose bytes are the
-    source's; "shorter_sides", how many sources had a shorter side of {"256": 256..511, ...} pixels; and "left_out", the
-    number of files that each rule excluded, where there are any.
+    "source" (see the module); `source` describes the input (kind, count of files, fingerprint, and that of further
+    members), `transform` the resizing. `members` has the further members that samples may have, by name in their order
+    in the tar, with the side in pixels for a second image and 0 for others. `options` are data_prep's further options
+    that determine the bytes; readers do not need them, nor `report`, which is informative: "kept", the number of
+    samples whose bytes are the source's; "shorter_sides", how many sources had a shorter side of {"256": 256..511, ...}
+    pixels; and "left_out", the number of files that each rule excluded, where there are any.
     """
 
     image_size: int
@@ -125,7 +129,7 @@ class Manifest:
     @property
     def channels(self) -> int:
         """Number of channels: 3 for RGB, 1 for L."""
-        return {"RGB": 3, "L": 1}[self.mode]
+        return CHANNELS[self.mode]
 
     @property
     def crops(self) -> bool:
@@ -191,26 +195,65 @@ def _check_types(part: Manifest | ShardRecord) -> None:
         or any(type(side) is not int or side < 0 for side in part.members.values())
     ):
         raise ValueError(f"members is {part.members!r}, which should be sides of some of {', '.join(MEMBERS)}")
-    if isinstance(part, Manifest) and part.mode not in ("RGB", "L"):
+    if isinstance(part, Manifest) and part.mode not in CHANNELS:
         raise ValueError(f"mode is {part.mode!r}, which should be RGB or L")
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check existence and sizes of all files, without reading the shards.
+    """Raise FormatError with the first file that is missing or differs; of shards only the sizes are compared."""
+    check_shards(folder, manifest)
+    check_digest(folder / INDEX_NAME, manifest.index_sha256)
+    check_digest(folder / NAMES_NAME, manifest.names_sha256)
 
-    Raises FormatError with the first file that is missing or has another size, or an index that does not match.
-    """
+
+def check_shards(folder: Path, manifest: Manifest) -> None:
+    """Raise FormatError with the first shard that is missing or has another size, without reading any."""
     for shard in manifest.shards:
         path = folder / shard.name
         if not path.is_file():
             raise FormatError(f"{path}: missing; the manifest lists {len(manifest.shards)} shards")
         if path.stat().st_size != shard.bytes:
             raise FormatError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}")
-    for name, expected in ((INDEX_NAME, manifest.index_sha256), (NAMES_NAME, manifest.names_sha256)):
-        if not (folder / name).is_file():
-            raise FormatError(f"{folder / name}: missing")
-        if sha256_of(folder / name) != expected:
-            raise FormatError(f"{folder / name}: sha256 differs from the manifest's; the file was changed or is stale")
+
+
+def check_digest(path: Path, expected: str) -> None:
+    """Raise FormatError where the file is missing or its sha256 is not the manifest's."""
+    if not path.is_file():
+        raise FormatError(f"{path}: missing")
+    if sha256_of(path) != expected:
+        raise FormatError(f"{path}: sha256 differs from the manifest's; the file was changed or is stale")
+
+
+def load_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
+    """The index, (samples,) of `index_dtype`, memory-mapped.
+
+    Raises FormatError where it is missing or has another type; its rows are not checked.
+    """
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        raise FormatError(f"{path}: missing")
+    try:
+        index: npt.NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")  # rejects pickles and .npz
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise FormatError(f"{path}: cannot be read as an index ({error}); prepare the dataset again") from error
+    if index.dtype != index_dtype(manifest.members) or index.ndim != 1:
+        raise FormatError(f"{path}: not an index ({index.ndim} axes of {index.dtype}); prepare the dataset again")
+    return index
+
+
+def checked_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
+    """Like `load_index`. Raises FormatError also where sha256, rows or their shards are not the manifest's."""
+    index = load_index(folder, manifest)
+    check_digest(folder / INDEX_NAME, manifest.index_sha256)
+    counts = np.array([shard.samples for shard in manifest.shards], np.int64)
+    ends = np.cumsum(counts)[counts > 0]
+    rows = np.concatenate([ends - counts[counts > 0], ends - 1])  # the first and the last of each shard that has some
+    expected = np.tile(np.flatnonzero(counts), 2)
+    same_length = len(index) == manifest.samples == counts.sum()
+    if not same_length or (index["shard"][rows] != expected).any():
+        samples = f"{manifest.samples} samples in {len(manifest.shards)} shards"
+        raise FormatError(f"{folder / INDEX_NAME}: is not of the manifest's {samples}; prepare the dataset again")
+    return index
 
 
 def center_crop_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:

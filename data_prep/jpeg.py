@@ -35,9 +35,7 @@ _SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 
 @dataclass(frozen=True)
 class _Segment:
-    """A segment of a JPEG: `payload` without its length; `scan` is the entropy-coded data after an SOS, with restart
-    markers.
-    """
+    """A segment, its payload without its length; `scan`: the entropy-coded data after an SOS, with restart markers."""
 
     marker: int
     length: bytes
@@ -46,8 +44,7 @@ class _Segment:
 
 
 def jpeg_fault(data: bytes) -> str | None:
-    """The fault of a damaged or incomplete JPEG file, in libjpeg's words where there are any; None where all pixels
-    exist.
+    """The fault of a damaged or incomplete JPEG file, in libjpeg's words where there are any; None if it is whole.
 
     Decodes all data, at an eighth of the resolution. Raises InputError where simplejpeg is missing.
     """
@@ -63,8 +60,7 @@ def jpeg_fault(data: bytes) -> str | None:
 
 
 def hole_of_zeros(data: bytes) -> str | None:
-    """Position of a run of zeros in the pixel data, as an interrupted download or copy leaves it; None if there is
-    none.
+    """The fault of a JPEG with a run of zeros in its pixel data, as an interrupted download or copy leaves it, or None.
 
     libjpeg decodes zeros to something, possibly without a warning. In an intact file a run of zeros is at most a flat
     area, and only where the shortest codes of the scan's Huffman tables mean "as before" and "end of block".
@@ -85,9 +81,7 @@ def hole_of_zeros(data: bytes) -> str | None:
 
 
 def _segments(data: bytes) -> Iterator[_Segment]:
-    """The segments as found by libjpeg: bytes between segments are skipped. Ends at the EOI marker, which is
-    included.
-    """
+    """The segments as libjpeg finds them, up to and with the EOI marker; bytes between segments are skipped."""
     at = 2
     while (found := _MARKER.search(data, at)) is not None:
         marker, at = found[1][0], found.end()

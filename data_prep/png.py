@@ -1,6 +1,4 @@
-"""PNG chunks, to work around two faults of Pillow: it rejects files with damaged metadata, and accepts incomplete
-ones.
-"""
+"""PNG chunks, to work around faults of Pillow: it rejects damaged metadata, and accepts incomplete pixels."""
 
 import zlib
 from collections.abc import Iterator

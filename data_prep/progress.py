@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -12,11 +12,11 @@ LINE_SECONDS = 30.0
 
 
 class WorkProgress:
-    """Progress of `total` pieces of work, of which `done` exist already; a context manager that closes the bar or the
-    log.
+    """Progress of `total` pieces of work, of which `done` exist already; a context manager that ends it.
 
     `what`: the work, for example "sampling"; `unit`: unit of the pieces, for example "img"; `visible` is False in all
-    but one of several processes that share the work. Work shorter than `line_seconds` logs no line.
+    but one of several processes that share the work. Work shorter than `line_seconds` logs no line; with None there are
+    no lines at all. `bar`: further options of tqdm.
     """
 
     def __init__(
@@ -27,25 +27,19 @@ class WorkProgress:
         unit: str,
         done: int = 0,
         visible: bool = True,
-        line_seconds: float = LINE_SECONDS,
+        line_seconds: float | None = LINE_SECONDS,
+        **bar: Any,
     ) -> None:
         self.total, self.what, self.unit = total, what, unit
         self._first = self._count = done
         on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc=what,
-            unit=unit,
-            unit_scale=True,
-            dynamic_ncols=True,
-            leave=False,
-            disable=not (visible and on_terminal),
-        )
+        options = {"unit_scale": True, "leave": False, **bar, "disable": not (visible and on_terminal)}
+        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, **options)
         self._began = time.monotonic()
         self._ended = threading.Event()
         self._lines: threading.Thread | None = None
-        if visible and not on_terminal:  # a thread, since a piece may take longer than the interval between lines
+        if visible and not on_terminal and line_seconds is not None:
+            # A thread, since a piece may take longer than the interval between lines.
             self._lines = threading.Thread(target=self._tell, args=(line_seconds,), daemon=True)
             self._lines.start()
 

@@ -8,9 +8,12 @@ requires parsing millions of headers.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from data_prep.errors import InputError
 
 BLOCK = 512
 _END = bytes(BLOCK)
@@ -40,7 +43,7 @@ class TarError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An entry of a tar: name, kind, and position of its bytes.
+    """A member of a tar: name, kind, and position of its bytes.
 
     "sparse": a file whose `length` stored bytes omit runs of zeros, with a map of the parts.
     """
@@ -52,15 +55,26 @@ class Member:
 
 
 def walk(descriptor: int) -> list[Member]:
-    """The entries of an open tar, in order.
+    """The members of an open tar, in order.
 
     Raises TarError with the offset where a header is damaged or zeroed, a member is truncated, or the end-of-archive
     mark is missing.
     """
-    return list(_entries(descriptor, os.fstat(descriptor).st_size))
+    return list(_members(descriptor, os.fstat(descriptor).st_size))
 
 
-def _entries(descriptor: int, end: int) -> Iterator[Member]:
+def list_members(path: Path) -> list[Member]:
+    """The members of the tar `path`, as `walk` gives them. Raises InputError where it cannot be read or is damaged."""
+    try:
+        with path.open("rb") as stream:
+            return walk(stream.fileno())
+    except TarError as error:
+        raise InputError(f"{path}: {error}; restore the file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _members(descriptor: int, end: int) -> Iterator[Member]:
     headers: list[tuple[int, bytes]] = []  # whose checksums are not compared yet
     extended: dict[str, str] = {}  # of the next member: "path", "size", "sparse"
     defaults: dict[str, str] = {}  # of all following members, from a global pax header
@@ -112,9 +126,7 @@ def _kind(letter: bytes, name: str, extended: dict[str, str]) -> Kind:
 
 
 def _behind_sparse_map(descriptor: int, header: bytes, start: int) -> int:
-    """Offset of an old GNU sparse file's data, after the extension blocks of its map, each flagged by the one
-    before.
-    """
+    """Offset of an old GNU sparse file's data, after its map's extension blocks, each flagged by the one before."""
     more = header[482]
     while more:
         block = os.pread(descriptor, BLOCK, start)
@@ -125,9 +137,7 @@ def _behind_sparse_map(descriptor: int, header: bytes, start: int) -> int:
 
 
 def _check(headers: list[tuple[int, bytes]]) -> None:
-    """Raise TarError for the first wrong checksum. Vectorised over headers: one by one takes most of the time of
-    `walk`.
-    """
+    """Raise TarError for the first wrong checksum. One by one would take most of the time of `walk`."""
     if not headers:
         return
     content = np.frombuffer(b"".join(header for _, header in headers), dtype=np.uint8).reshape(-1, BLOCK)

@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.data_prep_harness import packed
 from tests.harness import REPOSITORY, environment, free_port
 from tests.stream_ranks import Way, digest
+from trainer.data.datasets.dataset import Dataset
 from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.stream.batches import read_batch
 from trainer.data.training_data import open_training_data
+
+
+def image_of(dataset: Dataset, sample: int) -> np.ndarray:
+    """(C, H, W), as a batch has it."""
+    image: np.ndarray = read_batch(dataset, ([0], [sample]))["image"][0].numpy()
+    return image
 
 
 def pixels(number: int, width: int = 8, height: int = 8) -> np.ndarray:
@@ -28,12 +37,7 @@ def encoded(image: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def write_tar(path: Path, members: dict[str, bytes], *, form: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
+    return packed(path, members, form=form)
 
 
 def images_of(count: int, first: int = 0) -> dict[str, bytes]:
@@ -82,5 +86,5 @@ def expected(config: Path, way: str, *, bad: frozenset[int] = frozenset()) -> li
     seen = []
     for position in range(parsed.first * batch, parsed.last * batch):
         sample = next(sample for sample in data.order.ids(np.arange(position, position + 64)) if sample not in bad)
-        seen.append((position, int(sample), digest(data.dataset.image(int(sample)))))
+        seen.append((position, int(sample), digest(image_of(data.dataset, int(sample)))))
     return seen

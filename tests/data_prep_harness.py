@@ -1,10 +1,13 @@
 """What the tests of data_prep share: small images, running it here or as a process, looking at what it wrote."""
 
 import io
+import json
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,38 @@ def file_of(image: Image.Image, encoding: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, encoding, **options)
     return stream.getvalue()
+
+
+def npy_of(array: np.ndarray, **options: bool) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+def packed(path: Path, files: Mapping[str, bytes], *, form: int = tarfile.DEFAULT_FORMAT) -> Path:
+    """The files in a folder, a .zip or a .tar, by the suffix of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tar":
+        return write_tar(path, files.items(), form)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return path
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+def write_tar(path: Path, files: Iterable[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
 
 
 def make_photos(root: Path) -> Path:
@@ -68,6 +103,11 @@ def failing_run(*arguments: object, **options: object) -> str:
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     return done.stderr
+
+
+def names_of(folder: Path) -> list[str]:
+    """The origin of each sample of a dataset."""
+    return [json.loads(line) for line in (folder / "names.jsonl").read_text().splitlines()]
 
 
 def bytes_of(folder: Path) -> dict[str, str]:

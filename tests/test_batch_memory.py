@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data_harness import image_of
 from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.orders.order import GlobalOrder
 from trainer.data.stream import batch_memory
@@ -37,7 +38,7 @@ def test_what_is_kept_stays_as_it_was(dataset: Path, workers: int, start_method:
             kept.append((batch["image"][5:6], batch["id"][5:6].tolist()))
     assert len(kept) == 14
     for images, ids in kept:
-        assert all((image.numpy() == opened.image(sample)).all() for image, sample in zip(images, ids, strict=True))
+        assert all((image.numpy() == image_of(opened, sample)).all() for image, sample in zip(images, ids, strict=True))
 
 
 @pytest.mark.parametrize(("workers", "start_method"), LOADERS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_prep.format import sha256_of
-from tests.cache_harness import IMPATIENT, wait_until
+from tests.cache_harness import IMPATIENT, pinned, wait_until
 from tests.harness import load_config
 from tests.server import FaultyServer
 from trainer.data.cache.download import fetch
@@ -135,9 +135,9 @@ def test_fetching_ahead_outlives_a_full_disk(
         dataset.files, dataset.shards, needs=lambda step: [step], micro_steps=range(4), in_hand=0, budget=10**9
     )
     prefetcher.start()
-    wait_until(lambda: prefetcher.pinned == {0, 2, 3})
+    wait_until(lambda: pinned(prefetcher) == {0, 2, 3})
     prefetcher.close()
-    wait_until(lambda: not prefetcher.pinned)
+    wait_until(lambda: not pinned(prefetcher))
 
 
 def test_a_disk_without_room_for_the_index_is_one_line(

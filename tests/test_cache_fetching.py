@@ -120,7 +120,7 @@ def test_a_sample_that_is_bad_at_its_source_is_told(many_shards: Path, tmp_path:
     index["crc32"][5] ^= 1
     np.save(copy / "index.npy", index)
     with serving(many_shards) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.data.datasets.shards.ShardedDataset._check_index", lambda _: None)
+        patch.setattr("trainer.data.datasets.shards.checked_index", lambda *_: None)
         dataset = cached(server, copy, tmp_path)
         with pytest.raises(DataError, match=r"shard-000001\.tar: member .* \(sample 5\): damaged \(crc32 differs\)"):
             dataset.read(5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cache_harness import cached, cached_bytes, wait_until
+from tests.cache_harness import cached, cached_bytes, pinned, wait_until
 from tests.harness import load_config
 from tests.server import FaultyServer
 from trainer.data.cache.node_cache import NodeCache
@@ -98,13 +98,13 @@ def test_two_jobs_that_prefetch_leave_room_for_a_third_to_read(
         )
     for job in jobs:
         job.start()
-    wait_until(lambda: len(jobs[0].pinned) + len(jobs[1].pinned) == 2)
+    wait_until(lambda: len(pinned(jobs[0])) + len(pinned(jobs[1])) == 2)
     third = cached(server, many_shards, tmp_path, limit=4 * size)
     for sample in range(32, 48):
         third.read(sample)
-    greedy, other = sorted(jobs, key=lambda job: len(job.pinned), reverse=True)
+    greedy, other = sorted(jobs, key=lambda job: len(pinned(job)), reverse=True)
     greedy.close()  # and the other one goes on
-    wait_until(lambda: len(other.pinned) == 2)
+    wait_until(lambda: len(pinned(other)) == 2)
     other.close()
 
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_fetched_ahead_does_not_end_the_prefetching(
         dataset.files, dataset.shards, needs=lambda step: [step], micro_steps=range(4), in_hand=0, budget=10**9
     )
     prefetcher.start()
-    wait_until(lambda: prefetcher.pinned == {0, 2, 3})
+    wait_until(lambda: pinned(prefetcher) == {0, 2, 3})
     prefetcher.close()
 
 
@@ -179,16 +179,16 @@ def test_the_plan_is_fetched_ahead_within_its_budget(server: FaultyServer, many_
         dataset.files, dataset.shards, needs=lambda step: [step // 4], micro_steps=range(48), in_hand=0, budget=3 * size
     )
     prefetcher.start()
-    wait_until(lambda: prefetcher.pinned == {0, 1, 2})
+    wait_until(lambda: pinned(prefetcher) == {0, 1, 2})
     assert sum(server.gets.values()) == 3
     prefetcher.advance(3)  # training is still in shard 0
     time.sleep(0.1)
-    assert prefetcher.pinned == {0, 1, 2}
+    assert pinned(prefetcher) == {0, 1, 2}
     prefetcher.advance(9)  # in shard 2
-    wait_until(lambda: prefetcher.pinned == {2, 3, 4})
+    wait_until(lambda: pinned(prefetcher) == {2, 3, 4})
     prefetcher.close()
     wait_until(lambda: not prefetcher._thread.is_alive())
-    assert not prefetcher.pinned
+    assert not pinned(prefetcher)
 
 
 def test_a_stream_through_a_small_cache_is_the_same_and_fetches_each_shard_once_an_epoch(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cache_harness import wait_until
-from tests.data_harness import images_of, write_tar
+from tests.data_harness import image_of, images_of, write_tar
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
 from tests.server import FaultyServer, serving
 from trainer.data.datasets.shards import ShardedDataset
@@ -66,7 +66,7 @@ def test_staging_a_folder_to_the_nodes_disk_is_the_same_cache(
     data = open_training_data(config, index_folder=None)
     local = ShardedDataset(many_shards)
     assert data.dataset.fingerprint == local.fingerprint
-    assert all((data.dataset.image(n) == local.image(n)).all() for n in range(48))
+    assert all((image_of(data.dataset, n) == image_of(local, n)).all() for n in range(48))
     staged = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "shards").iterdir()}
     assert staged == {shard.digest: Path(shard.url).read_bytes() for shard in local.shards}
 

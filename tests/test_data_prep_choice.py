@@ -1,19 +1,16 @@
 """Promises on which files of a folder or an archive are images, of which split, and that the rest is counted."""
 
-import io
 import os
 import re
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from data_prep.errors import InputError
 from data_prep.format import UNLABELLED, load_manifest
-from data_prep.sources import Source, open_source
+from data_prep.sources import Source, Wanted, open_source
 from data_prep.sources.rules import BY_PRODUCT, MASK, MEDIA, PACKED, SIDECAR, SPECIAL
-from tests.data_prep_harness import data_prep, error_line, file_of, noise
+from tests.data_prep_harness import data_prep, error_line, file_of, noise, packed
 from tests.test_data_prep_lmdb import lsun
 from tests.test_data_prep_parquet import write as write_parquet
 from tests.test_data_prep_tfrecords import write as write_tfrecords
@@ -26,23 +23,7 @@ VALIDATION = "images of split validation"
 def make(place: Path, kind: str, names: list[str], contents: dict[str, bytes] | None = None) -> Path:
     """A folder, zip or tar of files of these names: images, unless `contents` says otherwise."""
     files = dict.fromkeys(names, PNG) | (contents or {})
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / {"folder": "in", "zip": "in.zip", "tar": "in.tar"}[kind]
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-    elif kind == "tar":
-        with tarfile.open(path, "w") as tar:
-            for name, data in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    else:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    return path
+    return packed(place / {"folder": "in", "zip": "in.zip", "tar": "in.tar"}[kind], files)
 
 
 def labels_of(source: Source) -> dict[str, str | None]:
@@ -152,14 +133,14 @@ def test_folders_called_after_splits_are_splits_and_no_classes(tmp_path: Path, k
     assert source.left_out == {SIDECAR: 1, VALIDATION: 1}
     assert "split" in source.notice
     assert "train 2, validation 1" in source.notice
-    held_out = open_source(str(path), split="validation")
+    held_out = open_source(str(path), Wanted(split="validation"))
     assert labels_of(held_out) == {names[2]: "dog"}
     assert held_out.classes == source.classes  # or a dog of one split would be a cat of the other
-    both = open_source(str(path), split="all")
+    both = open_source(str(path), Wanted(split="all"))
     assert sorted(both.names) == sorted(names[:3])
     assert both.classes == ["cat", "dog"]
     with pytest.raises(InputError, match=r"has no split test; it has train, validation"):
-        open_source(str(path), split="test")
+        open_source(str(path), Wanted(split="test"))
 
 
 @anywhere
@@ -167,7 +148,7 @@ def test_a_split_without_class_folders_has_no_labels(tmp_path: Path, kind: str) 
     """ImageNet's val is one heap."""
     path = make(tmp_path, kind, ["train/n01/1.png", "train/n02/2.png", "val/3.png", "val/4.png"])
     assert open_source(str(path)).classes == ["n01", "n02"]
-    assert labels_of(open_source(str(path), split="validation")) == {"val/3.png": None, "val/4.png": None}
+    assert labels_of(open_source(str(path), Wanted(split="validation"))) == {"val/3.png": None, "val/4.png": None}
 
 
 @anywhere
@@ -185,7 +166,7 @@ def test_file_names_tell_splits_where_all_do(tmp_path: Path, kind: str) -> None:
     names = ["test-0001.png", "train-0001.png", "train-0002.png"]
     path = make(tmp_path / "1", kind, names)
     assert open_source(str(path)).names == names[1:]
-    assert open_source(str(path), split="test").names == names[:1]
+    assert open_source(str(path), Wanted(split="test")).names == names[:1]
     names = [*names, "trains.png"]
     assert open_source(str(make(tmp_path / "2", kind, names))).names == names
 
@@ -206,7 +187,7 @@ def test_a_class_or_a_single_folder_called_train_or_test_is_no_split(
     path = make(tmp_path, kind, names)
     assert open_source(str(path)).names == names
     with pytest.raises(InputError, match="has no split validation"):
-        open_source(str(path), split="validation")
+        open_source(str(path), Wanted(split="validation"))
 
 
 @pytest.mark.parametrize("ending", ["tar", "zip", "parquet"])
@@ -221,12 +202,12 @@ def test_names_of_archives_tell_splits(tmp_path: Path, ending: str, style: str) 
         else:
             make(tmp_path / split, ending, [f"{i}.png" for i in range(count)]).rename(path)
     for split, count in {"train": 2, "test": 1}.items():
-        source = open_source(str(root), split=split)
+        source = open_source(str(root), Wanted(split=split))
         assert len(source.names) == count
         assert f"reads 1 of 2 files: split {split}" in source.notice
         assert source.left_out == {f"files of split {'test' if split == 'train' else 'train'}": 1}
     with pytest.raises(InputError, match="has no split validation; it has test, train"):
-        open_source(str(root), split="validation")
+        open_source(str(root), Wanted(split="validation"))
 
 
 def test_splits_are_for_sources_that_have_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from data_prep.errors import InputError
 from data_prep.format import load_manifest
 from data_prep.inspection.dataset import Dataset
-from data_prep.sources import open_source
+from data_prep.sources import Wanted, open_source
 from tests.data_prep_harness import command, data_prep, error_line
 
 ROWS = 6  # of 10,000 to a batch
@@ -93,7 +93,7 @@ MAKERS = {
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize(("split", "numbers"), [("train", range(5)), ("test", [5])])
 def test_every_version_gives_every_pixel_and_label(tmp_path: Path, maker: str, split: str, numbers: range) -> None:
-    source = open_source(str(MAKERS[maker](tmp_path)), split=split)
+    source = open_source(str(MAKERS[maker](tmp_path)), Wanted(split=split))
     assert (source.kind, list(source.classes), len(source.names)) == ("cifar10", WORDS, ROWS * len(numbers))
     for batch, number in enumerate(numbers):
         pixels, labels = batch_of(number)
@@ -263,7 +263,7 @@ def test_an_archive_writes_nothing_and_follows_no_link(tmp_path: Path) -> None:
     assert len(open_source(str(archive)).names) == 5 * ROWS
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(InputError, match="has no test_batch"):
-        open_source(str(archive), split="test")
+        open_source(str(archive), Wanted(split="test"))
 
 
 def test_other_compressed_archives_and_splits_are_refused(tmp_path: Path) -> None:
@@ -275,4 +275,4 @@ def test_other_compressed_archives_and_splits_are_refused(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"not a readable \.tar\.gz"):
         open_source(str(tmp_path / "broken.tar.gz"))
     with pytest.raises(InputError, match="has no split validation; it has train, test"):
-        open_source(str(write_python(tmp_path / "py")), split="validation")
+        open_source(str(write_python(tmp_path / "py")), Wanted(split="validation"))

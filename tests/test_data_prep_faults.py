@@ -16,11 +16,11 @@ from PIL import Image
 
 from data_prep.errors import DataPrepError
 from data_prep.format import sha256_of
+from data_prep.output import claimed, whole_file
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
 from data_prep.write.build import plan_shards
 from data_prep.write.disk import Room, check_room
-from data_prep.write.output import claimed, whole_file
 from data_prep.write.transforms import TRANSFORMS
 from data_prep.write.writer import load_result, write_shard
 from tests.data_prep_harness import (
@@ -168,7 +168,7 @@ def failing_fsync(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> No
             raise OSError(number, os.strerror(number))
         real(descriptor)
 
-    monkeypatch.setattr("data_prep.write.output.os.fsync", fsync)
+    monkeypatch.setattr("data_prep.output.os.fsync", fsync)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])

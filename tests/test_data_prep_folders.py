@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import InputError
-from data_prep.sources import open_source
+from data_prep.sources import Wanted, open_source
 from data_prep.sources.rules import LINK, SIDECAR
 from tests.test_data_prep_choice import PNG, labels_of, make
 from tests.test_data_prep_parquet import write as write_parquet
@@ -61,7 +61,7 @@ def test_the_hubs_cache_is_read_by_the_names_of_its_links(tmp_path: Path, given:
                 path.parent.mkdir(parents=True, exist_ok=True)
             blob.write_bytes(data)
             link.symlink_to(os.path.relpath(blob, link.parent))
-    train, test = open_source(str(tmp_path / given)), open_source(str(tmp_path / given), split="test")
+    train, test = open_source(str(tmp_path / given)), open_source(str(tmp_path / given), Wanted(split="test"))
     assert (len(train.names), len(test.names)) == (2, 1)
     assert [train.read(i) for i in range(2)] == [PNG, PNG]
 

@@ -11,9 +11,9 @@ import pytest
 from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
 from data_prep.inspection.dataset import Dataset
-from data_prep.sources import Source, open_source
+from data_prep.sources import Source, Wanted, open_source
 from data_prep.sources.rules import SIDECAR
-from tests.data_prep_harness import data_prep, file_of, noise
+from tests.data_prep_harness import data_prep, file_of, noise, packed
 from tests.test_data_prep_tfrecords import write
 
 NAMES = [f"0000{folder}/img{number:08d}.png" for folder in range(2) for number in range(3)]
@@ -23,16 +23,7 @@ def edm(root: Path, kind: str, labels: object, *, extra: dict[str, object] | Non
     """As EDM's dataset_tool.py leaves it: numbered folders that are no classes, and dataset.json."""
     files = {name: file_of(noise(8, 8, seed=seed), "PNG") for seed, name in enumerate(NAMES)}
     files["dataset.json"] = json.dumps({"labels": labels, **(extra or {})}).encode()
-    root.mkdir()
-    if kind == "zip":
-        with zipfile.ZipFile(root / "cifar10.zip", "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return root / "cifar10.zip"
-    for name, content in files.items():
-        (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "in" / name).write_bytes(content)
-    return root / "in"
+    return packed(root / ("cifar10.zip" if kind == "zip" else "in"), files)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -100,11 +91,11 @@ def test_progans_labels_are_those_of_its_records(tmp_path: Path) -> None:
     """One-hot float32 of all records, shared by the files of all resolutions."""
     for resolution in (2, 3):
         write(tmp_path, resolution, count=4)
-    before = open_source(str(tmp_path), size=8)
+    before = open_source(str(tmp_path), Wanted(size=8))
     assert (list(before.classes), [before.label(i) for i in range(4)]) == ([], [UNLABELLED] * 4)
     with (tmp_path / "celebahq-rxx.labels").open("wb") as stream:
         np.save(stream, np.eye(5, dtype=np.float32)[[3, 0, 1, 3]])
-    source = open_source(str(tmp_path), size=8)
+    source = open_source(str(tmp_path), Wanted(size=8))
     assert list(source.classes) == ["0", "1", "2", "3", "4"]
     assert [source.label(i) for i in range(4)] == [3, 0, 1, 3]
     assert [source.part(1, 3).label(i) for i in range(2)] == [0, 1]
@@ -133,16 +124,7 @@ def test_progan_labels_that_do_not_fit_are_named(tmp_path: Path, labels: np.ndar
 
 
 def folder_or_zip(root: Path, kind: str, files: dict[str, bytes]) -> str:
-    root.mkdir()
-    if kind == "zip":
-        with zipfile.ZipFile(root / "in.zip", "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return str(root / "in.zip")
-    for name, content in files.items():
-        (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "in" / name).write_bytes(content)
-    return str(root / "in")
+    return str(packed(root / ("in.zip" if kind == "zip" else "in"), files))
 
 
 def found(source: Source) -> list[str | None]:
@@ -232,7 +214,7 @@ def test_class_folders_in_a_zip_of_windows(tmp_path: Path) -> None:
 def test_without_labels_nothing_about_them_stops_a_run(tmp_path: Path) -> None:
     listed = [[NAMES[0], "no number"]]
     path = edm(tmp_path / "a", "folder", listed)
-    source = open_source(str(path), labels="none")
+    source = open_source(str(path), Wanted(labels="none"))
     assert (list(source.names), found(source), list(source.classes)) == (NAMES, [None] * 6, [])
     part = pickle.loads(pickle.dumps(source.part(2, 4)))  # noqa: S301 - our own, on its way to a worker
     assert (part.names, part.label(0), part.read(1)) == (NAMES[2:4], UNLABELLED, source.read(3))
@@ -244,5 +226,5 @@ def test_without_labels_nothing_about_them_stops_a_run(tmp_path: Path) -> None:
 
 def test_what_is_prepared_with_labels_is_not_resumed_without(tmp_path: Path) -> None:
     path = edm(tmp_path / "a", "folder", [[name, 1] for name in NAMES])
-    with_labels, without = open_source(str(path)), open_source(str(path), labels="none")
+    with_labels, without = open_source(str(path)), open_source(str(path), Wanted(labels="none"))
     assert with_labels.fingerprint != without.fingerprint

@@ -18,7 +18,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.format import load_manifest
 from data_prep.inspection.dataset import Dataset
 from data_prep.sources import open_source
-from tests.data_prep_harness import command, data_prep, error_line, file_of, noise
+from tests.data_prep_harness import command, data_prep, error_line, file_of, names_of, noise
 
 SIDE = 16
 
@@ -59,7 +59,7 @@ def test_a_dataset_is_made_of_it_by_several_workers(tmp_path: Path) -> None:
     assert reject["name"] == keys(10)[3]
     dataset = Dataset.open(tmp_path / "out")
     by_key = dict(zip(keys(10), values))
-    for row, name in zip(dataset.index, dataset.names()):
+    for row, name in zip(dataset.index, names_of(dataset.folder)):
         tar = dataset.path_of(row["shard"]).read_bytes()
         assert tar[row["offset"] : row["offset"] + row["length"]] == by_key[name]
 
@@ -162,7 +162,7 @@ def test_a_folder_of_databases_names_one(tmp_path: Path) -> None:
 
 
 def test_a_huge_value_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.sources.lmdb.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("data_prep.sources.reading.MAX_FILE_BYTES", 10)
     with pytest.raises(Reject, match="file too large"):
         open_source(str(lsun(tmp_path / "a", [b"x" * 11]))).read(0)
 

@@ -1,6 +1,5 @@
 """What goes with an image is kept: class, caption, array and second image become members of its sample."""
 
-import io
 import json
 import shutil
 import tarfile
@@ -16,10 +15,19 @@ from PIL import Image
 
 from data_prep.errors import DataPrepError
 from data_prep.format import load_manifest
-from data_prep.sources import open_source
+from data_prep.sources import Wanted, open_source
 from data_prep.sources.rules import SIDECAR
 from data_prep.write import build
-from tests.data_prep_harness import bytes_of, data_prep, error_line, file_of, noise, pixels_of_noise
+from tests.data_prep_harness import (
+    bytes_of,
+    data_prep,
+    error_line,
+    file_of,
+    noise,
+    npy_of,
+    packed,
+    pixels_of_noise,
+)
 
 SIZE = 8
 OPTIONS = ["--size", SIZE, "--workers", 1, "--shard-samples", 3]
@@ -27,19 +35,6 @@ OPTIONS = ["--size", SIZE, "--workers", 1, "--shard-samples", 3]
 
 def png(seed: int = 0, side: int = SIZE) -> bytes:
     return file_of(noise(side, side, seed), "PNG")
-
-
-def npy(array: np.ndarray, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array, **options)
-    return stream.getvalue()
-
-
-def laid_out(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
 
 
 def further_of(source: Any) -> list[dict[str, bytes]]:
@@ -111,8 +106,8 @@ def test_the_bytes_are_the_same_for_any_number_of_workers(rich: Path, prepared: 
 
 def test_images_alone_are_format_2_to_the_byte(tmp_path: Path) -> None:
     images = {f"{i}.png": png(i) for i in range(4)}
-    laid_out(tmp_path / "alone", images)
-    laid_out(tmp_path / "more", images | {"0.txt": b"x", "1.txt": b"y"})
+    packed(tmp_path / "alone", images)
+    packed(tmp_path / "more", images | {"0.txt": b"x", "1.txt": b"y"})
     assert data_prep(tmp_path / "alone", tmp_path / "1", *OPTIONS) == 0
     assert data_prep(tmp_path / "more", tmp_path / "2", *OPTIONS, "--labels", "none") == 0
     manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
@@ -146,7 +141,7 @@ CAPTIONS: dict[str, tuple[dict[str, bytes], list[str], list[bytes | None]]] = {
 def test_captions_lie_beside_or_in_a_metadata_file(tmp_path: Path, case: str, kind: str) -> None:
     files, options, expected = CAPTIONS[case]
     images = {name: png() for name in ("a/0.png", "a/1.png", "b/2.png")}
-    source = laid_out(tmp_path / "in", images | files)
+    source = packed(tmp_path / "in", images | files)
     if kind == "zip":
         source = zipped(source)
     assert data_prep(source, tmp_path / "out", *OPTIONS, *options) == 0
@@ -154,8 +149,16 @@ def test_captions_lie_beside_or_in_a_metadata_file(tmp_path: Path, case: str, ki
     assert written == [None if caption is None else caption.decode() for caption in expected]
 
 
-def zipped(folder: Path) -> Path:
-    return Path(shutil.make_archive(str(folder), "zip", folder))
+def zipped(folder: Path, title: str = "in") -> Path:
+    return Path(shutil.make_archive(str(folder.with_name(title)), "zip", folder))
+
+
+def tarred(folder: Path, title: str = "in") -> Path:
+    path = folder.with_name(f"{title}.tar")
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*")):
+            tar.add(file, str(file.relative_to(folder)), recursive=False)
+    return path
 
 
 PAIRS = {
@@ -170,15 +173,12 @@ PAIRS = {
 @pytest.mark.parametrize("case", PAIRS)
 def test_second_images_are_found_by_their_name(tmp_path: Path, case: str, kind: str) -> None:
     first, second, drawn = PAIRS[case]
-    path = laid_out(tmp_path / "in", {first: png(0), second: png(1), drawn: png(2, side=6)})
+    path = packed(tmp_path / "in", {first: png(0), second: png(1), drawn: png(2, side=6)})
     if kind == "zip":
         path = zipped(path)
     if kind == "tar":
-        with tarfile.open(tmp_path / "in.tar", "w") as tar:
-            for name in (first, second, drawn):
-                tar.add(path / name, name)
-        path = tmp_path / "in.tar"
-    source = open_source(str(path), pair="drawn")
+        path = tarred(path)
+    source = open_source(str(path), Wanted(pair="drawn"))
     assert (list(source.names), further_of(source)) == ([first, second], [{"source": png(2, side=6)}, {}])
     assert not source.left_out
     assert data_prep(path, tmp_path / "out", *OPTIONS, "--pair", "drawn") == 0
@@ -199,7 +199,7 @@ def test_parquet_has_captions_and_second_images_in_columns(tmp_path: Path) -> No
     assert [sample.get("txt") for sample in samples] == ["a", None, "c"]
     np.testing.assert_array_equal(samples[1]["webp"], pixels_of_noise(SIZE, SIZE, seed=11))
     np.testing.assert_array_equal(samples[1]["source.webp"], pixels_of_noise(SIZE, SIZE, seed=1))
-    source = open_source(str(tmp_path / "a.parquet"), caption_column="instruction", image_column="edited")
+    source = open_source(str(tmp_path / "a.parquet"), Wanted(caption_column="instruction", image_column="edited"))
     assert further_of(source) == [{"txt": b"x"}, {"txt": b"y"}, {"txt": b"z"}]
 
 
@@ -213,7 +213,7 @@ def test_parquet_has_captions_and_second_images_in_columns(tmp_path: Path) -> No
 def test_what_is_asked_for_and_not_there_is_one_line(
     tmp_path: Path, option: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = laid_out(tmp_path / "in", {"0.png": png(), "0.txt": b"x"})
+    source = packed(tmp_path / "in", {"0.png": png(), "0.txt": b"x"})
     assert data_prep(source, tmp_path / "out", *OPTIONS, *option) == 2
     assert message in error_line(capsys)
 
@@ -222,8 +222,8 @@ def test_what_is_asked_for_and_not_there_is_one_line(
     ("further", "reason"),
     [
         ({"1.txt": b"\xff\xfe"}, "txt: not UTF-8"),
-        ({"1.npy": npy(np.zeros(50))[:-8]}, "npy: no array of numbers"),
-        ({"1.npy": npy(np.array([{}]), allow_pickle=True)}, "npy: no array of numbers"),
+        ({"1.npy": npy_of(np.zeros(50))[:-8]}, "npy: no array of numbers"),
+        ({"1.npy": npy_of(np.array([{}]), allow_pickle=True)}, "npy: no array of numbers"),
         ({"1.low.png": png(1)[:60]}, "low: truncated or corrupt"),
         ({"1.low.png": png(1, side=3)}, "low: smaller than --size 4 (--upscale would enlarge)"),
     ],
@@ -233,7 +233,7 @@ def test_a_damaged_member_rejects_its_sample_whole(
 ) -> None:
     with wds.TarWriter(str(tmp_path / "in.tar")) as writer:
         for i in range(3):
-            whole = {"txt": b"x", "npy": npy(np.zeros(50)), "low.png": png(i, side=4)}
+            whole = {"txt": b"x", "npy": npy_of(np.zeros(50)), "low.png": png(i, side=4)}
             own = {name.partition(".")[2]: data for name, data in further.items()} if i == 1 else {}
             writer.write({"__key__": str(i), "png": png(i), **whole, **own})
     assert data_prep(tmp_path / "in.tar", tmp_path / "out", *OPTIONS, "--max-reject-fraction", 0.5) == 0
@@ -243,13 +243,19 @@ def test_a_damaged_member_rejects_its_sample_whole(
     assert data_prep("verify", tmp_path / "out", "--decode", "all") == 0
 
 
-def begun_by_an_earlier_version(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def begun(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preparation that was killed before its first shard."""
+
     def killed(*_: object) -> None:
         raise DataPrepError("killed")
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "write_shards", killed)
         assert data_prep(source, out, *OPTIONS) == 1
+
+
+def begun_by_an_earlier_version(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(source, out, monkeypatch)
     note = out / ".staging" / "begun.json"
     parameters = json.loads(note.read_text())
     assert parameters.pop("the members") == {"cls": 0, "txt": 0}
@@ -259,13 +265,65 @@ def begun_by_an_earlier_version(source: Path, out: Path, monkeypatch: pytest.Mon
 def test_what_an_earlier_version_began_goes_on_as_images_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = laid_out(tmp_path / "in", {"a/0.png": png(0), "b/1.png": png(1), "b/1.txt": b"x"})
+    source = packed(tmp_path / "in", {"a/0.png": png(0), "b/1.png": png(1), "b/1.txt": b"x"})
     begun_by_an_earlier_version(source, tmp_path / "out", monkeypatch)
     assert data_prep(source, tmp_path / "out", *OPTIONS) == 0
     assert (load_manifest(tmp_path / "out").format_version, load_manifest(tmp_path / "out").classes) == (2, ["a", "b"])
-    capsys.readouterr()
+    kept = f"{tmp_path / 'out'}: was begun as images alone and stays so; its source also has txt"
+    assert kept in capsys.readouterr().out
     assert data_prep(source, tmp_path / "out", *OPTIONS) == 0
-    assert "already finished, nothing to do" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already finished, nothing to do" in printed
+    assert kept in printed
+
+
+FILES_OF_CAPTIONS: dict[str, tuple[dict[str, bytes], dict[str, bytes]]] = {
+    "beside": ({"0.txt": b"an owl", "1.txt": b"a cat"}, {"0.txt": b"an owlet"}),
+    "listed": (
+        {"metadata.csv": b"file_name,text\n0.png,an owl\n1.png,a cat\n"},
+        {"metadata.csv": b"file_name,text\n0.png,an elk\n1.png,a cat\n"},
+    ),
+}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+@pytest.mark.parametrize("case", FILES_OF_CAPTIONS)
+def test_a_source_with_other_captions_is_another(
+    tmp_path: Path,
+    case: str,
+    kind: str,
+    finished: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before, after = FILES_OF_CAPTIONS[case]
+    folder = packed(tmp_path / "in", {"0.png": png(0), "1.png": png(1), **before})
+    pack = {"folder": lambda path, _: path, "zip": zipped, "tar": tarred}[kind]
+    if finished:
+        assert data_prep(pack(folder, "1"), tmp_path / "out", *OPTIONS) == 0
+    else:
+        begun(pack(folder, "1"), tmp_path / "out", monkeypatch)
+    packed(folder, after)
+    capsys.readouterr()
+    assert data_prep(pack(folder, "2"), tmp_path / "out", *OPTIONS) == 2
+    assert "was made with a source {" in capsys.readouterr().err.splitlines()[-1]
+    packed(folder, before)
+    assert data_prep(pack(folder, "1"), tmp_path / "out", *OPTIONS) == 0
+    assert [sample["txt"] for sample in decoded(tmp_path / "out")] == ["an owl", "a cat"]
+
+
+def test_images_alone_whose_source_has_got_captions_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = packed(tmp_path / "in", {"0.png": png(0), "1.png": png(1)}), tmp_path / "out"
+    assert data_prep(source, out, *OPTIONS) == 0
+    assert "images alone" not in capsys.readouterr().out
+    packed(source, {"0.txt": b"an owl"})
+    assert data_prep(source, out, *OPTIONS) == 0
+    told = f"{out}: was begun as images alone and stays so; its source also has txt, which another folder would keep"
+    assert told in capsys.readouterr().out.splitlines()
+    assert data_prep(source, out, *OPTIONS, "--labels", "none") == 2  # as before: that is another source
 
 
 def test_a_run_with_other_members_is_refused(rich: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED, load_manifest
 from data_prep.inspection.dataset import Dataset
-from data_prep.sources import open_source
+from data_prep.sources import Wanted, open_source
 from data_prep.sources.parquet import ROWS_AT_ONCE
 from tests.data_prep_harness import data_prep, file_of, noise
 
@@ -86,10 +86,10 @@ def test_a_repository_is_read_by_splits(tmp_path: Path) -> None:
     train = open_source(str(tmp_path / "repo"))
     assert [train.read(i) for i in range(9)] == jpegs(9)
     assert "reads 2 of 3 files: split train" in train.notice
-    test = open_source(str(tmp_path / "repo"), split="test")
+    test = open_source(str(tmp_path / "repo"), Wanted(split="test"))
     assert [test.read(i) for i in range(3)] == jpegs(3, 9)
     with pytest.raises(InputError, match="has no split validation; it has test, train"):
-        open_source(str(tmp_path / "repo"), split="validation")
+        open_source(str(tmp_path / "repo"), Wanted(split="validation"))
 
 
 def test_a_row_without_bytes_never_opens_the_file_it_names(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_column_that_holds_no_labels_is_told(tmp_path: Path, labels: pa.Array)
     source = open_source(str(path))
     assert (source.classes, source.label(0)) == ([], UNLABELLED)
     assert re.fullmatch(r"column label is of \S.*, which are no labels: the images have none", source.notice)
-    assert open_source(str(path), labels="none").notice is None
+    assert open_source(str(path), Wanted(labels="none")).notice is None
 
 
 def with_columns(path: Path, *names: str) -> Path:
@@ -186,11 +186,11 @@ def test_of_several_columns_of_images_the_one_called_image_or_wanted_is_read(tmp
     source = open_source(str(path))
     assert [source.read(i) for i in range(2)] == jpegs(2, 10)
     assert source.notice == "reads column image of mask, image; see --image-column"
-    masks = open_source(str(path), image_column="mask")
+    masks = open_source(str(path), Wanted(image_column="mask"))
     assert [masks.read(i) for i in range(2)] == jpegs(2)
     assert masks.fingerprint != source.fingerprint
     with pytest.raises(InputError, match="has no column of images text; it has mask, image"):
-        open_source(str(path), image_column="text")
+        open_source(str(path), Wanted(image_column="text"))
     path = with_columns(tmp_path / "b.parquet", "left", "right")
     with pytest.raises(InputError, match=r"has 2 columns of images; say --image-column left or right"):
         open_source(str(path))
@@ -216,4 +216,4 @@ def test_an_image_in_a_struct_or_as_plain_bytes_is_read(tmp_path: Path) -> None:
 def test_an_image_column_is_for_parquet(tmp_path: Path) -> None:
     noise(8, 8, seed=0).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="--image-column image is for parquet; this is folder"):
-        open_source(str(tmp_path), image_column="image")
+        open_source(str(tmp_path), Wanted(image_column="image"))

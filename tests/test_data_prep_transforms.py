@@ -14,7 +14,7 @@ from data_prep.errors import Reject
 from data_prep.format import FormatError, center_crop_box, load_manifest
 from data_prep.inspection.dataset import Dataset
 from data_prep.recipe import TRANSFORMS, Recipe
-from data_prep.write.convert import Member, convert
+from data_prep.write.convert import EncodedImage, convert
 from tests.data_prep_harness import data_prep, error_line, file_of, noise, pixels_of_noise
 
 SIDE = 16
@@ -129,7 +129,7 @@ def test_center_crop_box_rounds_down_and_refuses_another_size() -> None:
 # Source: bytes that can be kept are
 
 
-def passed(data: bytes, **recipe: object) -> Member:
+def passed(data: bytes, **recipe: object) -> EncodedImage:
     return convert(data, Recipe(**{"image_size": SIDE, "transform": "source", **recipe}))
 
 

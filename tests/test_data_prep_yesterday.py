@@ -3,16 +3,15 @@
 The identities were noted with the version before rules told which files are images.
 """
 
-import io
 import json
 import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from data_prep.sources import open_source
 from data_prep.sources.base import fingerprint_of
+from tests.data_prep_harness import packed
 
 LABELS = json.dumps({"labels": [["00000/a.png", 1], ["00001/b.png", 0]]}).encode()
 WEBDATASET = {
@@ -63,23 +62,11 @@ EXPECTED = {
 
 
 def make(root: Path, kind: str, files: dict[str, bytes]) -> Path:
-    if kind == "zip":
-        with zipfile.ZipFile(root / "in.zip", "w") as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-        return root / "in.zip"
-    if kind in ("tar", "tars"):
-        for title in ("train.tar", "train-2.tar") if kind == "tars" else ("in.tar",):
-            with tarfile.open(root / title, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for name, data in files.items():
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        return root if kind == "tars" else root / "in.tar"
-    for name, data in files.items():
-        (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "in" / name).write_bytes(data)
-    return root / "in"
+    if kind == "tars":
+        for title in ("train.tar", "train-2.tar"):
+            packed(root / title, files, form=tarfile.USTAR_FORMAT)
+        return root
+    return packed(root / {"folder": "in", "zip": "in.zip", "tar": "in.tar"}[kind], files, form=tarfile.USTAR_FORMAT)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

@@ -270,7 +270,7 @@ def test_changed_folders_are_refused_when_opened(dataset: Path, tmp_path: Path) 
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["index_sha256"] = hashlib.sha256((copy / "index.npy").read_bytes()).hexdigest()
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"index\.npy: not an index"):  # nor is a pickle loaded from it
+    with pytest.raises(DataError, match=r"index\.npy: cannot be read as an index"):  # nor is a pickle loaded from it
         ShardedDataset(copy)
 
 

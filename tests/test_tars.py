@@ -13,7 +13,7 @@ import webdataset as wds
 from PIL import Image
 
 from data_prep.tar_headers import BLOCK, TarError, walk
-from tests.data_harness import encoded, images_of, pixels, write_tar
+from tests.data_harness import encoded, image_of, images_of, pixels, write_tar
 from tests.harness import events, launch, logged, overrides
 from trainer.data.datasets.dataset import InPlace, Shard
 from trainer.data.datasets.tars import TarDataset
@@ -137,7 +137,7 @@ def test_samples_are_webdatasets(tmp_path: Path) -> None:
     expected = [(sample["png"], int(sample["cls"])) for sample in theirs]
     assert len(expected) == 10
     assert list(zip([ours.read(n) for n in range(10)], ours.index["label"])) == expected
-    assert (ours.image(7) == pixels(7).transpose(2, 0, 1)).all()
+    assert (image_of(ours, 7) == pixels(7).transpose(2, 0, 1)).all()
     assert ours.shards_of([0, 4, 5, 9]).tolist() == [0, 0, 1, 1]
 
 
@@ -232,13 +232,13 @@ def test_images_are_cropped_and_grey_ones_coloured_but_nothing_is_resized(tmp_pa
         "e.png": b"<html>404</html>",
     }
     dataset = open_tars(write_tar(tmp_path / "a.tar", members))
-    assert (dataset.image(0) == pixels(1, 13, 8)[:, 2:10].transpose(2, 0, 1)).all()
-    assert (dataset.image(1) == pixels(2, 8, 11)[1:9].transpose(2, 0, 1)).all()
-    assert (dataset.image(2) == grey).all()
+    assert (image_of(dataset, 0) == pixels(1, 13, 8)[:, 2:10].transpose(2, 0, 1)).all()
+    assert (image_of(dataset, 1) == pixels(2, 8, 11)[1:9].transpose(2, 0, 1)).all()
+    assert (image_of(dataset, 2) == grey).all()
     with pytest.raises(SampleError, match=r"a\.tar: member d\.png \(sample 3\): is 9x9; its shorter side must be 8"):
-        dataset.image(3)
+        image_of(dataset, 3)
     with pytest.raises(SampleError, match=r"a\.tar: member e\.png \(sample 4\): cannot be decoded"):
-        dataset.image(4)
+        image_of(dataset, 4)
 
 
 def test_the_index_is_kept_until_a_tar_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_harness import damage, with_mixture
+from tests.data_harness import damage, image_of, with_mixture
 from tests.harness import events, launch, load_config, logged, make_dataset, overrides
 from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.orders.order import GlobalOrder
@@ -39,7 +39,7 @@ def test_a_mixture_has_its_proportions_and_every_dataset_its_epochs(
     assert (np.sort(others.reshape(20, 150), axis=1) == np.arange(150)).all()
     assert len(data.dataset) == 171
     own = ShardedDataset(other_dataset)
-    assert (data.dataset.image(21 + 77) == own.image(77)).all()
+    assert (image_of(data.dataset, 21 + 77) == image_of(own, 77)).all()
     assert data.dataset.describe(21 + 77) == own.describe(77)
     assert data.dataset.shards[data.dataset.shards_of([21 + 77])[0]] == own.shards[own.shards_of([77])[0]]
 
@@ -61,8 +61,12 @@ def test_a_mixture_trains_and_its_weights_are_what_the_run_is(
         ("path = 'x'\n[[data.mixture]]\npath = 'y'\nweight = 1.0", "data: should have either path or [[data.mixture]]"),
         ("", "data: should have either path or [[data.mixture]]"),
         ("order = 'lanes'\n[[data.mixture]]\npath = 'y'\nweight = 1.0", 'data: order = "lanes" is for one dataset'),
-        ("[[data.mixture]]\npath = 'y'\nwieght = 1.0", "data.mixture.wieght: unknown key; did you mean weight?"),
-        ("[[data.mixture]]\npath = 'y'\nweight = -1.0", "data.mixture.weight = -1.0: should be greater than 0"),
+        ("[[data.mixture]]\npath = 'y'\nwieght = 1.0", "data.mixture[0].wieght: unknown key; did you mean weight?"),
+        (
+            "[[data.mixture]]\npath = 'x'\nweight = 1.0\n[[data.mixture]]\npath = 'y'\nweight = -1.0",
+            "data.mixture[1].weight = -1.0: should be greater than 0",
+        ),
+        ("mixture = [3]", "data.mixture[0] = 3: should be a section: [[data.mixture]]"),
         ("path = 'x'\ncache_size = '12 parsecs'", "data.cache_size = '12 parsecs': a size is written like \"200 GB\""),
     ],
 )
@@ -172,7 +176,7 @@ def skipping_stream(folder: Path, *, world_size: int, workers: int, limit: int =
         for batch in micro_batches(dataset, plan, workers=workers, prefetch=1, pin_memory=False, bad_samples=bad):
             assert batch.keys() == {"position", "id", "image"}
             assert all(
-                (image.numpy() == dataset.image(number)).all()
+                (image.numpy() == image_of(dataset, number)).all()
                 for image, number in zip(batch["image"], batch["id"].tolist())
             )
             seen += zip(batch["position"].tolist(), batch["id"].tolist())

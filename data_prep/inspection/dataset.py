@@ -1,7 +1,6 @@
 """Reader of finished datasets for inspection and verification; the trainer has its own, faster one."""
 
 import io
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +16,14 @@ from data_prep.arrays import array_of_npy
 from data_prep.errors import InputError
 from data_prep.format import (
     INDEX_DTYPE,
-    INDEX_NAME,
     MEMBERS,
-    NAMES_NAME,
     FormatError,
     Manifest,
     center_crop_box,
+    checked_index,
     crc32,
-    index_dtype,
+    load_index,
     load_manifest,
-    sha256_of,
 )
 from data_prep.jpeg import JPEG_MAGIC, jpeg_fault
 from data_prep.png import PNG_MAGIC, png_fault
@@ -44,25 +41,14 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
-        """Open a dataset. Raises InputError where the folder has no finished one or the index does not match the
-        manifest.
-        """
-        dataset = cls.open_unchecked(folder)
-        manifest, index, path = dataset.manifest, dataset.index, folder / INDEX_NAME
-        if sha256_of(path) != manifest.index_sha256:
-            raise InputError(f"{path}: sha256 differs from the manifest's; the file was changed or is stale")
-        if len(index) != manifest.samples or (index["shard"] >= len(manifest.shards)).any():
-            expected = f"{manifest.samples} samples in {len(manifest.shards)} shards"
-            raise InputError(f"{path}: is not of the manifest's {expected}")
-        return dataset
+        """Open a finished dataset. Raises FormatError where there is none, or its index is not the manifest's."""
+        manifest = load_manifest(folder)
+        return cls(folder=folder, manifest=manifest, index=checked_index(folder, manifest))
 
     @classmethod
     def open_unchecked(cls, folder: Path) -> "Dataset":
-        """Like `open`, without checking the index: for verification, which reports all faults."""
-        try:
-            manifest = load_manifest(folder)
-        except FormatError as error:
-            raise InputError(str(error)) from error
+        """Like `open`, without checking the index's rows: for verification, which reports all faults."""
+        manifest = load_manifest(folder)
         return cls(folder=folder, manifest=manifest, index=load_index(folder, manifest))
 
     def rows_of(self, shard: int) -> npt.NDArray[np.void]:
@@ -74,14 +60,8 @@ class Dataset:
         """Path of a shard."""
         return self.folder / self.manifest.shards[shard].name
 
-    def names(self) -> list[str]:
-        """Origin of each sample."""
-        return [json.loads(line) for line in (self.folder / NAMES_NAME).read_text().splitlines()]
-
     def read(self, sample: int) -> Image.Image:
-        """Decode a sample as the trainer does. Raises InputError where its bytes differ from the index or do not
-        decode.
-        """
+        """Decode a sample as the trainer does. Raises InputError where it is damaged."""
         row = self.index[sample]
         path = self.path_of(int(row["shard"]))
         with opened(path) as descriptor:
@@ -92,21 +72,6 @@ class Dataset:
             return decode_member(data, self.manifest)
         except FormatError as error:
             raise InputError(f"{path}: member {row['key']:09d} {error}") from error
-
-
-def load_index(folder: Path, manifest: Manifest) -> npt.NDArray[np.void]:
-    """The index, (samples,) of `index_dtype`, memory-mapped.
-
-    Raises InputError where it is missing or has another type.
-    """
-    path = folder / INDEX_NAME
-    try:
-        index: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # rejects pickles and .npz
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise InputError(f"{path}: cannot be read as an index ({error})") from error
-    if index.dtype != index_dtype(manifest.members) or index.ndim != 1:
-        raise InputError(f"{path}: not an index ({index.ndim} axes of {index.dtype})")
-    return index
 
 
 @contextmanager
@@ -123,9 +88,7 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def member_bytes(descriptor: int, row: np.void) -> bytes:
-    """The bytes at an index row's offset and length (an image's, or a further member's); fewer where the file ends
-    before.
-    """
+    """The bytes at an index row's offset and length, of an image or a further member; fewer where the file ends."""
     return os.pread(descriptor, int(row["length"]), min(int(row["offset"]), MAX_OFFSET))
 
 

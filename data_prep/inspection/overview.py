@@ -9,29 +9,26 @@ import numpy as np
 from data_prep.format import CONTACT_SHEET_NAME, UNLABELLED, Manifest
 from data_prep.inspection.contact_sheet import contact_sheet
 from data_prep.inspection.dataset import Dataset
-from data_prep.write.build import Outcome
-from data_prep.write.output import claimed, discard_staging, whole_file
+from data_prep.output import claimed, discard_staging, whole_file
 
 BAR = 40  # characters of the longest bar
 CLASSES_SHOWN = 20
 
 
-def print_outcome(outcome: Outcome, out: Path, seconds: float) -> None:
-    """Print the summary of a run."""
-    manifest = outcome.manifest
-    if outcome.already_finished:
+def print_outcome(
+    manifest: Manifest, out: Path, *, reasons: Counter[str], already_finished: bool, seconds: float
+) -> None:
+    """Print the summary of a run that completed the dataset in `out`; `reasons` counts the rejects."""
+    if already_finished:
         print(f"{out}: already finished, nothing to do")
     left_out = _left_out(manifest)
     print(f"read      {manifest.samples + manifest.rejected + sum(left_out.values())}")
     print(f"written   {manifest.samples} images of {len(manifest.classes) or 'no'} classes")
-    _print_kept(manifest)
-    _print_members(manifest)
+    _print_samples(manifest)
     print(f"rejected  {manifest.rejected}")
-    for reason, count in outcome.reasons.most_common():
+    for reason, count in reasons.most_common():
         print(f"          {count} {reason}")
-    _print_left_out(left_out)
-    _print_sizes(manifest)
-    _print_shards(manifest)
+    _print_files(manifest, left_out)
     print(f"look at   {out / CONTACT_SHEET_NAME}")
     print(f"seconds   {seconds:.1f}")
 
@@ -46,13 +43,10 @@ def print_contents(dataset: Dataset) -> None:
     print(f"images    {manifest.samples}, {manifest.mode} {manifest.image_size}x{manifest.image_size}")
     how = "own files, cropped when read" if manifest.crops else manifest.transform
     print(f"stored    {manifest.encoding}, {how}")
-    _print_kept(manifest)
-    _print_members(manifest)
+    _print_samples(manifest)
     print(f"source    {source.get('kind')} of {source.get('files')}, fingerprint {str(source.get('fingerprint'))[:16]}")
     print(f"rejected  {manifest.rejected}")
-    _print_left_out(_left_out(manifest))
-    _print_sizes(manifest)
-    _print_shards(manifest)
+    _print_files(manifest, _left_out(manifest))
     if len(dataset.index):
         lengths = dataset.index["length"]
         print(
@@ -75,34 +69,26 @@ def _left_out(manifest: Manifest) -> dict[str, int]:
     return found
 
 
-def _print_left_out(left_out: Mapping[str, int]) -> None:
-    print(f"left out  {sum(left_out.values())}")
-    for rule, count in left_out.items():
-        print(f"          {count} {rule}")
-
-
-def _print_kept(manifest: Manifest) -> None:
+def _print_samples(manifest: Manifest) -> None:
+    """How many images have the source's bytes, and how many samples have each further member."""
     if manifest.crops:
         kept = manifest.report.get("kept", 0)
         print(f"          {kept} with the source's bytes, {manifest.samples - kept} encoded anew without loss")
-
-
-def _print_members(manifest: Manifest) -> None:
-    """A line for each further member: how many samples have it, and the side of second images."""
     for line, (name, side) in enumerate(manifest.members.items()):
         what = f"{name}, {side}x{side}" if side else name
         print(f"{'' if line else 'members':8}  {manifest.report.get('members', {}).get(name, 0):>9}  {what}")
 
 
-def _print_sizes(manifest: Manifest) -> None:
+def _print_files(manifest: Manifest, left_out: Mapping[str, int]) -> None:
+    """How many files each rule left out, the sides of the source's images, and the shards."""
+    print(f"left out  {sum(left_out.values())}")
+    for rule, count in left_out.items():
+        print(f"          {count} {rule}")
     counts: dict[str, int] = manifest.report.get("shorter_sides", {})
     for line, (side, count) in enumerate(sorted(counts.items(), key=lambda item: int(item[0]))):
         bar = "#" * max(1, round(BAR * count / max(counts.values())))
         sides = f"{side}-{2 * int(side) - 1}"
         print(f"{'' if line else 'sides':8}  {sides:>11}  {count:>9}  {bar}")
-
-
-def _print_shards(manifest: Manifest) -> None:
     print(f"shards    {len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards):,} bytes")
 
 

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from data_prep.format import STATS_NAME
 from data_prep.inspection.dataset import Dataset, pixels_of
+from data_prep.output import claimed, discard_staging, whole_file
 from data_prep.progress import WorkProgress
-from data_prep.write.output import claimed, discard_staging, whole_file
 
 VALUES = 256
 CHUNK = 64  # images per task

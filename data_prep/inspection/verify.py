@@ -10,10 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import InputError
-from data_prep.format import INDEX_NAME, NAMES_NAME, REJECTS_NAME, UNLABELLED, FormatError, crc32, sha256_of
+from data_prep.format import (
+    INDEX_NAME,
+    NAMES_NAME,
+    REJECTS_NAME,
+    UNLABELLED,
+    FormatError,
+    check_digest,
+    crc32,
+    sha256_of,
+)
 from data_prep.inspection.dataset import Dataset, check_member, decode_member, member_bytes, opened, places_of
 from data_prep.progress import WorkProgress
-from data_prep.tars import entries
+from data_prep.tar_headers import list_members
 
 Decode = Literal["none", "sample", "all"]
 DECODE: tuple[Decode, ...] = get_args(Decode)
@@ -43,10 +52,10 @@ def _faults_of_lists(dataset: Dataset) -> Iterator[str]:
     """Faults of index, names and rejects."""
     folder, manifest, index = dataset.folder, dataset.manifest, dataset.index
     for name, expected in ((INDEX_NAME, manifest.index_sha256), (NAMES_NAME, manifest.names_sha256)):
-        if not (folder / name).is_file():
-            yield f"{folder / name}: missing"
-        elif sha256_of(folder / name) != expected:
-            yield f"{folder / name}: sha256 differs from the manifest's; the file was changed or is stale"
+        try:
+            check_digest(folder / name, expected)
+        except FormatError as error:
+            yield str(error)
     if len(index) != manifest.samples:
         yield f"{folder / INDEX_NAME}: {len(index)} rows, the manifest says {manifest.samples}"
     if (np.diff(index["shard"].astype(np.int64)) < 0).any() or (np.diff(index["key"].astype(np.int64)) <= 0).any():
@@ -100,7 +109,7 @@ def _first_damage(dataset: Dataset, shard: int, rows: npt.NDArray[np.void]) -> s
 def _index_fault(path: Path, rows: npt.NDArray[np.void]) -> str | None:
     """The first difference between the tar's headers and the index."""
     try:
-        members = [(member.name, member.offset, member.length, member.kind) for member in entries(path)]
+        members = [(member.name, member.offset, member.length, member.kind) for member in list_members(path)]
     except InputError as error:
         return str(error).removeprefix(f"{path}: ")
     indexed = [(row["key"], place) for row in rows for _, place in places_of(row)]

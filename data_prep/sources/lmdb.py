@@ -10,35 +10,29 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from data_prep.errors import InputError, Reject
+from data_prep.errors import InputError
 from data_prep.format import UNLABELLED
-from data_prep.recipe import Mode
-from data_prep.sources.base import MAX_FILE_BYTES, fingerprint_of, needed_module
-from data_prep.sources.members import ImagesAlone
+from data_prep.sources.base import fingerprint_of, needed_module
+from data_prep.sources.placed import PlacedSource
+from data_prep.sources.reading import check_length, has_changed
 
 DATA_NAME = "data.mdb"
 STDERR = 2
 LOSSLESS = "surrogateescape"  # maps keys to names and back without loss
 
 
-@dataclass(frozen=True)
-class LmdbSource(ImagesAlone):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LmdbSource(PlacedSource[str]):
     """The values of a database, named by their keys in their order; the fingerprint covers keys and lengths."""
 
     root: Path
-    names: list[str]
-    fingerprint: str
     kind: ClassVar[str] = "lmdb"
-    classes: ClassVar[list[str]] = []
-    natural_mode: ClassVar[Mode] = "RGB"
-    notice: ClassVar[None] = None
-    left_out: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def open(cls, root: Path) -> Self:
@@ -57,24 +51,16 @@ class LmdbSource(ImagesAlone):
                 raise InputError(
                     f"{root / DATA_NAME}: damaged (reading its keys ended the process that did it); fetch it again"
                 ) from error
-        return cls(root, [name for name, _ in rows], fingerprint_of(rows))
+        names, labels = [name for name, _ in rows], [UNLABELLED] * len(rows)
+        return cls(root=root, names=names, places=names, labels=labels, classes=[], fingerprint=fingerprint_of(rows))
 
-    def label(self, i: int) -> int:  # noqa: ARG002, D102 - see Source
-        return UNLABELLED
-
-    def read(self, i: int) -> bytes:  # noqa: D102 - see Source
+    def _content(self, name: str) -> bytes:
         with _reading(self.root) as transaction:
-            value = transaction.get(self.names[i].encode(errors=LOSSLESS))
+            value = transaction.get(name.encode(errors=LOSSLESS))
             if value is None:
-                raise InputError(
-                    f"{self.root}: has lost key {self.names[i]}; the source must stay as it is during a run"
-                )
-            if len(value) > MAX_FILE_BYTES:
-                raise Reject("file too large", f"{len(value)} bytes")
+                raise has_changed(self.root, f"has lost key {name}")
+            check_length(len(value))
             return bytes(value)
-
-    def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
-        return replace(self, names=self.names[start:stop])
 
 
 def _keep_silent() -> None:
@@ -83,9 +69,7 @@ def _keep_silent() -> None:
 
 
 def _rows(root: Path) -> list[tuple[str, int]]:
-    """Name and length of each value. Raises InputError where their number differs from the one stored in the
-    database.
-    """
+    """Name and length of each value. Raises InputError where there are more or fewer than the database says."""
     with _reading(root) as transaction:
         expected = transaction.stat()["entries"]
         found = islice(transaction.cursor(), expected + 1)  # bounded, since damaged pages may form a cycle

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from data_prep.format import MEMBERS
-from data_prep.sources.base import Wanted
+from data_prep.sources.base import Wanted, fingerprint_of
 from data_prep.sources.rules import MASK, SIDECAR, has_image_suffix, parts_of, stem_of, suffix_of
 
 PAIR = "source"  # the member that `--pair` makes
@@ -34,6 +34,16 @@ class Further(Generic[Place]):
             }
         )
 
+    def fingerprint(self, facts: Callable[[Place], object]) -> str:
+        """Hex sha256 of all entries, with `facts` (JSON values) for a place; empty where there are none."""
+        rows = [
+            [name, i, entry.hex() if isinstance(entry, bytes) else facts(entry)]
+            for name in self.members
+            for i, entry in enumerate(self.columns[name])
+            if entry is not None
+        ]
+        return fingerprint_of(rows) if rows else ""
+
     def part(self, start: int, stop: int) -> "Further[Place]":
         """Of images [start, stop), renumbered from 0."""
         return Further({name: column[start:stop] for name, column in self.columns.items()})
@@ -48,6 +58,8 @@ class Further(Generic[Place]):
 
 class ImagesAlone:
     """A base for sources whose images have nothing but a label."""
+
+    further_fingerprint: ClassVar[str] = ""
 
     @property
     def members(self) -> Sequence[str]:  # noqa: D102 - see Source

@@ -8,12 +8,13 @@ from pathlib import Path, PurePosixPath
 
 from data_prep.errors import InputError
 from data_prep.format import INDEX_NAME, MANIFEST_NAME
-from data_prep.sources import cifar, lmdb, parquet, tfrecords
+from data_prep.sources import cifar, lmdb, parquet, tar, tfrecords
 from data_prep.sources.base import Wanted
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.lmdb import LmdbSource
 from data_prep.sources.parquet import ParquetSource
+from data_prep.sources.reading import begins_with
 from data_prep.sources.rules import SIDECAR, has_image_suffix
 from data_prep.sources.splits import chosen_of, split_of_file
 from data_prep.sources.tar import TarSource
@@ -39,8 +40,8 @@ class Kind:
 
 KINDS = [
     Kind(name="tfrecords", ending="", is_one=lambda path: tfrecords.is_tfrecords(path), has_splits=False),
-    Kind(name="parquet", ending=".parquet", is_one=parquet.is_parquet, has_splits=False),
-    Kind(name="tar", ending=".tar", is_one=lambda _: True, has_splits=True),
+    Kind(name="parquet", ending=".parquet", is_one=lambda path: begins_with(path, parquet.MAGIC), has_splits=False),
+    Kind(name="tar", ending=".tar", is_one=lambda path: begins_with(path, tar.MAGIC, at=tar.MAGIC_AT), has_splits=True),
     Kind(name="zip", ending=".zip", is_one=zipfile.is_zipfile, has_splits=True),
 ]
 
@@ -68,7 +69,7 @@ def open_folder(folder: Path, wanted: Wanted) -> FolderContent:
         kind, archives = found[0]
         nearest = _nearest(archives)
         listing.left_out[FURTHER] += len(archives) - len(nearest)
-        listing.left_out.update(_sidecars(listing, archives))
+        listing.left_out[SIDECAR] += len(listing.names) - len(archives)
         return open_archives(kind, folder, nearest, wanted, listing)
     if databases := sorted(folder.glob(f"*/{lmdb.DATA_NAME}")):
         raise InputError(f"{folder}: holds {len(databases)} LMDBs; give one of them, such as {databases[0].parent}")
@@ -141,8 +142,9 @@ def _without_shard_metadata(listing: Listing) -> frozenset[str]:
 
 
 def _of_kind(kind: Kind, listing: Listing) -> list[str]:
-    root = listing.root
-    return [n for n in listing.names if n.endswith(kind.ending) and (root / n).is_file() and kind.is_one(root / n)]
+    """The archives of a kind in a folder; a .tar counts by its name, so that a damaged one is an error."""
+    named = [name for name in listing.names if name.endswith(kind.ending) and (listing.root / name).is_file()]
+    return named if kind.name == "tar" else [name for name in named if kind.is_one(listing.root / name)]
 
 
 def _nearest(archives: list[str]) -> list[str]:
@@ -151,8 +153,3 @@ def _nearest(archives: list[str]) -> list[str]:
         if found := [name for name in archives if str(PurePosixPath(name).parent) == folder]:
             return found
     return archives
-
-
-def _sidecars(listing: Listing, archives: Sequence[str]) -> Counter[str]:
-    """Files beside archives, by the rule that leaves them out: they are no images."""
-    return Counter({SIDECAR: len(listing.names) - len(archives)})

@@ -1,23 +1,24 @@
 """Hugging Face's image datasets as parquet: a column of {bytes, path}, and optionally one of labels."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from data_prep.errors import InputError, Reject
-from data_prep.recipe import Mode
-from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, needed_module
+from data_prep.sources.base import Wanted, fingerprint_of, needed_module
 from data_prep.sources.columns import Columns, classes_of_column, find_columns, inner
+from data_prep.sources.placed import PlacedSource
+from data_prep.sources.reading import check_length, has_changed
 
 MAGIC = b"PAR1"
 ROWS_AT_ONCE = 16  # a row group may contain a gigabyte of images
 
 
 @dataclass(frozen=True)
-class Place:
+class RowGroup:
     """Rows from `first` on of the dataset are those of row group `group` in file number `file`."""
 
     first: int
@@ -25,22 +26,17 @@ class Place:
     group: int
 
 
-@dataclass(frozen=True)
-class ParquetSource:
-    """All rows of the files in order; the fingerprint covers files' sizes, row groups, paths and labels."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParquetSource(PlacedSource[int]):
+    """All rows of the files in order; the fingerprint covers files' sizes, row groups, paths and labels.
+
+    Places are numbers of rows, through all files.
+    """
 
     files: list[Path]
-    places: list[Place]
+    groups: list[RowGroup]
     columns: dict[str, str]  # of the image, called "", and of the further members
-    start: int
-    names: list[str]
-    labels: list[int]
-    classes: list[str]
-    fingerprint: str
-    notice: str | None
     kind: ClassVar[str] = "parquet"
-    natural_mode: ClassVar[Mode] = "RGB"
-    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, files: Sequence[Path], wanted: Wanted) -> Self:
@@ -53,12 +49,12 @@ class ParquetSource:
                 raise InputError(
                     f"{path}: has other columns of images or labels than {files[0].name}; give one data set"
                 )
-        places: list[Place] = []
+        groups: list[RowGroup] = []
         names: list[str] = []
         values: list[Any] = []
         for number, (path, table) in enumerate(zip(files, tables)):
             for group in range(table.num_row_groups):
-                places.append(Place(len(names), number, group))
+                groups.append(RowGroup(len(names), number, group))
                 paths, found = _names_and_labels(path, table, group, columns)
                 names += [name or f"{path.name}:{group}:{i}" for i, name in enumerate(paths)]
                 values += found
@@ -66,23 +62,27 @@ class ParquetSource:
         sizes = [[path.stat().st_size, table.num_row_groups] for path, table in zip(files, tables)]
         chosen = [[columns.bytes]] if columns.chosen else []  # omitted for the first column, as in earlier versions
         rows = ([name, label] for name, label in zip(names, labels))
-        fingerprint = fingerprint_of([*sizes, *chosen, *wanted.choice, *rows])
-        read = {"": columns.bytes, **columns.further}
-        return cls(files, places, read, 0, names, labels, classes, fingerprint, columns.notice)
+        return cls(
+            files=files,
+            groups=groups,
+            columns={"": columns.bytes, **columns.further},
+            names=names,
+            places=range(len(names)),
+            labels=labels,
+            classes=classes,
+            fingerprint=fingerprint_of([*sizes, *chosen, *wanted.choice, *rows]),
+            notice=columns.notice,
+        )
 
     @property
     def members(self) -> list[str]:  # noqa: D102 - see Source
         return [name for name in self.columns if name]
 
-    def label(self, i: int) -> int:  # noqa: D102 - see Source
-        return self.labels[i]
-
     def read(self, i: int) -> bytes:  # noqa: D102 - see Source
-        data = self._row(i)[""]
+        data: bytes | None = self._row(i)[""]
         if data is None:
             raise Reject("no bytes", "the row only names a file; embed it into the parquet")
-        if len(data) > MAX_FILE_BYTES:
-            raise Reject("file too large", f"{len(data)} bytes")
+        check_length(len(data))
         return data
 
     def further(self, i: int) -> dict[str, bytes]:  # noqa: D102 - see Source
@@ -92,20 +92,10 @@ class ParquetSource:
 
     def _row(self, i: int) -> dict[str, Any]:
         """The values of `columns` in the row of image `i`."""
-        row = self.start + i
-        place = self.places[bisect_right(self.places, row, key=lambda place: place.first) - 1]
+        row = self.places[i]
+        group = self.groups[bisect_right(self.groups, row, key=lambda group: group.first) - 1]
         columns = tuple(self.columns.items())
-        return _reader(self.files[place.file], place.group, columns).read(row - place.first)
-
-    def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
-        names, labels = self.names[start:stop], self.labels[start:stop]
-        return replace(self, start=self.start + start, names=names, labels=labels, notice=None)
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether the file begins with parquet's magic bytes."""
-    with path.open("rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC
+        return _reader(self.files[group.file], group.group, columns).read(row - group.first)
 
 
 def _open(path: Path) -> Any:
@@ -156,7 +146,7 @@ class _GroupReader:
                 yield [{name: inner(row, column) for name, column in self._columns} for row in batch.to_pylist()]
         except (OSError, ValueError) as error:
             raise InputError(f"{self._path}: row group {self._group} cannot be read ({_first_line(error)})") from error
-        raise InputError(f"{self._path}: has lost rows; the source must stay as it is during a run")
+        raise has_changed(self._path, "has lost rows")
 
 
 @lru_cache(maxsize=1)

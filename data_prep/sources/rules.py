@@ -96,9 +96,7 @@ def rule_against(name: str) -> str | None:
 
 
 def masks_among(names: Sequence[str]) -> frozenset[str]:
-    """Those of `names` that are masks of an image among them: `0.seg.png` and `0_mask.png` beside `0.jpg`, and
-    `masks/0.png` beside `images/0.jpg`.
-    """
+    """Masks of images among `names`: `0.seg.png`, `0_mask.png` beside `0.jpg`; `masks/0.png` beside `images/0.jpg`."""
     suspects = [name for name in names if _MASK.fullmatch(name) or _MASK_FOLDER.fullmatch(name)]
     if not suspects:
         return frozenset()

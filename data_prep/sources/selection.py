@@ -21,7 +21,7 @@ from data_prep.sources.label_files import (
 )
 from data_prep.sources.members import Further, members_beside
 from data_prep.sources.rules import MASK, has_image_suffix, masks_among, parts_of, rule_against
-from data_prep.sources.splits import Split, chosen_of, left_out_by_split, splits_of_images
+from data_prep.sources.splits import Split, chosen_of, splits_of_images
 
 Read = Callable[[int], bytes | None]
 
@@ -41,9 +41,7 @@ class Labelling:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The selected images, by position among all names, with labels and further members; and what was left out, by
-    rule.
-    """
+    """The selected images, as positions among all names, with labels and further members; what rules left out."""
 
     positions: list[int]
     labelling: Labelling
@@ -64,15 +62,16 @@ def select(
     masks = masks_among(names)
     rules = [MASK if name in masks else rule_against(name) for name in names]
     beside = members_beside(names, rules, wanted) if wanted.labels == "auto" else {}
-    members = {member for of_images in beside.values() for member in of_images.values()}
-    positions = [position for position, rule in enumerate(rules) if rule is None and position not in members]
-    left_out = Counter(rule for position, rule in enumerate(rules) if rule and position not in members)
+    further = {position for of_images in beside.values() for position in of_images.values()}
+    positions = [position for position, rule in enumerate(rules) if rule is None and position not in further]
+    left_out = Counter(rule for position, rule in enumerate(rules) if rule and position not in further)
     pool = [names[position] for position in positions]
     splits, depth = _splits(pool)
     chosen = chosen_of(splits, wanted.split, where)
     if chosen is not None:
         positions = [positions[i] for i in chosen]
-        left_out.update(left_out_by_split(splits, wanted.split))
+        others = [split for split in splits if split != wanted.split]
+        left_out.update(f"images of split {split}" if split else "images outside the splits" for split in others)
     labelling = Labelling(labels=[UNLABELLED] * len(positions))
     columns: dict[str, list[int | bytes | None]] = {
         name: [of_images.get(position) for position in positions] for name, of_images in beside.items() if of_images
@@ -85,8 +84,9 @@ def select(
         captions, notice = _captions(names, positions, wanted.caption_column, where, read)
         notices += [notice] if notice and notice not in notices else []
         columns["txt"] = [of or listed for of, listed in zip(columns.get("txt", captions), captions)]
-    further = Further(columns)
-    return Selection(positions=positions, labelling=labelling, further=further, left_out=left_out, notices=notices)
+    return Selection(
+        positions=positions, labelling=labelling, further=Further(columns), left_out=left_out, notices=notices
+    )
 
 
 def _splits(pool: Sequence[str]) -> tuple[list[Split | None], int]:
@@ -95,13 +95,9 @@ def _splits(pool: Sequence[str]) -> tuple[list[Split | None], int]:
     splits, depth = splits_of_images(images)
     if len(images) < len(pool):
         of_image = dict(zip(images, splits))
-        of_folder = {_start(name, depth): split for name, split in of_image.items()} if depth else {}
-        splits = [of_image.get(name) or of_folder.get(_start(name, depth)) for name in pool]
+        of_folder = {parts_of(name)[:depth]: split for name, split in of_image.items()} if depth else {}
+        splits = [of_image.get(name) or of_folder.get(parts_of(name)[:depth]) for name in pool]
     return splits, depth if len({split for split in splits if split}) > 1 else 0
-
-
-def _start(name: str, depth: int) -> tuple[str, ...]:
-    return parts_of(name)[:depth]
 
 
 def _split_notices(splits: Sequence[Split | None], chosen: list[int] | None) -> list[str]:
@@ -121,22 +117,18 @@ def _listed(
     """
     chosen = [names[position] for position in positions]
     faults: list[str] = []
-    for folder, position in _label_files(names, chosen, (JSON_NAME, *METADATA_NAMES)):
-        data = read(position)
-        if data is None:
-            continue
+    for folder, position, data in _label_files(names, chosen, (JSON_NAME, *METADATA_NAMES), read):
         place = f"{where}: {names[position]}"
         try:
             listed = listed_labels(PurePosixPath(names[position]).name, data, place)
         except UnreadableError as error:
             faults.append(str(error))
             continue
-        if listed is None:
-            continue
-        values, notice = _matched(listed, names, chosen, folder, place)
-        classes, labels = classes_of_values(values)
-        file = (position, hashlib.sha256(data).hexdigest())
-        return Labelling(classes=classes, labels=labels, file=file, notices=[notice] if notice else []), faults
+        if listed is not None:
+            values, notice = _matched(listed, names, chosen, folder, place)
+            classes, labels = classes_of_values(values)
+            file = (position, hashlib.sha256(data).hexdigest())
+            return Labelling(classes=classes, labels=labels, file=file, notices=[notice] if notice else []), faults
     return None, faults
 
 
@@ -148,11 +140,10 @@ def _captions(
     Damaged files are reported by `_listed`.
     """
     chosen = [names[position] for position in positions]
-    for folder, position in _label_files(names, chosen, METADATA_NAMES):
-        data = read(position)
+    for folder, position, data in _label_files(names, chosen, METADATA_NAMES, read):
         place = f"{where}: {names[position]}"
         with suppress(UnreadableError):
-            listed = data and listed_captions(PurePosixPath(names[position]).name, data, column, place)
+            listed = listed_captions(PurePosixPath(names[position]).name, data, column, place)
             if listed:
                 values, notice = _matched(listed, names, chosen, folder, place)
                 return [value.encode() if isinstance(value, str) else None for value in values], notice
@@ -167,10 +158,12 @@ def _matched(
     return values_of(listed, below, [name[len(folder) :] for name in chosen], place)
 
 
-def _label_files(names: Sequence[str], chosen: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """(folder, position) of the files called one of `wanted`, the nearest first.
+def _label_files(
+    names: Sequence[str], chosen: Sequence[str], wanted: Sequence[str], read: Read
+) -> Iterator[tuple[str, int, bytes]]:
+    """Folder, position and content of the files called one of `wanted`, the nearest first.
 
-    `folder` ends with a slash or is empty. Names that occur several times in an archive are excluded as ambiguous.
+    The folder ends with a slash or is empty. Names that occur several times in an archive are excluded as ambiguous.
     """
     found = [(name, position) for position, name in enumerate(names) if name.endswith(tuple(wanted))]
     images = [name for name in chosen if has_image_suffix(name)] or chosen
@@ -181,7 +174,9 @@ def _label_files(names: Sequence[str], chosen: Sequence[str], wanted: Sequence[s
     while True:
         prefix = f"{folder}/" if folder else ""
         for name in wanted:
-            yield from ((prefix, at) for path, at in found if path == prefix + name and often[path] == 1)
+            for path, position in found:
+                if path == prefix + name and often[path] == 1 and (data := read(position)) is not None:
+                    yield prefix, position, data
         if not folder:
             return
         folder = posixpath.dirname(folder)

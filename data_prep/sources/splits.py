@@ -89,11 +89,6 @@ def chosen_of(splits: Sequence[Split | None], wanted: Split, where: str) -> list
     return [position for position, split in enumerate(splits) if split == wanted]
 
 
-def left_out_by_split(splits: Sequence[Split | None], wanted: Split) -> list[str]:
-    """A rule for each image outside of split `wanted`, as printed in the summary."""
-    return [f"images of split {split}" if split else "images outside the splits" for split in splits if split != wanted]
-
-
 def _split_at_start(name: str) -> Split | None:
     match = _AT_START.fullmatch(name)
     return WORDS[(match[1] or match[2]).lower()] if match else None

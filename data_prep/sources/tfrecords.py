@@ -10,12 +10,9 @@ A file is a sequence of records, each framed as
 where masked(c) = rotate_right(c, 15) + 0xa282ead8 (mod 2^32).
 """
 
-import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from io import FileIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -25,16 +22,15 @@ from PIL import Image
 from data_prep.arrays import image_of_array
 from data_prep.errors import InputError, Reject
 from data_prep.format import UNLABELLED
-from data_prep.recipe import Mode
-from data_prep.sources.base import MAX_FILE_BYTES, Wanted, fingerprint_of, needed_module
+from data_prep.sources.base import Wanted, fingerprint_of, needed_module
 from data_prep.sources.label_files import labels_of_progan
-from data_prep.sources.members import ImagesAlone
+from data_prep.sources.placed import PlacedSource
 from data_prep.sources.protobuf import WireError, bytes_and_integers
+from data_prep.sources.reading import check_length, read_at
 
 LENGTH = struct.Struct("<QI")  # a record's length and its CRC
 CRC = struct.Struct("<I")
 MASK_DELTA = 0xA282EAD8
-CACHED_FILES = 8
 
 
 @dataclass(frozen=True)
@@ -46,20 +42,12 @@ class Record:
     length: int
 
 
-@dataclass(frozen=True)
-class TfrecordsSource(ImagesAlone):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TfrecordsSource(PlacedSource[Record]):
     """The records of all files of one resolution, in order; the fingerprint covers positions, lengths and labels."""
 
     files: list[Path]
-    records: list[Record]
-    names: list[str]
-    labels: list[int]
-    classes: list[str]
-    fingerprint: str
-    notice: str | None
     kind: ClassVar[str] = "tfrecords"
-    natural_mode: ClassVar[Mode] = "RGB"
-    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, paths: Sequence[Path], wanted: Wanted) -> Self:
@@ -79,33 +67,32 @@ class TfrecordsSource(ImagesAlone):
         if found is not None:
             classes, labels = found
             rows.append([classes, labels])
-        return cls(files, records, names, labels, classes, fingerprint_of(rows), notice, left_out)
-
-    def label(self, i: int) -> int:  # noqa: D102 - see Source
-        return self.labels[i]
+        return cls(
+            files=files,
+            names=names,
+            places=records,
+            labels=labels,
+            classes=classes,
+            fingerprint=fingerprint_of(rows),
+            notice=notice,
+            left_out=left_out,
+        )
 
     def read(self, i: int) -> Image.Image:  # noqa: D102 - see Source
-        record = self.records[i]
-        if record.length > MAX_FILE_BYTES:
-            raise Reject("file too large", f"{record.length} bytes")
-        framed = _pread(self.files[record.file], record.offset, record.length + CRC.size)
+        record = self.places[i]
+        check_length(record.length)
+        framed = read_at(self.files[record.file], record.offset, record.length + CRC.size)
         data = framed[: record.length]
         if len(framed) < record.length + CRC.size or CRC.unpack(framed[record.length :])[0] != masked_crc32c(data):
             raise Reject("truncated or corrupt", "crc differs")
         return image_of_example(data)
-
-    def part(self, start: int, stop: int) -> Self:  # noqa: D102 - see Source
-        chosen = slice(start, stop)
-        return replace(
-            self, records=self.records[chosen], names=self.names[chosen], labels=self.labels[chosen], notice=None
-        )
 
 
 def is_tfrecords(path: Path) -> bool:
     """Whether the file begins with a TFRecord's length and its CRC."""
     if ".tfrecord" not in path.name:  # avoids opening every file, and requiring the library for CRCs
         return False
-    head = _pread(path, 0, LENGTH.size)
+    head = read_at(path, 0, LENGTH.size)
     return len(head) == LENGTH.size and LENGTH.unpack(head)[1] == masked_crc32c(head[:8])
 
 
@@ -151,7 +138,7 @@ def _first_image(path: Path) -> Image.Image:
     if record is None:
         raise InputError(f"{path}: holds no records")
     try:
-        return image_of_example(_pread(path, record.offset, record.length))
+        return image_of_example(read_at(path, record.offset, record.length))
     except Reject as reject:
         raise InputError(f"{path}: {reject.reason} in its first record ({reject.detail})") from reject
 
@@ -160,7 +147,7 @@ def _frames(path: Path, file: int) -> Iterator[Record]:
     """Positions of the records. Raises InputError where a length is damaged, since no later record can be found."""
     size, offset = path.stat().st_size, 0
     while offset < size:
-        head = _pread(path, offset, LENGTH.size)
+        head = read_at(path, offset, LENGTH.size)
         if len(head) < LENGTH.size:
             raise InputError(f"{path}: cut at byte {size}, inside a record; fetch the file again")
         length, crc = LENGTH.unpack(head)
@@ -172,16 +159,3 @@ def _frames(path: Path, file: int) -> Iterator[Record]:
             raise InputError(f"{path}: cut at byte {size}, inside a record; fetch the file again")
         yield Record(file, offset + LENGTH.size, length)
         offset += LENGTH.size + length + CRC.size
-
-
-def _pread(path: Path, offset: int, length: int) -> bytes:
-    try:
-        return os.pread(_opened(path).fileno(), length, offset)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; the source must stay as it is during a run") from error
-
-
-@lru_cache(maxsize=CACHED_FILES)
-def _opened(path: Path) -> FileIO:
-    """Opened once per process; the file closes when it is dropped from the cache."""
-    return FileIO(path)

@@ -1,13 +1,13 @@
 """A wrapper for any source that drops its labels, captions and what else goes with images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import ClassVar, Self
 
 from PIL import Image
 
 from data_prep.format import UNLABELLED
-from data_prep.recipe import Mode
 from data_prep.sources.base import Source, fingerprint_of
 from data_prep.sources.members import ImagesAlone
 
@@ -19,29 +19,15 @@ class UnlabelledSource(ImagesAlone):
     source: Source
     classes: ClassVar[Sequence[str]] = ()
 
-    @property
-    def kind(self) -> str:  # noqa: D102 - see Source
-        return self.source.kind
-
-    @property
-    def names(self) -> Sequence[str]:  # noqa: D102 - see Source
-        return self.source.names
+    kind = property(attrgetter("source.kind"))
+    names = property(attrgetter("source.names"))
+    natural_mode = property(attrgetter("source.natural_mode"))
+    notice = property(attrgetter("source.notice"))
+    left_out = property(attrgetter("source.left_out"))
 
     @property
     def fingerprint(self) -> str:  # noqa: D102 - see Source
         return fingerprint_of([[self.source.fingerprint, "without labels"]])
-
-    @property
-    def natural_mode(self) -> Mode:  # noqa: D102 - see Source
-        return self.source.natural_mode
-
-    @property
-    def notice(self) -> str | None:  # noqa: D102 - see Source
-        return self.source.notice
-
-    @property
-    def left_out(self) -> Mapping[str, int]:  # noqa: D102 - see Source
-        return self.source.left_out
 
     def label(self, i: int) -> int:  # noqa: ARG002, D102 - see Source
         return UNLABELLED

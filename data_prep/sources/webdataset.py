@@ -9,25 +9,21 @@ from pathlib import Path
 from data_prep.format import MEMBERS
 from data_prep.sources.base import Wanted, classes_of_values
 from data_prep.sources.members import PAIR, Further
+from data_prep.sources.reading import has_changed, read_at
 from data_prep.sources.rules import BY_PRODUCT, MASK, SIDECAR, has_image_suffix, rule_against, stem_of, suffix_of
 from data_prep.sources.selection import Labelling
-from data_prep.tar_headers import Kind
-from data_prep.tars import content, entries
+from data_prep.tar_headers import Member, list_members
 
 MAX_LABEL_BYTES = 1024**2
 SECOND_IMAGES = tuple(name for name, kind in MEMBERS.items() if kind == "image")
 LONGEST_WORD = 200  # characters of a class name; longer text is a caption
 
 
-@dataclass(frozen=True)
-class Member:
-    """A file in archive number `archive`: `length` bytes from `offset` on."""
+@dataclass(frozen=True, slots=True)
+class ArchivedFile(Member):
+    """A member of archive number `archive`."""
 
-    name: str
     archive: int
-    offset: int
-    length: int
-    kind: Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +33,8 @@ class Archive:
     `fields` has labels and captions, and also the arrays and second images that are kept.
     """
 
-    candidates: list[Member]
-    fields: dict[str, Member]
+    candidates: list[ArchivedFile]
+    fields: dict[str, ArchivedFile]
     left_out: Counter[str]
 
 
@@ -50,15 +46,17 @@ def sorted_out(path: Path, archive: int, wanted: Wanted) -> Archive:
     """
     kept = {wanted.pair if name == PAIR and wanted.pair else name for name in SECOND_IMAGES}
     kept = kept if wanted.labels == "auto" else set()
-    members = [Member(m.name, archive, m.offset, m.length, m.kind) for m in entries(path) if m.kind != "folder"]
+    members = [
+        ArchivedFile(m.name, m.offset, m.length, m.kind, archive) for m in list_members(path) if m.kind != "folder"
+    ]
     visible = [member for member in members if rule_against(member.name) != BY_PRODUCT]
     images = [member.name for member in visible if has_image_suffix(member.name)]
     keys = {key_of(name) for name in images}
     plain = {key_of(name) for name in images if _extension(name).count(".") == 0}
     left_out = Counter({BY_PRODUCT: len(members) - len(visible)})
     pictures = {key_of(name) for name in images if _extension(name).count(".") == 0 and suffix_of(name) != ".npy"}
-    candidates: list[Member] = []
-    fields: dict[str, Member] = {}
+    candidates: list[ArchivedFile] = []
+    fields: dict[str, ArchivedFile] = {}
     for member in visible:
         if _is_field(member.name) and key_of(member.name) in keys:
             fields[member.name] = member
@@ -81,7 +79,15 @@ def key_of(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def labels_beside(images: Sequence[Member], archives: Sequence[Archive], paths: Sequence[Path]) -> Labelling:
+def content(path: Path, file: ArchivedFile) -> bytes:
+    """The bytes of a file in the archive `path`. Raises InputError where the archive has become shorter."""
+    data = read_at(path, file.offset, file.length)
+    if len(data) != file.length:
+        raise has_changed(path, "has become shorter")
+    return data
+
+
+def labels_beside(images: Sequence[ArchivedFile], archives: Sequence[Archive], paths: Sequence[Path]) -> Labelling:
     """The label of each image, from its `.cls`, or `label` in its `.json`; for `a.1.jpg`, `a.1.cls` precedes `a.cls`.
 
     An image has no label where the file has none, or a word while others have numbers; a line reports either.
@@ -106,14 +112,14 @@ def labels_beside(images: Sequence[Member], archives: Sequence[Archive], paths: 
 
 
 def fields_beside(
-    images: Sequence[Member], archives: Sequence[Archive], listed: Further[Member], wanted: Wanted
-) -> Further[Member]:
+    images: Sequence[ArchivedFile], archives: Sequence[Archive], listed: Further[ArchivedFile], wanted: Wanted
+) -> Further[ArchivedFile]:
     """The further members of each image: its caption, array and second images, or else what is `listed` for it.
 
     For `a.1.jpg`, `a.1.txt` precedes `a.txt`.
     """
     of_stem = [{_named(name, wanted): field for name, field in archive.fields.items()} for archive in archives]
-    columns: dict[str, list[Member | bytes | None]] = {}
+    columns: dict[str, list[ArchivedFile | bytes | None]] = {}
     for member in ("npy", *SECOND_IMAGES) if wanted.caption_column is not None else ("txt", "npy", *SECOND_IMAGES):
         columns[member] = [
             next((found for stem in _stems(image) if (found := of_stem[image.archive].get((stem, member)))), None)
@@ -133,7 +139,7 @@ def _named(name: str, wanted: Wanted) -> tuple[str, str]:
     return stem, PAIR if word == wanted.pair else word
 
 
-def _stems(image: Member) -> list[str]:
+def _stems(image: ArchivedFile) -> list[str]:
     return list(dict.fromkeys([stem_of(image.name), key_of(image.name)])) if has_image_suffix(image.name) else []
 
 
@@ -169,18 +175,16 @@ def _is_picture_beside(name: str) -> bool:
     return has_image_suffix(name) and any(not part.isdecimal() for part in before)
 
 
-def _label_file(image: Member, fields: dict[str, Member]) -> Member | None:
+def _label_file(image: ArchivedFile, fields: dict[str, ArchivedFile]) -> ArchivedFile | None:
     names = [stem + suffix for stem in _stems(image) for suffix in (".cls", ".json")]
     found = next((fields[name] for name in names if name in fields), None)
     return found if found and found.kind == "file" and found.length <= MAX_LABEL_BYTES else None
 
 
-def _label(path: Path, member: Member) -> int | str | None:
-    """The label in a file. Raises ValueError for invalid ones, RecursionError for a `.json` that is nested too
-    deeply.
-    """
-    text = content(path, member.offset, member.length).decode("utf-8-sig").strip()
-    if member.name.endswith(".cls"):
+def _label(path: Path, file: ArchivedFile) -> int | str | None:
+    """The label in a file. Raises ValueError for invalid ones, RecursionError for a `.json` nested too deeply."""
+    text = content(path, file).decode("utf-8-sig").strip()
+    if file.name.endswith(".cls"):
         try:
             return int(text)
         except ValueError:

@@ -2,9 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,26 @@ from data_prep.format import (
     ShardRecord,
     check_files,
     index_dtype,
+    load_index,
     load_manifest,
     sha256_of,
 )
 from data_prep.inspection.contact_sheet import contact_sheet
-from data_prep.inspection.dataset import Dataset, load_index
+from data_prep.inspection.dataset import Dataset
+from data_prep.output import check_ours, claimed, discard_staging, whole_file
 from data_prep.progress import WorkProgress
 from data_prep.recipe import Recipe
 from data_prep.sources import Source
 from data_prep.write.convert import codec_versions
 from data_prep.write.disk import check_room, readable
 from data_prep.write.members import members_of
-from data_prep.write.output import (
-    MEMBERS_ASKED,
+from data_prep.write.parameters import (
+    MEMBERS,
     begin_or_resume,
-    check_ours,
     check_same_run,
-    claimed,
-    discard_staging,
-    whole_file,
+    parameters_of,
+    parameters_of_finished,
+    source_facts,
 )
 from data_prep.write.workers import write_shards
 from data_prep.write.writer import ShardPlan, ShardResult, is_whole, load_result
@@ -55,16 +56,16 @@ class Outcome:
     already_finished: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Merged:
     """The combined results of the shards."""
 
-    shards: list[ShardRecord]
-    samples: int
-    reasons: Counter[str]
-    kept: int
-    shorter_sides: Counter[int]  # by the largest power of two that is not larger
-    further: Counter[str]  # samples that have a further member, by its name
+    shards: list[ShardRecord] = field(default_factory=list)
+    samples: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    shorter_sides: Counter[int] = field(default_factory=Counter)  # by the largest power of two that is not larger
+    further: Counter[str] = field(default_factory=Counter)  # samples that have a further member, by its name
 
 
 def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject_fraction: float) -> Outcome:
@@ -74,23 +75,24 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
     another dataset, belongs to another run or to no run of data_prep, and DataPrepError where it cannot be written, a
     worker dies or too many images are rejected.
     """
-    parameters = {**_parameters(source, recipe), MEMBERS_ASKED: members_of(source, recipe)}
+    parameters = parameters_of(source, recipe, members_of(source, recipe))
     if (out / MANIFEST_NAME).exists():
-        return _check_finished(out, parameters)
+        return _check_finished(out, source, parameters)
     check_ours(out)
     with claimed(out) as staging:
         if (out / MANIFEST_NAME).exists():  # the run that held the lock has finished it
-            return _check_finished(out, parameters)
+            return _check_finished(out, source, parameters)
         # Also compared when resuming: shards by two versions of Pillow would not be reproducible from the source.
-        begun = begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})
-        plans = plan_shards(source, recipe.shard_samples, begun[MEMBERS_ASKED])
+        members = begin_or_resume(out, staging, {**parameters, "the libraries": codec_versions()})[MEMBERS]
+        _tell_of_images_alone(out, source, members)
+        plans = plan_shards(source, recipe.shard_samples, members)
         missing = _missing(plans, out, staging, workers)
         if missing:
             _check_room(missing, recipe, out, begun=len(missing) < len(plans))
             _write(missing, recipe, out, staging, workers, total=len(source.names))
-        merged = _merge(plans, out, staging, begun[MEMBERS_ASKED])
+        merged = _merge(plans, out, staging, members)
         _check_rejects(merged, len(source.names), max_reject_fraction, out)
-        manifest = _manifest(merged, source, recipe, out, begun[MEMBERS_ASKED])
+        manifest = _manifest(merged, source, recipe, out, members)
         with whole_file(out / CONTACT_SHEET_NAME, staging) as stream:
             stream.write(contact_sheet(Dataset(folder=out, manifest=manifest, index=load_index(out, manifest))))
         with whole_file(out / MANIFEST_NAME, staging) as stream:
@@ -126,43 +128,26 @@ def _missing(plans: list[ShardPlan], out: Path, staging: Path, workers: int) -> 
     return [plan for plan in plans if plan.number not in whole]
 
 
-def _parameters(source: Source, recipe: Recipe) -> dict[str, Any]:
-    """Every parameter that determines the bytes, by the name used in messages."""
-    return {
-        "--size": recipe.image_size,
-        "--transform": recipe.transform,
-        "--format": recipe.encoding,
-        "--mode": recipe.mode,
-        "--shard-samples": recipe.shard_samples,
-        "--upscale": recipe.upscale,
-        "a source": _source_facts(source),
-    }
-
-
-def _source_facts(source: Source) -> dict[str, Any]:
-    return {"kind": source.kind, "files": len(source.names), "fingerprint": source.fingerprint}
-
-
-def _check_finished(out: Path, parameters: dict[str, Any]) -> Outcome:
+def _check_finished(out: Path, source: Source, parameters: dict[str, Any]) -> Outcome:
     """The outcome of the run that finished `out`; InputError where that was another dataset or is damaged now."""
     try:
         manifest = load_manifest(out)
         check_files(out, manifest)
     except FormatError as error:
         raise InputError(f"{error}; remove {out} and run again") from error
-    finished = {
-        "--size": manifest.image_size,
-        "--transform": manifest.transform,
-        "--format": manifest.options.get("format"),
-        "--mode": manifest.mode,
-        "--shard-samples": manifest.options.get("shard_samples"),
-        "--upscale": manifest.options.get("upscale"),
-        "a source": manifest.source,
-        MEMBERS_ASKED: manifest.members,
-    }
-    check_same_run(out, finished, parameters)
+    check_same_run(out, parameters_of_finished(manifest), parameters)
+    _tell_of_images_alone(out, source, manifest.members)
     discard_staging(out)  # left by a run that was killed after writing the manifest
     return Outcome(manifest=manifest, reasons=_reasons(out / REJECTS_NAME), already_finished=True)
+
+
+def _tell_of_images_alone(out: Path, source: Source, members: dict[str, int]) -> None:
+    """Print a line where a dataset was begun as images alone, and stays so, though its source has more by now."""
+    if source.members and not members:
+        print(
+            f"{out}: was begun as images alone and stays so; its source also has {', '.join(source.members)}, "
+            "which another folder would keep"
+        )
 
 
 def _reasons(path: Path) -> Counter[str]:
@@ -175,9 +160,7 @@ def _reasons(path: Path) -> Counter[str]:
 
 
 def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: bool) -> None:
-    """Report the estimated size. Raises InputError where the disk has less; a new run then leaves nothing in the
-    folder.
-    """
+    """Report the estimated size. Raises InputError where the disk has less; a new run then leaves no file behind."""
     try:
         room = check_room(missing, recipe, out)
     except InputError:
@@ -195,52 +178,31 @@ def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, w
             progress.update(sources)
 
 
-def _results(plans: Iterable[ShardPlan], out: Path, staging: Path) -> Iterator[ShardResult]:
-    """The shards' results in order, loaded one at a time since all may not fit into memory."""
-    for plan in plans:
-        result = load_result(plan, out, staging)
-        if result is None or result.sources != len(plan.source.names):
-            raise DataPrepError(f"{staging / plan.result_name}: does not account for all sources of the shard")
-        yield result
-
-
 def _merge(plans: list[ShardPlan], out: Path, staging: Path, members: dict[str, int]) -> Merged:
     """Write index, names and rejects of the whole dataset."""
-    shards: list[ShardRecord] = []
+    merged = Merged()
     rows = [np.empty(0, index_dtype(members))]
-    further: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    shorter_sides: Counter[int] = Counter()
-    kept = 0
     with whole_file(out / NAMES_NAME, staging) as names, whole_file(out / REJECTS_NAME, staging) as rejects:
-        for result in _results(plans, out, staging):
+        for plan in plans:  # their results one at a time, since all may not fit into memory
+            result = load_result(plan, out, staging)
+            if result is None or result.sources != len(plan.source.names):
+                raise DataPrepError(f"{staging / plan.result_name}: does not account for all sources of the shard")
             for rejected in result.rejects:
                 rejects.write(json.dumps(asdict(rejected)).encode() + b"\n")
-                reasons[rejected.reason] += 1
+                merged.reasons[rejected.reason] += 1
             if result.record is None:
                 continue
-            shorter_sides.update(_power_of_two(min(sample.width, sample.height)) for sample in result.samples)
-            kept += sum(sample.kept for sample in result.samples)
             names.writelines(json.dumps(sample.name).encode() + b"\n" for sample in result.samples)
-            rows.append(_index_rows(result, len(shards), members))
-            further.update(name for sample in result.samples for name in sample.further)
-            shards.append(result.record)
-    index = np.concatenate(rows)
+            rows.append(_index_rows(result, len(merged.shards), members))
+            merged.shards.append(result.record)
+            merged.samples += len(result.samples)
+            merged.kept += sum(sample.kept for sample in result.samples)
+            sides = [min(sample.width, sample.height) for sample in result.samples]
+            merged.shorter_sides.update(1 << side.bit_length() - 1 for side in sides)
+            merged.further.update(name for sample in result.samples for name in sample.further)
     with whole_file(out / INDEX_NAME, staging) as stream:
-        np.save(stream, index)
-    return Merged(
-        shards=shards,
-        samples=len(index),
-        reasons=reasons,
-        kept=kept,
-        shorter_sides=shorter_sides,
-        further=further,
-    )
-
-
-def _power_of_two(side: int) -> int:
-    """The largest power of two that is not larger than `side` >= 1."""
-    return 1 << side.bit_length() - 1
+        np.save(stream, np.concatenate(rows))
+    return merged
 
 
 def _index_rows(result: ShardResult, shard: int, members: Iterable[str]) -> np.ndarray[Any, np.dtype[np.void]]:
@@ -279,7 +241,7 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path, members
         samples=merged.samples,
         rejected=merged.reasons.total(),
         classes=list(source.classes),
-        source=_source_facts(source),
+        source=source_facts(source, members),
         shards=merged.shards,
         index_sha256=sha256_of(out / INDEX_NAME),
         names_sha256=sha256_of(out / NAMES_NAME),

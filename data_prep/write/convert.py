@@ -1,4 +1,4 @@
-"""Conversion of one source image to the bytes of a shard's member."""
+"""Conversion of one source image to the file that a shard holds."""
 
 import io
 from dataclasses import dataclass
@@ -34,10 +34,8 @@ PNG_DEPTH_AT = 24  # offset of the bit depth in the IHDR chunk, which is always 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
-    """An encoded image. `width` and `height` are the source's, after its orientation was applied; `kept`: whether its
-    bytes are the source's.
-    """
+class EncodedImage:
+    """An image as a file; width and height are the source's, upright; `kept`: whether its bytes are the source's."""
 
     data: bytes
     extension: str
@@ -46,7 +44,7 @@ class Member:
     kept: bool
 
 
-def convert(found: bytes | Image.Image, recipe: Recipe) -> Member:
+def convert(found: bytes | Image.Image, recipe: Recipe) -> EncodedImage:
     """Decode a file's bytes (or take an image), apply its orientation, convert it to mode and size, and encode it.
 
     Under the transform "source", bytes that only need a crop to give the wanted pixels are kept. Raises Reject for
@@ -55,19 +53,17 @@ def convert(found: bytes | Image.Image, recipe: Recipe) -> Member:
     if isinstance(found, bytes):
         image, extension = _read(found, recipe)
         if extension is not None:
-            return Member(data=found, extension=extension, width=image.width, height=image.height, kept=True)
+            return EncodedImage(data=found, extension=extension, width=image.width, height=image.height, kept=True)
     else:
         image = found
         check_size(image, recipe)
     width, height = image.size
     data = encode(prepare(image, recipe), recipe.encoding)
-    return Member(data=data, extension=recipe.encoding, width=width, height=height, kept=False)
+    return EncodedImage(data=data, extension=recipe.encoding, width=width, height=height, kept=False)
 
 
 def prepare(image: Image.Image, recipe: Recipe) -> Image.Image:
-    """An upright image, converted to `recipe.image_size` squared in `recipe.mode`, 8 bits per channel, without
-    metadata.
-    """
+    """An upright image as `recipe.image_size` squared in `recipe.mode`, 8 bits per channel, without metadata."""
     image = TRANSFORMS[recipe.transform](to_mode(image, recipe.mode), recipe.image_size)
     image.info = {}  # otherwise encoders would copy profile and comments to every sample
     return image
@@ -81,7 +77,7 @@ def encode(image: Image.Image, encoding: Encoding) -> bytes:
 
 
 def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
-    """The upright image in a complete file, and the member's extension where its bytes are kept."""
+    """The upright image in a complete file, and its extension where its bytes are kept."""
     with faults_are_rejects(data):
         try:
             image = open_image(data, recipe)
@@ -101,9 +97,7 @@ def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
 
 
 def _kept_extension(image: Image.Image, data: bytes, recipe: Recipe) -> str | None:
-    """The extension of a member with these bytes, if they only need a crop to give the wanted pixels in any decoder;
-    else None.
-    """
+    """The extension of a file whose bytes need only a crop to give the wanted pixels in any decoder; else None."""
     if not recipe.keeps_bytes or min(image.size) != recipe.image_size or image.mode != recipe.mode:
         return None
     deep = image.format == "PNG" and data[PNG_DEPTH_AT] != 8

@@ -11,7 +11,7 @@ from data_prep.errors import InputError, Reject
 from data_prep.format import INDEX_DTYPE, MEMBER_DTYPE
 from data_prep.recipe import Recipe
 from data_prep.write.images import pillow_is_quiet
-from data_prep.write.writer import ShardPlan, members_at
+from data_prep.write.writer import ShardPlan, convert_sample
 
 TRIALS = 32  # sizes of photos vary by about half their mean, so the mean of 32 is accurate to a tenth
 TOLERANCE = 0.8  # share of the estimate that must be free: an estimate's error must not refuse what would fit
@@ -62,7 +62,7 @@ def readable(count: int) -> str:
 
 def _bytes_of(plan: ShardPlan, i: int, recipe: Recipe) -> int:
     try:
-        image, further = members_at(plan, i, recipe)
+        image, further = convert_sample(plan, i, recipe)
     except Reject:
         return 0
     beside = sum(len(data) + BYTES_BESIDE_A_MEMBER for _, data in further.values())

@@ -124,8 +124,7 @@ def check_size(image: Image.Image, recipe: Recipe) -> None:
 
 
 def to_mode(image: Image.Image, mode: Mode) -> Image.Image:
-    """Convert any of Pillow's modes to `mode`; transparency is composited over BACKGROUND, 16-bit grey scaled to 8
-    bits.
+    """Convert any of Pillow's modes to `mode`: transparency is laid over BACKGROUND, 16-bit grey scaled to 8 bits.
 
     Raises Reject where Pillow has no conversion.
     """

@@ -15,9 +15,7 @@ MAX_TEXT_BYTES = 1 << 20
 
 
 def members_of(source: Source, recipe: Recipe) -> dict[str, int]:
-    """`Manifest.members` of a dataset of this source: second images have the side of the first that can be read, at
-    most that of the images.
-    """
+    """`Manifest.members` of this source's dataset; second images get the first one's side, at most the images'."""
     names = [*(["cls"] if source.classes else []), *source.members]
     return {name: _side(source, name, recipe) if MEMBERS[name] == "image" else 0 for name in names}
 
@@ -58,8 +56,8 @@ def stored(
 def _encoded(name: str, data: bytes, side: int, recipe: Recipe) -> tuple[str, bytes]:
     match MEMBERS[name]:
         case "image":
-            member = convert(data, replace(recipe, image_size=side))
-            return f"{name}.{member.extension}", member.data
+            image = convert(data, replace(recipe, image_size=side))
+            return f"{name}.{image.extension}", image.data
         case "text":
             return name, _text(data)
         case "array":

@@ -33,9 +33,7 @@ def area(image: Image.Image, size: int) -> Image.Image:
 
 
 def adm(image: Image.Image, size: int) -> Image.Image:
-    """`center_crop_arr` of improved-diffusion and guided-diffusion: halved by box filters, then bicubic, then
-    cropped.
-    """
+    """`center_crop_arr` of improved- and guided-diffusion: halved by box filters, then bicubic, then cropped."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)

@@ -11,12 +11,12 @@ from typing import Any, BinaryIO
 
 from data_prep.errors import DataPrepError, Reject
 from data_prep.format import ShardRecord, crc32, member_name, sha256_of
+from data_prep.output import whole_file
 from data_prep.recipe import Recipe
 from data_prep.sources import Source
-from data_prep.write.convert import Member, convert
+from data_prep.write.convert import EncodedImage, convert
 from data_prep.write.images import pillow_is_quiet
 from data_prep.write.members import stored
-from data_prep.write.output import whole_file
 
 Further = Mapping[str, tuple[str, bytes]]  # extension and bytes of a sample's further members, by name
 
@@ -104,13 +104,13 @@ def write_shard(plan: ShardPlan, recipe: Recipe, out: Path, staging: Path) -> in
     rejects: list[Rejected] = []
     samples: list[Sample] = []
     record = None
-    members = _members(plan, recipe, rejects)
+    converted = _converted(plan, recipe, rejects)
     with pillow_is_quiet():
-        first = next(members, None)
+        first = next(converted, None)
     if first is not None:
         with whole_file(out / plan.tar_name, staging) as stream, pillow_is_quiet():
             tar = HashedStream(stream)
-            samples = _write_tar(tar, chain([first], members), plan)
+            samples = _write_tar(tar, chain([first], converted), plan)
         record = ShardRecord(name=plan.tar_name, samples=len(samples), bytes=tar.size, sha256=tar.digest.hexdigest())
     result = ShardResult(record=record, samples=samples, rejects=rejects)
     content = json.dumps(result.to_dict()).encode()
@@ -160,24 +160,22 @@ def _digest_line(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
-def _members(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, Member, Further]]:
-    """Position in the plan's source and members of each valid sample; others are added to `rejects`."""
+def _converted(plan: ShardPlan, recipe: Recipe, rejects: list[Rejected]) -> Iterator[tuple[int, EncodedImage, Further]]:
+    """Position in the plan's source, image and further members of each valid sample; others are added to `rejects`."""
     for i, name in enumerate(plan.source.names):
         try:
-            yield i, *members_at(plan, i, recipe)
+            yield i, *convert_sample(plan, i, recipe)
         except Reject as reject:
             rejects.append(Rejected(name=name, reason=reject.reason, detail=reject.detail))
 
 
-def members_at(plan: ShardPlan, i: int, recipe: Recipe) -> tuple[Member, Further]:
-    """The image and the further members of the plan's sample `i`. Raises Reject, InputError, and DataPrepError where
-    memory is insufficient.
-    """
+def convert_sample(plan: ShardPlan, i: int, recipe: Recipe) -> tuple[EncodedImage, Further]:
+    """Image and further members of sample `i`. Raises Reject, InputError, and DataPrepError for want of memory."""
     try:
-        member = convert(plan.source.read(i), recipe)
+        image = convert(plan.source.read(i), recipe)
         if not plan.members:
-            return member, {}
-        return member, stored(plan.source.further(i), plan.source.label(i), plan.members, recipe)
+            return image, {}
+        return image, stored(plan.source.further(i), plan.source.label(i), plan.members, recipe)
     except MemoryError as error:
         raise DataPrepError(
             f"{plan.source.names[i]}: not enough memory for this image; run again to go on from here, with fewer "
@@ -200,12 +198,14 @@ class HashedStream:
         self.size += len(data)
 
 
-def _write_tar(tar: HashedStream, members: Iterable[tuple[int, Member, Further]], plan: ShardPlan) -> list[Sample]:
+def _write_tar(
+    tar: HashedStream, converted: Iterable[tuple[int, EncodedImage, Further]], plan: ShardPlan
+) -> list[Sample]:
     """Write USTAR members whose headers depend only on position and content."""
     samples = []
-    for i, member, further in members:
+    for i, image, further in converted:
         key = plan.first_key + i
-        offset, length, checksum = _write_member(tar, member_name(key, member.extension), member.data)
+        offset, length, checksum = _write_member(tar, member_name(key, image.extension), image.data)
         sample = Sample(
             key=key,
             offset=offset,
@@ -213,9 +213,9 @@ def _write_tar(tar: HashedStream, members: Iterable[tuple[int, Member, Further]]
             crc32=checksum,
             label=plan.source.label(i),
             name=plan.source.names[i],
-            width=member.width,
-            height=member.height,
-            kept=member.kept,
+            width=image.width,
+            height=image.height,
+            kept=image.kept,
             further={
                 name: _write_member(tar, member_name(key, extension), data)
                 for name, (extension, data) in further.items()
@@ -235,8 +235,7 @@ def _write_member(tar: HashedStream, name: str, data: bytes) -> tuple[int, int, 
 
 
 def ustar_header(name: str, length: int) -> bytes:
-    """The header that `tarfile` writes for a file of `length` bytes with mtime, uid and gid of 0, in a tenth of the
-    time.
+    """The header that `tarfile` writes for a file with mtime, uid and gid of 0, in a tenth of the time.
 
     `name`: at most 100 ASCII characters.
     """

@@ -20,6 +20,11 @@ class ModelConfig(Section):
     """Channels of the images: 3 for RGB, 1 for grey; must be the dataset's."""
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def drops(self) -> bool:
         """Whether the network may draw random numbers in training, as dropout does; overridden where it can be told."""
         return True

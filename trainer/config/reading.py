@@ -45,8 +45,8 @@ def explain(model: type[BaseModel], details: ErrorDetails) -> str:
     """One line on what is wrong with a field of `model`, and what would be right."""
     if not details["loc"]:  # fields of several sections that do not go together; the message names them
         return details["msg"].removeprefix("Value error, ")
-    *sections, name = [str(part) for part in details["loc"] if not isinstance(part, int)]
-    field = ".".join([*sections, name])
+    *sections, name = [part for part in details["loc"] if isinstance(part, str)]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])[1:]
     if details["type"] == "extra_forbidden":
         known = _section(model, sections).model_fields
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -56,7 +56,8 @@ def explain(model: type[BaseModel], details: ErrorDetails) -> str:
         expected = _section(model, sections).model_fields[name].annotation
         return f"{field}: missing section; {_needs(expected)}" if _is_section(expected) else f"{field}: missing"
     if details["type"] == "model_type":
-        return f"{field} = {details['input']!r}: should be a section: [{field}]"
+        heading = f"[{field}]" if field.endswith(name) else f"[[{'.'.join([*sections, name])}]]"  # an item of a list
+        return f"{field} = {details['input']!r}: should be a section: {heading}"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if isinstance(details["input"], dict):  # fields that do not go together
         return f"{field}: {message}"

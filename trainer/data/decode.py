@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_prep.arrays import array_of_npy
-from data_prep.format import FormatError, center_crop_box
+from data_prep.format import CHANNELS, FormatError, center_crop_box
 from data_prep.jpeg import JPEG_MAGIC, NEEDS_SIMPLEJPEG, hole_of_zeros, jpeg_fault
 from data_prep.png import PNG_MAGIC, png_fault
 from trainer.errors import DataError, SampleError
@@ -52,9 +52,7 @@ cjHbOsn9RIHYlifgMCbXsE9BnO4Gjy4gOgSM4VrcR4drYKf03MOcIi2fEm15YgdsmE3gxpzEeR7nNXzy
 
 def decode(encoded: bytes, size: int, mode: str, *, crop: bool = False) -> npt.NDArray[np.uint8]:
     """Decode one image to (C, size, size) uint8; see `decode_into`."""
-    pixels = np.empty((size, size, {"RGB": 3, "L": 1}[mode]), dtype=np.uint8)
-    decode_into(pixels, encoded, mode, crop=crop)
-    return pixels.transpose(2, 0, 1)
+    return decode_square(encoded, mode, size, crop=crop).transpose(2, 0, 1)
 
 
 def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: bool = False) -> None:
@@ -75,14 +73,14 @@ def decode_into(out: npt.NDArray[np.uint8], encoded: bytes, mode: str, *, crop: 
 
 
 def decode_square(encoded: bytes, mode: str, side: int | None, *, crop: bool) -> npt.NDArray[np.uint8]:
-    """Decode a second image to (side, side, C) uint8, see `decode_into`; side None: its own shorter side."""
+    """Decode one image to (side, side, C) uint8, see `decode_into`; side None: its own shorter side."""
     if side is None:
         try:
             with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
                 side = min(image.size)
         except Exception as error:  # as in `_decode_by_pillow`
             raise SampleError(f"cannot be decoded ({' '.join(str(error).split())})") from error
-    pixels = np.empty((side, side, {"RGB": 3, "L": 1}[mode]), dtype=np.uint8)
+    pixels = np.empty((side, side, CHANNELS[mode]), dtype=np.uint8)
     decode_into(pixels, encoded, mode, crop=crop)
     return pixels
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.format import INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
+from data_prep.format import CHANNELS, INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
 from trainer.config import Config, DataConfig
 from trainer.data.cache.download import Patience, exists, list_tars, remote_size
 from trainer.data.cache.node_cache import NodeCache
@@ -27,6 +27,7 @@ from trainer.data.orders.lanes import LanesOrder
 from trainer.data.orders.mixture import MixtureOrder, member_seed
 from trainer.data.orders.order import GlobalOrder, Order, Selected
 from trainer.data.orders.windowed import WindowedOrder
+from trainer.data.stream.stream import divisors
 from trainer.errors import ConfigError, DataError
 
 DATA_FINGERPRINT = "data (manifest)"  # its key in a run's identity
@@ -105,7 +106,7 @@ def _order(config: Config, shard_sizes: npt.NDArray[np.int64], seed: int) -> Ord
         return WindowedOrder(shard_sizes.tolist(), window=data.window, seed=seed)
     if data.order == "lanes":
         if global_batch % data.lanes:
-            valid = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+            valid = divisors(global_batch)
             raise ConfigError(f"data.lanes = {data.lanes}: must divide train.global_batch; valid: {valid}")
         return LanesOrder(
             shard_sizes.tolist(), lanes=data.lanes, global_batch=global_batch, window=data.window, seed=seed
@@ -159,7 +160,7 @@ class _Opener:
 
     def _open_local(self, path: str) -> IndexedDataset:
         folder = Path(path)
-        if _names_tars(path):
+        if path.endswith(".tar"):
             return self._tars(path, [_local_shard(Path(name)) for name in expand(path)])
         ours = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME, _UNFINISHED))
         tars = sorted(folder.glob("*.tar"))
@@ -172,7 +173,7 @@ class _Opener:
     def _open_remote(self, url: str) -> IndexedDataset:
         if self.cache is None:
             raise ConfigError(f"data.path = {url}: needs data.cache_dir, a folder on a disk of each node")
-        if _names_tars(url):
+        if url.endswith(".tar"):
             return self._tars(url, [self._remote_shard(name) for name in expand(url)])
         url = url.rstrip("/")
         if exists(f"{url}/{MANIFEST_NAME}", self.patience):
@@ -196,7 +197,7 @@ class _Opener:
         return _shard(url, size, stamp)
 
     def _tars(self, where: str, shards: Sequence[Shard]) -> TarDataset:
-        mode = {1: "L", 3: "RGB"}.get(self.model.channels)
+        mode = next((mode for mode, channels in CHANNELS.items() if channels == self.model.channels), None)
         if mode is None:
             raise ConfigError(f"model.channels = {self.model.channels}: images in {where} have 1 or 3")
         return TarDataset(
@@ -208,10 +209,6 @@ class _Opener:
             index_folder=self.index_folder,
             cond=self.cond,
         )
-
-
-def _names_tars(path: str) -> bool:
-    return path.endswith(".tar")
 
 
 def _local_shard(path: Path) -> Shard:

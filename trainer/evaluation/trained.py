@@ -80,8 +80,7 @@ class Trained:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        model = self.config.model
-        return model.channels, model.image_size, model.image_size
+        return self.config.model.image_shape
 
     @property
     def device(self) -> torch.device:

@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from data_prep.format import MANIFEST_NAME, FormatError, Manifest, load_manifest
+from data_prep.output import STAGING_NAME
 from data_prep.sources.base import has_image_suffix
-from data_prep.write.output import STAGING_NAME
 from trainer.errors import DataError
 
 _LOOKED_AT = 32  # images, to find the size of all

@@ -1,28 +1,21 @@
 """Progress on the terminal."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tqdm import tqdm
+from data_prep.progress import WorkProgress
 
 
-class Progress:
+class Progress(WorkProgress):
     """A bar with rate and ETA on a terminal, occasional lines in a log file, nothing on other ranks."""
 
     def __init__(self, *, total: int, done: int, unit: str, title: str, visible: bool) -> None:
-        on_terminal = sys.stderr.isatty()
+        bar = {"unit_scale": False, "leave": True}
+        super().__init__(total=total, what=title, unit=unit, done=done, visible=visible, line_seconds=None, **bar)
         self._visible = visible
-        self._bar = tqdm(
-            total=total, initial=done, unit=unit, desc=title, disable=not (visible and on_terminal), dynamic_ncols=True
-        )
-        self._print: Callable[[str], object] = self._bar.write if on_terminal else print_line
-
-    def advance(self, count: int = 1) -> None:
-        """Add finished work."""
-        self._bar.update(count)
+        self._print: Callable[[str], object] = print_line if self._bar.disable else self._bar.write
 
     def show(self, text: str) -> None:
         """Set the figures shown after the bar."""
@@ -38,10 +31,6 @@ class Progress:
         """Print a line only where there is no bar, which shows the same."""
         if self._visible and self._bar.disable:
             print_line(line)
-
-    def close(self) -> None:
-        """Close the bar."""
-        self._bar.close()
 
 
 class Lap(NamedTuple):

@@ -144,11 +144,8 @@ class _Download:
 
 def remote_size(url: str, patience: Patience) -> tuple[int, str]:
     """Length in bytes, and a value that changes with the content (an ETag or a time). Raises DataError."""
-    try:
-        filesystem, path = _filesystem(url, patience)
+    with _asking(url, patience) as (filesystem, path):
         info = filesystem.info(path)
-    except Exception as error:
-        raise DataError(f"{url}: {_words(_cause(error))}") from error
     if info.get("size") is None:
         raise DataError(f"{url}: the server does not say how long it is")
     stamps = ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "generation", "blob_id")
@@ -157,31 +154,34 @@ def remote_size(url: str, patience: Patience) -> tuple[int, str]:
 
 def list_tars(url: str, patience: Patience) -> list[str]:
     """The URLs of the .tar files in a folder, sorted. Raises DataError."""
-    try:
-        filesystem, path = _filesystem(url, patience)
+    with _asking(url, patience) as (filesystem, path):
         found = filesystem.glob(f"{path.rstrip('/')}/*.tar")
-    except Exception as error:
-        raise DataError(f"{url}: {_words(_cause(error))}") from error
     return sorted(filesystem.unstrip_protocol(name) for name in found)
 
 
 def exists(url: str, patience: Patience) -> bool:
     """Whether the file exists. Raises DataError where this cannot be determined."""
-    try:
-        filesystem, path = _filesystem(url, patience)
+    with _asking(url, patience) as (filesystem, path):
         return bool(filesystem.exists(path))
-    except Exception as error:
+
+
+@contextlib.contextmanager
+def _asking(url: str, patience: Patience) -> Iterator[tuple[Any, str]]:
+    """A URL's file system and its path there; errors of either, without retries, as DataError."""
+    try:
+        yield _filesystem(url, patience)
+    except Exception as error:  # fsspec backends raise exceptions of their libraries
         raise DataError(f"{url}: {_words(_cause(error))}") from error
 
 
 def _filesystem(url: str, patience: Patience) -> tuple[Any, str]:
-    if not _is_http(url):
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return filesystem, path
-    import aiohttp  # optional, like the libraries of other protocols
+    options = {}
+    if _is_http(url):
+        import aiohttp  # optional, like the libraries of other protocols
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience.stall, sock_read=patience.stall)
-    filesystem, path = fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience.stall, sock_read=patience.stall)
+        options = {"client_kwargs": {"timeout": timeout}}
+    filesystem, path = fsspec.core.url_to_fs(url, **options)
     return filesystem, path
 
 

@@ -4,13 +4,14 @@ import bisect
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.format import MEMBERS, UNLABELLED, crc32
+from data_prep.format import CHANNELS, MEMBERS, UNLABELLED, crc32
 from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
 from trainer.data.decode import decode_array, decode_into, decode_square, decode_text
 from trainer.errors import DataError, SampleError
@@ -20,6 +21,19 @@ _OPEN_SHARDS = 256
 Place = tuple[int, ...]  # of a member in its shard: offset, length, and crc32 where the index has it
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredImages:
+    """How images are stored: side in pixels, mode, and whether they are cropped when they are decoded, see `decode`.
+
+    sides: of second images in pixels, by their members' names; one that is not there has its own.
+    """
+
+    image_size: int
+    mode: str
+    crop: bool
+    sides: Mapping[str, int] = field(default_factory=dict)
+
+
 class IndexedDataset:
     """Images by sample id, 0 <= id < len(self): ids are numbered through the shards, in the order of the index.
 
@@ -27,10 +41,9 @@ class IndexedDataset:
     own files. Subclasses implement `key`, `describe` and `split_keys`.
 
     where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
-    pages) or an array, of `dtype`: the image's "offset", "length" and, right behind them, perhaps "crc32"; "label";
-    and for each further member the same by its name; crop: see `decode`; fingerprint: identifies the samples and their
-    numbering; cond: names of MEMBER_OF, what is read with each image; sides: of second images in pixels, by their
-    members' names; one that is not there has its own.
+    pages) or an array; its columns are the image's "offset", "length" and, right behind them, perhaps "crc32"; "label";
+    and for each further member the same by its name; fingerprint: identifies the samples and their numbering; cond:
+    names of MEMBER_OF, what is read with each image.
     """
 
     def __init__(
@@ -39,31 +52,25 @@ class IndexedDataset:
         where: str,
         shards: Sequence[Shard],
         index: Path | npt.NDArray[np.void],
-        image_size: int,
-        mode: str,
-        crop: bool,
+        stored: StoredImages,
         fingerprint: str,
         files: ShardFiles,
-        dtype: np.dtype[np.void],
         cond: Sequence[str],
-        sides: Mapping[str, int],
     ) -> None:
         self.where = where
         self.shards = list(shards)
-        self.image_size = image_size
-        self.mode = mode
-        self.crop = crop
+        self.stored = stored
+        self.image_size = stored.image_size
         self.fingerprint = fingerprint
         self.files = files
         self.bounds = np.cumsum([0, *(shard.samples for shard in shards)])
         self._ends: list[int] = self.bounds[1:].tolist()  # a list of int: faster than an array to search for one sample
         self._index_source = index
         self._index: npt.NDArray[np.void] | None = None
-        columns = dtype.names or ()
+        columns = self._open_index().dtype.names or ()
         image = columns.index("offset")
         self._image_at = slice(image, image + (3 if "crc32" in columns else 2))
         self.cond = tuple(cond)
-        self.sides = sides
         self._cond_at = {name: columns.index(MEMBER_OF[name]) for name in cond if name != "label"}
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
@@ -73,32 +80,29 @@ class IndexedDataset:
     @property
     def channels(self) -> int:
         """Number of channels: 3 for RGB, 1 for grey."""
-        return {"RGB": 3, "L": 1}[self.mode]
+        return CHANNELS[self.stored.mode]
 
     @property
     def index(self) -> npt.NDArray[np.void]:
         """(N,) structured array, one row per sample."""
+        if self._index is None:
+            self._index = self._open_index()
+        return self._index
+
+    def _open_index(self) -> npt.NDArray[np.void]:
         if isinstance(self._index_source, np.ndarray):
             return self._index_source
-        if self._index is None:
-            self._index = np.asarray(np.load(self._index_source, mmap_mode="r", allow_pickle=False))
-        return self._index
+        return np.asarray(np.load(self._index_source, mmap_mode="r", allow_pickle=False))
 
     def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The shards, by position in `shards`, that hold these samples."""
         return np.searchsorted(self.bounds, samples, side="right") - 1
 
-    def image(self, sample: int) -> npt.NDArray[np.uint8]:
-        """The decoded image, (C, image_size, image_size) uint8; see `decode_into`."""
-        pixels = np.empty((self.image_size, self.image_size, self.channels), dtype=np.uint8)
-        self.decode_into(pixels, sample)
-        return pixels.transpose(2, 0, 1)
-
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
         """Implements `Dataset.decode_into`."""
         encoded = self.read(sample)
         try:
-            decode_into(out, encoded, self.mode, crop=self.crop)
+            decode_into(out, encoded, self.stored.mode, crop=self.stored.crop)
         except SampleError as error:
             raise SampleError(f"{self.describe(sample)}: {error}") from error
 
@@ -135,9 +139,10 @@ class IndexedDataset:
         if not any(place):
             raise SampleError("the sample has none")
         data = self._verified(sample, place)
-        kind = MEMBERS[MEMBER_OF[name]]
+        member = MEMBER_OF[name]
+        kind = MEMBERS[member]
         if kind == "image":
-            return decode_square(data, self.mode, self.sides.get(MEMBER_OF[name]), crop=self.crop)
+            return decode_square(data, self.stored.mode, self.stored.sides.get(member), crop=self.stored.crop)
         return decode_text(data) if kind == "text" else decode_array(data)
 
     def _verified(self, sample: int, place: Place) -> bytes:

@@ -37,11 +37,6 @@ class JoinedDatasets:
         """The shards, by position in `shards`, that hold these samples."""
         return np.searchsorted(self.bounds, samples, side="right") - 1
 
-    def image(self, sample: int) -> npt.NDArray[np.uint8]:
-        """The decoded image, (C, image_size, image_size) uint8."""
-        dataset, own = self._find(sample)
-        return dataset.image(own)
-
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
         """Decode an image to `out` by the dataset that holds it."""
         dataset, own = self._find(sample)

@@ -14,9 +14,7 @@ _RANGE_OF_ANY_LENGTH = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?")
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern expands to, in order. Raises ConfigError where they are too many or braces are
-    unbalanced.
-    """
+    """The names of a pattern, in order. Raises ConfigError for too many, or braces that do not match."""
     try:
         if _count(pattern) > MOST_SHARDS:
             raise ConfigError(f"data.path = {pattern}: stands for more than {MOST_SHARDS:,} shards")

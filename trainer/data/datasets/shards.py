@@ -8,17 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from data_prep.format import (
-    INDEX_DTYPE,
-    INDEX_NAME,
-    SOURCE_ENCODING,
-    FormatError,
-    index_dtype,
-    load_manifest,
-    sha256_of,
-)
+from data_prep.format import INDEX_DTYPE, INDEX_NAME, FormatError, Manifest, check_shards, checked_index, load_manifest
 from trainer.data.datasets.dataset import MEMBER_OF, InPlace, Shard, ShardFiles
-from trainer.data.datasets.indexed import IndexedDataset
+from trainer.data.datasets.indexed import IndexedDataset, StoredImages
 from trainer.errors import ConfigError, DataError
 
 _KEY_AT = list(INDEX_DTYPE.names or ()).index("key")
@@ -41,18 +33,12 @@ class ShardedDataset(IndexedDataset):
         files: ShardFiles | None = None,
         cond: Sequence[str] = (),
     ) -> None:
+        where = origin or str(folder)
         try:
-            self.manifest = load_manifest(folder)
+            self.manifest = _checked_manifest(folder, where, cond, in_place=origin is None)
         except FormatError as error:
             raise DataError(str(error)) from error
         self.folder = folder
-        where = origin or str(folder)
-        for record in self.manifest.shards:
-            if PurePosixPath(record.name).name != record.name or not _SHA256.fullmatch(record.sha256):
-                raise DataError(f"{where}: the manifest names a shard {record.name!r} with sha256 {record.sha256!r}")
-        for name in cond:
-            if not (self.manifest.classes if name == "label" else MEMBER_OF[name] in self.manifest.members):
-                raise ConfigError(f"data.cond = {list(cond)}: no sample in {where} has a {name}")
         super().__init__(
             where=where,
             shards=[
@@ -66,18 +52,16 @@ class ShardedDataset(IndexedDataset):
                 for record in self.manifest.shards
             ],
             index=folder / INDEX_NAME,
-            image_size=self.manifest.image_size,
-            mode=self.manifest.mode,
-            crop=self.manifest.encoding == SOURCE_ENCODING,
+            stored=StoredImages(
+                image_size=self.manifest.image_size,
+                mode=self.manifest.mode,
+                crop=self.manifest.crops,
+                sides=self.manifest.members,
+            ),
             fingerprint=self.manifest.fingerprint,
             files=files or InPlace(),
-            dtype=index_dtype(self.manifest.members),
             cond=cond,
-            sides=self.manifest.members,
         )
-        if origin is None:
-            self._check_sizes()
-        self._check_index()
 
     @override
     def key(self, sample: int) -> str:
@@ -86,7 +70,7 @@ class ShardedDataset(IndexedDataset):
     @override
     def describe(self, sample: int) -> str:
         member = self.key(sample)
-        if not self.crop:  # with `crop`, members keep the extension of their format
+        if not self.manifest.crops:  # otherwise members keep the extension of their format
             member += f".{self.manifest.encoding}"
         return f"{self.shards[int(self.shards_of(sample))].url}: member {member} (sample {sample})"
 
@@ -95,36 +79,26 @@ class ShardedDataset(IndexedDataset):
         """Hashes of the content, so that copies of an image are on the same side of the held-out split."""
         return (self.index["crc32"].astype(np.uint64) << np.uint64(32)) | self.index["length"]
 
-    def _check_sizes(self) -> None:
-        for shard in self.shards:
-            path = Path(shard.url)
-            if not path.is_file():
-                raise DataError(f"{path}: missing; the manifest lists {len(self.shards)} shards")
-            if path.stat().st_size != shard.bytes:
-                raise DataError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}")
-        listed = {shard.url for shard in self.shards}
-        extra = sorted(str(path) for path in self.folder.glob("shard-*.tar") if str(path) not in listed)
-        if extra:
-            raise DataError(f"{extra[0]}: not in the manifest; a folder holds one dataset, so prepare it again")
 
-    def _check_index(self) -> None:
-        path = self.folder / INDEX_NAME
-        if not path.is_file():
-            raise DataError(f"{path}: missing")
-        if sha256_of(path) != self.manifest.index_sha256:
-            raise DataError(f"{path}: sha256 differs from the manifest's; the file was changed or is stale")
-        try:
-            self.index  # noqa: B018 - loads and checks the index
-        except ValueError as error:
-            raise DataError(f"{path}: not an index ({error}); prepare the dataset again") from error
-        if self.index.dtype != index_dtype(self.manifest.members) or self.index.shape != (self.manifest.samples,):
-            raise DataError(f"{path}: holds {self.index.shape} rows, the manifest says {self.manifest.samples}")
-        if len(self) != self.manifest.samples or not len(self):
-            raise DataError(
-                f"{self.where}: {len(self)} samples in the shards, the manifest says {self.manifest.samples}"
-            )
-        starts, ends = self.bounds[:-1], self.bounds[1:]
-        holding = ends > starts
-        first, last = self.index["shard"][starts[holding]], self.index["shard"][ends[holding] - 1]
-        if not ((first == np.flatnonzero(holding)) & (last == np.flatnonzero(holding))).all():
-            raise DataError(f"{path}: its rows do not follow the manifest's shards; prepare the dataset again")
+def _checked_manifest(folder: Path, where: str, cond: Sequence[str], *, in_place: bool) -> Manifest:
+    """The manifest of a dataset whose index, and shards where they are `in_place`, are as it says.
+
+    Raises FormatError where they are not, and ConfigError where no sample has what `cond` names.
+    """
+    manifest = load_manifest(folder)
+    for record in manifest.shards:
+        if PurePosixPath(record.name).name != record.name or not _SHA256.fullmatch(record.sha256):
+            raise FormatError(f"{where}: the manifest names a shard {record.name!r} with sha256 {record.sha256!r}")
+    for name in cond:
+        if not (manifest.classes if name == "label" else MEMBER_OF[name] in manifest.members):
+            raise ConfigError(f"data.cond = {list(cond)}: no sample in {where} has a {name}")
+    if in_place:
+        check_shards(folder, manifest)
+        listed = {record.name for record in manifest.shards}
+        extra = sorted(path for path in folder.glob("shard-*.tar") if path.name not in listed)
+        if extra:
+            raise FormatError(f"{extra[0]}: not in the manifest; a folder holds one dataset, so prepare it again")
+    checked_index(folder, manifest)
+    if not manifest.samples:
+        raise FormatError(f"{where}: holds no samples")
+    return manifest

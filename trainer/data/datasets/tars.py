@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -19,9 +20,10 @@ from typing_extensions import override
 
 from data_prep.format import MEMBERS, UNLABELLED, sha256_of
 from data_prep.progress import WorkProgress
+from data_prep.sources.rules import IMAGE_SUFFIXES
 from data_prep.tar_headers import Member, TarError, walk
 from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
-from trainer.data.datasets.indexed import IndexedDataset
+from trainer.data.datasets.indexed import IndexedDataset, StoredImages
 from trainer.errors import ConfigError, DataError
 
 TAR_DTYPE = np.dtype(
@@ -33,7 +35,6 @@ TAR_DTYPE = np.dtype(
     ]
 )
 _IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
-_OTHER_IMAGES = {"jpe", "jfif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "j2k", "avif", "heic", "npy"}
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 
 
@@ -73,19 +74,12 @@ class TarDataset(IndexedDataset):
         content = [image_size, mode, names, counts, hashlib.sha256(index.tobytes()).hexdigest()]
         super().__init__(
             where=where,
-            shards=[
-                Shard(url=shard.url, samples=n, bytes=shard.bytes, digest=shard.digest, verifiable=shard.verifiable)
-                for shard, n in zip(shards, counts)
-            ],
+            shards=[replace(shard, samples=count) for shard, count in zip(shards, counts)],
             index=source,
-            image_size=image_size,
-            mode=mode,
-            crop=True,
+            stored=StoredImages(image_size=image_size, mode=mode, crop=True),
             fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             files=files,
-            dtype=dtype,
             cond=cond,
-            sides={},
         )
 
     @override
@@ -202,8 +196,7 @@ def _index(
 def _samples(
     descriptor: int, members: Sequence[Member], dtype: np.dtype[np.void]
 ) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
-    """WebDataset's grouping: a sample is all members with the same name up to the first dot; its image is .jpg, .png,
-    ...
+    """WebDataset's grouping: a sample is all members of one name up to the first dot; its image is .jpg, .png, ...
 
     In addition, images that this rule would drop are samples of their own: `a.1.jpg` and `a.2.jpg` where there is no
     `a.jpg`, and images without an extension. Returns the rows of the index, the names of images that are still left out
@@ -254,7 +247,7 @@ def _place(fields: dict[str, Member], name: str) -> tuple[int, int]:
 
 def _is_image(extension: str) -> bool:
     """Whether the part of a name after its first dot is that of an image."""
-    return extension.lower().rpartition(".")[2] in _IMAGE_EXTENSIONS | _OTHER_IMAGES
+    return f".{extension.lower().rpartition('.')[2]}" in IMAGE_SUFFIXES | {".heic"}
 
 
 def _images(descriptor: int, fields: dict[str, Member]) -> list[Member]:

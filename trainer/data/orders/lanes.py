@@ -1,5 +1,4 @@
-"""The order "lanes": the dataset is divided into C lanes, and a node reads only the lanes of its part of the global
-batch.
+"""The order "lanes": of C parts of the dataset a node reads those that its part of the global batch takes.
 
 Slot j of a global batch of B belongs to lane j C / B, so of n nodes (C divisible by n) each reads C / n lanes, the same
 ones in every epoch, so its share of the shards fits on its own disk. The order depends on C and B, which are fixed for

@@ -50,8 +50,7 @@ class MixtureOrder:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """Slots of each dataset in a block, proportional to the weights, rounded by the largest remainder method; they sum
-    to BLOCK.
+    """Slots of each dataset in a block of BLOCK, proportional to the weights, by the largest remainder method.
 
     Raises ValueError where a dataset's share would be 0.
     """

@@ -59,11 +59,6 @@ class Prefetcher:
             self._closed = True
             self._moved.notify()
 
-    @property
-    def pinned(self) -> set[int]:
-        """The shards pinned at present."""
-        return set(self._pins)
-
     def _walk(self) -> None:
         try:
             for micro_step in self.micro_steps:

@@ -46,24 +46,21 @@ class BatchLayout:
 
     @classmethod
     def plan(cls, global_batch: int, world_size: int, largest_micro_batch: int | None) -> "BatchLayout":
-        """Divide the global batch over the ranks, and a rank's share into micro-batches of at most
-        `largest_micro_batch`.
+        """Divide the global batch over ranks, a rank's share into micro-batches of at most `largest_micro_batch`.
 
         Raises ConfigError with the valid values where it does not divide.
         """
         if global_batch % world_size:
-            valid = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
             raise ConfigError(
                 f"train.global_batch = {global_batch}: is not divisible by {world_size} processes; "
-                f"valid numbers of processes: {_shorten(valid)}"
+                f"valid numbers of processes: {_shorten(divisors(global_batch))}"
             )
         share = global_batch // world_size
         micro_batch = min(share, largest_micro_batch or share)
         if share % micro_batch:
-            valid = [n for n in range(1, share + 1) if share % n == 0]
             raise ConfigError(
                 f"train.micro_batch = {micro_batch}: does not divide the {share} images of a process "
-                f"({global_batch} / {world_size} processes); valid: {_shorten(valid)}"
+                f"({global_batch} / {world_size} processes); valid: {_shorten(divisors(share))}"
             )
         return cls(global_batch=global_batch, world_size=world_size, micro_batch=micro_batch)
 
@@ -81,6 +78,11 @@ class BatchLayout:
         share = self.global_batch // self.world_size
         first = step * self.global_batch + rank * share + accumulated * self.micro_batch
         return np.arange(first, first + self.micro_batch, dtype=np.int64)
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n >= 1, ascending."""
+    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
 
 
 class MicroBatchPlan:
@@ -210,9 +212,7 @@ def _release_loaders(error: BaseException) -> None:
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """A context that blocks stop signals: launchers signal whole process groups, but only the trainer may stop its
-    loaders.
-    """
+    """A context that blocks stop signals: launchers signal process groups, but only the trainer stops its loaders."""
     # Starting the resource tracker of spawned processes resets this mask, so it is started before.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -233,9 +233,7 @@ def _prepare_worker(trainer: int, _: int) -> None:
 
 
 def _exit_on_trainers_sigterm(trainer: int) -> None:
-    """Since SIGTERM is otherwise blocked, accept it from the trainer: a loader that ignored it would hang the
-    trainer.
-    """
+    """Accept SIGTERM, which is blocked, from the trainer: it would hang if its loader ignored that."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

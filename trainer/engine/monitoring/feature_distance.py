@@ -74,10 +74,9 @@ class FeatureDistance:
 
     def _sample_features(self) -> torch.Tensor | None:
         """(N, D), on every rank; None after a request to stop."""
-        strategy, model = self.state.strategy, self.config.model
+        strategy, shape = self.state.strategy, self.config.model.image_shape
         network = build_trained(self.config, self.state.main.average(), strategy.device)
         denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
-        shape = (model.channels, model.image_size, model.image_size)
         started = time.monotonic()
 
         def on_step(_: int) -> None:

@@ -102,7 +102,7 @@ class Telemetry:
             if each.finite:
                 meters = self.state.networks[each.network].meters
                 meters.add(loss=each.loss, grad_norm=each.grad_norm, figures=each.figures)
-        self.progress.advance()
+        self.progress.update()
         self.beat("training")
 
     @contextmanager

@@ -31,10 +31,9 @@ class SampleGrids:
 
     def draw(self, step: int) -> Pixels | None:
         """The picture, (H, W, 3); the ranks divide its images. Collective; None after a request to stop."""
-        accelerator, model = self.state.strategy.accelerator, self.config.model
+        accelerator, shape = self.state.strategy.accelerator, self.config.model.image_shape
         network = build_trained(self.config, self.state.main.average(), accelerator.device)
         denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
-        shape = (model.channels, model.image_size, model.image_size)
         batches = self.request.batches
         share = batches[accelerator.process_index :: accelerator.num_processes]
         with WorkProgress(

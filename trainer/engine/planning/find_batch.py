@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from trainer.config import Config
-from trainer.data.stream.stream import BatchLayout
+from trainer.data.stream.stream import BatchLayout, divisors
 from trainer.engine.build import build_network, build_state
 from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
 from trainer.engine.planning.dry_run import measure_cost
@@ -58,7 +58,7 @@ def find_batch(config: Config) -> Iterator[Trial]:
     # One objective and step for all sizes: its communication hook can be registered only once.
     layout = BatchLayout(global_batch=world_size, world_size=world_size, micro_batch=1)
     train_step = TrainStep(config=config, layout=layout, state=state, stop=StopRequest())
-    for size in (n for n in range(1, share + 1) if share % n == 0):
+    for size in divisors(share):
         train_step.layout = BatchLayout(global_batch=size * world_size, world_size=world_size, micro_batch=size)
         if config.train.memory_budget is not None:
             try:
@@ -117,8 +117,8 @@ def _seconds_a_pass(train_step: TrainStep) -> float:
 
 
 def _random_batches(train_step: TrainStep) -> Iterator[dict[str, torch.Tensor]]:
-    model, size = train_step.config.model, train_step.layout.micro_batch
-    shape = (size, model.channels, model.image_size, model.image_size)
+    size = train_step.layout.micro_batch
+    shape = (size, *train_step.config.model.image_shape)
     batch = {"image": torch.randint(0, 256, shape, dtype=torch.uint8), "position": torch.arange(size)}
     return itertools.repeat(batch)
 

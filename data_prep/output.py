@@ -2,22 +2,19 @@
 
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from data_prep.errors import DataPrepError, InputError
 from data_prep.format import CONTACT_SHEET_NAME, INDEX_NAME, MANIFEST_NAME, NAMES_NAME, REJECTS_NAME, STATS_NAME
 
-MEMBERS_ASKED = "the members"  # a parameter of a run
 STAGING_NAME = ".staging"
 LOCK_NAME = "lock"
-BEGUN_NAME = "begun.json"
 
 WRITE_BUFFER = 1 << 20  # bytes; otherwise each image of about 10 KiB is a system call
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -102,37 +99,6 @@ def _remove_abandoned(staging: Path) -> None:
     for path in staging.glob("*.tmp-*"):
         with suppress(OSError):
             path.unlink()
-
-
-def check_same_run(out: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise InputError with the first parameter in which `asked` differs from what `out` was `begun` with.
-
-    Images alone, as by earlier versions, stay so.
-    """
-    for name, value in asked.items():
-        if begun.get(name) != value and (name != MEMBERS_ASKED or begun.get(name)):
-            raise InputError(
-                f"{out}: was made with {name} {begun.get(name)!r}, this run says {value!r}; "
-                "give the same again, or another folder"
-            )
-
-
-def begin_or_resume(out: Path, staging: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Record the parameters of this run, or check that they equal those of the run being resumed. Returns the latter.
-
-    Raises InputError where they differ or cannot be read.
-    """
-    note = staging / BEGUN_NAME
-    if note.exists():
-        try:
-            begun = dict(json.loads(note.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{note}: cannot be read ({error}); remove {out} and run again") from error
-        check_same_run(out, begun, asked)
-        return {MEMBERS_ASKED: {}, **begun}
-    with whole_file(note, staging) as stream:
-        stream.write(json.dumps(asked).encode())
-    return asked
 
 
 def discard_staging(out: Path) -> None:
