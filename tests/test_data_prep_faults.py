@@ -171,7 +171,9 @@ def failing_fsync(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> No
     monkeypatch.setattr("data_prep.output.os.fsync", fsync)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, *(pytest.param(n, marks=pytest.mark.slow) for n in (errno.EDQUOT, errno.EROFS, errno.EIO))]
+)
 @pytest.mark.parametrize("name", ["begun.json", "names.jsonl", "index.npy", "contact_sheet.png", "manifest.json"])
 def test_a_disk_that_fails_at_any_file_is_one_line_and_the_run_can_go_on(
     photos: Path,

@@ -179,14 +179,19 @@ sys.exit(cli.main(arguments))
 @pytest.mark.parametrize(
     ("name", "when"),
     [
-        ("names.jsonl", "written"),
-        ("rejects.jsonl", "named"),
         ("index.npy", "written"),
-        ("index.npy", "named"),
-        ("contact_sheet.png", "written"),
-        ("contact_sheet.png", "named"),
-        ("manifest.json", "written"),
         ("manifest.json", "named"),
+        *(
+            pytest.param(name, when, marks=pytest.mark.slow)
+            for name, when in (
+                ("names.jsonl", "written"),
+                ("rejects.jsonl", "named"),
+                ("index.npy", "named"),
+                ("contact_sheet.png", "written"),
+                ("contact_sheet.png", "named"),
+                ("manifest.json", "written"),
+            )
+        ),
     ],
 )
 def test_kill_9_while_merging_then_rerun_gives_the_bytes_of_an_uninterrupted_run(

@@ -263,9 +263,12 @@ def test_a_first_order_dpm_solver_is_our_ddim() -> None:
         torch.testing.assert_close(step.x, x, rtol=0, atol=2e-4 * max(x.abs().max().item(), 1))
 
 
+ABAR = GaussianDiffusion(PAPER).abar
+
+
 def smooth(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The optimal eps for pixels of mean 0.1 and standard deviation 0.4 under the paper's schedule: a smooth ODE."""
-    a = GaussianDiffusion(PAPER).abar[t][:, None, None, None]
+    a = ABAR[t][:, None, None, None]
     return (1 - a).sqrt() * (x - a.sqrt() * 0.1) / (a * 0.16 + 1 - a)
 
 
