@@ -40,7 +40,7 @@ from trainer.interop.diffusers_settings import scheduler_settings
 from trainer.interop.layouts import DIFFUSERS, to_layout
 from trainer.interop.supported import ddpm_sections, network_of
 from trainer.models.backbones import example_inputs
-from trainer.sampling.draw import draw_batch
+from trainer.sampling.batch import draw_batch
 from trainer.sampling.request import SamplingRequest
 
 SEED = 0

@@ -21,11 +21,11 @@ from trainer.engine.build import build_network, build_objective
 from trainer.engine.checkpointing.checkpoints import read_verified
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.evaluation import outputs
-from trainer.evaluation.work import Work
 from trainer.sampling.ancestral import ancestral
 from trainer.sampling.ddim import ddim
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.sampling.steps import last_of
+from trainer.sampling.work import Work
 from trainer.telemetry.pictures import grid, to_uint8
 
 T = 20

@@ -21,11 +21,11 @@ from trainer.engine.build import build_objective
 from trainer.engine.monitoring.sample_grids import plan_grid
 from trainer.errors import ConfigError
 from trainer.evaluation import bits_per_dim
-from trainer.evaluation.trained import TrainedRequest
-from trainer.sampling.draw import draw_batch
+from trainer.sampling.batch import draw_batch
 from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.sampling.steps import last_of
+from trainer.sampling.trained import TrainedRequest
 from trainer.telemetry.pictures import grid, to_uint8
 
 SHAPE = (3, 4, 4)

@@ -15,7 +15,7 @@ from trainer.engine.checkpointing.checkpoints import read_verified
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.peer_status import Peers
 from trainer.engine.processes.watchdog import Watchdog
-from trainer.sampling.draw import draw_batch
+from trainer.sampling.batch import draw_batch
 from trainer.sampling.request import SamplingRequest
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.signals import StopRequest

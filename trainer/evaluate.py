@@ -29,9 +29,9 @@ from collections.abc import Callable
 
 import torch
 
+from trainer.arguments import add_trained, at_least_one, at_least_two, reverse_request, trained_request
 from trainer.engine.processes.collectives import together
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, reverse_request, trained_request
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
 from trainer.evaluation.by_features import evaluate_by_features
 from trainer.evaluation.feature_arguments import add_features, feature_request
@@ -45,7 +45,7 @@ from trainer.evaluation.figures import (
     shared_latents,
 )
 from trainer.evaluation.images import load_files, open_images
-from trainer.evaluation.trained import Trained, open_trained
+from trainer.sampling.trained import Trained, open_trained
 
 
 def parse_arguments() -> argparse.Namespace:

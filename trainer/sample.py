@@ -15,9 +15,9 @@ if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # 
 import argparse
 from typing import get_args
 
-from trainer.evaluation.arguments import add_sampler, add_trained, at_least_one, sampling_request, trained_request
-from trainer.evaluation.draw import DrawRequest, draw
-from trainer.evaluation.outputs import OutputFormat
+from trainer.arguments import add_sampler, add_trained, at_least_one, sampling_request, trained_request
+from trainer.sampling.draw import DrawRequest, draw
+from trainer.sampling.outputs import OutputFormat
 
 
 def parse_arguments() -> DrawRequest:

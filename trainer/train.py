@@ -18,12 +18,12 @@ import os
 
 import torch
 
+from trainer.arguments import at_least_one
 from trainer.config import Config
 from trainer.engine.planning.dry_run import as_json, as_text, describe_run
 from trainer.engine.planning.estimates import DEVICES, UTILISATION, Hardware
 from trainer.engine.planning.find_batch import find_batch, print_trials
 from trainer.engine.session import train
-from trainer.evaluation.arguments import at_least_one
 from trainer.launcher.settle import load_settled
 from trainer.telemetry.profiling import RecordingRequest, StepRange
 

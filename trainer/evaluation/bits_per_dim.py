@@ -21,9 +21,9 @@ from trainer.engine.processes.collectives import together
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.images import RealImages, open_images
 from trainer.evaluation.plots import save_curves
-from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Task, Work
 from trainer.sampling.request import ReverseRequest, batches_of
+from trainer.sampling.trained import Trained, TrainedRequest, open_trained
+from trainer.sampling.work import Task, Work
 
 _QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
 

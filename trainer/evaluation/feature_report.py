@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.evaluation.references import ReferenceImages, ReferenceStatistics
-from trainer.evaluation.trained import Trained
 from trainer.features.networks import Convention
 from trainer.sampling.request import SamplingRequest
+from trainer.sampling.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import torch
 
 from trainer.engine.processes.collectives import each_its_own, sum_over_ranks, together
 from trainer.errors import DataError
-from trainer.evaluation.work import Task, Work
 from trainer.features.frechet import Gaussian, Moments
 from trainer.features.networks import FeatureNetwork, extract
+from trainer.sampling.work import Task, Work
 from trainer.signals import StopRequest
 
 

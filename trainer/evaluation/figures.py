@@ -21,12 +21,12 @@ from trainer.engine.processes.collectives import together
 from trainer.engine.processes.division import map_over_ranks
 from trainer.errors import ConfigError
 from trainer.evaluation.figure_files import FigureFile
-from trainer.evaluation.trained import Trained
 from trainer.sampling.ancestral import ancestral
 from trainer.sampling.ddim import ddim, ddim_invert
 from trainer.sampling.interpolation import interpolate
 from trainer.sampling.request import ReverseRequest
 from trainer.sampling.steps import last_of
+from trainer.sampling.trained import Trained
 from trainer.telemetry.pictures import Pixels, tile, to_uint8
 
 OnStep = Callable[[SamplingStep], object]

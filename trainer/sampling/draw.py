@@ -1,32 +1,61 @@
-"""Drawing a batch of samples: for a given seed, the images do not depend on the number of processes."""
+"""Draws images from a run's checkpoint over all processes, resumable after a kill."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-
-from trainer.diffusion.contract import Denoiser
-from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.sampling.request import SamplingRequest
-from trainer.sampling.steps import last_of
-from trainer.telemetry.pictures import Pixels, to_uint8
+from trainer.sampling.outputs import OutputFormat, make_output
+from trainer.sampling.request import DEFAULT_SAMPLER, SamplingRequest
+from trainer.sampling.trained import Trained, TrainedRequest, open_trained
+from trainer.sampling.work import Task, Work
 
 
-@torch.no_grad()
-def draw_batch(
-    request: SamplingRequest,
-    denoiser: Denoiser,
-    numbers: range,
-    *,
-    shape: tuple[int, int, int],
-    on_step: Callable[[int], object] | None = None,
-) -> Pixels:
-    """The samples of these numbers: (B, C, H, W) uint8.
+@dataclass(frozen=True, kw_only=True)
+class DrawRequest:
+    """The weights, the samples, and the output."""
 
-    denoiser: visits the request's timesteps; shape: (C, H, W); on_step: called after each denoising step with the
-    number of images that advanced. What it raises ends the sampling.
+    trained: TrainedRequest
+    sampling: SamplingRequest
+    out: Path | None
+    output: OutputFormat
+
+
+def draw(request: DrawRequest) -> Path:
+    """Draw the images and return their folder; see trainer/sampling/outputs.py for its content.
+
+    After a request to stop, all ranks finish their current batch; the results are kept, and the same request resumes.
+    Raises TrainerError where the run or the checkpoint cannot be used, or the folder cannot be written.
     """
-    device = denoiser.diffusion.original_timesteps.device
-    noise = KeyedNoise.sampling(request.seed, torch.tensor(list(numbers), device=device))
-    chain = request.make_sampler()(denoiser, noise.normal("initial", shape), noise=noise)
-    x = last_of(chain, None if on_step is None else lambda _: on_step(len(numbers)))
-    return to_uint8(x).cpu().numpy()
+    sampling = request.sampling
+    trained = open_trained(request.trained, sampling)
+    out = request.out or default_folder(trained, request)
+    work = Work(out, _identity(trained, request), trained.accelerator)
+    output = make_output(request.output, work)
+    batches, steps = sampling.batches, trained.denoiser.diffusion.timesteps
+    if work.carry_out(
+        lambda: output.missing(batches),
+        lambda numbers, on_step: output.write(numbers, trained.draw(sampling, numbers, on_step)),
+        Task(doing="sampling", items=sampling.count, units=steps),
+        trained.stop,
+    ):
+        output.finish(batches)
+        trained.accelerator.print(
+            f"{sampling.count} images from {trained.checkpoint} ({trained.weights} weights, "
+            f"{sampling.describe(steps)}) in {out}"
+        )
+    trained.accelerator.end_training()
+    return out
+
+
+def default_folder(trained: Trained, request: DrawRequest) -> Path:
+    """RUN/samples/ and a name made of the settings that determine the samples."""
+    how = request.sampling.name_parts
+    parts = [*trained.name_parts, *(how[1:] if how[0] == DEFAULT_SAMPLER else how)]
+    if request.output != "folder":
+        parts += [request.output, f"n-{request.sampling.count}"]
+    return trained.folder.samples / "-".join(parts)
+
+
+def _identity(trained: Trained, request: DrawRequest) -> dict[str, object]:
+    # A folder of single files can be extended to more images later; a combined file cannot.
+    count = {"count": request.sampling.count} if request.output != "folder" else {}
+    return {**count, **trained.identity, **request.sampling.identity, "format": request.output}

@@ -14,8 +14,8 @@ from trainer.engine.checkpointing.retention import Retention
 from trainer.engine.processes.collectives import broadcast, together
 from trainer.engine.processes.watchdog import enter
 from trainer.engine.run_folder import RunFolder
+from trainer.engine.state.replica_check import check_replicas
 from trainer.engine.state.train_state import TrainState
-from trainer.engine.strategies.replica_check import check_replicas
 from trainer.errors import CheckpointError
 
 

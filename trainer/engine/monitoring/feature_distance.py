@@ -16,7 +16,7 @@ from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
-from trainer.sampling.draw import draw_batch
+from trainer.sampling.batch import draw_batch
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.signals import StopRequest
 

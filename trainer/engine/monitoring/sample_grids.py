@@ -11,7 +11,7 @@ from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.watchdog import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import ConfigError
-from trainer.sampling.draw import draw_batch
+from trainer.sampling.batch import draw_batch
 from trainer.sampling.request import RequestError, SamplingRequest
 from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels, grid

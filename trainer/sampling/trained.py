@@ -23,7 +23,7 @@ from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
-from trainer.sampling.draw import draw_batch
+from trainer.sampling.batch import draw_batch
 from trainer.sampling.request import ReverseRequest, SamplingRequest
 from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels

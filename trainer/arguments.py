@@ -6,8 +6,8 @@ from pathlib import Path
 
 from trainer.engine.state.ema import power_name
 from trainer.errors import ConfigError, brief
-from trainer.evaluation.trained import TrainedRequest
 from trainer.sampling.request import DEFAULT_SAMPLER, RequestError, ReverseRequest, SamplingRequest
+from trainer.sampling.trained import TrainedRequest
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
 _MOST_COUNTED = 10**8  # images; their batches are listed in memory

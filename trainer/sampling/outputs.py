@@ -13,7 +13,7 @@ from numpy.lib import format as npy_format
 from PIL import Image
 
 from trainer.engine.processes.collectives import together
-from trainer.evaluation.work import Work
+from trainer.sampling.work import Work
 from trainer.telemetry.pictures import Pixels, grid, save_png
 
 OutputFormat = Literal["folder", "npz", "tar"]
