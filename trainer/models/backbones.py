@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.backbones import BACKBONE_SECTIONS, ModelConfig
-from trainer.models.ddpm_unet import build_ddpm_unet
+from trainer.models.ddpm_unet import UNet
 
 S = TypeVar("S", bound=ModelConfig)
 
@@ -33,7 +33,7 @@ class Backbone(Generic[S]):
 
 
 BACKBONES: dict[str, Backbone[Any]] = {
-    "ddpm-unet": Backbone(build=build_ddpm_unet),
+    "ddpm-unet": Backbone(build=UNet),
 }
 
 
@@ -45,6 +45,6 @@ def register_backbone(section: type[S], backbone: Backbone[S]) -> None:
 
 def example_inputs(model: ModelConfig, samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Inputs of the network, for measurements: x of zeros (B, C, H, W) float32, t (B,) int64, conditioning."""
-    x = torch.zeros(samples, model.channels, model.image_size, model.image_size)
+    x = torch.zeros(samples, *model.image_shape)
     t = torch.zeros(samples, dtype=torch.int64)
     return x, t, BACKBONES[model.kind].conditioning(model, samples)
