@@ -1,43 +1,33 @@
 """Draws images from a run's checkpoint over all processes, resumable after a kill."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.sampling.outputs import OutputFormat, make_output
+from trainer.sampling.outputs import OUTPUTS, OutputFormat
 from trainer.sampling.request import DEFAULT_SAMPLER, SamplingRequest
 from trainer.sampling.trained import Trained, TrainedRequest, open_trained
 from trainer.sampling.work import Task, Work
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawRequest:
-    """The weights, the samples, and the output."""
-
-    trained: TrainedRequest
-    sampling: SamplingRequest
-    out: Path | None
-    output: OutputFormat
-
-
-def draw(request: DrawRequest) -> Path:
-    """Draw the images and return their folder; see trainer/sampling/outputs.py for its content.
+def draw(wanted: TrainedRequest, sampling: SamplingRequest, *, out: Path | None, output: OutputFormat) -> Path:
+    """Draw the images and return their folder, by default one in RUN/samples; outputs.py says what it holds.
 
     After a request to stop, all ranks finish their current batch; the results are kept, and the same request resumes.
     Raises TrainerError where the run or the checkpoint cannot be used, or the folder cannot be written.
     """
-    sampling = request.sampling
-    trained = open_trained(request.trained, sampling)
-    out = request.out or default_folder(trained, request)
-    work = Work(out, _identity(trained, request), trained.accelerator)
-    output = make_output(request.output, work)
+    trained = open_trained(wanted, sampling)
+    out = out or _default_folder(trained, sampling, output)
+    # A folder of single files can be extended to more images later; a combined file cannot.
+    count = {"count": sampling.count} if output != "folder" else {}
+    work = Work(out, {**count, **trained.identity, **sampling.identity, "format": output}, trained.accelerator)
+    written = OUTPUTS[output](work)
     batches, steps = sampling.batches, trained.denoiser.diffusion.timesteps
     if work.carry_out(
-        lambda: output.missing(batches),
-        lambda numbers, on_step: output.write(numbers, trained.draw(sampling, numbers, on_step)),
+        lambda: written.missing(batches),
+        lambda numbers, on_step: written.write(numbers, trained.draw(sampling, numbers, on_step)),
         Task(doing="sampling", items=sampling.count, units=steps),
         trained.stop,
     ):
-        output.finish(batches)
+        written.finish(batches)
         trained.accelerator.print(
             f"{sampling.count} images from {trained.checkpoint} ({trained.weights} weights, "
             f"{sampling.describe(steps)}) in {out}"
@@ -46,16 +36,10 @@ def draw(request: DrawRequest) -> Path:
     return out
 
 
-def default_folder(trained: Trained, request: DrawRequest) -> Path:
+def _default_folder(trained: Trained, sampling: SamplingRequest, output: OutputFormat) -> Path:
     """RUN/samples/ and a name made of the settings that determine the samples."""
-    how = request.sampling.name_parts
+    how = sampling.name_parts
     parts = [*trained.name_parts, *(how[1:] if how[0] == DEFAULT_SAMPLER else how)]
-    if request.output != "folder":
-        parts += [request.output, f"n-{request.sampling.count}"]
+    if output != "folder":
+        parts += [output, f"n-{sampling.count}"]
     return trained.folder.samples / "-".join(parts)
-
-
-def _identity(trained: Trained, request: DrawRequest) -> dict[str, object]:
-    # A folder of single files can be extended to more images later; a combined file cannot.
-    count = {"count": request.sampling.count} if request.output != "folder" else {}
-    return {**count, **trained.identity, **request.sampling.identity, "format": request.output}
