@@ -18,8 +18,8 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 
+from trainer.arguments import at_least_one
 from trainer.config import Config
-from trainer.evaluation.arguments import at_least_one
 from trainer.telemetry.metrics import read_metrics
 
 mpl.use("Agg")

@@ -25,7 +25,7 @@ from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 
 from trainer.config import Config
-from trainer.engine.build import build_network
+from trainer.engine.network.build import build_network
 from trainer.engine.state.ema import Averages, constant
 from trainer.engine.strategies.parameter_slices import ParameterSlice
 

@@ -23,8 +23,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from trainer.arguments import at_least_one
 from trainer.config import Config
-from trainer.evaluation.arguments import at_least_one
 from trainer.evaluation.images import open_images
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract

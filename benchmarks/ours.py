@@ -46,7 +46,7 @@ def make_train_step(config: Config, *, ranks: int = 1) -> TrainStep:
 def batches(config: Config, size: int) -> Iterator[Batch]:
     """Always the same images, at positions that go on."""
     model = config.model
-    images = torch.randint(0, 256, (size, model.channels, model.image_size, model.image_size), dtype=torch.uint8)
+    images = torch.randint(0, 256, (size, *model.image_shape), dtype=torch.uint8)
     for first in itertools.count(0, size):
         yield {"image": images, "position": torch.arange(first, first + size)}
 

@@ -34,13 +34,13 @@ from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
 from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
-from trainer.engine.build import build_network, build_objective, build_trained
+from trainer.engine.build import build_objective, build_trained
+from trainer.engine.network.build import build_network
 from trainer.engine.network.cost import measure
 from trainer.interop.diffusers_settings import scheduler_settings
 from trainer.interop.layouts import DIFFUSERS, to_layout
 from trainer.interop.supported import ddpm_sections, network_of
 from trainer.models.backbones import example_inputs
-from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import SamplingRequest
 
 SEED = 0
@@ -81,10 +81,10 @@ def our_draw(setting: Setting, precision: str) -> Callable[[], Tensor]:
     )
     denoiser = build_objective(config, device).denoiser(network, respacing=request.respacing)
     model = config.model
-    shape = (model.channels, model.image_size, model.image_size)
+    shape = model.image_shape
 
     def draw() -> Tensor:
-        drawn = draw_batch(request, denoiser, range(setting.batch), shape=shape)
+        drawn = request.draw(denoiser, range(setting.batch), shape=shape)
         return torch.from_numpy(drawn)
 
     return draw
@@ -132,7 +132,7 @@ def largest_difference(setting: Setting) -> int:
     """Of a pixel, in 255ths, between both sides' float32 images from the same noise."""
     config, device = setting.load("fp32"), default_device()
     model, index = config.model, torch.arange(setting.batch, device=device)
-    shape = (model.channels, model.image_size, model.image_size)
+    shape = model.image_shape
     visited = kept_timesteps(ddpm_sections(config)[1].timesteps, f"ddim{setting.steps}").tolist()
 
     def noises() -> Iterator[Tensor]:

@@ -69,7 +69,6 @@ def training(config: Config, folder: Path) -> Callable[[bool], None]:
         samples=50_000,
         state=state,
         folder=RunFolder(folder, writes=True),
-        last_step=1_000_000,
     )
     stream = telemetry.timed(_images(config, layout))
 
@@ -87,7 +86,7 @@ def training(config: Config, folder: Path) -> Callable[[bool], None]:
 
 def _images(config: Config, layout: BatchLayout) -> Iterator[dict[str, torch.Tensor]]:
     model, size = config.model, layout.micro_batch
-    images = torch.randint(0, 256, (size, model.channels, model.image_size, model.image_size), dtype=torch.uint8)
+    images = torch.randint(0, 256, (size, *model.image_shape), dtype=torch.uint8)
     for first in itertools.count(0, size):
         yield {"image": images, "position": torch.arange(first, first + size)}
 

@@ -31,7 +31,7 @@ from benchmarks import ours, peers
 from benchmarks.machine import add_setting, default_device, describe, peak_limit, usual_precisions
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
-from trainer.engine.build import build_network
+from trainer.engine.network.build import build_network
 from trainer.engine.network.cost import measure
 from trainer.models.backbones import example_inputs
 

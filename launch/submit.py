@@ -20,11 +20,11 @@ from launch.grace import BYTES_PER_SECOND, seconds_to_stop
 from launch.outlook import measured_outlook, parse_time, stretches
 from launch.preflight import REPOSITORY, is_finished
 from launch.snapshot import take_snapshot
+from trainer.arguments import at_least_one
 from trainer.config import Config
 from trainer.engine.planning.dry_run import as_text, describe_run
 from trainer.engine.run_dir import check_run_dir
 from trainer.errors import ConfigError, TrainerError, exit_clearly
-from trainer.evaluation.arguments import at_least_one
 from trainer.launcher.settle import load_settled
 from trainer.units import in_words
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import two_networks
 from tests.data_prep_harness import (
     BIG_OPTIONS,
     PHOTO_OPTIONS,
@@ -43,6 +44,12 @@ def config_path(tmp_path: Path, dataset: Path) -> Path:
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 images of 8 x 8 in 12 shards of 4; read only."""
     return make_dataset(tmp_path_factory.mktemp("many"), images=48, shard_samples=4)
+
+
+@pytest.fixture(scope="module")
+def adversarial_family() -> Iterator[None]:
+    with two_networks.registered():
+        yield
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from trainer.data.stream import batches
 from trainer.diffusion.ddpm import reverse
 from trainer.engine.checkpointing import async_save as saving
@@ -20,13 +18,15 @@ from trainer.engine.checkpointing import checkpoints, sealed
 from trainer.engine.checkpointing import save_schedule as schedule
 from trainer.engine.monitoring import validation
 from trainer.engine.processes import collectives as processes
+from trainer.engine.step import phase_step
 from trainer.engine.step import train_step as step
-from trainer.evaluation import outputs, work
+from trainer.sampling import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
     "read": (batches, "collate"),  # once a micro-batch, in the loader process
     "join": (processes.rendezvous, "join"),  # once a process
     "device_batch": (step, "device_batch"),  # once a micro-batch
+    "phase": (phase_step.PhaseStep, "_compute"),  # once a micro-batch and phase
     "update": (step.TrainStep, "update"),  # once a step
     "make_empty": (checkpoints, "_make_empty"),  # once a save on rank 0
     "write_part": (saving, "_write_part"),  # once a save on every rank
@@ -50,8 +50,9 @@ class Fault:
 
     `kill` strikes before the point, `kill-after` behind it; `raise` is an error of the program; `hang` never returns,
     `hold` neither, and keeps the interpreter's lock; `freeze` stops every thread of the process; `full` is a disk
-    without space; `stop` is SIGTERM; `nan` spoils the images of a micro-batch (at device_batch), `corrupt` a bit of
-    the file that was written (at save_file), `drift` one of this rank's weights (at check_replicas).
+    without space; `stop` is SIGTERM; `nan` spoils the images of a micro-batch (at device_batch) or its losses (at
+    phase), `corrupt` a bit of the file that was written (at save_file), `drift` one of this rank's weights (at
+    check_replicas).
     """
 
     action: Literal["kill", "kill-after", "raise", "hang", "hold", "freeze", "nan", "full", "stop", "corrupt", "drift"]
@@ -106,7 +107,8 @@ class Fault:
                 content = path.read_bytes()
                 path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             case "nan":
-                return replace(result, x=torch.full_like(result.x, float("nan")))
+                field = "loss" if self.point == "phase" else "x"
+                return replace(result, **{field: getattr(result, field) * float("nan")})
         return result
 
     def environment(self) -> dict[str, str]:

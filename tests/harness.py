@@ -20,8 +20,8 @@ from PIL import Image
 
 from data_prep.cli import main as data_prep
 from tests.faults import Fault
-from trainer.config import Config
-from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.config import Config, DDPMUNetConfig
+from trainer.engine.checkpointing.checkpoints import open_verified
 from trainer.launcher import parent as launcher
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -58,6 +58,12 @@ every = "1 steps"
 samples_every = "0 steps"
 samples = 4
 """
+
+
+def unet_section(**changes: Any) -> DDPMUNetConfig:
+    """The paper's CIFAR-10 network, without dropout, but for `changes`."""
+    levels = {"channel_multipliers": [1, 2, 2, 2], "attention_resolutions": [16]}
+    return DDPMUNetConfig.model_validate({"image_size": 32, "base_channels": 128, **levels, **changes})
 
 
 def make_dataset(folder: Path, *, images: int = 21, shard_samples: int = 10) -> Path:
@@ -201,6 +207,12 @@ def free_port() -> int:
 
 def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
+
+
+def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors, whole, and the manifest of a checkpoint."""
+    reader, manifest = open_verified(path)
+    return {name: reader.whole(name) for name in reader.shapes}, manifest
 
 
 def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:

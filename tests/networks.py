@@ -7,13 +7,13 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from tests.harness import CONFIG
-from trainer.config import Config
+from trainer.config import Config, DDPMUNetConfig
 from trainer.data.training_data import DATA_FINGERPRINT
-from trainer.engine.build import build_network, build_state
+from trainer.engine.build import build_state
 from trainer.engine.checkpointing.checkpoints import Checkpoints
+from trainer.engine.network.build import build_network
 from trainer.engine.run_folder import RunFolder, identity
 from trainer.engine.strategies import DataParallel
-from trainer.models.ddpm_unet import UNetConfig
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
@@ -28,7 +28,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
-def reference(config: UNetConfig, **wrong: object) -> UNet2DModel:
+def reference(config: DDPMUNetConfig, **wrong: object) -> UNet2DModel:
     """diffusers' network of that shape, with the settings of the published DDPM models but for `wrong`."""
     attention = [side in config.attention_resolutions for side in config.level_resolutions]
     settings = {

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.harness import unet_section
 from tests.networks import reference
-from trainer.models.ddpm_unet import UNetConfig
+from trainer.config import DDPMUNetConfig
 
-SMALL = UNetConfig(
+SMALL = unet_section(
     image_size=8,
     base_channels=8,
-    channel_multipliers=(1, 2),
+    channel_multipliers=[1, 2],
     blocks_per_level=1,
-    attention_resolutions=(4,),
+    attention_resolutions=[4],
     norm_groups=4,
 )
 
@@ -91,7 +92,7 @@ def authors_names(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return renamed
 
 
-def publish(folder: Path, network: UNetConfig, tensors: dict[str, Tensor], **changes: Any) -> Path:
+def publish(folder: Path, network: DDPMUNetConfig, tensors: dict[str, Tensor], **changes: Any) -> Path:
     """A folder like google/ddpm-*: everything in one place, weights in a pickle."""
     folder.mkdir(parents=True)
     with torch.device("meta"):

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness import read_verified
 from tests.soak_job import Drawn
 from tests.yesterday import digest
 from trainer.engine.checkpointing import sealed
-from trainer.engine.checkpointing.checkpoints import STEP_NAME, read_verified
+from trainer.engine.checkpointing.checkpoints import STEP_NAME
 
 CLOSE = 1e-4  # of a loss near 1, after tens of steps, where sums were taken in another order
 

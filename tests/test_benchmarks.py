@@ -20,7 +20,7 @@ from benchmarks.scaling import Seconds, hidden_share
 from benchmarks.scaling_model import Links, modelled, modelled_step
 from benchmarks.turns import Contender, Run, Turn, result, take_turns
 from tests.harness import REPOSITORY, environment, load_config
-from trainer.engine.build import build_network
+from trainer.engine.network.build import build_network
 
 TINY = [
     *("--set", "model.image_size=8", "--set", "model.base_channels=8", "--set", "model.channel_multipliers=[1, 2]"),

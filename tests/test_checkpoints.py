@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import pytest
 
-from tests.harness import assert_same_state, checkpoint, events, launch, overrides, write_config
-from trainer.engine.checkpointing.checkpoints import Checkpoints, read_verified
+from tests.harness import assert_same_state, checkpoint, events, launch, overrides, read_verified, write_config
+from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, TrainerError

@@ -19,6 +19,7 @@ from tests.harness import (
     logged,
     overrides,
     tensors_of,
+    unet_section,
     write_config,
 )
 from tests.networks import randomise
@@ -26,7 +27,7 @@ from trainer.engine.network import compilation
 from trainer.engine.network.compilation import compile_stages, has_compiler, use_cache
 from trainer.engine.network.precision import multiply_float32
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet
 from trainer.models.layers import ResidualBlock, group_norm
 from trainer.models.stages import ActivationCheckpointing, Stage, checkpoint_activations
 
@@ -159,15 +160,15 @@ def gradients_of_unet(
 ) -> Tensor:
     """Of all parameters, flat; but for the keys' biases, which softmax does not see."""
     torch.manual_seed(0)
-    shape = UNetConfig(
+    shape = unet_section(
         image_size=16,
         base_channels=32,
-        channel_multipliers=(1,),
+        channel_multipliers=[1],
         blocks_per_level=1,
-        attention_resolutions=(),
+        attention_resolutions=[],
         dropout=dropout,
     )
-    network = UNet(shape).to(dtype)
+    network = UNet(shape, 3).to(dtype)
     randomise(network)
     network.to(device).to(memory_format=torch.channels_last)
     checkpoint_activations(network, kind)
@@ -209,7 +210,7 @@ def test_without_a_compiler_a_compiled_run_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r'train.compile = "regional": no C\+\+ compiler is here; install g\+\+'):
-        compile_stages(UNet(UNetConfig(image_size=16, base_channels=32, channel_multipliers=(1,))), None)
+        compile_stages(UNet(unet_section(image_size=16, base_channels=32, channel_multipliers=[1]), 3), None)
 
 
 def test_compiled_code_is_kept_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +240,7 @@ def test_what_cannot_be_compiled_whole_is_an_error(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Stage, "forward", breaks)
     monkeypatch.setattr(compilation, "has_compiler", lambda: True)
-    network = UNet(UNetConfig(image_size=16, base_channels=32, channel_multipliers=(1,), attention_resolutions=()))
+    network = UNet(unet_section(image_size=16, base_channels=32, channel_multipliers=[1], attention_resolutions=[]), 3)
     compile_stages(network, None)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         network(torch.zeros(1, 3, 16, 16), torch.tensor([0]))

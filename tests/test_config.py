@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness import REPOSITORY, environment, launch, load_config, overrides
 from trainer.config import Config
-from trainer.engine.build import build_network
+from trainer.engine.network.build import build_network
 from trainer.errors import ConfigError
 from trainer.units import Span
 
@@ -104,14 +104,14 @@ def test_a_missing_section_names_what_it_needs(text: str, message: str, tmp_path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.norm_groups=5", "model.norm_groups=5: must divide every level's channels"),
-        ("model.image_size=9", "model.image_size=9: must be a multiple of 2"),
-        ("model.attention_resolutions=[16]", "model.attention_resolutions=(16,): 16 is no level's side"),
+        ("model.norm_groups=5", "model: norm_groups = 5: must divide every level's channels"),
+        ("model.image_size=9", "model: image_size = 9: must be a multiple of 2"),
+        ("model.attention_resolutions=[16]", "model: attention_resolutions = [16]: 16 is no level's side"),
     ],
 )
 def test_networks_that_cannot_be_are_refused(config_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_network(load_config(config_path, override))
+        load_config(config_path, override)
     assert message in str(caught.value)
 
 
@@ -125,7 +125,7 @@ def test_networks_that_cannot_be_are_refused(config_path: Path, override: str, m
         ),
         (overrides(train__micro_batch=3), "train.micro_batch = 3: does not divide the 4 images of a process"),
         (overrides(train__precision="fp16"), "train.precision = 'fp16': needs a GPU"),
-        (overrides(model__image_size=16), "model.image_size = 16: the images in"),
+        (overrides(model__image_size=16, model__attention_resolutions="[8]"), "model.image_size = 16: the images in"),
         (overrides(data__path="/nowhere"), "/nowhere: no such folder; make it with"),
         (["--resume", "/nowhere"], "--resume /nowhere: no such checkpoint"),
     ],

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.harness import write_config
+from trainer.arguments import at_least_one
 from trainer.config import Config
 from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.arguments import at_least_one
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,6 @@ def test_a_default_can_be_copied_into_a_configuration() -> None:
 RAW = {
     "run_dir": "run",
     "data": {"path": "data"},
-    "model": {"image_size": 8, "base_channels": 8, "channel_multipliers": [1], "attention_resolutions": []},
+    "model": {"image_size": 8, "base_channels": 32, "channel_multipliers": [1], "attention_resolutions": []},
 }
 MINIMAL = Config.parse(RAW, source="test")

@@ -21,13 +21,14 @@ from tests.harness import (
     write_config,
 )
 from trainer.config import Config
+from trainer.data.images import read_images
 from trainer.data.training_data import open_training_data
 from trainer.diffusion.contract import Batch, Losses
 from trainer.diffusion.families import FAMILIES
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.diffusion.time_distribution import GivenTimes
-from trainer.engine.build import build_network, build_objective
-from trainer.engine.monitoring.validation import read_images
+from trainer.engine.build import build_objective
+from trainer.engine.network.build import build_network
 from trainer.models.backbones import BACKBONES, example_inputs
 
 # The smallest section of each kind, for 8 x 8 colour images; without dropout, whose masks depend on the micro-batch.
@@ -177,7 +178,7 @@ def test_validation_is_the_objective_on_the_held_out_images(whole: Path) -> None
     network = build_network(config).eval()
     weights = {name: tensor for name, tensor in tensors_of(whole, 3).items() if name.startswith("model/")}
     network.load_state_dict({name.removeprefix("model/"): tensor for name, tensor in weights.items()})
-    pixels, *_ = read_images(config, data.dataset, data.held_out)
+    pixels, *_ = read_images(data.dataset, data.held_out.tolist())
     batch = Batch(x=pixels.float() / 127.5 - 1, position=torch.from_numpy(data.held_out))
     objective = build_objective(config, torch.device("cpu"))
     with torch.no_grad():

@@ -15,8 +15,9 @@ from trainer import convert
 from trainer.config import Config
 from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
-from trainer.engine.build import build_network, build_objective
+from trainer.engine.build import build_objective
 from trainer.engine.checkpointing.checkpoints import read_weights
+from trainer.engine.network.build import build_network
 from trainer.interop import export as export_module
 from trainer.models.ddpm_unet import UNet
 from trainer.sampling.ancestral import ancestral

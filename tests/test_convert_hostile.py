@@ -16,8 +16,9 @@ from tests.published import PUBLISHED_SCHEDULER, PUBLISHED_UNET, SMALL, publish
 from tests.test_manifests import HEADERS
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.errors import ConversionError, TrainerError
-from trainer.interop.layouts import fit, shapes_of
+from trainer.interop.layouts import fit
 from trainer.interop.sources import open_source, read_tensors
+from trainer.models.ddpm_unet import UNet
 
 DEEP = "[" * 200_000 + "]" * 200_000
 
@@ -175,15 +176,15 @@ def test_state_dicts_of_any_shapes_are_refused_at_once(tmp_path: Path, changes: 
 def weights_with(value: Tensor) -> dict[str, Tensor]:
     from trainer.models.ddpm_unet import UNet
 
-    tensors = UNet(SMALL).state_dict()
+    tensors = UNet(SMALL, 3).state_dict()
     return tensors | {"conv_in.bias": tensors["conv_in.bias"].to(value.dtype).index_fill(0, torch.tensor(3), value)}
 
 
 def test_finiteness_is_that_of_the_numbers_that_are_kept() -> None:
     """float64 has 1e39, float32 has not."""
-    fit(weights_with(torch.tensor(1e38, dtype=torch.float64)), shapes_of(SMALL), source="there")
+    fit(weights_with(torch.tensor(1e38, dtype=torch.float64)), UNet(SMALL, 3), source="there")
     with pytest.raises(ConversionError, match=r"there: conv_in.bias: holds NaN or infinity, as float32"):
-        fit(weights_with(torch.tensor(1e39, dtype=torch.float64)), shapes_of(SMALL), source="there")
+        fit(weights_with(torch.tensor(1e39, dtype=torch.float64)), UNet(SMALL, 3), source="there")
 
 
 def test_numbers_of_8_bits_are_taken(tmp_path: Path) -> None:

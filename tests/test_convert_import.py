@@ -11,7 +11,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.harness import checkpoint, events, launch, overrides, tensors_of
+from tests.harness import checkpoint, events, launch, overrides, tensors_of, unet_section
 from tests.networks import make_run, randomise, reference
 from tests.published import (
     SMALL,
@@ -21,16 +21,15 @@ from tests.published import (
     publish,
 )
 from tests.test_convert_export import TWO_LEVELS, export, network_of, run_convert
-from trainer.config import Config
+from trainer.config import Config, DDPMUNetConfig
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import check_identity
 from trainer.errors import CheckpointError
-from trainer.models.ddpm_unet import UNetConfig
 
-CIFAR10 = UNetConfig(image_size=32, base_channels=32)
-CELEBA64 = UNetConfig(image_size=64, base_channels=32, channel_multipliers=(1, 2, 2, 2, 4))
-LSUN256 = UNetConfig(image_size=256, base_channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4))
+CIFAR10 = unet_section(base_channels=32)
+CELEBA64 = unet_section(image_size=64, base_channels=32, channel_multipliers=[1, 2, 2, 2, 4])
+LSUN256 = unet_section(image_size=256, base_channels=32, channel_multipliers=[1, 1, 2, 2, 4, 4])
 
 
 def largest_difference(run: Path, theirs: torch.nn.Module, side: int) -> float:
@@ -52,7 +51,7 @@ def largest_difference(run: Path, theirs: torch.nn.Module, side: int) -> float:
     ],
 )
 def test_the_published_layout_gives_diffusers_output(
-    network: UNetConfig,
+    network: DDPMUNetConfig,
     form: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,7 +78,7 @@ def test_the_published_layout_gives_diffusers_output(
     ],
 )
 def test_the_authors_layout_gives_diffusers_output(
-    network: UNetConfig, prefix: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: DDPMUNetConfig, prefix: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = reference(network)
     randomise(theirs)
@@ -100,8 +99,8 @@ def test_the_authors_layout_gives_diffusers_output(
 def test_the_side_of_the_images_is_asked_for_where_it_is_not_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network = UNetConfig(
-        image_size=16, base_channels=32, channel_multipliers=(1, 2), blocks_per_level=1, attention_resolutions=(16, 8)
+    network = unet_section(
+        image_size=16, base_channels=32, channel_multipliers=[1, 2], blocks_per_level=1, attention_resolutions=[16, 8]
     )
     source = tmp_path / "model.ckpt"
     torch.save(authors_names(reference(network).state_dict(), 2), source)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.harness import load_config, overrides
+from tests.harness import load_config, overrides, unet_section
 from tests.networks import randomise
 from tests.test_compile import BATCH, relative_error
 from tests.test_train_step import make_step, micro_batches
@@ -16,7 +16,7 @@ from trainer.engine.network.compilation import compile_stages
 from trainer.engine.network.precision import multiply_float32
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.errors import ConfigError
-from trainer.models.ddpm_unet import UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet
 from trainer.models.stages import ActivationCheckpointing, checkpoint_activations
 
 
@@ -32,8 +32,10 @@ def _compiled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def accumulated_over_steps(kind: ActivationCheckpointing, *, cuda_graphs: bool) -> list[Tensor]:
     """Gradients of all parameters, flat, after each of three steps of two micro-batches, with dropout."""
     torch.manual_seed(0)
-    shape = UNetConfig(image_size=16, base_channels=32, channel_multipliers=(1,), attention_resolutions=(), dropout=0.3)
-    network = UNet(shape)
+    shape = unet_section(
+        image_size=16, base_channels=32, channel_multipliers=[1], attention_resolutions=[], dropout=0.3
+    )
+    network = UNet(shape, 3)
     randomise(network)
     network.cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
     checkpoint_activations(network, kind)
@@ -123,7 +125,7 @@ def test_inductor_is_asked_for_cuda_graphs(cuda_graphs: bool, monkeypatch: pytes
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda forward, **settings: asked.append(settings["options"]) or forward)
-    network = UNet(UNetConfig(image_size=16, base_channels=32, channel_multipliers=(1,), attention_resolutions=()))
+    network = UNet(unet_section(image_size=16, base_channels=32, channel_multipliers=[1], attention_resolutions=[]), 3)
     compile_stages(network, None, cuda_graphs=cuda_graphs)
     assert [options["triton.cudagraphs"] for options in asked] == [cuda_graphs] * len(asked)
     assert len(asked) == 7  # two on the way down, two in the middle, three on the way up
@@ -131,7 +133,7 @@ def test_inductor_is_asked_for_cuda_graphs(cuda_graphs: bool, monkeypatch: pytes
 
 def test_cuda_graphs_without_a_cuda_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    network = UNet(UNetConfig(image_size=16, base_channels=32, channel_multipliers=(1,), attention_resolutions=()))
+    network = UNet(unet_section(image_size=16, base_channels=32, channel_multipliers=[1], attention_resolutions=[]), 3)
     with pytest.raises(ConfigError, match="no CUDA device is here; take false"):
         compile_stages(network, None, cuda_graphs=True)
 

@@ -14,8 +14,8 @@ from tests.faults import Fault
 from tests.harness import launch, load_config, overrides, write_config
 from trainer.diffusion.ddpm.likelihood import bits_per_dim
 from trainer.evaluation.images import open_images
-from trainer.evaluation.trained import TrainedRequest, open_trained
 from trainer.sampling.request import ReverseRequest
+from trainer.sampling.trained import TrainedRequest, open_trained
 
 T = 20
 

@@ -19,12 +19,12 @@ from tests.inception import write_random_inception
 from trainer.errors import ConfigError
 from trainer.evaluation.feature_metrics import KernelMetric, ManifoldMetric, ScoreMetric
 from trainer.evaluation.feature_sets import FeatureSet
-from trainer.evaluation.work import Work
 from trainer.features.frechet import Moments, frechet_distance
 from trainer.features.inception import WEIGHTS_SHA256, Inception, download_weights, weights_path
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
 from trainer.sampling.request import batches_of
+from trainer.sampling.work import Work
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """--find-batch tries sizes on this machine and prints the one to write down."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.harness import launch, load_config, overrides
+from trainer.engine.network.activation_checkpointing import peak_bytes, stage_kinds
 from trainer.engine.planning import find_batch as module
 from trainer.engine.planning.find_batch import Trial, choose, find_batch
 from trainer.engine.step.train_step import TrainStep
@@ -31,10 +33,10 @@ def test_every_size_that_divides_a_ranks_share_is_tried_and_one_is_named(config_
 def test_sizes_end_where_the_device_is_out_of_memory(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backward = TrainStep.backward
 
-    def limited(self: TrainStep, stream: object) -> torch.Tensor:
-        if self.layout.micro_batch > 2:
+    def limited(self: TrainStep, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
+        if len(next(stream)["position"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return backward(self, stream)  # type: ignore[arg-type]
+        return backward(self, stream)
 
     monkeypatch.setattr(TrainStep, "backward", limited)
     assert [found.micro_batch for found in find_batch(load_config(config_path))] == [1, 2]
@@ -42,7 +44,7 @@ def test_sizes_end_where_the_device_is_out_of_memory(config_path: Path, monkeypa
 
 def test_on_a_cpu_a_size_that_would_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(config_path)
-    limit = module.measure_cost(config, 4).peak_bytes
+    limit = peak_bytes(config, stage_kinds(config, 4), 4)
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: type("Memory", (), {"available": limit}))
     assert [found.micro_batch for found in find_batch(config)] == [1, 2]
 

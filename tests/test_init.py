@@ -11,7 +11,7 @@ from data_prep.cli import main as data_prep
 from tests.harness import REPOSITORY
 from trainer import init
 from trainer.config import Config
-from trainer.engine.build import build_network
+from trainer.engine.network.build import build_network
 from trainer.errors import ConfigError
 from trainer.starting.recipe import recipe
 from trainer.starting.source import suitable_size

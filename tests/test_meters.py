@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness import checkpoint, launch, load_config, overrides, write_config
+from tests.harness import checkpoint, launch, load_config, overrides, read_verified, write_config
 from trainer.config import Config
 from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.stream.batches import read_batch
 from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import open_training_data
 from trainer.diffusion.contract import Losses
-from trainer.engine.build import build_network, build_objective, build_state
-from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.build import build_objective, build_state
+from trainer.engine.network.build import build_network
 from trainer.engine.network.cost import measure, training_flops
 from trainer.engine.state.ema import constant
 from trainer.engine.state.train_state import TrainState

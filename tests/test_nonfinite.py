@@ -7,12 +7,21 @@ import pytest
 import torch
 
 from tests.faults import Fault
-from tests.harness import checkpoint, events, launch, load_config, logged, overrides, tensors_of, write_config
+from tests.harness import (
+    checkpoint,
+    events,
+    launch,
+    load_config,
+    logged,
+    overrides,
+    read_verified,
+    tensors_of,
+    write_config,
+)
 from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.stream.batches import read_batch
 from trainer.diffusion.ddpm.timesteps import UniformTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.engine.checkpointing.checkpoints import read_verified
 from trainer.engine.step.train_step import device_batch
 
 NAN_IN_STEP_4_OF_RANK_1 = Fault(action="nan", point="device_batch", call=4, rank=1)

@@ -18,7 +18,7 @@ from tests.harness import (
 )
 from trainer.diffusion.ddpm import objective as objectives
 from trainer.diffusion.ddpm import reverse, schedules
-from trainer.engine.build import build_network
+from trainer.engine.network.build import build_network
 from trainer.errors import ConfigError
 
 IMPORTANCE = overrides(

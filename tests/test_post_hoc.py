@@ -12,15 +12,15 @@ import torch
 from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma, solve_weights
 from safetensors.torch import load_file
 
-from tests.harness import checkpoint, events, launch, load_config, overrides, tensors_of, write_config
+from tests.harness import checkpoint, events, launch, load_config, overrides, read_verified, tensors_of, write_config
 from tests.stored import flip
 from trainer import convert
-from trainer.engine.checkpointing.checkpoints import read_verified, read_weights
+from trainer.arguments import weights_name
+from trainer.engine.checkpointing.checkpoints import read_weights
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import RunFolder
 from trainer.engine.state.ema import power_function
 from trainer.engine.state.post_hoc_ema import combination
-from trainer.evaluation.arguments import weights_name
 from trainer.interop import average as averaging
 
 Floats = npt.NDArray[np.float64]

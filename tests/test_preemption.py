@@ -24,9 +24,9 @@ from tests.harness import (
     launch,
     logged,
     overrides,
+    read_verified,
     write_config,
 )
-from trainer.engine.checkpointing.checkpoints import read_verified
 
 ENDLESS = overrides(train__duration="100k steps", checkpoint__every="50 steps")
 

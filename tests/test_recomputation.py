@@ -7,14 +7,18 @@ import torch
 
 from tests.harness import assert_same_state, launch, load_config, overrides, write_config
 from trainer.config import Config
-from trainer.engine.build import build_network
-from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
-from trainer.engine.planning.dry_run import as_text, describe_run, measure_cost
+from trainer.engine.network.activation_checkpointing import peak_bytes, recompute, stage_kinds
+from trainer.engine.network.build import build_network
+from trainer.engine.planning.dry_run import as_text, describe_run
 from trainer.engine.planning.find_batch import find_batch
 from trainer.errors import ConfigError
 from trainer.models.stages import Stage
 
 BATCH = 8
+
+
+def peak_of(config: Config, size: int) -> int:
+    return peak_bytes(config, stage_kinds(config, size), size)
 
 
 def with_kind(path: Path, kind: str, *more: str) -> Config:
@@ -27,11 +31,11 @@ def within(path: Path, budget: int) -> Config:
 
 def kinds_within(path: Path, budget: int) -> list[str]:
     config = within(path, budget)
-    return list(stage_kinds(lambda: build_network(config), config, BATCH))
+    return list(stage_kinds(config, BATCH))
 
 
 def peak(path: Path, kind: str) -> int:
-    return measure_cost(with_kind(path, kind), BATCH).peak_bytes
+    return peak_of(with_kind(path, kind), BATCH)
 
 
 def test_no_more_is_recomputed_than_the_budget_asks_for(config_path: Path) -> None:
@@ -43,7 +47,7 @@ def test_no_more_is_recomputed_than_the_budget_asks_for(config_path: Path) -> No
     assert "full" not in kinds_within(config_path, some)
     assert "full" in kinds_within(config_path, some - 1)
     for budget in (nothing - 1, (nothing + some) // 2, (some + all_of_it) // 2, all_of_it):
-        assert measure_cost(within(config_path, budget), BATCH).peak_bytes <= budget
+        assert peak_of(within(config_path, budget), BATCH) <= budget
 
 
 def test_narrow_stages_come_first(config_path: Path) -> None:
@@ -66,8 +70,8 @@ def test_a_dry_run_tells_how_many(config_path: Path) -> None:
 
 def test_the_search_for_a_micro_batch_ends_where_the_budget_does(config_path: Path) -> None:
     """Each size has what it needs recomputed; the global batch of 8 would not fit even so."""
-    budget = measure_cost(with_kind(config_path, "full"), 4).peak_bytes
-    assert measure_cost(with_kind(config_path, "full"), BATCH).peak_bytes > budget
+    budget = peak_of(with_kind(config_path, "full"), 4)
+    assert peak_of(with_kind(config_path, "full"), BATCH) > budget
     assert [trial.micro_batch for trial in find_batch(within(config_path, budget))] == [1, 2, 4]
 
 

@@ -21,10 +21,10 @@ from tests.harness import (
     launch,
     logged,
     overrides,
+    read_verified,
     tensors_of,
     write_config,
 )
-from trainer.engine.checkpointing.checkpoints import read_verified
 
 # docs/telemetry.md says so of them.
 EXACT = [

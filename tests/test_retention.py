@@ -8,10 +8,10 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from tests.harness import checkpoint, events, launch, load_config, overrides, write_config
+from tests.harness import checkpoint, events, launch, load_config, overrides, read_verified, write_config
 from tests.stored import flip, write_checkpoint
 from trainer.engine.checkpointing import sealed
-from trainer.engine.checkpointing.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.retention import Retention
 from trainer.engine.checkpointing.scores import best
 from trainer.engine.processes.collectives import make_accelerator

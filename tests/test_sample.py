@@ -10,23 +10,24 @@ import webdataset as wds
 from PIL import Image
 
 from tests.faults import Fault
-from tests.harness import checkpoint, launch, load_config, overrides, write_config
+from tests.harness import checkpoint, launch, load_config, overrides, read_verified, write_config
+from trainer.data.images import to_uint8
 from trainer.diffusion.contract import Sampler
 from trainer.diffusion.ddpm.process import GaussianDiffusion, Variance
 from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.engine.build import build_network, build_objective
-from trainer.engine.checkpointing.checkpoints import read_verified
+from trainer.engine.build import build_objective
+from trainer.engine.network.build import build_network
 from trainer.engine.processes.collectives import make_accelerator
-from trainer.evaluation import outputs
-from trainer.evaluation.work import Work
+from trainer.sampling import outputs
 from trainer.sampling.ancestral import ancestral
 from trainer.sampling.ddim import ddim
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.sampling.steps import last_of
-from trainer.telemetry.pictures import grid, to_uint8
+from trainer.sampling.work import Work
+from trainer.telemetry.pictures import grid
 
 T = 20
 
@@ -72,7 +73,7 @@ def reverse_process(run: Path, weights: str = "ema") -> ReverseProcess:
         (["--weights", "model"], "model", "all", "small", ancestral),
         (["--variance", "large", "--respacing", "10"], "ema", "10", "large", ancestral),
         (["--sampler", "ddim", "--respacing", "ddim5"], "ema", "ddim5", "small", ddim),
-        (["--sampler", "ddim", "--eta", "0.5"], "ema", "all", "small", partial(ddim, eta=0.5)),
+        (["--sampler", "ddim", "--option", "eta=0.5"], "ema", "all", "small", partial(ddim, eta=0.5)),
         (["--sampler", "ddpm-sigma-hat"], "ema", "all", "small", partial(ddim, eta=1.0, sigma_hat=True)),
     ],
 )
@@ -108,8 +109,8 @@ def test_dpm_solver_is_of_second_order_where_ddim_is_of_first(schedule: Schedule
     solution = mean + spread * (x - abar.sqrt() * mean) / (abar * spread**2 + 1 - abar).sqrt()
 
     def error(name: str, steps: str) -> float:
-        chain = SamplingRequest(sampler=name, count=64, seed=0, batch=64).make_sampler()
-        drawn = last_of(chain(reverse.respaced(kept_timesteps(1000, steps)), x, noise=noise))
+        request = SamplingRequest(sampler=name, count=64, seed=0, batch=64)
+        drawn = last_of(request.chain(reverse.respaced(kept_timesteps(1000, steps)), x, noise))
         return (drawn - solution).abs().mean().item()
 
     assert error("dpm-solver++", "200") / error("dpm-solver++", "1000") > 10
@@ -195,7 +196,9 @@ def test_default_folder_and_clear_errors(run: Path, tmp_path: Path) -> None:
         (["--run", str(tmp_path)], "holds no config.toml, so it is no run's folder"),
         (["--run", str(run), "--seed", "-1"], "--seed -1: should be at least 0"),
         (["--run", str(run), "--respacing", "ten"], "--respacing: "),
-        (["--run", str(run), "--eta", "0.5"], "--eta 0.5: goes with sampler ddim"),
+        (["--run", str(run), "--eta", "0"], "--eta 0.0: goes with sampler ddim, not ddpm"),
+        (["--run", str(run), "--sampler", "ddim", "--option", "eta=2"], "--option eta=2: should be from 0 to 1"),
+        (["--run", str(run), "--sampler", "ddim", "--option", "etta=1"], "--option etta=1: unknown; did you mean eta?"),
         (["--run", str(run), "--checkpoint", str(tmp_path)], "damaged: manifest.json is missing"),
         (["--run", str(run), "--out", "/proc/nowhere"], "/proc/nowhere"),
         (["--run", str(run), "--out", str(run)], "holds other files; choose a new or empty folder"),

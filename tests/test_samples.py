@@ -19,20 +19,19 @@ from trainer.data.datasets.dataset import MEMBER_OF
 from trainer.data.datasets.indexed import IndexedDataset
 from trainer.data.datasets.joined import JoinedDatasets
 from trainer.data.datasets.shards import ShardedDataset
+from trainer.data.images import from_uint8, read_images
 from trainer.data.orders.order import GlobalOrder
 from trainer.data.stream.bad_samples import BadSamples
 from trainer.data.stream.batches import as_tensors, read_batch, stacked
 from trainer.data.stream.stream import BatchLayout, MicroBatchPlan, StartMethod, micro_batches
 from trainer.data.training_data import open_training_data
 from trainer.diffusion.keyed_noise import keyed_flips
-from trainer.engine.build import build_network
-from trainer.engine.monitoring.validation import read_images
+from trainer.engine.network.build import build_network
 from trainer.engine.run_folder import check_identity
 from trainer.engine.step.train_step import conditioning, device_batch
 from trainer.errors import CheckpointError, ConfigError, DataError, SampleError
 from trainer.models.backbones import BACKBONES, Backbone
-from trainer.models.ddpm_unet import build_ddpm_unet
-from trainer.telemetry.pictures import from_uint8
+from trainer.models.ddpm_unet import UNet
 
 COUNT, BATCH, SEED = 12, 4, 3
 ALL = tuple(MEMBER_OF)
@@ -237,7 +236,7 @@ def test_an_index_of_tars_is_kept_for_each_choice_of_members(folder: Path, tmp_p
 def test_held_out_samples_come_with_what_is_asked_for(folder: Path) -> None:
     config = settings(folder, "shards", "label", "low_res", on_bad_sample="skip")
     dataset = open_training_data(config, index_folder=None).dataset
-    found, further, kept = read_images(config, dataset, np.array([4, LACKING, 7]))
+    found, further, kept = read_images(dataset, [4, LACKING, 7], skip_damaged=True)
     assert (len(found), kept) == (2, [4, 7])
     cond = conditioning(as_tensors(stacked(further)), config, torch.device("cpu"))
     assert cond["label"].tolist() == [1, 1]
@@ -247,9 +246,7 @@ def test_held_out_samples_come_with_what_is_asked_for(folder: Path) -> None:
 def test_a_network_that_takes_more_than_images_must_be_given_it(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labelled = Backbone(
-        build=build_ddpm_unet, conditioning=lambda _, samples: {"label": torch.zeros(samples, dtype=torch.int64)}
-    )
+    labelled = Backbone(build=UNet, conditioning=lambda _, samples: {"label": torch.zeros(samples, dtype=torch.int64)})
     monkeypatch.setitem(BACKBONES, "ddpm-unet", labelled)
     config = write_config(tmp_path, dataset)
     with pytest.raises(ConfigError, match=r"data.cond = \[\]: the network takes label; add it"):

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.diffusion_reference import normal
 from tests.harness import checkpoint, launch, overrides, write_config
 from trainer.config import Config
+from trainer.data.images import to_uint8
 from trainer.diffusion.contract import Denoiser, Network, Prediction, SamplingStep
 from trainer.diffusion.ddpm.objective import GaussianObjective
 from trainer.diffusion.ddpm.process import GaussianDiffusion
@@ -21,12 +22,11 @@ from trainer.engine.build import build_objective
 from trainer.engine.monitoring.sample_grids import plan_grid
 from trainer.errors import ConfigError
 from trainer.evaluation import bits_per_dim
-from trainer.evaluation.trained import TrainedRequest
-from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.sampling.steps import last_of
-from trainer.telemetry.pictures import grid, to_uint8
+from trainer.sampling.trained import TrainedRequest
+from trainer.telemetry.pictures import grid
 
 SHAPE = (3, 4, 4)
 
@@ -64,7 +64,10 @@ def test_names_identity_and_description_of_a_request() -> None:
         ({"options": {"eta": 0.5}}, "eta=0.5: goes with sampler ddim"),
         ({"sampler": "ddim", "options": {"eta": 1.5}}, "eta=1.5: should be from 0 to 1"),
         ({"sampler": "ddim", "options": {"eta": float("nan")}}, "eta=nan: should be from 0 to 1"),
-        ({"sampler": "ddim", "options": {"churn": 1.0}}, "churn=1.0: unknown"),
+        ({"sampler": "ddim", "options": {"churn": 1.0}}, "churn=1.0: unknown; ddim has eta"),
+        ({"sampler": "ddim", "options": {"etas": 1.0}}, "etas=1.0: unknown; did you mean eta?"),
+        ({"options": {"churn": 0.0}}, "churn=0.0: unknown; ddpm has no options"),
+        ({"options": {"eta": 0.0}}, "eta=0.0: goes with sampler ddim, not ddpm"),
         ({"seed": -1}, "seed=-1: should be at least 0 and below 2^63"),
         ({"seed": 2**63}, "should be at least 0 and below 2^63"),
     ],
@@ -92,7 +95,7 @@ def test_a_sampler_is_a_function_and_a_line_in_the_table(monkeypatch: pytest.Mon
     monkeypatch.setitem(SAMPLERS, "jump", SamplerEntry(sampler=jump))
     denoiser = objective().denoiser(network, respacing="5")
     told: list[int] = []
-    drawn = draw_batch(request(sampler="jump"), denoiser, range(2, 4), shape=SHAPE, on_step=told.append)
+    drawn = request(sampler="jump").draw(denoiser, range(2, 4), shape=SHAPE, on_step=told.append)
     x = KeyedNoise.sampling(3, torch.tensor([2, 3])).normal("initial", SHAPE)
     expected = denoiser(x, torch.tensor([4, 4])).x0.clamp(-1, 1)
     assert np.array_equal(drawn, to_uint8(expected).numpy())
@@ -135,10 +138,10 @@ def test_guidance_wraps_denoisers_of_any_parameterisation(prediction: str, sampl
 
     wrapped = Guided(denoiser(network, label=label), denoiser(network), 2.5)
     noise = KeyedNoise.sampling(3, torch.arange(2))
-    chain = request(sampler=sampler).make_sampler()
     x = noise.normal("initial", SHAPE)
     one, other, plain = (
-        last_of(chain(each, x, noise=noise)) for each in (wrapped, denoiser(guided), denoiser(network))
+        last_of(request(sampler=sampler).chain(each, x, noise))
+        for each in (wrapped, denoiser(guided), denoiser(network))
     )
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
     assert (one - plain).abs().max() > 0.1
@@ -175,7 +178,7 @@ def test_bits_per_dimension_are_refused_where_the_family_has_no_such_bound(monke
 
 
 def settings(**log: object) -> Config:
-    model = {"image_size": 8, "base_channels": 8, "channel_multipliers": [1], "attention_resolutions": []}
+    model = {"image_size": 8, "base_channels": 32, "channel_multipliers": [1], "attention_resolutions": []}
     raw = {"run_dir": "run", "data": {"path": "data"}, "model": model, "diffusion": {"timesteps": 20}, "log": log}
     return Config.parse(raw, source="test")
 

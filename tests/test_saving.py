@@ -15,11 +15,12 @@ from tests.harness import (
     launch,
     logged,
     overrides,
+    read_verified,
     tensors_of,
     write_config,
 )
 from tests.test_state import save, small_state
-from trainer.engine.checkpointing.checkpoints import Checkpoints, read_verified
+from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.state.ema import power_function
 
 TRAINING = overrides(train__micro_batch=2)

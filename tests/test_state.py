@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,10 @@ import torch
 from ema_pytorch import EMA, KarrasEMA
 from torch import nn
 
-from trainer.config import Config
+from tests.harness import read_verified, unet_section
+from trainer.config import Config, DDPMUNetConfig
 from trainer.engine.build import build_objective
-from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified, read_verified
+from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified
 from trainer.engine.state.ema import Averages, Decay, constant, power_function, warm_up
 from trainer.engine.state.tensor_files import TensorReader
 from trainer.engine.state.train_state import TrainState
@@ -20,14 +20,14 @@ from trainer.engine.strategies import DataParallel
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.engine.strategies.parameter_slices import ParameterSlice, owned
 from trainer.errors import CheckpointError
-from trainer.models.ddpm_unet import UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet
 
-MODEL = UNetConfig(
+MODEL = unet_section(
     image_size=8,
     base_channels=8,
-    channel_multipliers=(1, 2),
+    channel_multipliers=[1, 2],
     blocks_per_level=1,
-    attention_resolutions=(4,),
+    attention_resolutions=[4],
     dropout=0.0,
     norm_groups=4,
 )
@@ -37,11 +37,11 @@ def make_optimizer(network: nn.Module) -> GuardedAdam:
     return GuardedAdam(network.parameters(), learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0)
 
 
-def small_state(config_path: Path, model: UNetConfig = MODEL, **decays: Decay) -> TrainState:
+def small_state(config_path: Path, model: DDPMUNetConfig = MODEL, **decays: Decay) -> TrainState:
     config = Config.load(config_path)
     strategy = DataParallel(config.train)
     torch.manual_seed(1)
-    network = strategy.prepare(UNet(model), make_optimizer)
+    network = strategy.prepare(UNet(model, 3), make_optimizer)
     objective = build_objective(config, strategy.device)
     return TrainState(strategy, {"model": network}, {"ema": constant(0.9), **decays}, objective)
 
@@ -86,13 +86,13 @@ def test_a_state_of_another_network_is_refused(tmp_path: Path, config_path: Path
         return reader
 
     with pytest.raises(CheckpointError, match=r"model/.*: shape \(.*, the network has \("):
-        small_state(config_path, replace(MODEL, base_channels=16)).load(reader, manifest["state"])
+        small_state(config_path, MODEL.model_copy(update={"base_channels": 16})).load(reader, manifest["state"])
     with pytest.raises(CheckpointError, match=r"ema/conv_in\.bias: missing"):
         small_state(config_path).load(without("ema/conv_in.bias"), manifest["state"])
     with pytest.raises(CheckpointError, match=r"optimizer\.exp_avg/conv_in\.bias: missing"):
         small_state(config_path).load(without("optimizer.exp_avg/conv_in.bias"), manifest["state"])
     with pytest.raises(CheckpointError, match="the checkpoint is of another run"):
-        small_state(config_path, replace(MODEL, blocks_per_level=2)).load(reader, manifest["state"])
+        small_state(config_path, MODEL.model_copy(update={"blocks_per_level": 2})).load(reader, manifest["state"])
 
 
 def test_averages_may_come_and_go_between_restarts(tmp_path: Path, config_path: Path) -> None:

@@ -9,13 +9,11 @@ import torch
 import torch.distributed as dist
 
 from tests.faults import Fault
-from tests.harness import checkpoint, events, launch, overrides
+from tests.harness import checkpoint, events, launch, overrides, read_verified
 from trainer.diffusion.contract import SamplingStep
-from trainer.engine.checkpointing.checkpoints import read_verified
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.processes.peer_status import Peers
 from trainer.engine.processes.watchdog import Watchdog
-from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import SamplingRequest
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.signals import StopRequest
@@ -86,7 +84,7 @@ def test_samples_end_with_the_step_in_which_a_stop_arrives(monkeypatch: pytest.M
         stop.check()
 
     def draw(numbers: range) -> range:
-        draw_batch(request, denoiser, numbers, shape=(1, 2, 2), on_step=on_step)  # type: ignore[arg-type]
+        request.draw(denoiser, numbers, shape=(1, 2, 2), on_step=on_step)  # type: ignore[arg-type]
         return numbers
 
     drawn, stopped = map_over_ranks(request.batches, draw, what="samples", stop=stop)

@@ -50,7 +50,8 @@ def losses_by_hand(step: TrainStep, objective: GaussianObjective, t: torch.Tenso
     x0 = IMAGES.float() / 127.5 - 1
     eps = keyed_normal(SEED, Stream.EPS, POSITIONS, (3, 8, 8))
     x_t = step.state.objective.diffusion.q_sample(x0, t, eps)
-    return objective.losses(step.state.main.network.module(x_t, t), x0=x0, x_t=x_t, t=t, eps=eps)
+    output = step.state.main.network.module(x_t, t)
+    return objective.losses_and_bound(output, x0=x0, x_t=x_t, t=t, eps=eps)[0]
 
 
 def gradient(step: TrainStep) -> torch.Tensor:

@@ -122,7 +122,7 @@ def test_settings_that_do_not_fit_the_data_are_named(config_path: Path, dataset:
             "data.lanes=3",
         ): r"data\.lanes = 3: must divide train\.global_batch; valid: \[1, 2, 4, 8\]",
         ("data.holdout=0.001",): r"data\.holdout = 0\.001: holds out 0 of 21 images",
-        ("model.image_size=16",): r"model\.image_size = 16: the images in .* have 8",
+        ("model.image_size=16", "model.attention_resolutions=[8]"): r"model\.image_size = 16: the images in .* have 8",
         ("model.channels=1",): r"model\.channels = 1: the images in .* have 3",
     }.items():
         with pytest.raises(ConfigError, match=message):

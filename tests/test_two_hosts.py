@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import assert_same_state, checkpoint, events, launch, logged, overrides, write_config
+from tests.harness import assert_same_state, checkpoint, events, launch, logged, overrides, read_verified, write_config
 from tests.hosts import two_hosts
-from trainer.engine.checkpointing.checkpoints import read_verified
 
 STRATEGIES = {"ddp": 1, "zero2": 1, "hsdp": 2}  # processes on each host; hsdp shards within one
 PORT = "29400"

@@ -5,24 +5,26 @@ import re
 import pytest
 import torch
 
+from tests.harness import unet_section
 from tests.networks import randomise, reference
-from trainer.models.ddpm_unet import Downsample, UNet, UNetConfig
+from trainer.config import DDPMUNetConfig
+from trainer.models.ddpm_unet import Downsample, UNet
 from trainer.models.stages import Stage
 
 # In float64 nothing but the network itself can differ; float32 is what is trained.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
-CIFAR10 = UNetConfig(image_size=32)
+CIFAR10 = unet_section()
 # The network of CelebA at 64 x 64 in Song et al. 2021 (DDIM), and the paper's of 256 x 256.
-CELEBA64 = UNetConfig(image_size=64, channel_multipliers=(1, 2, 2, 2, 4))
-LSUN256 = UNetConfig(image_size=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
+CELEBA64 = unet_section(image_size=64, channel_multipliers=[1, 2, 2, 2, 4])
+LSUN256 = unet_section(image_size=256, channel_multipliers=[1, 1, 2, 2, 4, 4])
 # The layout of the 256 x 256 recipe (attention on the fifth of six levels), small enough for a test.
-LSUN_LAYOUT = UNetConfig(
-    image_size=64, base_channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(4,)
+LSUN_LAYOUT = unet_section(
+    image_size=64, base_channels=32, channel_multipliers=[1, 1, 2, 2, 4, 4], attention_resolutions=[4]
 )
 # The same levels with attention where a 64 x 64 image has its 16 x 16.
-LSUN_AT_16 = UNetConfig(
-    image_size=64, base_channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(16,)
+LSUN_AT_16 = unet_section(
+    image_size=64, base_channels=32, channel_multipliers=[1, 1, 2, 2, 4, 4], attention_resolutions=[16]
 )
 
 
@@ -82,14 +84,14 @@ def to_diffusers(model: UNet) -> dict[str, torch.Tensor]:
 
 
 def difference(
-    config: UNetConfig, dtype: torch.dtype, *, side: int | None = None, **wrong: object
+    config: DDPMUNetConfig, dtype: torch.dtype, *, side: int | None = None, **wrong: object
 ) -> tuple[float, float]:
     """The largest difference of the two outputs, and the size of our output. `side` of the input; the network's own
     costs minutes at 256.
     """
     side = side or config.image_size
     torch.manual_seed(0)
-    model = UNet(config).eval()
+    model = UNet(config, 3).eval()
     randomise(model)
     other = reference(config, **wrong)
     other.load_state_dict(to_diffusers(model), strict=True)
@@ -104,7 +106,7 @@ def difference(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
 @pytest.mark.parametrize("config", [CIFAR10, LSUN_LAYOUT, LSUN_AT_16], ids=["cifar10", "lsun", "lsun-16"])
-def test_the_network_is_the_one_diffusers_builds(config: UNetConfig, dtype: torch.dtype) -> None:
+def test_the_network_is_the_one_diffusers_builds(config: DDPMUNetConfig, dtype: torch.dtype) -> None:
     largest, scale = difference(config, dtype)
     assert largest < TOLERANCE[dtype]
     assert 0.3 < scale < 3  # or the tolerance would mean something else
@@ -119,7 +121,7 @@ def test_the_network_is_the_one_diffusers_builds(config: UNetConfig, dtype: torc
         pytest.param(LSUN256, 256, id="lsun256-own-size", marks=pytest.mark.slow),
     ],
 )
-def test_the_large_networks_are_too_at_full_width(config: UNetConfig, side: int) -> None:
+def test_the_large_networks_are_too_at_full_width(config: DDPMUNetConfig, side: int) -> None:
     largest, scale = difference(config, torch.float32, side=side)
     assert largest < TOLERANCE[torch.float32]
     assert 0.3 < scale < 3
@@ -137,6 +139,8 @@ def test_the_large_networks_are_too_at_full_width(config: UNetConfig, side: int)
     ids=lambda wrong: next(iter(wrong)),
 )
 @pytest.mark.parametrize(("config", "side"), [(CIFAR10, 32), (CELEBA64, 32), (LSUN_LAYOUT, None)])
-def test_the_comparison_sees_one_wrong_setting(config: UNetConfig, side: int | None, wrong: dict[str, object]) -> None:
+def test_the_comparison_sees_one_wrong_setting(
+    config: DDPMUNetConfig, side: int | None, wrong: dict[str, object]
+) -> None:
     largest, _ = difference(config, torch.float32, side=side, **wrong)
     assert largest > TOLERANCE[torch.float32]

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from tests.faults import Fault
 from tests.harness import events, launch, overrides
-from trainer.engine.processes import watchdog
+from trainer.engine.processes import activity
+from trainer.engine.processes.activity import enter, watch_over
 from trainer.engine.processes.peer_status import Peers, Progress, Status, ranks, verdict
-from trainer.engine.processes.watchdog import EXIT_CODE, Watchdog, enter, watch_over
+from trainer.engine.processes.watchdog import EXIT_CODE, Watchdog
 from trainer.signals import StopRequest
 
 ENDLESS = overrides(train__duration="100k steps", checkpoint__every="0 steps")
@@ -102,7 +103,7 @@ def test_a_frozen_rank_is_named_by_the_others(config_path: Path) -> None:
 
 def hold_the_lock(hang_timeout: float) -> None:
     """A process that keeps the interpreter's lock in its first step, before the watchdog has looked even once."""
-    watchdog._ANSWER_SECONDS = watchdog._PULSES_SECONDS = 0.0
+    activity._GRACE_SECONDS = 0.0
     with Watchdog(rank=0, world_size=1, hang_timeout=hang_timeout, timeout=600, stop=StopRequest()):
         enter("data", step=1)
         ctypes.PyDLL(None).sleep(3600)

@@ -16,6 +16,7 @@ if not __package__:  # run by path, Python looks in trainer/ first, where a modu
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 from trainer.errors import CheckpointError, exit_clearly, printable
@@ -65,7 +66,7 @@ def step_or_all(text: str) -> int | None:
 def list_runs(arguments: argparse.Namespace) -> int:
     """Print a table for each run."""
     listed = [listing.list_run(run, quick=arguments.quick) for run in arguments.runs]
-    _show(arguments, [one.as_json() for one in listed], "\n".join(map(listing.as_text, listed)))
+    _show(arguments, [asdict(one) for one in listed], "\n".join(map(listing.as_text, listed)))
     return 0
 
 

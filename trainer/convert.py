@@ -15,8 +15,8 @@ import argparse
 import re
 import shlex
 
+from trainer.arguments import WEIGHTS_HELP, at_least_one, weights_name, width
 from trainer.errors import exit_clearly
-from trainer.evaluation.arguments import WEIGHTS_HELP, at_least_one, weights_name, width
 from trainer.interop.average import AverageRequest, average
 from trainer.interop.export import ExportRequest, export
 from trainer.interop.import_weights import ImportRequest, import_weights

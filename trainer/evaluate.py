@@ -29,9 +29,9 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.engine.processes.collectives import together
+from trainer.arguments import add_trained, at_least_one, at_least_two, reverse_request, trained_request
+from trainer.engine.processes.collectives import each_its_own
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.arguments import add_trained, at_least_one, at_least_two, reverse_request, trained_request
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
 from trainer.evaluation.by_features import evaluate_by_features
 from trainer.evaluation.feature_arguments import add_features, feature_request
@@ -45,7 +45,7 @@ from trainer.evaluation.figures import (
     shared_latents,
 )
 from trainer.evaluation.images import load_files, open_images
-from trainer.evaluation.trained import Trained, open_trained
+from trainer.sampling.trained import Trained, open_trained
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -191,15 +191,14 @@ def _images(arguments: argparse.Namespace, trained: Trained) -> FigureImages:
     if arguments.files is not None:
         pixels = load_files(arguments.files, trained.config.model)
         return FigureImages(pixels=pixels, source={"files": [str(path) for path in arguments.files]})
-    loaded: list[torch.Tensor] = []
 
-    def load() -> None:
+    def load() -> torch.Tensor:
         images = open_images(trained.config, arguments.data, held_out=False, count=arguments.images)
-        loaded.append(images.load(range(arguments.images)))
+        return images.load(range(arguments.images))
 
-    together("the images: cannot be read", load, kind=DataError)
     where = str(arguments.data or trained.config.data.where)
-    return FigureImages(pixels=loaded[0], source={"data": where, "images": arguments.images})
+    pixels = each_its_own("the images: cannot be read", load, kind=DataError)
+    return FigureImages(pixels=pixels, source={"data": where, "images": arguments.images})
 
 
 @exit_clearly

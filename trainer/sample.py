@@ -15,12 +15,12 @@ if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # 
 import argparse
 from typing import get_args
 
-from trainer.evaluation.arguments import add_sampler, add_trained, at_least_one, sampling_request, trained_request
-from trainer.evaluation.draw import DrawRequest, draw
-from trainer.evaluation.outputs import OutputFormat
+from trainer.arguments import add_sampler, add_trained, at_least_one, sampling_request, trained_request
+from trainer.sampling.draw import draw
+from trainer.sampling.outputs import OutputFormat
 
 
-def parse_arguments() -> DrawRequest:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_trained(parser)
@@ -35,19 +35,15 @@ def parse_arguments() -> DrawRequest:
         help="folder (default): PNG files; npz: one array as ADM's evaluation reads it; tar: WebDataset shards",
     )
     parser.add_argument("--batch", type=at_least_one, default=16, help="images drawn at a time (default 16)")
-    arguments = parser.parse_args()
-    return DrawRequest(
-        trained=trained_request(arguments),
-        sampling=sampling_request(arguments, count=arguments.n),
-        out=arguments.out,
-        output=arguments.format,
-    )
+    return parser.parse_args()
 
 
 @exit_clearly
 def main() -> int:
     """Parse, wire, run."""
-    draw(parse_arguments())
+    arguments = parse_arguments()
+    sampling = sampling_request(arguments, count=arguments.n)
+    draw(trained_request(arguments), sampling, out=arguments.out, output=arguments.format)
     return 0
 
 

@@ -14,16 +14,17 @@ if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # 
     sys.exit(status)
 
 import argparse
+import json
 import os
 
 import torch
 
+from trainer.arguments import at_least_one
 from trainer.config import Config
-from trainer.engine.planning.dry_run import as_json, as_text, describe_run
+from trainer.engine.planning.dry_run import as_text, describe_run
 from trainer.engine.planning.estimates import DEVICES, UTILISATION, Hardware
 from trainer.engine.planning.find_batch import find_batch, print_trials
 from trainer.engine.session import train
-from trainer.evaluation.arguments import at_least_one
 from trainer.launcher.settle import load_settled
 from trainer.telemetry.profiling import RecordingRequest, StepRange
 
@@ -106,7 +107,7 @@ def main() -> int:
         )
         plan, fault = describe_run(config, world_size=arguments.world_size, hardware=hardware)
         if rank() == 0:
-            print(as_json(plan) if arguments.json else as_text(plan))
+            print(json.dumps(plan, indent=1) if arguments.json else as_text(plan))
         if fault is not None:
             raise fault
         return 0

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import REPOSITORY, assert_same_state, checkpoint, largest_difference, logged, tensors_of
+from tests.harness import (
+    REPOSITORY,
+    assert_same_state,
+    checkpoint,
+    largest_difference,
+    logged,
+    read_verified,
+    tensors_of,
+)
 from tests.slurm.cluster import PATIENCE, Cluster, Job, Run
-from trainer.engine.checkpointing.checkpoints import read_verified
 
 CHAIN = 3
 SHORTEST = 400  # steps of the uninterrupted run, with which all others are compared

@@ -1,8 +1,8 @@
 """The sections [model]: one class for each backbone, chosen by `kind`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from typing_extensions import override
 
 from trainer.config.kinds import Kinds
@@ -21,7 +21,7 @@ class ModelConfig(Section):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """(C, H, W)."""
         return self.channels, self.image_size, self.image_size
 
     @property
@@ -37,7 +37,7 @@ class DDPMUNetConfig(ModelConfig):
     """The backbone."""
     base_channels: int = Field(gt=0, le=65_536)
     """Channels at full resolution."""
-    channel_multipliers: list[Annotated[int, Field(le=1024)]] = Field(min_length=1, max_length=16)
+    channel_multipliers: list[Annotated[int, Field(gt=0, le=1024)]] = Field(min_length=1, max_length=16)
     """Channels of each resolution level as a multiple of base_channels; each level halves the side."""
     blocks_per_level: int = Field(default=2, gt=0, le=64)
     """Residual blocks a level going down (one more going up)."""
@@ -47,6 +47,39 @@ class DDPMUNetConfig(ModelConfig):
     """Dropout probability inside residual blocks."""
     norm_groups: int = Field(default=32, gt=0, le=65_536)
     """Groups of every GroupNorm."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.base_channels < 4 or self.base_channels % 2:
+            raise ValueError(
+                f"base_channels = {self.base_channels}: must be even and at least 4, for sines and cosines"
+            )
+        for width in self.level_channels:
+            if width % self.norm_groups:
+                raise ValueError(f"norm_groups = {self.norm_groups}: must divide every level's channels, here {width}")
+        levels = len(self.channel_multipliers)
+        if self.image_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"image_size = {self.image_size}: must be a multiple of {2 ** (levels - 1)}, since {levels} levels "
+                f"halve it {levels - 1} times"
+            )
+        for side in self.attention_resolutions:
+            if side not in self.level_resolutions:
+                raise ValueError(
+                    f"attention_resolutions = {self.attention_resolutions}: {side} is no level's side, must be among "
+                    f"{self.level_resolutions}"
+                )
+        return self
+
+    @property
+    def level_channels(self) -> list[int]:
+        """Channels of each level, finest first."""
+        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
+
+    @property
+    def level_resolutions(self) -> list[int]:
+        """Side in pixels of each level, finest first."""
+        return [self.image_size // 2**level for level in range(len(self.channel_multipliers))]
 
     @property
     @override

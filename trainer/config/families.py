@@ -14,6 +14,11 @@ ReverseVariance = Literal["small", "large", "learned", "learned-range"]
 Loss = Literal["mse", "bound", "hybrid"]
 
 
+def is_learned(variance: ReverseVariance) -> bool:
+    """Whether the network's output has a second half, for the variance."""
+    return variance in ("learned", "learned-range")
+
+
 class DiffusionConfig(Section):
     """What the section of every family has."""
 
@@ -66,8 +71,8 @@ class DDPMConfig(DiffusionConfig):
 
     @property
     def variance_is_learned(self) -> bool:
-        """Whether the network's output has a second half, for the variance."""
-        return self.variance in ("learned", "learned-range")
+        """See `is_learned`."""
+        return is_learned(self.variance)
 
     @override
     def identity(self) -> dict[str, Any]:

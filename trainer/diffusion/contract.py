@@ -33,10 +33,10 @@ class Batch:
 class Losses:
     """What an objective computes of a batch; each (B,).
 
-    t: the times that were drawn; level: float32, the share of all noise levels that lie below t, in [0, 1), by which
-    losses are grouped in logs; loss: float32, with the gradient, not weighted; weight: float32, by which the mean of
-    the losses estimates the mean over uniform t, None for 1; bound: float32 without a gradient, each sample's term of
-    the variational bound in bits per dimension, None where the family has none.
+    t: the times that were drawn. level: float32 in [0, 1), the fraction of the noise levels that lie below t; logs
+    group losses by it. loss: float32, with its gradient, not weighted. weight: float32, None for 1; the mean of
+    weight x loss estimates the mean loss over uniform t. bound: float32 without a gradient, each sample's term of the
+    variational bound in bits per dimension, None where the family has none.
     """
 
     t: Tensor
@@ -83,7 +83,7 @@ class ForwardProcess(Protocol):
 
     @property
     def original_timesteps(self) -> Tensor:
-        """(T,) int64: by which the network knows these timesteps, where they are a part of a longer chain."""
+        """(T,) int64: the timesteps of the chain that the network was trained on, of which these may be a part."""
 
     @property
     def betas(self) -> Tensor:
@@ -120,7 +120,7 @@ class Prediction(ABC):
 
 
 class Denoiser(Protocol):
-    """A network with what its output means and its conditioning: all that samplers and figures see of a trained model.
+    """A network, its conditioning, and the meaning of its output: all that samplers and figures see of a trained model.
 
     A wrapper of denoisers that combines their predictions is a denoiser again: for guidance with a scale s and
     denoisers with and without condition, `p = uncond(x, t)`, then `p.with_x0(p.x0 + s * (cond(x, t).x0 - p.x0))`.
@@ -136,11 +136,11 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingStep:
-    """What a step of a sampler has led to.
+    """The result of a step of a sampler.
 
-    t: the step, counted in the chain's own timesteps; original_t: the same in those of the network; x: the images after
-    it, so x_{t-1}, the samples themselves after t = 0 (or x_t, when inverting); x0: the estimate of the samples that
-    the step was made with (Ho et al. 2020, section 4.3: progressive generation).
+    t: the timestep, of the chain that is visited; original_t: the same timestep in the chain of the network; x: the
+    images after the step, x_{t-1}, which at t = 0 are the samples (when inverting: x_t); x0: the estimate of the
+    samples that the step used (Ho et al. 2020, section 4.3: progressive generation).
     """
 
     t: int
@@ -152,8 +152,8 @@ class SamplingStep:
 class Sampler(Protocol):
     """A way from noise to samples: yields a state after each step, the samples last.
 
-    It may take nothing random but from `noise`, by (sample, original timestep): then a sample does not depend on its
-    batch, up to the network's rounding, and all samplers see the same noise at the same timestep.
+    All its random numbers come from `noise`, by (sample, original timestep): so a sample does not depend on its batch,
+    up to the network's rounding, and all samplers see the same noise at the same timestep.
     """
 
     def __call__(self, denoiser: Denoiser, x: Tensor, *, noise: KeyedNoise) -> Iterator[SamplingStep]:
@@ -161,10 +161,9 @@ class Sampler(Protocol):
 
 
 class Objective(Protocol):
-    """The one place where samples are corrupted, the network predicts and the losses are computed, t drawn by `times`.
+    """Draws t, corrupts samples, calls the network and computes the losses: for training, validation and replay alike.
 
-    The training step, validation and the replay of a step all call it. A class that inherits from this one records
-    nothing unless it overrides `record` and `tensors`.
+    A class that inherits from this one records nothing unless it overrides `record` and `tensors`.
 
     times: how t is drawn in training; validation_times: how in validation, not affected by what was recorded;
     bound_terms: number of terms of the variational bound, of which `Losses.bound` has one a sample, None without one.
@@ -203,8 +202,9 @@ class Objective(Protocol):
 class Phase:
     """A part of a training step, which trains one network; all phases of a step see the same global batch.
 
-    trains: the network's name. losses: of all networks by name, a batch and its noise; it has to use every parameter
-    of the network that it trains. The others compute, and pass gradients on, but get none.
+    trains: the network's name. losses: a function of all networks by name, a batch and its noise, which has to use
+    every parameter of the network that it trains. Gradients flow through the other networks, but not into their
+    parameters.
     """
 
     trains: str

@@ -1,7 +1,7 @@
 """Builds the objects that a configuration describes: network, objective, optimizer, state."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -9,9 +9,10 @@ from torch import nn
 
 from trainer.config import AdamConfig, Config
 from trainer.data.stream.stream import BatchLayout
-from trainer.diffusion.contract import MODEL, Objective, Phase
+from trainer.diffusion.contract import MODEL, Objective
 from trainer.diffusion.families import FAMILIES
 from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
+from trainer.engine.network.build import build_network
 from trainer.engine.network.compilation import compile_stages
 from trainer.engine.network.freezing import freeze
 from trainer.engine.network.precision import run_in
@@ -20,23 +21,7 @@ from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import Strategy
 from trainer.engine.strategies.optimizer import GuardedAdam
 from trainer.errors import CheckpointError, ConfigError
-from trainer.models.backbones import BACKBONES
 from trainer.models.stages import checkpoint_activations
-
-
-def build_network(config: Config) -> nn.Module:
-    """The network that the configuration describes, initialised from torch's current seed.
-
-    Raises ConfigError where its sizes are inconsistent, or where it does not take exactly what `data.cond` names.
-    """
-    backbone = BACKBONES[config.model.kind]
-    taken = backbone.conditioning(config.model, 1)
-    if unknown := [name for name in config.data.cond if name not in taken]:
-        raise ConfigError(f"data.cond = {unknown}: the network takes no {unknown[0]}; leave it out")
-    if missing := [name for name in taken if name not in config.data.cond]:
-        raise ConfigError(f"data.cond = {list(config.data.cond)}: the network takes {missing[0]}; add it")
-    out_channels = FAMILIES[config.diffusion.kind].output_channels(config.diffusion, config.model.channels)
-    return backbone.build(config.model, out_channels)
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
@@ -47,11 +32,6 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
         if name == MODEL or not re.fullmatch(r"\w+", name):  # checkpoints have it in names of tensors
             raise ValueError(f"{name!r}: should be the name of a new network, of letters, digits and underscores")
     return {MODEL: main, **others}
-
-
-def phases(config: Config, objective: Objective) -> Sequence[Phase]:
-    """The phases of a step, from the configured family's objective."""
-    return FAMILIES[config.diffusion.kind].phases(objective)
 
 
 def build_trained(config: Config, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
@@ -99,7 +79,7 @@ def build_state(config: Config, strategy: Strategy) -> TrainState:
     for network in networks.values():
         checkpoint_activations(network, "none" if kind == "budget" else kind)
     if kind == "budget":  # of the main network alone
-        recompute(networks[MODEL], stage_kinds(lambda: build_network(config), config, layout.micro_batch))
+        recompute(networks[MODEL], stage_kinds(config, layout.micro_batch))
     if config.train.compile == "regional":
         for network in networks.values():
             compile_stages(network, config.train.compile_cache, cuda_graphs=config.train.cuda_graphs)

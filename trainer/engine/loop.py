@@ -3,32 +3,40 @@
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import MODEL
-from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.save_schedule import SaveSchedule
 from trainer.engine.monitoring.feature_distance import FeatureDistance
 from trainer.engine.monitoring.run_telemetry import Telemetry
 from trainer.engine.monitoring.sample_grids import SampleGrids
 from trainer.engine.monitoring.validation import Validation
+from trainer.engine.processes.activity import enter
 from trainer.engine.processes.collectives import together
-from trainer.engine.processes.watchdog import enter
-from trainer.engine.run_folder import RunFolder, identity
+from trainer.engine.run_folder import identity
 from trainer.engine.step.garbage_collection import collect_after
 from trainer.engine.step.nonfinite_dump import NonFiniteDump
 from trainer.engine.step.step_report import NetworkVerdict, PendingVerdict
 from trainer.engine.step.train_step import TrainStep
 from trainer.errors import NonFiniteError
 from trainer.telemetry.pictures import save_png
-from trainer.telemetry.profiling import Recordings
-from trainer.telemetry.trackers import Trackers
+from trainer.telemetry.profiling import Recording
 from trainer.units import Span
 
 _MOST_OVERFLOWS = 64
+
+
+@dataclass
+class _Periodic:
+    """A measurement of the state, how often it is due, and the step in which it was made last."""
+
+    every: Span
+    measurement: Validation | FeatureDistance
+    measured_step: int = -1
 
 
 class TrainingLoop:
@@ -42,47 +50,32 @@ class TrainingLoop:
         self,
         *,
         train_step: TrainStep,
-        grids: SampleGrids,
         data: TrainingData,
-        checkpoints: Checkpoints,
-        folder: RunFolder,
-        recordings: Recordings,
-        trackers: Trackers,
+        telemetry: Telemetry,
+        grids: SampleGrids,
+        recordings: Sequence[Recording],
     ) -> None:
         self.train_step = train_step
         self.config, self.layout, self.state = train_step.config, train_step.layout, train_step.state
-        config, layout, state = self.config, self.layout, self.state
+        config, state, stop = self.config, self.state, train_step.stop
         self.accelerator = state.strategy.accelerator
         self.data = data
         self.grids = grids
-        self.folder = folder
         self.recordings = recordings
-        self.last_step = config.train.duration.steps(layout.global_batch)
-        self.telemetry = Telemetry(
-            config=config,
-            layout=layout,
-            samples=data.order.samples,
-            state=state,
-            folder=folder,
-            trackers=trackers,
-            last_step=self.last_step,
-        )
-        self.progress = self.telemetry.progress
+        self.telemetry = telemetry
+        self.folder, self.last_step, self.progress = telemetry.folder, telemetry.last_step, telemetry.progress
         self.saves = SaveSchedule(
-            config=config,
-            folder=folder,
-            checkpoints=checkpoints,
-            state=state,
-            identity=identity(config, data),
-            say=self.progress.say,
+            config=config, folder=self.folder, state=state, identity=identity(config, data), say=self.progress.say
         )
-        self.stop = train_step.stop
-        self.validation = Validation(config, data, state, self.stop)
-        self.distance = FeatureDistance(config, data, state, self.stop) if config.log.distance_every.count else None
-        scores = self.saves.retention.scores.get(self.step, {})
-        # Validation that a stop or a kill prevented after the last checkpoint is made up for.
-        self.validated_step = self.step if not self.step or "validation/loss" in scores else -1
-        self.measured_step = self.step if not self.step or "validation/feature_distance" in scores else -1
+        log, scores = config.log, self.saves.retention.scores.get(self.step, {})
+        self.measurements: list[_Periodic] = []
+        if log.validate_every.count:
+            self.measurements.append(_Periodic(log.validate_every, Validation(config, data, state, stop)))
+        if log.distance_every.count:
+            self.measurements.append(_Periodic(log.distance_every, FeatureDistance(config, data, state, stop)))
+        for each in self.measurements:
+            # What a stop or a kill prevented after the last checkpoint is made up for.
+            each.measured_step = self.step if not self.step or each.measurement.metric in scores else -1
         self.overflows = 0  # consecutive steps that were skipped because of the loss scale
         self.pending: PendingVerdict | None = None
         self.stopping = False
@@ -98,7 +91,8 @@ class TrainingLoop:
         stream = self.telemetry.timed(stream)
         first_step = self.step
         while self.step < self.last_step and not self.stopping:
-            self.recordings.before_step(self.step + 1)
+            for recording in self.recordings:
+                recording.before_step(self.step + 1)
             enter("data", step=self.step + 1)
             loss = self.train_step.backward(stream)
             self._settle()
@@ -118,12 +112,12 @@ class TrainingLoop:
                         gc.collect()  # free the network
             collect_after(self.step)
         self._settle()
-        self.recordings.end()
+        self.end_recordings()
         with self.telemetry.pause("saving"):
             self.saves.save_last()
         if self.step >= self.last_step:
-            self._validate()
-            self._measure_distance()
+            for each in self.measurements:
+                self._measure(each)
         with self.telemetry.pause("saving"):
             self.saves.end()
         finished = self.step >= self.last_step
@@ -139,16 +133,19 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         return finished
 
+    def end_recordings(self) -> None:
+        """Stop and write what is still recorded; may be called again."""
+        for recording in self.recordings:
+            recording.end()
+
     def _is_due(self, span: Span) -> bool:
         return span.is_due(self.state.position, self.layout.global_batch)
 
     def _measure_what_is_due(self) -> None:
-        if self._is_due(self.config.log.validate_every):
-            self._settle()
-            self._validate()
-        if self._is_due(self.config.log.distance_every):
-            self._settle()
-            self._measure_distance()
+        for each in self.measurements:
+            if self._is_due(each.every):
+                self._settle()
+                self._measure(each)
 
     def _before_minutes(self) -> None:
         """Complete a pending save before an operation of minutes, during which the run may be killed."""
@@ -186,11 +183,9 @@ class TrainingLoop:
         """
         self.state.nonfinite_steps += 1
         path = self.folder.nonfinite / f"step-{self.step:08d}.json"
+        dump = NonFiniteDump.of_step(verdict, config=self.config, layout=self.layout, state=self.state, data=self.data)
         with self.telemetry.best_effort():
             if self.accelerator.is_main_process:
-                dump = NonFiniteDump.of_step(
-                    verdict, config=self.config, layout=self.layout, state=self.state, data=self.data
-                )
                 dump.write(path)
         self.folder.event("nonfinite", step=self.step, dump=str(path))
         whose = "" if verdict.network == MODEL else f"{verdict.network}: "
@@ -204,35 +199,23 @@ class TrainingLoop:
                 agreed=True,
             )
 
-    def _validate(self) -> None:
-        """Compute the loss on held-out images, unless this step has it already."""
-        if not self.config.log.validate_every.count or self.step == self.validated_step or self.stopping:
+    def _measure(self, each: _Periodic) -> None:
+        """Measure the state and report it, unless this step has it already."""
+        if self.step == each.measured_step or self.stopping:
             return
-        if self._measure(self.validation):
-            self.validated_step = self.step
-
-    def _measure_distance(self) -> None:
-        """Compute the feature distance between samples and real images, unless this step has it already."""
-        if self.distance is None or self.step == self.measured_step or self.stopping:
-            return
-        if self._measure(self.distance):
-            self.measured_step = self.step
-
-    def _measure(self, measurement: Validation | FeatureDistance) -> bool:
-        """Measure the state and report it; returns False after a request to stop."""
         self._before_minutes()
         with self.telemetry.pause("validating"):
             started = time.perf_counter()
-            values = measurement.measure()
+            values = each.measurement.measure()
             if values is None:
                 self.stopping = True
-                return False
+                return
             self.saves.retention.score(self.step, values)
             self.telemetry.scalars(values)
             seconds = time.perf_counter() - started
-            self.progress.say(f"step {self.step}: {measurement.summary(values)}, in {seconds:.1f} s")
+            self.progress.say(f"step {self.step}: {each.measurement.summary(values)}, in {seconds:.1f} s")
+            each.measured_step = self.step
             gc.collect()  # free the networks
-        return True
 
     def _draw_samples(self) -> None:
         """Draw a grid and write it on rank 0."""

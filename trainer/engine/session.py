@@ -16,8 +16,9 @@ from trainer.engine.checkpointing.initial_weights import load_initial_weights
 from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
 from trainer.engine.checkpointing.resume import find_checkpoint, load_checkpoint
 from trainer.engine.loop import TrainingLoop
+from trainer.engine.monitoring.run_telemetry import Telemetry
 from trainer.engine.monitoring.sample_grids import SampleGrids
-from trainer.engine.processes.collectives import check_alike, together
+from trainer.engine.processes.collectives import check_alike, each_its_own, together
 from trainer.engine.processes.cpu_share import loader_processes
 from trainer.engine.processes.semaphores import name_semaphores
 from trainer.engine.processes.watchdog import Watchdog
@@ -90,34 +91,27 @@ def _train(
     what = f"run_dir = {folder.path}: cannot be written"
     together(what, folder.claim, only_rank=0)
     watchdog.folder = folder
-    checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    source = _resume(config, resume, data, state, folder, checkpoints)
+    source = _resume(config, resume, data, state, folder)
     for change in together(what, lambda: folder.begin(config), only_rank=0)[0]:
         accelerator.print(f"changed since the last start: {change}")
 
-    loop = TrainingLoop(
-        train_step=train_step,
-        grids=grids,
-        data=data,
-        checkpoints=checkpoints,
-        folder=folder,
-        recordings=recordings,
-        trackers=_open_trackers(config, folder, accelerator),
+    trackers = _open_trackers(config, folder, accelerator)
+    telemetry = Telemetry(
+        config=config, layout=layout, samples=data.order.samples, state=state, folder=folder, trackers=trackers
     )
+    loop = TrainingLoop(train_step=train_step, data=data, telemetry=telemetry, grids=grids, recordings=recordings)
     about: dict[str, Any] = {"world_size": layout.world_size, "nodes": _nodes(), "resumed_from": str(source or "")}
-    about |= {"peak_flops": loop.telemetry.peak.flops, "peak_source": loop.telemetry.peak.source}
+    about |= {"peak_flops": telemetry.peak.flops, "peak_source": telemetry.peak.source}
     about |= {"environment": environment(accelerator.device)}
-    folder.event("started", step=loop.step, **about, **loop.telemetry.heartbeat.about_start(loop.step))
+    folder.event("started", step=loop.step, **about, **telemetry.heartbeat.about_start(loop.step))
     loop.progress.say(_summary(loop, source))
     return _run(loop, accelerator)
 
 
-def _resume(
-    config: Config, resume: str, data: TrainingData, state: TrainState, folder: RunFolder, checkpoints: Checkpoints
-) -> Path | None:
+def _resume(config: Config, resume: str, data: TrainingData, state: TrainState, folder: RunFolder) -> Path | None:
     """Load the checkpoint to resume from, and set later ones aside; returns its path, None for a new run."""
     accelerator = state.strategy.accelerator
-    snapshots = Checkpoints(folder.averages, accelerator)
+    checkpoints, snapshots = (Checkpoints(path, accelerator) for path in (folder.checkpoints, folder.averages))
     for each in (checkpoints, snapshots):
         each.discard_unfinished()
     source = find_checkpoint(
@@ -139,15 +133,11 @@ def _resume(
 
 
 def _open_data(config: Config) -> TrainingData:
-    opened: list[TrainingData] = []
-    together(
+    return each_its_own(
         f"data.path = {config.data.where}: cannot be read",
-        lambda: opened.append(
-            open_training_data(config, index_folder=Path(config.run_dir) / "indexes", nodes=_nodes())
-        ),
+        lambda: open_training_data(config, index_folder=Path(config.run_dir) / "indexes", nodes=_nodes()),
         kind=DataError,
     )
-    return opened[0]
 
 
 def _open_trackers(config: Config, folder: RunFolder, accelerator: Accelerator) -> Trackers:
@@ -191,7 +181,7 @@ def _run(loop: TrainingLoop, accelerator: Accelerator) -> bool:
             finished = loop.run(stream)
     finally:
         stream.close()
-        loop.recordings.end()
+        loop.end_recordings()
     accelerator.end_training()
     return finished
 

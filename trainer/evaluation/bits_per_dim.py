@@ -17,13 +17,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainer.diffusion.ddpm.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
 from trainer.diffusion.ddpm.reverse import ReverseProcess
-from trainer.engine.processes.collectives import together
+from trainer.engine.processes.collectives import each_its_own, together
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.images import RealImages, open_images
 from trainer.evaluation.plots import save_curves
-from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Task, Work
 from trainer.sampling.request import ReverseRequest, batches_of
+from trainer.sampling.trained import Trained, TrainedRequest, open_trained
+from trainer.sampling.work import Task, Work
 
 _QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
 
@@ -94,15 +94,11 @@ def evaluate_bound(request: BoundRequest) -> Path:
     reverse = trained.denoiser
     if not isinstance(reverse, ReverseProcess):
         raise ConfigError(f"--run {request.trained.run}: its family has no bound that is a sum over timesteps")
-    opened: list[RealImages] = []
-    together(
+    images = each_its_own(
         f"{request.data or trained.config.data.where}: cannot be read",
-        lambda: opened.append(
-            open_images(trained.config, request.data, held_out=request.held_out, count=request.images)
-        ),
+        lambda: open_images(trained.config, request.data, held_out=request.held_out, count=request.images),
         kind=DataError,
     )
-    images = opened[0]
     out = request.out or trained.folder.path / "evaluation" / _name(trained, request, images)
     work = Work(out, _identity(trained, request, images), trained.accelerator)
     batches = batches_of(images.count, request.batch)

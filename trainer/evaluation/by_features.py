@@ -18,11 +18,11 @@ from trainer.evaluation.feature_metrics import FeatureMetric, Reference
 from trainer.evaluation.feature_report import Report, features_about, reference_about, samples_about
 from trainer.evaluation.feature_sets import FeatureSet
 from trainer.evaluation.references import ReferenceImages, ReferenceRequest, ReferenceStatistics, open_reference
-from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
-from trainer.evaluation.work import Task, Work
 from trainer.features.inception import Inception, download_weights, weights_path
 from trainer.features.networks import EfficientNetLite0, FeatureName, FeatureNetwork
 from trainer.sampling.request import SamplingRequest, batches_of
+from trainer.sampling.trained import Trained, TrainedRequest, open_trained
+from trainer.sampling.work import Task, Work
 from trainer.world import local_rank
 
 _REFERENCE_BATCH = 256  # real images per file of features

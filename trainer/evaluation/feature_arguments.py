@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from trainer.evaluation.arguments import add_sampler, at_least_one, at_least_two, sampling_request, trained_request
+from trainer.arguments import add_sampler, at_least_one, at_least_two, sampling_request, trained_request
 from trainer.evaluation.by_features import FeatureRequest, NetworkRequest
 from trainer.evaluation.references import ReferenceRequest
 from trainer.features.networks import FeatureName

@@ -1,11 +1,13 @@
 """Feature metrics: their requirements, and their computation over all ranks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from trainer.engine.processes.division import map_over_ranks
 from trainer.errors import ConfigError, DataError
@@ -41,43 +43,47 @@ class Needs:
     most: int | None = None
 
 
-class FeatureMetric(Protocol):
+class FeatureMetric(ABC):
     """One or several numbers computed from features of samples and of a reference."""
 
     name: str
     needs: Needs
 
+    @abstractmethod
     def title(self, convention: Convention) -> str:
         """Name of the metric as reported: FID, KID and IS only with Inception's features."""
 
+    @abstractmethod
     def check(self, samples: int, reference: int | None) -> None:
         """Raise ConfigError where there are too few samples or reference images (None: unknown number)."""
 
+    @abstractmethod
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
         """The values by name, the main one first. Collective, the same on all ranks."""
 
     def about(self) -> dict[str, Any]:
         """The metric's settings, for the report."""
+        return dict(vars(self))
 
 
-class FrechetMetric:
+class FrechetMetric(FeatureMetric):
     """FID (Heusel et al. 2017); see trainer/features/frechet.py."""
 
     name = "fid"
     needs = Needs(reference=True, statistics=True)
 
+    @override
     def title(self, convention: Convention) -> str:
-        """FID with Inception's features, otherwise Fréchet distance."""
         return "FID" if convention.is_inception else f"Fréchet distance on {convention.network} features"
 
+    @override
     def check(self, samples: int, reference: int | None) -> None:
-        """Raise ConfigError where there are fewer than 2 samples or images, too few for a covariance."""
         for what, count in (("--samples", samples), ("--images", reference)):
             if count is not None and count < 2:
                 raise ConfigError(f"{what} {count}: should be at least 2, for a covariance")
 
+    @override
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """The Fréchet distance of the Gaussians of samples and reference. Collective."""
         assert reference is not None
         drawn, real = samples.gaussian(), reference.gaussian()
         if drawn.mean.shape != real.mean.shape:
@@ -88,13 +94,9 @@ class FrechetMetric:
             )
         return {"frechet_distance": frechet_distance(drawn, real.to(drawn.mean.device))}
 
-    def about(self) -> dict[str, Any]:
-        """The metric's settings, for the report."""
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
-class KernelMetric:
+class KernelMetric(FeatureMetric):
     """KID (Binkowski et al. 2018), the mean over subsets; see trainer/features/kernel_distance.py."""
 
     subsets: int
@@ -102,79 +104,69 @@ class KernelMetric:
     name = "kid"
     needs = Needs(reference=True, statistics=False, most=_MOST)
 
+    @override
     def title(self, convention: Convention) -> str:
-        """KID with Inception's features, otherwise kernel distance."""
         return "KID" if convention.is_inception else f"kernel distance on {convention.network} features"
 
+    @override
     def check(self, samples: int, reference: int | None) -> None:
-        """Raise ConfigError where samples or reference are fewer than a subset."""
         least = min(samples, reference or samples)
         if not 2 <= self.subset_size <= least:
             raise ConfigError(f"--subset-size {self.subset_size}: should be from 2 to {least}, the images there are")
 
+    @override
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """Mean and standard deviation over the subsets. Collective."""
         assert isinstance(reference, FeatureSet)
         x, y = samples.rows("features"), reference.rows("features")
         chosen = subsets((len(x), len(y)), number=self.subsets, size=self.subset_size)
         distances = _each(list(chosen), lambda rows: squared_mmd(x[rows[0]], y[rows[1]]))
         return {"kernel_distance": float(np.mean(distances)), "deviation_of_subsets": float(np.std(distances))}
 
-    def about(self) -> dict[str, Any]:
-        """The metric's settings, for the report."""
-        return {"subsets": self.subsets, "subset_size": self.subset_size}
-
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreMetric:
+class ScoreMetric(FeatureMetric):
     """The Inception score (Salimans et al. 2016), the mean over splits; see trainer/features/inception_score.py."""
 
     splits: int
     name = "is"
     needs = Needs(reference=False, statistics=False)
 
+    @override
     def title(self, convention: Convention) -> str:
-        """Inception score with Inception's features, otherwise its formula on the network's classes."""
         formula = "the Inception score's formula"
         return "Inception score" if convention.is_inception else f"{formula} on {convention.network} classes"
 
+    @override
     def check(self, samples: int, reference: int | None) -> None:
-        """Raise ConfigError where there are fewer samples than splits."""
-        del reference
         if self.splits > samples:
             raise ConfigError(f"--splits {self.splits}: should be at most {samples}, the samples there are")
 
+    @override
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """Mean and standard deviation over the splits. Collective."""
-        del reference
         logits = samples.rows("logits")
         parts = list(splits(len(logits), self.splits))
         scores = _each(parts, lambda rows: score(logits[rows.to(logits.device)]))
         return {"score": float(np.mean(scores)), "deviation_of_splits": float(np.std(scores))}
 
-    def about(self) -> dict[str, Any]:
-        """The metric's settings, for the report."""
-        return {"splits": self.splits}
 
-
-class ManifoldMetric:
+class ManifoldMetric(FeatureMetric):
     """Precision, recall, density and coverage; see trainer/features/manifold.py."""
 
     name = "prdc"
     needs = Needs(reference=True, statistics=False, most=_MOST)
 
+    @override
     def title(self, convention: Convention) -> str:
-        """Name of the metric with its features."""
         return f"precision, recall, density and coverage on {convention.network} features"
 
+    @override
     def check(self, samples: int, reference: int | None) -> None:
-        """Raise ConfigError where samples or reference are too few for the nearest neighbours."""
         least = min(samples, reference or samples)
         if least <= DENSITY_NEIGHBOURS:
             raise ConfigError(f"prdc: needs more than {DENSITY_NEIGHBOURS} samples and images, there are {least}")
 
+    @override
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """Precision, recall, density and coverage. Collective."""
         assert isinstance(reference, FeatureSet)
         drawn, real = samples.rows("features"), reference.rows("features")
         centre = real.double().mean(dim=0).float()  # distances in float32 are more accurate near 0
@@ -199,8 +191,8 @@ class ManifoldMetric:
             "coverage": covered.double().mean().item(),
         }
 
+    @override
     def about(self) -> dict[str, Any]:
-        """The metric's settings, for the report."""
         return {
             "neighbours of precision and recall": PRECISION_NEIGHBOURS,
             "neighbours of density and coverage": DENSITY_NEIGHBOURS,

@@ -2,14 +2,15 @@
 
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from trainer.evaluation.references import ReferenceImages, ReferenceStatistics
-from trainer.evaluation.trained import Trained
 from trainer.features.networks import Convention
 from trainer.sampling.request import SamplingRequest
+from trainer.sampling.trained import Trained
+from trainer.telemetry.environment import installed_version
+from trainer.telemetry.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,9 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON file atomically."""
-        versions = {name: _version(name) for name in ("ddpm-trainer", "torch", "torch-fidelity")}
+        versions = {name: installed_version(name) for name in ("ddpm-trainer", "torch", "torch-fidelity")}
         content = {"metric": self.title, **self.numbers, **self.settings, **self.about, "versions": versions}
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(content, indent=1) + "\n")
-        fresh.replace(path)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
     def line(self) -> str:
         """The report as a line of text."""
@@ -81,10 +80,3 @@ def reference_about(reference: ReferenceImages | ReferenceStatistics | None) -> 
 def features_about(convention: Convention) -> dict[str, dict[str, Any]]:
     """The report's entry on the features, which are computed in float32."""
     return {"features": {**asdict(convention), "precision": "fp32"}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,5 +1,6 @@
 """Features of many images in a folder: the ranks divide the work, which is resumable after a kill."""
 
+import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ import torch
 
 from trainer.engine.processes.collectives import each_its_own, sum_over_ranks, together
 from trainer.errors import DataError
-from trainer.evaluation.work import Task, Work
 from trainer.features.frechet import Gaussian, Moments
 from trainer.features.networks import FeatureNetwork, extract
+from trainer.sampling.work import Task, Work
 from trainer.signals import StopRequest
+from trainer.telemetry.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,10 +95,9 @@ class FeatureSet:
         return Moments(count=self.count, total=total, outer=outer).gaussian()
 
     def _save(self, gaussian: Gaussian) -> None:
-        fresh = self._moments.with_suffix(".tmp")
-        with fresh.open("wb") as stream:
-            np.savez(stream, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())
-        fresh.replace(self._moments)
+        content = io.BytesIO()
+        np.savez(content, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())
+        write_whole(self._moments, content.getvalue())
 
     def _load(self) -> Gaussian:
         try:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.evaluation.trained import Trained
 from trainer.sampling.request import ReverseRequest
+from trainer.sampling.trained import Trained
 from trainer.telemetry.pictures import Pixels, save_png
 
 _LONGEST_PART = 48  # of a name's part; file systems allow 255 bytes for a name

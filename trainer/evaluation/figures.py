@@ -15,19 +15,20 @@ import torch
 from einops import rearrange
 
 from data_prep.progress import WorkProgress
+from trainer.data.images import to_uint8
 from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.processes.collectives import together
 from trainer.engine.processes.division import map_over_ranks
 from trainer.errors import ConfigError
 from trainer.evaluation.figure_files import FigureFile
-from trainer.evaluation.trained import Trained
 from trainer.sampling.ancestral import ancestral
 from trainer.sampling.ddim import ddim, ddim_invert
 from trainer.sampling.interpolation import interpolate
 from trainer.sampling.request import ReverseRequest
 from trainer.sampling.steps import last_of
-from trainer.telemetry.pictures import Pixels, tile, to_uint8
+from trainer.sampling.trained import Trained
+from trainer.telemetry.pictures import Pixels, tile
 
 OnStep = Callable[[SamplingStep], object]
 Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and the JSON's entry for it
@@ -60,7 +61,7 @@ def progressive_generation(trained: Trained, request: FigureRequest, *, every: i
 
     def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
-        x = noise.normal("initial", trained.image_shape)
+        x = noise.normal("initial", trained.config.model.image_shape)
         estimates, timesteps = [], []
         for done, state in enumerate(ancestral(trained.denoiser, x, noise=noise), start=1):
             on_step(state)
@@ -86,7 +87,7 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
 
     def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
-        x = noise.normal("initial", trained.image_shape)
+        x = noise.normal("initial", trained.config.model.image_shape)
         shared = {diffusion.timesteps: x}
         for state in ancestral(trained.denoiser, x, noise=noise):
             on_step(state)

@@ -1,19 +1,19 @@
 """Real images for evaluation: from the run's dataset, other shards, or image files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from einops import rearrange
 from PIL import Image, ImageOps
 
 from trainer.config import Config, ModelConfig
 from trainer.data.datasets.dataset import Dataset
+from trainer.data.images import from_uint8, read_images
 from trainer.data.orders.order import sample_ids
 from trainer.data.training_data import open_training_data
 from trainer.errors import ConfigError, DataError
-from trainer.telemetry.pictures import from_uint8
 
 
 class RealImages:
@@ -37,10 +37,7 @@ class RealImages:
 
     def pixels(self, numbers: range) -> torch.Tensor:
         """(B, C, H, W) uint8; errors as `load`."""
-        images = np.empty((len(numbers), *2 * (self.dataset.image_size,), self.dataset.channels), dtype=np.uint8)
-        for out, sample in zip(images, self.ids(numbers), strict=True):
-            self.dataset.decode_into(out, sample)
-        return rearrange(torch.from_numpy(images), "n h w c -> n c h w")
+        return read_images(self.dataset, self.ids(numbers))[0]
 
 
 def open_images(config: Config, folder: Path | None, *, held_out: bool, count: int | None) -> RealImages:
@@ -50,10 +47,11 @@ def open_images(config: Config, folder: Path | None, *, held_out: bool, count: i
     """
     if folder is not None and held_out:
         raise ConfigError("--held-out: goes with the run's own images, not with --data")
+    changes: dict[str, Any] = {"cond": []}  # images alone
     if folder is not None:
-        data = config.data.model_copy(update={"path": str(folder), "mixture": [], "holdout": 0.0, "order": "global"})
-        config = config.model_copy(update={"data": data})
-    opened = open_training_data(config, index_folder=None)
+        changes |= {"path": str(folder), "mixture": [], "holdout": 0.0, "order": "global"}
+    data = config.data.model_copy(update=changes)
+    opened = open_training_data(config.model_copy(update={"data": data}), index_folder=None)
     if not held_out:
         return RealImages(opened.dataset, np.setdiff1d(np.arange(len(opened.dataset)), opened.held_out), count)
     if not len(opened.held_out):

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trainer.engine.checkpointing import manifests, sealed
 from trainer.engine.checkpointing.checkpoints import STEP_NAME
@@ -61,14 +60,6 @@ def damages(folder: Path) -> list[str]:
 def visible_damages(folder: Path) -> list[str]:
     """Like `damages`, but checks only existence and sizes of the files, without reading them."""
     return _faults(folder, sealed.verify_size)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an undamaged folder. Raises CheckpointError where it cannot be read."""
-    try:
-        return manifests.read(folder)
-    except (sealed.DamagedError, OSError) as fault:
-        raise CheckpointError(f"{folder}: {fault}") from fault
 
 
 def size_on_disk(folder: Path) -> int:

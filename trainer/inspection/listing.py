@@ -1,9 +1,8 @@
 """List of a run's checkpoints: those that exist, whether they are damaged, which were set aside and why."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from trainer.engine.checkpointing import manifests, sealed
 from trainer.engine.checkpointing.checkpoints import reason_file
@@ -49,10 +48,6 @@ class Listing:
     checkpoints: list[Listed]
     snapshots: list[Listed]
     set_aside: list[SetAside]
-
-    def as_json(self) -> dict[str, Any]:
-        """The listing as plain values."""
-        return asdict(self)
 
 
 def list_run(run: Path, *, quick: bool) -> Listing:

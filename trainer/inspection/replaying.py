@@ -157,7 +157,7 @@ def _compute(
         samples = dump.samples[first : first + dump.micro_batch]
         positions = [sample.position for sample in samples]
         batch = read_batch(data.dataset, (positions, [sample.id for sample in samples]), replace_by=replace_by)
-        seed_dropout(batch, config)
+        seed_dropout(batch["position"], config)
         inputs = device_batch(batch, config, device)
         times = GivenTimes(
             torch.tensor([sample.t for sample in samples], device=device),

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from trainer.config import Config
-from trainer.engine.build import build_network
 from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified
+from trainer.engine.network.build import build_network
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import RunFolder
 from trainer.engine.state.post_hoc_ema import combination

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.config import DDPMConfig
 from trainer.diffusion.ddpm.schedules import ScheduleName, cosine_betas, make_betas
 from trainer.errors import ConversionError, brief
-from trainer.models.ddpm_unet import UNetConfig
+from trainer.models.ddpm_unet import UNet
 from trainer.models.layers import GROUP_NORM_EPS
 
 # Settings that are fixed in this network: field -> (required value, diffusers' default).
@@ -67,14 +67,15 @@ _FIXED_SCHEDULER: dict[str, tuple[Any, Any]] = {
 _BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-def unet_settings(config: UNetConfig) -> dict[str, Any]:
+def unet_settings(network: UNet) -> dict[str, Any]:
     """The config.json of the equivalent UNet2DModel.
 
     Raises ConversionError with the field's name where there is none.
     """
+    config = network.config
     if config.channel_multipliers[0] != 1:
         raise ConversionError(
-            f"model.channel_multipliers = {list(config.channel_multipliers)}: in diffusers the first level is as wide "
+            f"model.channel_multipliers = {config.channel_multipliers}: in diffusers the first level is as wide "
             "as the first convolution, so only a network whose first multiplier is 1 can be exported"
         )
     attention = [side in config.attention_resolutions for side in config.level_resolutions]
@@ -82,8 +83,8 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
         "_class_name": "UNet2DModel",
         "sample_size": config.image_size,
         "in_channels": config.channels,
-        "out_channels": config.out_channels or config.channels,
-        "block_out_channels": list(config.level_channels),
+        "out_channels": network.conv_out.out_channels,
+        "block_out_channels": config.level_channels,
         "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
         "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
         "layers_per_block": config.blocks_per_level,

@@ -18,7 +18,7 @@ from trainer.errors import ConversionError
 from trainer.inspection.text import size
 from trainer.interop.diffusers_settings import scheduler_settings, unet_settings
 from trainer.interop.hub import check_name, push
-from trainer.interop.layouts import DIFFUSERS, fit, shapes_of, to_layout
+from trainer.interop.layouts import DIFFUSERS, fit, to_layout
 from trainer.interop.model_card import model_card
 from trainer.interop.staging import new_folder
 from trainer.interop.supported import ddpm_sections, network_of
@@ -66,7 +66,7 @@ def export(request: ExportRequest) -> None:
     with new_folder(request.out) as folder:
         checkpoint = Checkpoints(run.checkpoints, make_accelerator()).choose(request.checkpoint)
         saved, manifest = read_weights(checkpoint, request.weights)
-        weights = fit(saved, shapes_of(network), source=str(checkpoint))
+        weights = fit(saved, network, source=str(checkpoint))
         (folder / "unet").mkdir()
         (folder / "scheduler").mkdir()
         save_file(

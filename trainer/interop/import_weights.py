@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from trainer.config import Config
+from trainer.config.families import is_learned
 from trainer.engine.build import build_state
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.processes.collectives import make_accelerator
@@ -29,7 +30,6 @@ _FINE_TUNING: dict[str, dict[str, Any]] = {
 }
 # Fields that may be chosen freely, since the weights do not depend on them.
 _FREE = {"model.dropout", "diffusion.variance", "diffusion.loss", "diffusion.timestep_sampling"}
-_LEARNED = {"learned", "learned-range"}  # exceptions: they define the meaning of half of the output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ def _configure(request: ImportRequest, source: Source) -> Config:
     for section, said in (("model", source.model), ("diffusion", source.diffusion)):
         for field, value in said.items():
             chosen = getattr(getattr(config, section), field)
-            free = f"{section}.{field}" in _FREE and not (field == "variance" and {chosen, value} & _LEARNED)
+            # A variance that is learned, or was, says what half of the output means.
+            free = f"{section}.{field}" in _FREE and not (field == "variance" and any(map(is_learned, (chosen, value))))
             if chosen != value and not free:
                 raise ConfigError(f"{section}.{field} = {chosen!r}: the weights in {source.path} have {value!r}")
     return config.model_copy(update={"run_dir": str(request.out)})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConversionError
-from trainer.models.ddpm_unet import UNet, UNetConfig
+from trainer.models.ddpm_unet import UNet
 from trainer.models.layers import Downsample, Upsample
 
 
@@ -98,9 +98,8 @@ AUTHORS = Layout(
 )
 
 
-def names(config: UNetConfig, layout: Layout) -> dict[str, str]:
+def names(network: UNet, layout: Layout) -> dict[str, str]:
     """Our name of every tensor -> the layout's, in the network's order."""
-    network = shapes_of(config)
     modules = dict(_modules(network, layout))
     renamed = {}
     for name in network.state_dict():
@@ -109,14 +108,14 @@ def names(config: UNetConfig, layout: Layout) -> dict[str, str]:
     return renamed
 
 
-def to_layout(weights: Mapping[str, Tensor], config: UNetConfig, layout: Layout) -> dict[str, Tensor]:
+def to_layout(weights: Mapping[str, Tensor], network: UNet, layout: Layout) -> dict[str, Tensor]:
     """The network's state dict under the layout's names."""
-    return {theirs: weights[ours] for ours, theirs in names(config, layout).items()}
+    return {theirs: weights[ours] for ours, theirs in names(network, layout).items()}
 
 
-def from_layout(tensors: Mapping[str, Tensor], config: UNetConfig, layout: Layout, *, source: str) -> dict[str, Tensor]:
+def from_layout(tensors: Mapping[str, Tensor], network: UNet, layout: Layout, *, source: str) -> dict[str, Tensor]:
     """The network's state dict, float32, from tensors under the layout's names; errors as `fit`."""
-    return fit(tensors, shapes_of(config), names(config, layout), source=source)
+    return fit(tensors, network, names(network, layout), source=source)
 
 
 def fit(
@@ -153,16 +152,8 @@ def _checked(tensor: Tensor, shape: torch.Size, *, where: str) -> Tensor:
     return kept
 
 
-def shapes_of(config: UNetConfig) -> UNet:
-    """The network on the device "meta": names and shapes without data."""
-    with torch.device("meta"):
-        return UNet(config)
-
-
 def _modules(network: UNet, layout: Layout) -> Iterator[tuple[str, str]]:
-    """Our name and the layout's of every layer that may have weights; shortcut and attention are optional in a
-    block.
-    """
+    """Our name and the layout's of every layer that may have weights; a block may lack shortcut and attention."""
     yield from layout.layers.items()
     for number, residual in enumerate(layout.middle):
         yield from _stage(f"middle.{number}", layout, residual, layout.middle_attention)

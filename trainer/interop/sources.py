@@ -23,13 +23,13 @@ from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import MANIFEST_NAME
 from trainer.engine.run_folder import UNDECIDED, RunFolder
 from trainer.engine.state.tensor_files import check_header
-from trainer.errors import CheckpointError, ConfigError, ConversionError, brief
+from trainer.errors import CheckpointError, ConversionError, brief
 from trainer.interop.authors_network import diffusion_section as authors_diffusion
 from trainer.interop.authors_network import model_section as authors_model
 from trainer.interop.diffusers_settings import diffusion_section, model_section
-from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from_layout, shapes_of
+from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from_layout
 from trainer.interop.supported import ddpm_sections, network_of
-from trainer.models.ddpm_unet import UNetConfig
+from trainer.models.ddpm_unet import UNet
 
 _DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _MOST_SETTINGS_BYTES = 1 << 25  # enough for a table of a million betas
@@ -82,7 +82,7 @@ def _from_run(path: Path, kind: str, accelerator: Accelerator) -> Source:
     if run.config.is_file():
         sections["diffusion"]["variance"] = ddpm_sections(run.load_config())[1].variance
     network = _network(sections["model"], sections["diffusion"], checkpoint)
-    weights = fit(saved, shapes_of(network), source=str(checkpoint))
+    weights = fit(saved, network, source=str(checkpoint))
     return Source(path=checkpoint, weights=weights, **sections)
 
 
@@ -114,13 +114,11 @@ def _from_state_dict(path: Path, image_size: int | None) -> Source:
     return Source(path=path, weights=weights, model=model, diffusion=diffusion)
 
 
-def _network(model: dict[str, Any], diffusion: dict[str, Any], path: Path) -> UNetConfig:
+def _network(model: dict[str, Any], diffusion: dict[str, Any], path: Path) -> UNet:
     try:
         return network_of(DDPMUNetConfig.model_validate(model), diffusion.get("variance", "small"))
     except ValidationError as error:
         raise ConversionError(f"{path}: model.{explain(DDPMUNetConfig, error.errors()[0])}") from error
-    except ConfigError as error:
-        raise ConversionError(f"{path}: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
 """What can be converted: networks and processes that other programs have too."""
 
+import torch
+
 from trainer.config import Config, DDPMConfig, DDPMUNetConfig
-from trainer.diffusion.ddpm.reverse import ReverseVariance, output_channels
+from trainer.config.families import ReverseVariance
+from trainer.diffusion.ddpm.reverse import output_channels
 from trainer.errors import ConversionError
-from trainer.models.ddpm_unet import UNetConfig, unet_config
+from trainer.models.ddpm_unet import UNet
 
 
 def ddpm_sections(config: Config) -> tuple[DDPMUNetConfig, DDPMConfig]:
@@ -16,6 +19,7 @@ def ddpm_sections(config: Config) -> tuple[DDPMUNetConfig, DDPMConfig]:
     return model, diffusion
 
 
-def network_of(model: DDPMUNetConfig, variance: ReverseVariance) -> UNetConfig:
-    """The shape of the network. Raises ConfigError where no such network exists."""
-    return unet_config(model, output_channels(model.channels, variance))
+def network_of(model: DDPMUNetConfig, variance: ReverseVariance) -> UNet:
+    """The network on the device "meta": names and shapes without data."""
+    with torch.device("meta"):
+        return UNet(model, output_channels(model.channels, variance))

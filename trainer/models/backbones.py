@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.backbones import BACKBONE_SECTIONS, ModelConfig
-from trainer.models.ddpm_unet import build_ddpm_unet
+from trainer.models.ddpm_unet import UNet
 
 S = TypeVar("S", bound=ModelConfig)
 
@@ -33,7 +33,7 @@ class Backbone(Generic[S]):
 
 
 BACKBONES: dict[str, Backbone[Any]] = {
-    "ddpm-unet": Backbone(build=build_ddpm_unet),
+    "ddpm-unet": Backbone(build=UNet),
 }
 
 

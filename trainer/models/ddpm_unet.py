@@ -3,15 +3,12 @@
 Its sizes in the paper: CIFAR-10 35.7 M parameters, 256 x 256 113.7 M, LSUN bedroom "large" 255.7 M.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from trainer.config.backbones import DDPMUNetConfig
-from trainer.errors import ConfigError
 from trainer.models.layers import (
     NEAR_ZERO,
     AttentionBlock,
@@ -25,70 +22,10 @@ from trainer.models.layers import (
 from trainer.models.stages import Stage
 
 
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The shape of a UNet. The defaults are the paper's CIFAR-10 network but for `image_size` and `dropout`.
-
-    Level i works at `image_size / 2^i` pixels with `base_channels * channel_multipliers[i]` channels. It has
-    `blocks_per_level` residual blocks on the way down and one more on the way up; behind each of them there is
-    self-attention where the level's side in pixels is one of `attention_resolutions`.
-
-    Raises ValueError where no such network exists.
-    """
-
-    image_size: int
-    channels: int = 3  # of the image: 3 for RGB, 1 for grey
-    out_channels: int | None = None  # of the output; None: as many as the image has
-    base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks_per_level: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
-    norm_groups: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "base_channels", "blocks_per_level", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(
-                f"channel_multipliers={self.channel_multipliers}: must be whole numbers from 1, one a level"
-            )
-        if self.base_channels < 4 or self.base_channels % 2:
-            raise ValueError(f"base_channels={self.base_channels}: must be even and at least 4, for sines and cosines")
-        for width in self.level_channels:
-            if width % self.norm_groups:
-                raise ValueError(f"norm_groups={self.norm_groups}: must divide every level's channels, here {width}")
-        coarsest = 2 ** (len(self.channel_multipliers) - 1)
-        if self.image_size % coarsest:
-            raise ValueError(
-                f"image_size={self.image_size}: must be a multiple of {coarsest}, "
-                f"since {len(self.channel_multipliers)} levels halve it {len(self.channel_multipliers) - 1} times"
-            )
-        for resolution in self.attention_resolutions:
-            if resolution not in self.level_resolutions:
-                raise ValueError(
-                    f"attention_resolutions={self.attention_resolutions}: {resolution} is no level's side, "
-                    f"must be among {self.level_resolutions}"
-                )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
-
-    @property
-    def level_channels(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
-        return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
-
-    @property
-    def level_resolutions(self) -> tuple[int, ...]:
-        """Side in pixels of each level, finest first."""
-        return tuple(self.image_size // 2**level for level in range(len(self.channel_multipliers)))
-
-
 class UNetStage(Stage):
     """A residual block and, where `attention` is set, self-attention behind it."""
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
+    def __init__(self, config: DDPMUNetConfig, in_channels: int, out_channels: int, *, attention: bool) -> None:
         super().__init__()
         groups = config.norm_groups
         self.residual = ResidualBlock(
@@ -103,9 +40,14 @@ class UNetStage(Stage):
 
 
 class UNet(nn.Module):
-    """Predicts, in the paper, the noise in x_t. One `torch.manual_seed` always gives the same initial weights."""
+    """Predicts, in the paper, the noise in x_t. One `torch.manual_seed` always gives the same initial weights.
 
-    def __init__(self, config: UNetConfig) -> None:
+    Level i works at `image_size / 2^i` pixels with `base_channels * channel_multipliers[i]` channels. It has
+    `blocks_per_level` residual blocks on the way down and one more on the way up; behind each of them there is
+    self-attention where the level's side in pixels is one of `attention_resolutions`.
+    """
+
+    def __init__(self, config: DDPMUNetConfig, out_channels: int) -> None:
         super().__init__()
         self.config = config
         levels = list(zip(config.level_channels, config.level_resolutions, strict=True))
@@ -139,7 +81,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm_out = group_norm(config.norm_groups, h_channels)
-        self.conv_out = conv(h_channels, config.out_channels or config.channels, 3, padding=1, scale=NEAR_ZERO)
+        self.conv_out = conv(h_channels, out_channels, 3, padding=1, scale=NEAR_ZERO)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns (B, out_channels, H, W), as x."""
@@ -159,19 +101,3 @@ class UNet(nn.Module):
 
 def _run(layer: nn.Module, h: Tensor, temb: Tensor) -> Tensor:
     return layer(h) if isinstance(layer, Downsample | Upsample) else layer(h, temb)
-
-
-def unet_config(model: DDPMUNetConfig, out_channels: int) -> UNetConfig:
-    """The shape that a section [model] describes. Raises ConfigError where no such network exists."""
-    fields = model.model_dump(exclude={"kind"})
-    fields["channel_multipliers"] = tuple(model.channel_multipliers)
-    fields["attention_resolutions"] = tuple(model.attention_resolutions)
-    try:
-        return UNetConfig(**fields, out_channels=out_channels)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from error
-
-
-def build_ddpm_unet(model: DDPMUNetConfig, out_channels: int) -> UNet:
-    """The network that a section [model] describes; errors as `unet_config`."""
-    return UNet(unet_config(model, out_channels))

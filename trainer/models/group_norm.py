@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 VECTOR_BYTES = 32  # of the registers that PyTorch's kernels count in
-LARGE_MAP = 1024  # pixels from which PyTorch's forward pass, unlike its backward pass, has vectors for any group
+LARGE_MAP = 1024  # from so many pixels on PyTorch's forward pass, not its backward pass, is vectorised for any group
 WORTH_IT = 2**15  # numbers; for fewer, the calls take longer than the work
 
 

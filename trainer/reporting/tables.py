@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.engine.build import build_network
+from trainer.engine.network.build import build_network
 from trainer.inspection.text import size
 from trainer.reporting.charts import short
 from trainer.reporting.pictures import Picture, embed

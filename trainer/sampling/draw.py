@@ -1,32 +1,45 @@
-"""Drawing a batch of samples: for a given seed, the images do not depend on the number of processes."""
+"""Draws images from a run's checkpoint over all processes, resumable after a kill."""
 
-from collections.abc import Callable
+from pathlib import Path
 
-import torch
-
-from trainer.diffusion.contract import Denoiser
-from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.sampling.request import SamplingRequest
-from trainer.sampling.steps import last_of
-from trainer.telemetry.pictures import Pixels, to_uint8
+from trainer.sampling.outputs import OUTPUTS, OutputFormat
+from trainer.sampling.request import DEFAULT_SAMPLER, SamplingRequest
+from trainer.sampling.trained import Trained, TrainedRequest, open_trained
+from trainer.sampling.work import Task, Work
 
 
-@torch.no_grad()
-def draw_batch(
-    request: SamplingRequest,
-    denoiser: Denoiser,
-    numbers: range,
-    *,
-    shape: tuple[int, int, int],
-    on_step: Callable[[int], object] | None = None,
-) -> Pixels:
-    """The samples of these numbers: (B, C, H, W) uint8.
+def draw(wanted: TrainedRequest, sampling: SamplingRequest, *, out: Path | None, output: OutputFormat) -> Path:
+    """Draw the images and return their folder, by default one in RUN/samples; outputs.py says what it holds.
 
-    denoiser: visits the request's timesteps; shape: (C, H, W); on_step: called after each denoising step with the
-    number of images that advanced. What it raises ends the sampling.
+    After a request to stop, all ranks finish their current batch; the results are kept, and the same request resumes.
+    Raises TrainerError where the run or the checkpoint cannot be used, or the folder cannot be written.
     """
-    device = denoiser.diffusion.original_timesteps.device
-    noise = KeyedNoise.sampling(request.seed, torch.tensor(list(numbers), device=device))
-    chain = request.make_sampler()(denoiser, noise.normal("initial", shape), noise=noise)
-    x = last_of(chain, None if on_step is None else lambda _: on_step(len(numbers)))
-    return to_uint8(x).cpu().numpy()
+    trained = open_trained(wanted, sampling)
+    out = out or _default_folder(trained, sampling, output)
+    # A folder of single files can be extended to more images later; a combined file cannot.
+    count = {"count": sampling.count} if output != "folder" else {}
+    work = Work(out, {**count, **trained.identity, **sampling.identity, "format": output}, trained.accelerator)
+    written = OUTPUTS[output](work)
+    batches, steps = sampling.batches, trained.denoiser.diffusion.timesteps
+    if work.carry_out(
+        lambda: written.missing(batches),
+        lambda numbers, on_step: written.write(numbers, trained.draw(sampling, numbers, on_step)),
+        Task(doing="sampling", items=sampling.count, units=steps),
+        trained.stop,
+    ):
+        written.finish(batches)
+        trained.accelerator.print(
+            f"{sampling.count} images from {trained.checkpoint} ({trained.weights} weights, "
+            f"{sampling.describe(steps)}) in {out}"
+        )
+    trained.accelerator.end_training()
+    return out
+
+
+def _default_folder(trained: Trained, sampling: SamplingRequest, output: OutputFormat) -> Path:
+    """RUN/samples/ and a name made of the settings that determine the samples."""
+    how = sampling.name_parts
+    parts = [*trained.name_parts, *(how[1:] if how[0] == DEFAULT_SAMPLER else how)]
+    if output != "folder":
+        parts += [output, f"n-{sampling.count}"]
+    return trained.folder.samples / "-".join(parts)

@@ -1,14 +1,20 @@
-"""What is to be drawn, for sample.py, evaluate.py, the grids of a run and its feature distance alike."""
+"""What is to be drawn, and a batch of it: for sample.py, evaluate.py, the grids of a run and its feature distance."""
 
 import difflib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
-from trainer.diffusion.contract import Sampler
+import torch
+from torch import Tensor
+
+from trainer.data.images import to_uint8
+from trainer.diffusion.contract import Denoiser, SamplingStep
+from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry, find_sampler
+from trainer.sampling.steps import last_of
+from trainer.telemetry.pictures import Pixels
 
 DEFAULT_SAMPLER = "ddpm"
 
@@ -64,8 +70,7 @@ class SamplingRequest(ReverseRequest):
             raise RequestError("sampler", self.sampler, f"unknown; {hint}")
         for name, value in self.options.items():
             if (option := self._entry.options.get(name)) is None:
-                others = [sampler for sampler, entry in SAMPLERS.items() if name in entry.options]
-                raise RequestError(name, value, f"goes with sampler {' or '.join(others)}" if others else "unknown")
+                raise RequestError(name, value, self._where_it_belongs(name))
             if not option.least <= value <= option.most:
                 raise RequestError(name, value, f"should be from {option.least:g} to {option.most:g}")
         package = self._entry.package
@@ -84,7 +89,7 @@ class SamplingRequest(ReverseRequest):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the samples of given weights depend on, but for the variance as resolved."""
+        """What determines the samples besides the weights and the variance of the reverse process."""
         return {"sampler": self.how, "respacing": self.respacing, "batch": self.batch, "seed": self.seed}
 
     def describe(self, steps: int) -> str:
@@ -96,9 +101,40 @@ class SamplingRequest(ReverseRequest):
         """The numbers 0..count-1."""
         return batches_of(self.count, self.batch)
 
-    def make_sampler(self) -> Sampler:
-        """The sampler with its options."""
-        return partial(self._entry.sampler, **self._options)
+    def chain(self, denoiser: Denoiser, x: Tensor, noise: KeyedNoise) -> Iterator[SamplingStep]:
+        """The sampler's steps, with its options, from x_T: (B, C, H, W)."""
+        return self._entry.sampler(denoiser, x, noise=noise, **self._options)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        denoiser: Denoiser,
+        numbers: range,
+        *,
+        shape: tuple[int, int, int],
+        on_step: Callable[[int], object] = lambda _: None,
+    ) -> Pixels:
+        """The samples of these numbers, (B, C, H, W) uint8; they do not depend on the number of processes.
+
+        denoiser: visits the request's timesteps; shape: (C, H, W); on_step: called after each denoising step with the
+        number of images that advanced. What it raises ends the sampling.
+        """
+        device = denoiser.diffusion.original_timesteps.device
+        noise = KeyedNoise.sampling(self.seed, torch.tensor(list(numbers), device=device))
+        chain = self.chain(denoiser, noise.normal("initial", shape), noise)
+        return to_uint8(last_of(chain, lambda _: on_step(len(numbers)))).cpu().numpy()
+
+    def _where_it_belongs(self, option: str) -> str:
+        """What is wrong with an option that the sampler does not have."""
+        if others := [sampler for sampler, entry in SAMPLERS.items() if option in entry.options]:
+            return f"goes with sampler {' or '.join(others)}, not {self.sampler}"
+        known = self._entry.options
+        nearest = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+        return (
+            f"unknown; did you mean {nearest[0]}?"
+            if nearest
+            else f"unknown; {self.sampler} has {', '.join(known) or 'no options'}"
+        )
 
     @property
     def _entry(self) -> SamplerEntry:

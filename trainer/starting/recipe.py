@@ -12,7 +12,7 @@ from trainer.config import DDPMUNetConfig
 from trainer.engine.network.cost import training_flops
 from trainer.errors import ConfigError
 from trainer.models.backbones import example_inputs
-from trainer.models.ddpm_unet import build_ddpm_unet
+from trainer.models.ddpm_unet import UNet
 
 _CPU_FLOPS = 8e12  # of a first run without a GPU: three minutes of two cores that have nothing else to do
 _FEWEST_STEPS, _MOST_IMAGES = 10_000, 102_400_000  # the latter are DDPM's for CIFAR-10
@@ -210,11 +210,8 @@ def _on_gpu(published: _Published, images: int) -> dict[str, dict[str, Setting]]
 def _on_cpu(model: dict[str, Setting]) -> dict[str, dict[str, Setting]]:
     config = DDPMUNetConfig.model_validate({name: value for name, (value, _) in model.items()})
     batch = 8
-    flops = (
-        batch
-        * training_flops(lambda: build_ddpm_unet(config, config.channels), partial(example_inputs, config)).training
-    )
-    affordable = _CPU_FLOPS / flops
+    flops = training_flops(lambda: UNet(config, config.channels), partial(example_inputs, config)).training
+    affordable = _CPU_FLOPS / (batch * flops)
     steps = _rounded(min(5000, max(100, affordable)))
     long = "ours: some minutes on two cores" if affordable >= 100 else "ours: too few to learn from; take a GPU"
     return {

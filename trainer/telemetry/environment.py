@@ -17,7 +17,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "trainer": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: installed_version(name) or "not installed" for name in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "system": platform.platform(),
         "host": socket.gethostname(),
@@ -27,8 +27,9 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str | None:
+    """Version of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None

@@ -1,26 +1,17 @@
-"""Samples as pictures: quantisation, grids, PNG files."""
+"""Samples as pictures: grids, PNG files."""
 
+import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from einops import rearrange, repeat
 from PIL import Image
 
+from trainer.telemetry.files import write_whole
+
 Pixels = npt.NDArray[np.uint8]
-
-
-def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Scale pixels from 0..255 to [-1, 1], float32 (Ho et al. 2020, section 3.3)."""
-    return pixels.float() / 127.5 - 1
-
-
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Quantise images from [-1, 1] to 0..255: the inverse of `from_uint8`, rounded."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def grid(images: Pixels, *, shortest_side: int = 256) -> Pixels:
@@ -43,13 +34,14 @@ def tile(images: Pixels, *, columns: int, shortest_side: int = 256) -> Pixels:
     return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
 
 
+def as_png(pixels: Pixels) -> bytes:
+    """An (H, W, C) picture as a PNG file."""
+    content = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(content, format="png")
+    return content.getvalue()
+
+
 def save_png(path: Path, pixels: Pixels) -> None:
-    """Write an (H, W, C) picture atomically."""
+    """Write an (H, W, C) picture atomically, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".tmp-{os.getpid()}")
-    try:
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(fresh, format="png")
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    write_whole(path, as_png(pixels), durable=False)

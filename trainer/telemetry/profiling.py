@@ -6,13 +6,14 @@ RUN/profiles/steps-10-15/rank-00000.10.pt.trace.json.gz   for Perfetto, chrome:/
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from typing_extensions import override
 
 from trainer.errors import ConfigError
 
@@ -52,7 +53,7 @@ class Recorder(Protocol):
         """Called after the last step: stop, and write files whose names begin with `stem`. Raises OSError."""
 
 
-class TraceRecorder:
+class TraceRecorder(Recorder):
     """Records activities of host and device over time, by torch.profiler."""
 
     def __init__(self, device: torch.device) -> None:
@@ -62,19 +63,19 @@ class TraceRecorder:
         self._step: record_function | None = None
         self._first = 0
 
+    @override
     def start(self) -> None:
-        """Start the profiler."""
         self._profile.start()
 
+    @override
     def begin_step(self, step: int) -> None:
-        """Annotate the step with the name by which TensorBoard's plugin recognises steps."""
         self._end_step()
         self._first = self._first or step
-        self._step = record_function(f"ProfilerStep#{step}")
+        self._step = record_function(f"ProfilerStep#{step}")  # by which TensorBoard's plugin recognises steps
         self._step.__enter__()
 
+    @override
     def save(self, stem: Path) -> None:
-        """Stop, and write the trace and the table of operators. Raises OSError."""
         self._end_step()
         self._profile.stop()
         self._profile.export_chrome_trace(f"{stem}.{self._first}.pt.trace.json.gz")
@@ -87,7 +88,7 @@ class TraceRecorder:
             self._step = None
 
 
-class MemoryRecorder:
+class MemoryRecorder(Recorder):
     """Records allocations of CUDA memory with their stacks. Raises ConfigError for a run without CUDA."""
 
     def __init__(self, device: torch.device) -> None:
@@ -97,15 +98,16 @@ class MemoryRecorder:
                 "leave it out, or take --profile"
             )
 
+    @override
     def start(self) -> None:
-        """Start recording."""
         torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
 
+    @override
     def begin_step(self, step: int) -> None:
         """Do nothing: the record has no steps."""
 
+    @override
     def save(self, stem: Path) -> None:
-        """Stop, and write the history. Raises OSError."""
         torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
         torch.cuda.memory._record_memory_history(enabled=None)
 
@@ -149,23 +151,6 @@ class Recording:
             self._say(f"steps {self._steps.first} to {self._steps.last} are recorded in {self._stem.parent}")
 
 
-class Recordings:
-    """All recordings of a run."""
-
-    def __init__(self, recordings: Sequence[Recording]) -> None:
-        self._recordings = recordings
-
-    def before_step(self, step: int) -> None:
-        """Call `Recording.before_step` of each."""
-        for recording in self._recordings:
-            recording.before_step(step)
-
-    def end(self) -> None:
-        """Call `Recording.end` of each; may be called again."""
-        for recording in self._recordings:
-            recording.end()
-
-
 @dataclass(frozen=True, kw_only=True)
 class RecordingRequest:
     """The command line's profiling options; None where an option is not given."""
@@ -173,13 +158,11 @@ class RecordingRequest:
     trace: StepRange | None = None
     memory: StepRange | None = None
 
-    def open(self, device: torch.device, *, folder: Path, rank: int, say: Callable[[str], None]) -> Recordings:
+    def open(self, device: torch.device, *, folder: Path, rank: int, say: Callable[[str], None]) -> list[Recording]:
         """The recordings requested, on this rank. Raises ConfigError where the device does not support one."""
         recorders: list[tuple[Recorder, StepRange]] = []
         if self.trace is not None:
             recorders.append((TraceRecorder(device), self.trace))
         if self.memory is not None:
             recorders.append((MemoryRecorder(device), self.memory))
-        return Recordings(
-            [Recording(recorder, steps, folder=folder, rank=rank, say=say) for recorder, steps in recorders]
-        )
+        return [Recording(recorder, steps, folder=folder, rank=rank, say=say) for recorder, steps in recorders]

@@ -132,29 +132,7 @@ def micro_batches(
     """
     if len(plan.micro_steps) == 0:
         return
-    loaders = min(workers, len(plan.micro_steps))
-    # A loader prepares as many batches as it may prefetch, while the trainer holds one and requests the next.
-    memory = BatchMemory(
-        pixels_shape(dataset, plan.layout.micro_batch),
-        loaders=loaders,
-        slots=_IN_TRAINING + (prefetch if loaders else 0),
-    )
-    replace_by = plan.order if bad_samples is not None else None
-    stages = [
-        plan,
-        ReadSamples(dataset, replace_by=replace_by, memory=memory),
-        Collate(plan.layout.micro_batch),
-    ]
-    loader: Iterable[dict[str, Any]] = wds.WebLoader(
-        wds.DataPipeline(*stages),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=loaders,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
-        multiprocessing_context=start_method if workers else None,
-    )
+    loader = _loader(dataset, plan, workers, prefetch, pin_memory, start_method, replaces=bad_samples is not None)
     batches = enumerate(iter(loader), start=plan.micro_steps.start)
     try:
         with loader_death_as_data_error():
@@ -177,6 +155,38 @@ def micro_batches(
     finally:
         if prefetcher is not None:
             prefetcher.close()
+
+
+def _loader(
+    dataset: Dataset,
+    plan: MicroBatchPlan,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    start_method: StartMethod,
+    *,
+    replaces: bool,
+) -> Iterable[dict[str, Any]]:
+    """The pipeline in its loader processes; `replaces`: damaged samples by others of the order."""
+    loaders = min(workers, len(plan.micro_steps))
+    # A loader prepares as many batches as it may prefetch, while the trainer holds one and requests the next.
+    memory = BatchMemory(
+        pixels_shape(dataset, plan.layout.micro_batch),
+        loaders=loaders,
+        slots=_IN_TRAINING + (prefetch if loaders else 0),
+    )
+    samples = ReadSamples(dataset, replace_by=plan.order if replaces else None, memory=memory)
+    loader: Iterable[dict[str, Any]] = wds.WebLoader(
+        wds.DataPipeline(plan, samples, Collate(plan.layout.micro_batch)),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=loaders,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
+        multiprocessing_context=start_method if workers else None,
+    )
+    return loader
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:

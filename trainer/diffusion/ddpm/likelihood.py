@@ -1,6 +1,6 @@
 """The variational bound in bits per dimension (Ho et al. 2020, equation 5) and what is read off it.
 
-Here t runs over 0..T-1: the paper's L_{t-1} is the term at t - 1, of which t = 0 is the decoder, and its L_T the prior.
+The term at timestep t of 0..T-1 is the paper's L_t: at t = 0 that of the decoder, L_0. The paper's L_T is the prior.
 Images are (B, C, H, W) in [-1, 1], their values the 256 multiples of 1/127.5 - 1.
 """
 
@@ -71,8 +71,8 @@ def _log_mass_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor
 def prior_bits(diffusion: GaussianDiffusion, x0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per dimension: (B, C, H, W) -> (B,) float32.
 
-    It is 0.5 (abar E[x_0^2] - abar - log(1 - abar)), where the last two, near 4e-5 each, leave 8e-10: they are summed
-    in float64, on the host.
+    It is 0.5 (abar E[x_0^2] - abar - log(1 - abar)). abar and log(1 - abar), both near 4e-5, cancel to 8e-10, so they
+    are added in float64, on the host.
     """
     abar = diffusion.abar64[-1].item()
     constant = -abar - math.log1p(-abar)
@@ -84,9 +84,8 @@ def bound_bits(
 ) -> Tensor:
     """One term of equation 5 for each image, in bits per dimension: (B,) float32. Differentiable.
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and the discretised decoder's -log p(x_0 | x_0's x_1) at
-    t = 0; the mean over C, H, W of either. It is one term, not times T: summed over t, with `prior_bits`, they are the
-    bound.
+    For t > 0 it is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the discretised decoder's -log p(x_0 | x_t);
+    the mean over C, H, W. The bound is the sum of the terms of all t, plus `prior_bits`.
     """
     true_log_variance = diffusion.posterior_log_variance(t, "small")[:, None, None, None]
     true_mean = diffusion.posterior_mean(x0, x_t, t)

@@ -6,17 +6,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from trainer.config.families import Loss, PredictionKind, ReverseVariance
+from trainer.config.families import Loss, PredictionKind, ReverseVariance, is_learned
 from trainer.diffusion.contract import Batch, Conditioning, Losses, Network
 from trainer.diffusion.ddpm.likelihood import BIN, bound_bits, normal_kl
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 from trainer.diffusion.ddpm.respacing import kept_timesteps
-from trainer.diffusion.ddpm.reverse import (
-    ReverseProcess,
-    check_parameterisation,
-    interpret,
-    is_learned,
-)
+from trainer.diffusion.ddpm.reverse import ReverseProcess, check_parameterisation, interpret
 from trainer.diffusion.ddpm.timesteps import UniformTimesteps
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.diffusion.time_distribution import TimeDistribution
@@ -97,21 +92,14 @@ class GaussianObjective:
         reverse = ReverseProcess(network, self.diffusion, prediction=self.prediction, variance=self.variance, cond=cond)
         return reverse if respacing == "all" else reverse.respaced(kept_timesteps(self.diffusion.timesteps, respacing))
 
-    def losses(self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The loss of each image: (B,) float32.
-
-        output: the network's, (B, C or 2C, H, W), at x_t = q_sample(x0, t, eps); x0, x_t, eps: (B, C, H, W);
-        t: (B,) int64 of the diffusion. No gradient flows into anything but the output.
-        """
-        return self.losses_and_bound(output, x0=x0, x_t=x_t, t=t, eps=eps)[0]
-
     def losses_and_bound(
         self, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss of each image, and its term of equation 5 in bits per dimension: both (B,) float32.
 
-        Arguments as of `losses`. The term has no gradient and costs nothing: it is computed anyway, or follows from
-        the squared error, see `squared_error_in_bound`.
+        output: the network's, (B, C or 2C, H, W), at x_t = q_sample(x0, t, eps); x0, x_t, eps: (B, C, H, W);
+        t: (B,) int64 of the diffusion. No gradient flows into anything but the output. The term has no gradient and
+        costs nothing: it is computed anyway, or follows from the squared error, see `squared_error_in_bound`.
         """
         if self._in_bound is not None:
             weight, constant = self._in_bound

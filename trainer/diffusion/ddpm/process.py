@@ -57,7 +57,6 @@ class GaussianDiffusion:
         self.posterior_x_t = posterior_x_t.float()
         self.recip_posterior_x0 = (1 / posterior_x0).float()
         self.posterior_ratio = (posterior_x_t / posterior_x0).float()
-        self.beta_tilde = beta_tilde.float()
         self.log_beta_tilde = log_beta_tilde.float()
         self.log_beta_clipped = log_beta_clipped.float()
         self.log_beta = betas.log().float()
@@ -130,12 +129,8 @@ class GaussianDiffusion:
         """Equation 7 solved for x_0. At the end of the chain it magnifies errors of mu by 1 / 1.3e-4."""
         return _at(self.recip_posterior_x0, t) * mu.float() - _at(self.posterior_ratio, t) * x_t.float()
 
-    def posterior_variance(self, t: Tensor, variance: Variance) -> Tensor:
-        """Section 3.2: sigma_t^2 = beta~_t ("small", 0 at t = 0) or beta_t ("large"). Returns (B,)."""
-        return {"small": self.beta_tilde, "large": self.betas}[variance][t]
-
     def posterior_log_variance(self, t: Tensor, variance: Variance) -> Tensor:
-        """log sigma_t^2, finite everywhere: at t = 0 it is log beta~_1 for both choices. Returns (B,)."""
+        """Section 3.2: log sigma_t^2, of beta~_t ("small") or beta_t ("large"); at t = 0 both are beta~_1. (B,)."""
         return {"small": self.log_beta_tilde, "large": self.log_beta_clipped}[variance][t]
 
 

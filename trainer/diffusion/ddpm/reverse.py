@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 from typing_extensions import override
 
-from trainer.config.families import PredictionKind, ReverseVariance
+from trainer.config.families import PredictionKind, ReverseVariance, is_learned
 from trainer.diffusion import contract
 from trainer.diffusion.contract import Conditioning, Network
 from trainer.diffusion.ddpm.process import GaussianDiffusion
@@ -50,11 +50,6 @@ def check_parameterisation(prediction: str, variance: str) -> None:
     ):
         if value not in names:
             raise ValueError(f"{field}={value!r}: must be one of {', '.join(names)}")
-
-
-def is_learned(variance: ReverseVariance) -> bool:
-    """Whether the network gives the variance too."""
-    return variance in ("learned", "learned-range")
 
 
 def output_channels(channels: int, variance: ReverseVariance) -> int:

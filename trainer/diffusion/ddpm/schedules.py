@@ -1,7 +1,7 @@
 """Noise schedules: beta_t for t = 0..T-1 as float64, from which the process computes all its tables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -73,26 +73,22 @@ def table_betas(timesteps: int, table: Sequence[float] | Tensor) -> Tensor:
     return betas
 
 
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "linear": linear_betas,
+    "cosine": cosine_betas,
+    "sqrt-linear": sqrt_linear_betas,
+    "sigmoid": sigmoid_betas,
+}
+
+
 def make_betas(name: ScheduleName, timesteps: int, table: Sequence[float] | Tensor | None = None) -> Tensor:
     """The schedule of that name with its paper's constants: (T,) float64.
 
     table: the betas of the schedule "table", T numbers in (0, 1); None for every other.
     Raises ValueError for another name and for a table that is missing, unasked for or no schedule.
     """
-    if table is not None and name != "table":
-        raise ValueError(f"schedule={name!r}: takes no table of betas; only schedule='table' does")
-    match name:
-        case "linear":
-            return linear_betas(timesteps)
-        case "cosine":
-            return cosine_betas(timesteps)
-        case "sqrt-linear":
-            return sqrt_linear_betas(timesteps)
-        case "sigmoid":
-            return sigmoid_betas(timesteps)
-        case "table":
-            if table is None:
-                raise ValueError("schedule='table': needs a table of betas")
-            return table_betas(timesteps, table)
-        case _:
-            raise ValueError(f"schedule={name!r}: must be one of {', '.join(get_args(ScheduleName))}")
+    if name not in get_args(ScheduleName):
+        raise ValueError(f"schedule={name!r}: must be one of {', '.join(get_args(ScheduleName))}")
+    if (name == "table") != (table is not None):
+        raise ValueError(f"schedule={name!r}: goes {'with' if name == 'table' else 'without'} a table of betas")
+    return SCHEDULES[name](timesteps) if table is None else table_betas(timesteps, table)

@@ -12,7 +12,7 @@ UNIFORM_SHARE = 0.001
 
 
 class UniformTimesteps(TimeDistribution):
-    """Ho et al. 2020, algorithm 1: every t of 0..T-1 equally often, but for less than T / 2^32."""
+    """Ho et al. 2020, algorithm 1: each t of 0..T-1 has the probability 1 / T, to within 2^-32."""
 
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
@@ -23,10 +23,9 @@ class UniformTimesteps(TimeDistribution):
 
 
 def timestep_uniform(noise: KeyedNoise) -> Tensor:
-    """A number for each sample to draw its t by: (B,) float64, uniform over the multiples of 2^-32 in [0, 1).
+    """A random number for each sample, from which its t follows: (B,) float64, a multiple of 2^-32 in [0, 1).
 
-    All bits of the word that `UniformTimesteps` takes: the rarest t has a probability of 0.001 / T, of which float32
-    would keep two digits.
+    float64, since the rarest t has a probability of 0.001 / T, of which float32 would keep two digits.
     """
     return noise.bits("t").double() * 2.0**-32
 

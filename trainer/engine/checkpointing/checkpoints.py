@@ -244,14 +244,6 @@ def open_verified(path: Path) -> tuple[TensorReader, dict[str, Any]]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def read_verified(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors, whole, and the manifest of a checkpoint whose files have been verified; errors as
-    `open_verified`.
-    """
-    reader, manifest = open_verified(path)
-    return {name: reader.whole(name) for name in reader.shapes}, manifest
-
-
 def read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A network's state dict and the manifest of a verified checkpoint.
 

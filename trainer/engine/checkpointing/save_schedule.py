@@ -11,11 +11,11 @@ from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.remote.mirror import Copies
 from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
 from trainer.engine.checkpointing.retention import Retention
+from trainer.engine.processes.activity import enter
 from trainer.engine.processes.collectives import broadcast, together
-from trainer.engine.processes.watchdog import enter
 from trainer.engine.run_folder import RunFolder
+from trainer.engine.state.replica_check import check_replicas
 from trainer.engine.state.train_state import TrainState
-from trainer.engine.strategies.replica_check import check_replicas
 from trainer.errors import CheckpointError
 
 
@@ -27,14 +27,13 @@ class SaveSchedule:
         *,
         config: Config,
         folder: RunFolder,
-        checkpoints: Checkpoints,
         state: TrainState,
         identity: dict[str, Any],
         say: Callable[[str], None],
     ) -> None:
         self.config = config
         self.folder = folder
-        self.checkpoints = checkpoints
+        self.checkpoints = Checkpoints(folder.checkpoints, state.strategy.accelerator)
         self.snapshots = Checkpoints(folder.averages, state.strategy.accelerator)
         self.state = state
         self.identity = identity
@@ -43,7 +42,7 @@ class SaveSchedule:
         self._saved_step = self.step
         self._is_last = False  # whether this save is the last one of this process
         self.retention = Retention(
-            config, checkpoints, folder, step=self.step, is_needed=self._is_needed_for_copies, say=say
+            config, self.checkpoints, folder, step=self.step, is_needed=self._is_needed_for_copies, say=say
         )
         self.copies = self._open_copies()
 

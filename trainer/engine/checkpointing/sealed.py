@@ -94,10 +94,8 @@ def read_file(path: Path) -> bytes:
 
 def verify_file(folder: Path, record: FileRecord) -> None:
     """Raise DamagedError where the file's bytes differ from those sealed; OSError as `read_manifest`."""
+    verify_size(folder, record)
     with _open(folder / record.name) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size != record.bytes:
-            raise DamagedError(f"{record.name} has {size} bytes, the manifest says {record.bytes}")
         if _sha256(stream) != record.sha256:
             raise DamagedError(f"{record.name} differs from its sha256 in the manifest")
 

@@ -6,17 +6,16 @@ import numpy as np
 import torch
 
 from trainer.config import Config
+from trainer.data.images import read_images
 from trainer.data.orders.order import sample_ids
 from trainer.data.training_data import TrainingData
 from trainer.engine.build import build_trained
-from trainer.engine.monitoring.validation import read_images
+from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
-from trainer.engine.processes.watchdog import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
-from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.signals import StopRequest
 
@@ -31,6 +30,8 @@ class FeatureDistance:
     would exceed `log.distance_seconds`. The estimator is unbiased, so fewer samples increase its variance only; the
     Fréchet distance would be biased upwards.
     """
+
+    metric = "validation/feature_distance"
 
     def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
         """Raises ConfigError where the network's packages are missing."""
@@ -61,14 +62,14 @@ class FeatureDistance:
         if self.real is None or drawn is None:
             return None
         return {
-            "validation/feature_distance": squared_mmd(drawn, self.real),
+            self.metric: squared_mmd(drawn, self.real),
             "validation/feature_distance_samples": float(len(drawn)),
         }
 
     def summary(self, values: dict[str, float]) -> str:
         """What `measure` found, for people."""
         return (
-            f"kernel distance of EfficientNet-Lite0 features {values['validation/feature_distance']:.5f}, "
+            f"kernel distance of EfficientNet-Lite0 features {values[self.metric]:.5f}, "
             f"{values['validation/feature_distance_samples']:.0f} samples of {self.config.log.distance_samples}"
         )
 
@@ -86,7 +87,7 @@ class FeatureDistance:
         def draw(numbers: range) -> tuple[torch.Tensor, float, float]:
             """Features of the samples, the seconds that they took, and those since the start."""
             begun = time.monotonic()
-            pixels = draw_batch(self.request, denoiser, numbers, shape=shape, on_step=on_step)
+            pixels = self.request.draw(denoiser, numbers, shape=shape, on_step=on_step)
             features = self._features(torch.from_numpy(pixels))
             now = time.monotonic()
             return features, now - begun, now - started
@@ -116,7 +117,8 @@ class FeatureDistance:
 
         def read(numbers: range) -> torch.Tensor:
             enter("validate")
-            pixels, *_ = read_images(self.config, self.data.dataset, ids[numbers.start : numbers.stop])
+            wanted, skip = ids[numbers.start : numbers.stop], self.config.data.on_bad_sample == "skip"
+            pixels, *_ = read_images(self.data.dataset, wanted.tolist(), skip_damaged=skip)
             return self._features(pixels)
 
         what = "the images to measure a distance to: cannot be read"

@@ -10,11 +10,11 @@ import torch
 
 from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
-from trainer.engine.build import build_network
 from trainer.engine.monitoring.summary import Ending
+from trainer.engine.network.build import build_network
 from trainer.engine.network.cost import training_flops
+from trainer.engine.processes.activity import enter
 from trainer.engine.processes.collectives import gather_numbers
-from trainer.engine.processes.watchdog import enter
 from trainer.engine.run_folder import RunFolder, flat_fields
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.step_report import Verdict
@@ -36,7 +36,7 @@ T = TypeVar("T")
 class Telemetry:
     """Scalars, progress, heartbeat and goodput of a run. All ranks make the same calls; rank 0 writes.
 
-    `samples`: images in an epoch; `last_step`: the run's last step.
+    `samples`: images in an epoch.
 
     Between two calls of `log` there is no synchronisation with the device and no communication.
     """
@@ -49,13 +49,12 @@ class Telemetry:
         samples: int,
         state: TrainState,
         folder: RunFolder,
-        last_step: int,
         trackers: Trackers | None = None,
     ) -> None:
         self.layout = layout
         self.state = state
         self.folder = folder
-        self.last_step = last_step
+        self.last_step = config.train.duration.steps(layout.global_batch)
         self._samples = samples
         self._device = state.strategy.device
         self.peak = device_peak(self._device, config.train.precision)
@@ -63,7 +62,7 @@ class Telemetry:
         inputs = partial(example_inputs, config.model)
         # Counting takes a large part of a second, and what is derived from it is written by rank 0 alone.
         self._flops_per_image = training_flops(lambda: build_network(config), inputs).training if writes else 0
-        self.progress = Progress(total=last_step, done=self.step, unit="step", title="training", visible=writes)
+        self.progress = Progress(total=self.last_step, done=self.step, unit="step", title="training", visible=writes)
         self.metrics = Metrics(folder.logs, self.step, trackers, say=self.progress.say) if writes else None
         if self.metrics is not None:
             self.metrics.configuration(config.to_toml(), flat_fields(config), judged_by=_judged_by(config))

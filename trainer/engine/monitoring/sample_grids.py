@@ -7,11 +7,10 @@ from data_prep.progress import WorkProgress
 from trainer.config import Config
 from trainer.diffusion.contract import Objective
 from trainer.engine.build import build_trained
+from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
-from trainer.engine.processes.watchdog import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import ConfigError
-from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import RequestError, SamplingRequest
 from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels, grid
@@ -50,7 +49,7 @@ class SampleGrids:
 
             def draw(numbers: range) -> Pixels:
                 enter("sample")
-                return draw_batch(self.request, denoiser, numbers, shape=shape, on_step=on_step)
+                return self.request.draw(denoiser, numbers, shape=shape, on_step=on_step)
 
             images, stopped = map_over_ranks(batches, draw, what="the samples: cannot be drawn", stop=self.stop)
         return None if stopped else grid(np.concatenate(images))

@@ -1,29 +1,25 @@
 """The loss on held-out images, with the same noise every time: differences are due to the network alone."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
-from einops import rearrange
 
 from trainer.config import Config
-from trainer.data.datasets.dataset import Dataset
+from trainer.data.images import from_uint8, read_images
 from trainer.data.orders.order import sample_ids
-from trainer.data.stream.batches import as_tensors, pixels_shape, stacked
+from trainer.data.stream.batches import as_tensors, stacked
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.engine.build import build_trained
+from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
-from trainer.engine.processes.watchdog import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.train_step import conditioning
-from trainer.errors import DataError, SampleError
+from trainer.errors import DataError
 from trainer.sampling.request import batches_of
 from trainer.signals import StopRequest
 from trainer.telemetry.meters import quartile_of
-from trainer.telemetry.pictures import from_uint8
 
 _BATCH = 16  # the same for all numbers of ranks: a network's rounding may depend on the batch size
 
@@ -33,6 +29,8 @@ class Validation:
 
     t and eps of each image are functions of the seed and the image's id, so they do not depend on step, ranks or batch.
     """
+
+    metric = "validation/loss"
 
     def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
         self.config = config
@@ -77,7 +75,8 @@ class Validation:
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
         """Quartile of the noise levels and loss of each image; damaged ones are left out by on_bad_sample = "skip"."""
-        pixels, further, kept = read_images(self.config, self.dataset, ids)
+        skip = self.config.data.on_bad_sample == "skip"
+        pixels, further, kept = read_images(self.dataset, ids.tolist(), skip_damaged=skip)
         if not kept:
             return [], []
         device = self.state.strategy.device
@@ -97,24 +96,3 @@ class Validation:
         for number in np.unique(quartile).tolist():
             values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
         return values
-
-
-def read_images(
-    config: Config, dataset: Dataset, ids: npt.NDArray[np.int64]
-) -> tuple[torch.Tensor, list[dict[str, Any]], list[int]]:
-    """Images (B, C, H, W) uint8, what `data.cond` names of each, and their ids; damaged samples are left out where
-    `data.on_bad_sample` is "skip".
-
-    Otherwise raises DataError with the name of the damaged sample.
-    """
-    pixels, further, kept = np.empty(pixels_shape(dataset, len(ids)), dtype=np.uint8), [], list[int]()
-    for sample in ids.tolist():
-        try:
-            dataset.decode_into(pixels[len(kept)], sample)
-            further.append(dataset.further(sample))
-        except SampleError:
-            if config.data.on_bad_sample == "raise":
-                raise
-        else:
-            kept.append(sample)
-    return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w"), further, kept

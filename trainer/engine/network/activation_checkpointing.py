@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from trainer.config import Config
+from trainer.engine.network.build import build_network
 from trainer.engine.network.cost import foretold_peak
 from trainer.errors import ConfigError
 from trainer.models.backbones import example_inputs
@@ -25,20 +26,38 @@ def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
         stage.activation_checkpointing = kind
 
 
-def stage_kinds(build: Callable[[], nn.Module], config: Config, micro_batch: int) -> list[ActivationCheckpointing]:
+def recomputing(config: Config, kinds: list[ActivationCheckpointing]) -> Callable[[], nn.Module]:
+    """A function that builds the network with this activation checkpointing of its stages."""
+
+    def build() -> nn.Module:
+        network = build_network(config)
+        recompute(network, kinds)
+        return network
+
+    return build
+
+
+def peak_bytes(config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
+    """An estimate of weights, gradients and activations of a micro-batch, in bytes; see `foretold_peak`."""
+    inputs, is_half = partial(example_inputs, config.model), config.train.precision in ("bf16", "fp16")
+    return foretold_peak(recomputing(config, kinds), inputs, batch=micro_batch, bf16=is_half)
+
+
+def stage_kinds(config: Config, micro_batch: int) -> list[ActivationCheckpointing]:
     """Kind of activation checkpointing of each stage for micro-batches of that size, in the order of the network's
     modules.
 
-    Within a budget, stages become "selective" one by one, then "full", until weights, gradients and activations fit by
-    `foretold_peak`. A stage's activations grow with its width and its time with the square of it, so the narrow ones
-    come first. Raises ConfigError where the budget is too small for that micro-batch.
+    Within a budget, stages become "selective" one by one, then "full", until `peak_bytes` fits. A stage's activations
+    grow with its width and its time with the square of it, so the narrow ones come first. Raises ConfigError where the
+    budget is too small for that micro-batch.
     """
     with torch.device("meta"):
-        parts = stages(build())
+        parts = stages(build_network(config))
     chosen = config.train.activation_checkpointing
     if chosen != "budget":
         return [chosen] * len(parts)
-    assert config.train.memory_budget is not None
+    budget = config.train.memory_budget
+    assert budget is not None
     narrow_first = sorted(range(len(parts)), key=lambda place: _weights(parts[place]))
     moves: list[tuple[int, ActivationCheckpointing]] = [
         *((place, "selective") for place in narrow_first),
@@ -51,33 +70,17 @@ def stage_kinds(build: Callable[[], nn.Module], config: Config, micro_batch: int
             kinds[place] = kind
         return kinds
 
-    def fits(count: int) -> bool:
-        return _peak(build, config, after(count), micro_batch) <= config.train.memory_budget  # type: ignore[operator]
+    def peak(count: int) -> int:
+        return peak_bytes(config, after(count), micro_batch)
 
-    count = bisect.bisect_left(range(len(moves) + 1), True, key=fits)
+    count = bisect.bisect_left(range(len(moves) + 1), True, key=lambda count: peak(count) <= budget)
     if count > len(moves):
-        least = _peak(build, config, after(len(moves)), micro_batch)
         raise ConfigError(
-            f"train.memory_budget: is {as_size(config.train.memory_budget)}, but a micro-batch of {micro_batch} takes "
-            f"{as_size(least)} even if all is recomputed; take a smaller train.micro_batch or a strategy that shards"
+            f"train.memory_budget: is {as_size(budget)}, but a micro-batch of {micro_batch} takes "
+            f"{as_size(peak(len(moves)))} even if all is recomputed; take a smaller train.micro_batch or a strategy "
+            "that shards"
         )
     return after(count)
-
-
-def _peak(
-    build: Callable[[], nn.Module], config: Config, kinds: list[ActivationCheckpointing], micro_batch: int
-) -> int:
-    def build_so() -> nn.Module:
-        network = build()
-        recompute(network, kinds)
-        return network
-
-    return foretold_peak(
-        build_so,
-        partial(example_inputs, config.model),
-        batch=micro_batch,
-        bf16=config.train.precision in ("bf16", "fp16"),
-    )
 
 
 def _weights(stage: Stage) -> int:

@@ -1,20 +1,17 @@
 """The dry run: what a configuration results in, without training: batch layout, FLOPs, memory, disk, dataset check."""
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainer import world
 from trainer.config import Config, TrainConfig
 from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData, open_training_data
-from trainer.engine.build import build_network
-from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
-from trainer.engine.network.cost import Cost, measure
+from trainer.engine.network.activation_checkpointing import recomputing, stage_kinds
+from trainer.engine.network.cost import measure
 from trainer.engine.network.precision import cpu_lacks_bf16
 from trainer.engine.planning.estimates import (
     Hardware,
@@ -26,7 +23,6 @@ from trainer.engine.planning.estimates import (
 )
 from trainer.errors import TrainerError
 from trainer.models.backbones import example_inputs
-from trainer.models.stages import ActivationCheckpointing
 from trainer.units import as_size, in_words
 
 _RECOMPUTED = {"none": "nothing", "selective": "all but what takes time", "full": "all"}
@@ -44,8 +40,9 @@ def describe_run(
     world_size = world_size or world.world_size()
     layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
     data, fault = _open_data(config)
-    kinds = stage_kinds(lambda: build_network(config), config, layout.micro_batch)
-    cost = _cost(config, layout.micro_batch, kinds)
+    kinds = stage_kinds(config, layout.micro_batch)
+    inputs, is_half = partial(example_inputs, config.model), config.train.precision in ("bf16", "fp16")
+    cost = measure(recomputing(config, kinds), inputs, batch=layout.micro_batch, bf16=is_half)
     steps = config.train.duration.steps(layout.global_batch)
     images = steps * layout.global_batch
     averages = 1 + len(config.train.ema_sigma_rel)
@@ -134,11 +131,6 @@ def _durations(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{plan['world_size']} x {row['device']}", text
 
 
-def as_json(plan: dict[str, Any]) -> str:
-    """The plan as JSON; sizes in bytes."""
-    return json.dumps(plan, indent=1)
-
-
 def _open_data(config: Config) -> tuple[TrainingData | None, TrainerError | None]:
     try:
         return open_training_data(config, index_folder=None), None
@@ -151,21 +143,6 @@ def _remarks(config: Config) -> list[str]:
     if config.train.precision == "bf16" and not torch.cuda.is_available() and cpu_lacks_bf16():
         return ["train.precision = 'bf16': this CPU has neither AVX512-BF16 nor AMX; 'fp32' is faster here"]
     return []
-
-
-def measure_cost(config: Config, micro_batch: int) -> Cost:
-    """FLOPs and memory of a forward and backward pass over a micro-batch, without running it."""
-    return _cost(config, micro_batch, stage_kinds(lambda: build_network(config), config, micro_batch))
-
-
-def _cost(config: Config, micro_batch: int, kinds: list[ActivationCheckpointing]) -> Cost:
-    def build() -> nn.Module:
-        network = build_network(config)
-        recompute(network, kinds)
-        return network
-
-    inputs = partial(example_inputs, config.model)
-    return measure(build, inputs, batch=micro_batch, bf16=config.train.precision in ("bf16", "fp16"))
 
 
 def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:

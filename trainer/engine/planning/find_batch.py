@@ -11,11 +11,10 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from trainer.config import Config
+from trainer.config import Config, ModelConfig
 from trainer.data.stream.stream import BatchLayout, divisors
-from trainer.engine.build import build_network, build_state
-from trainer.engine.network.activation_checkpointing import recompute, stage_kinds
-from trainer.engine.planning.dry_run import measure_cost
+from trainer.engine.build import build_state
+from trainer.engine.network.activation_checkpointing import peak_bytes, recompute, stage_kinds
 from trainer.engine.processes.collectives import gather
 from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
@@ -55,17 +54,16 @@ def find_batch(config: Config) -> Iterator[Trial]:
     state = build_state(smallest, strategy)
     world_size = strategy.accelerator.num_processes
     share = BatchLayout.plan(config.train.global_batch, world_size, None).micro_batch
-    # One objective and step for all sizes: its communication hook can be registered only once.
+    # One step for all sizes, each of one micro-batch: its communication hook can be registered only once.
     layout = BatchLayout(global_batch=world_size, world_size=world_size, micro_batch=1)
     train_step = TrainStep(config=config, layout=layout, state=state, stop=StopRequest())
     for size in divisors(share):
-        train_step.layout = BatchLayout(global_batch=size * world_size, world_size=world_size, micro_batch=size)
         if config.train.memory_budget is not None:
             try:
-                recompute(state.main.network.module, stage_kinds(lambda: build_network(config), config, size))
+                recompute(state.main.network.module, stage_kinds(config, size))
             except ConfigError:
                 return
-        seconds = _seconds_a_pass(train_step) if _is_likely_to_fit(config, strategy.device, size) else math.inf
+        seconds = _seconds_a_pass(train_step, size) if _is_likely_to_fit(config, strategy.device, size) else math.inf
         slowest = max(gather(seconds))
         if math.isinf(slowest):
             return
@@ -98,9 +96,9 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _seconds_a_pass(train_step: TrainStep) -> float:
-    """Seconds for a forward and backward pass; infinity where the device runs out of memory."""
-    device, batches = train_step.state.strategy.device, _random_batches(train_step)
+def _seconds_a_pass(train_step: TrainStep, size: int) -> float:
+    """Seconds for a forward and backward pass over so many images; infinity where the device runs out of memory."""
+    device, batches = train_step.state.strategy.device, _random_batches(train_step.config.model, size)
     torch.compiler.reset()  # drop the compiled code of other sizes
     try:
         train_step.backward(batches)  # warm-up: compilation, choice of kernels, allocation
@@ -116,17 +114,15 @@ def _seconds_a_pass(train_step: TrainStep) -> float:
         train_step.state.main.network.optimizer.zero_grad()
 
 
-def _random_batches(train_step: TrainStep) -> Iterator[dict[str, torch.Tensor]]:
-    size = train_step.layout.micro_batch
-    shape = (size, *train_step.config.model.image_shape)
-    batch = {"image": torch.randint(0, 256, shape, dtype=torch.uint8), "position": torch.arange(size)}
-    return itertools.repeat(batch)
+def _random_batches(model: ModelConfig, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    image = torch.randint(0, 256, (size, *model.image_shape), dtype=torch.uint8)
+    return itertools.repeat({"image": image, "position": torch.arange(size)})
 
 
 def _is_likely_to_fit(config: Config, device: torch.device, micro_batch: int) -> bool:
     if device.type == "cuda":
         return True  # no estimate: only a trial shows it
-    return measure_cost(config, micro_batch).peak_bytes < psutil.virtual_memory().available
+    return peak_bytes(config, stage_kinds(config, micro_batch), micro_batch) < psutil.virtual_memory().available
 
 
 def _most_memory(device: torch.device) -> int:

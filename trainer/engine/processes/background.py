@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from trainer.engine.processes.watchdog import Phase, wait_for, watch_over
+from trainer.engine.processes.activity import Phase, wait_for, watch_over
 
 T = TypeVar("T")
 

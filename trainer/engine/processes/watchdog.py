@@ -1,8 +1,8 @@
 """A watchdog thread in every rank, which ends the run where it would otherwise hang forever.
 
 Once a second it checks two things: whether another rank has failed or hangs, which the ranks publish in the store, and
-whether this rank or one of its background threads has made no progress for too long. The training loop calls `enter`
-for each phase. Before the first step, and for background threads, activity is measured by the kernel's counters.
+whether this rank or one of its background threads has made no progress for too long. The training loop reports each
+phase (activity.py). Before the first step, and for background threads, activity is measured by the kernel's counters.
 """
 
 import faulthandler
@@ -16,14 +16,14 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch.distributed as dist
 
 from trainer.engine.processes import rendezvous
-from trainer.engine.processes.liveness import BackgroundWork, StartActivity
+from trainer.engine.processes.activity import OWN, Patience
+from trainer.engine.processes.liveness import StartActivity
 from trainer.engine.processes.peer_status import Ending, Peers, Progress, verdict
 from trainer.engine.run_folder import RunFolder
 from trainer.errors import TrainerError
@@ -32,7 +32,6 @@ from trainer.signals import StopRequest
 EXIT_CODE = 3  # of a process ended by the watchdog
 
 T = TypeVar("T")
-Phase = Literal["start", "data", "forward", "backward", "update", "settle", "log", "save", "copy", "validate", "sample"]
 
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0  # timeout of the store
@@ -47,54 +46,6 @@ _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|remote process exited|no route to host", re.IGNORECASE
 )
 _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """Timeouts in seconds without activity: before the first step, during it, and later. 0: none."""
-
-    start: float = 0.0
-    first: float = 0.0
-    later: float = 0.0
-
-    def at(self, steps: int) -> float:
-        """The timeout of a process that has begun `steps` steps."""
-        return {0: self.start, 1: self.first}.get(steps, self.later)
-
-    def arm(self, steps: int) -> None:
-        """Start faulthandler's timer, a C thread, to end this process: it needs no GIL."""
-        if self.at(steps):
-            faulthandler.dump_traceback_later(self.at(steps) + _ANSWER_SECONDS + _PULSES_SECONDS, exit=True)
-
-
-_progress = Progress(since=time.monotonic())
-_patience = Patience()
-_background: list[BackgroundWork] = []
-
-
-def enter(phase: Phase, step: int | None = None) -> None:
-    """Report to this process's watchdog that a phase begins, and in which step (default: the same as before).
-
-    At most `train.hang_timeout` may pass between two calls. A call takes less than a microsecond.
-    """
-    global _progress
-    begun = _progress.steps
-    _progress = _progress.enter(phase, step)
-    if begun != _progress.steps <= 2:  # later steps are covered by the watchdog's regular checks
-        _patience.arm(_progress.steps)
-
-
-def wait_for(thread: threading.Thread, phase: Phase) -> None:
-    """Join a thread that writes or uploads: slow I/O is no hang as long as it continues. See `watch_over`."""
-    while thread.is_alive():
-        enter(phase)
-        thread.join(_LOOK_SECONDS)
-
-
-def watch_over(thread: threading.Thread, phase: Phase) -> None:
-    """Watch a started background thread: the run ends where the thread neither moves bytes nor ends for too long."""
-    _background[:] = [work for work in _background if work.thread.is_alive()]
-    _background.append(BackgroundWork(thread, f"{_progress.enter(phase, None)}, in the background"))
 
 
 class Watchdog:
@@ -121,9 +72,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        global _progress, _patience
-        _progress, _patience = Progress(since=time.monotonic()), self._patience
-        _patience.arm(0)
+        OWN.progress, OWN.patience = Progress(since=time.monotonic()), self._patience
+        OWN.patience.arm(0)
         self._thread.start()
         return self
 
@@ -131,10 +81,9 @@ class Watchdog:
         told_by_all = error is None or (isinstance(error, TrainerError) and error.agreed)
         if error is not None and not told_by_all and self._world_size > 1:
             self._failed(error)
-        global _patience
         self._closed.set()
         self._thread.join()
-        _patience = Patience()
+        OWN.patience = Patience()
         faulthandler.cancel_dump_traceback_later()
         self._leave()
         if not told_by_all and self._world_size > 1:
@@ -145,7 +94,7 @@ class Watchdog:
         while not self._closed.wait(_LOOK_SECONDS):
             self._activity.look()
             # While another thread holds the GIL this thread cannot run, but faulthandler's timer fires.
-            self._patience.arm(_progress.steps)
+            self._patience.arm(OWN.progress.steps)
             # A rank that fails too has one interval to report it itself.
             if heard is not None:
                 self._end(heard)
@@ -157,12 +106,12 @@ class Watchdog:
 
     def _idle(self) -> float:
         """Seconds without activity."""
-        since = _progress.since if _progress.steps else max(_progress.since, self._activity.since)
+        since = OWN.progress.since if OWN.progress.steps else max(OWN.progress.since, self._activity.since)
         return time.monotonic() - since
 
     def _is_late(self) -> bool:
         """Whether this rank has been idle for too long without waiting for an active rank."""
-        limit = self._patience.at(_progress.steps)
+        limit = self._patience.at(OWN.progress.steps)
         if not limit or self._idle() <= limit:
             return False
         if self._world_size == 1:
@@ -181,10 +130,10 @@ class Watchdog:
     def _stuck(self) -> str:
         """A background task that makes no progress, or ""."""
         limit = _BACKGROUND * self._patience.later
-        return next((work.what for work in list(_background) if limit and work.is_stuck(limit)), "")
+        return next((work.what for work in list(OWN.background) if limit and work.is_stuck(limit)), "")
 
     def _tell(self) -> None:
-        self._peers.tell(_progress, idle=self._idle(), stuck=self._stuck())
+        self._peers.tell(OWN.progress, idle=self._idle(), stuck=self._stuck())
 
     def _exchange(self) -> Ending | None:
         self._tell()
@@ -256,15 +205,15 @@ class Watchdog:
         else:
             self._say(f"rank {ending.rank} failed: {ending.reason}; this rank ({self._rank}) ends with it")
             if self.folder is not None:
-                self.folder.event("rank_failed", step=_progress.step, rank=ending.rank, reason=ending.reason)
+                self.folder.event("rank_failed", step=OWN.progress.step, rank=ending.rank, reason=ending.reason)
         self._leave()
         for loader in multiprocessing.active_children():
             loader.kill()
         os._exit(EXIT_CODE)
 
     def _write_stacks(self) -> None:
-        seconds = time.monotonic() - _progress.since
-        title = f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}: {_progress} for {seconds:.0f} s"
+        seconds = time.monotonic() - OWN.progress.since
+        whose = f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}"
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = [
             f"thread {names.get(ident, ident)}\n" + "".join(traceback.format_stack(frame))
@@ -272,7 +221,7 @@ class Watchdog:
                 sys._current_frames().items(), key=lambda item: names.get(item[0]) != "MainThread"
             )
         ]
-        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n" + "".join(stacks)
+        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {whose}: {OWN.progress} for {seconds:.0f} s\n" + "".join(stacks)
         self._say(text)
         if self.folder is not None:
             with suppress(OSError):
@@ -285,11 +234,11 @@ class Watchdog:
         """Find the ranks that hang, report them, and let the others end."""
         line = self._ask(self._survey)
         if line is None:
-            line = f"rank {self._rank} waits in {_progress}, and the store is silent: rank 0 or its host is lost"
+            line = f"rank {self._rank} waits in {OWN.progress}, and the store is silent: rank 0 or its host is lost"
         where = f"above and in {self.folder.path / 'hangs'}" if self.folder is not None else "above"
         self._say(f"{line}; the run ends, stacks are {where}")
         if self.folder is not None:
-            self.folder.event_here(self._rank, "hang", step=_progress.step, verdict=line)
+            self.folder.event_here(self._rank, "hang", step=OWN.progress.step, verdict=line)
         self._ask(self._peers.conclude)
 
     def _survey(self) -> str:

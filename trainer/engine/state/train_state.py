@@ -104,7 +104,7 @@ class TrainState:
         return shapes | {name: value.shape for name, value in self.objective.tensors().items()}
 
     def _check(self, found: Mapping[str, torch.Size]) -> tuple[list[str], dict[str, str]]:
-        """Returns remarks, and for each kind that is read from another kind, that kind."""
+        """Lines to report, and the averages that the checkpoint lacks, each with the one that is read in its place."""
         remarks, source, left = [], dict[str, str](), set[str]()
         kinds = {name.partition("/")[0] for name in found}
         for network in self.networks.values():

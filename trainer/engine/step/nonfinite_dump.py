@@ -1,21 +1,20 @@
 """RUN/nonfinite/step-00000123.json: the inputs of a step whose loss or gradient was not finite, for `replay.py`.
 
-Images, flips and noise are functions of seed and position. t and weight are recorded, since importance sampling draws
-them from a history of losses. Dropout masks are functions of the seed and of the micro-batches.
+Images, flips and noise are functions of seed and position. t and weight are recorded as the objective drew them, which
+may depend on earlier losses. Dropout masks are functions of the seed and of the micro-batches.
 """
 
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import MODEL
-from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.engine.processes.collectives import gather
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.step_report import NetworkVerdict
 from trainer.errors import DataError
@@ -55,14 +54,13 @@ class NonFiniteDump(BaseModel):
     def of_step(
         cls, verdict: NetworkVerdict, *, config: Config, layout: BatchLayout, state: TrainState, data: TrainingData
     ) -> Self:
-        """The step that the state counted last, which was not applied. Synchronises with the device."""
+        """The step that the state counted last, which was not applied. Collective; synchronises with the device."""
         positions = np.arange(state.position - layout.global_batch, state.position)
         ids = data.order.ids(positions)
-        device = state.strategy.device
-        # The objective has recorded nothing since, so the same timesteps are drawn again.
-        noise = KeyedNoise.training(config.seed, torch.from_numpy(positions).to(device))
-        t, weight = state.objective.times.draw(noise)
-        weights = weight.tolist() if weight is not None else [None] * len(positions)
+        own_t, own_weight = verdict.losses.t.tolist(), verdict.losses.weight
+        own_weights = own_weight.tolist() if own_weight is not None else [None] * len(own_t)
+        # The ranks' images are contiguous in position, in the order of the ranks.
+        drawn = [pair for of_rank in gather(list(zip(own_t, own_weights, strict=True))) for pair in of_rank]
         return cls(
             step=state.position // layout.global_batch,
             loss=repr(verdict.loss),
@@ -72,10 +70,10 @@ class NonFiniteDump(BaseModel):
             updates=state.networks[verdict.network].updates,
             micro_batch=layout.micro_batch,
             precision=config.train.precision,
-            device=device.type,
+            device=state.strategy.device.type,
             samples=[
-                DumpedSample(position=p, id=i, t=k, weight=w, image=data.dataset.describe(i))
-                for p, i, k, w in zip(positions.tolist(), ids.tolist(), t.tolist(), weights)
+                DumpedSample(position=p, id=i, t=t, weight=weight, image=data.dataset.describe(i))
+                for p, i, (t, weight) in zip(positions.tolist(), ids.tolist(), drawn, strict=True)
             ],
         )
 

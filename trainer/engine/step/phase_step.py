@@ -11,10 +11,10 @@ from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import MODEL, Batch, Losses, Phase
 from trainer.diffusion.keyed_noise import KeyedNoise
-from trainer.engine.processes.watchdog import enter
+from trainer.engine.processes.activity import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.gradient_noise import GradientSquare
-from trainer.engine.step.step_report import PhaseBatches
+from trainer.engine.step.step_report import PhaseReport
 from trainer.telemetry.meters import step_sums
 
 
@@ -26,6 +26,7 @@ class PhaseStep:
     def __init__(self, phase: Phase, *, config: Config, layout: BatchLayout, state: TrainState) -> None:
         self.phase = phase
         self.config = config
+        self.layout = layout
         self.objective = state.objective
         self.trained = state.networks[phase.trains].network
         self.gradient_square = GradientSquare(self.trained, layout)
@@ -42,12 +43,12 @@ class PhaseStep:
         with self._others_fixed(), self.trained.accumulate(is_last=True):
             self.trained.backward(self._compute(batch).mean())
 
-    def backward(self, batches: Iterable[Batch], *, step: int, accumulation: int) -> torch.Tensor:
+    def backward(self, batches: Iterable[Batch], *, step: int) -> torch.Tensor:
         """Gradients of one global batch, accumulated over micro-batches and averaged over ranks.
 
         Returns this rank's mean loss, a scalar on the device.
         """
-        means, losses = [], []
+        means, losses, accumulation = [], [], self.layout.accumulation
         self.gradient_square.begin_step(step)
         with self._others_fixed():
             for micro_step, batch in enumerate(batches):
@@ -62,40 +63,38 @@ class PhaseStep:
         self._losses = Losses.join(losses)
         return torch.stack(means).sum()
 
-    def learning_rate(self, step: int, global_batch: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """The rate of step 0, 1, ...: lr x min(step / warmup, 1), hence 0 in step 0 (Ho et al.)."""
         optimizer = self.config.optimizer.of(self.phase.trains)
-        warmup = optimizer.warmup.steps(global_batch)
+        warmup = optimizer.warmup.steps(self.layout.global_batch)
         return optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
 
-    def update(
-        self, loss: torch.Tensor, *flags: torch.Tensor, step: int, layout: BatchLayout
-    ) -> tuple[torch.Tensor, torch.Tensor, PhaseBatches]:
+    def update(self, loss: torch.Tensor, *flags: torch.Tensor, step: int) -> tuple[torch.Tensor, PhaseReport]:
         """Clip and apply the gradients on all ranks; on none if any rank's loss or gradient is not finite.
 
         The decision is made on the device, see `GuardedAdam`. flags: scalars to be summed over the ranks. Returns these
-        sums, the phase's part of the step's report, and what that refers to.
+        sums, (len(flags),), and the phase's report.
         """
         losses = self._losses
         assert losses is not None
-        scalars = [*flags, loss / layout.world_size, self.gradient_square.read(self._device)]
+        scalars = [*flags, loss / self.layout.world_size, self.gradient_square.read(self._device)]
         sums = torch.cat([torch.stack(scalars), step_sums(losses)])
-        if layout.world_size > 1:
+        if self.layout.world_size > 1:
             dist.all_reduce(sums)
-        summed_flags, report = sums[: len(flags)], sums[len(flags) :]
+        summed_flags, sums = sums[: len(flags)], sums[len(flags) :]
         optimizer = self.trained.optimizer
-        optimizer.prepare_step(learning_rate=self.learning_rate(step, layout.global_batch), loss=report[0])
+        optimizer.prepare_step(learning_rate=self.learning_rate(step), loss=sums[0])
         self.trained.step()
         if self.phase.trains == MODEL:
             self._record(losses, skipped=optimizer.skipped)
-        batches = PhaseBatches(
+        return summed_flags, PhaseReport(
+            values=torch.cat([optimizer.grad_norm[None], sums]),
             network=self.phase.trains,
-            world_size=layout.world_size,
-            images=layout.global_batch,
-            small=self.gradient_square.batch,
+            layout=self.layout,
+            small_batch=self.gradient_square.batch,
             bound_terms=self.objective.bound_terms,
+            losses=losses,
         )
-        return summed_flags, torch.cat([optimizer.grad_norm[None], report]), batches
 
     def _compute(self, batch: Batch) -> Losses:
         noise = KeyedNoise.training(self.config.seed, batch.position)

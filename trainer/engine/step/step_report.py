@@ -6,23 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.data.stream.stream import BatchLayout
+from trainer.diffusion.contract import Losses
 from trainer.telemetry.meters import STEP_SUMS, StepFigures
 from trainer.telemetry.noise_scale import GradientNoise
 
-_FLAGS = 3
 PHASE_VALUES = 3 + STEP_SUMS
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkVerdict:
     """Outcome of a phase for the network that it trains: mean loss of the global batch, gradient norm before clipping,
-    and values for the log.
+    values for the log, and the losses of this rank's images, on the device.
     """
 
     network: str
     loss: float
     grad_norm: float
     figures: StepFigures
+    losses: Losses
 
     @property
     def finite(self) -> bool:
@@ -48,29 +50,47 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhaseBatches:
-    """What the sums in a phase's report refer to: the `network` that it trains; `images` of a step on `world_size`
-    ranks; `small`, the number of images in the gradient whose squared norm each rank reports, None where none is
-    measured (gradient_noise.py); and the objective's `bound_terms`.
+class PhaseReport:
+    """A phase's part of a verdict, before it is read.
+
+    values: (PHASE_VALUES,) float32, on the device: the gradient norm before clipping, and, summed over the ranks,
+    loss / world_size, |g|^2 of the gradient of `small_batch` images, `step_sums`. network: that it trains. small_batch:
+    None where no such gradient is measured (gradient_noise.py). losses: of this rank's images.
     """
 
+    values: torch.Tensor
     network: str
-    world_size: int
-    images: int
-    small: int | None
+    layout: BatchLayout
+    small_batch: int | None
     bound_terms: int | None
+    losses: Losses
+
+    def verdict(self, values: Sequence[float]) -> NetworkVerdict:
+        """The verdict, from `values` as they were copied to the host."""
+        grad_norm, loss, small_square, *sums = values
+        noise = None
+        if self.small_batch is not None:
+            noise = GradientNoise.estimate(
+                small_square=small_square / self.layout.world_size,
+                small_batch=self.small_batch,
+                large_square=grad_norm**2,
+                large_batch=self.layout.global_batch,
+            )
+        figures = StepFigures.read(
+            sums, global_batch=self.layout.global_batch, bound_terms=self.bound_terms, noise=noise
+        )
+        return NetworkVerdict(network=self.network, loss=loss, grad_norm=grad_norm, figures=figures, losses=self.losses)
 
 
 class PendingVerdict:
     """A verdict being copied from the device; reading it waits for the step, so read it after queueing the next one.
 
-    report: float32, on the device: summed over the ranks whether to stop, writing, copying (1 or 0); then for each
-    phase the gradient norm before clipping, and, summed over the ranks, loss / world_size, |g|^2 of the gradient of
-    `PhaseBatches.small` images, `step_sums`.
+    flags: (3,) float32, on the device: the numbers of ranks that are to stop, write, copy. phases: in their order.
     """
 
-    def __init__(self, report: torch.Tensor, phases: Sequence[PhaseBatches]) -> None:
+    def __init__(self, flags: torch.Tensor, phases: Sequence[PhaseReport]) -> None:
         self._phases = phases
+        report = torch.cat([flags, *(phase.values for phase in phases)])
         self._arrived = torch.cuda.Event() if report.is_cuda else None
         self._report = report.to("cpu", non_blocking=True)
         if self._arrived is not None:
@@ -80,33 +100,13 @@ class PendingVerdict:
         """Wait for the copy; returns the verdict."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values = self._report.tolist()
-        stop_requests, writing, copying = values[:_FLAGS]
-        starts = range(_FLAGS, len(values), PHASE_VALUES)
+        stop_requests, writing, copying, *values = self._report.tolist()
         return Verdict(
             networks=[
-                _of_network(values[start : start + PHASE_VALUES], batches)
-                for start, batches in zip(starts, self._phases, strict=True)
+                phase.verdict(values[number * PHASE_VALUES : (number + 1) * PHASE_VALUES])
+                for number, phase in enumerate(self._phases)
             ],
             stop_requests=round(stop_requests),
             writing=round(writing),
             copying=round(copying),
         )
-
-
-def _of_network(values: Sequence[float], batches: PhaseBatches) -> NetworkVerdict:
-    grad_norm, loss, small_square, *sums = values
-    noise = None
-    if batches.small is not None:
-        noise = GradientNoise.estimate(
-            small_square=small_square / batches.world_size,
-            small_batch=batches.small,
-            large_square=grad_norm**2,
-            large_batch=batches.images,
-        )
-    return NetworkVerdict(
-        network=batches.network,
-        loss=loss,
-        grad_norm=grad_norm,
-        figures=StepFigures.read(sums, global_batch=batches.images, bound_terms=batches.bound_terms, noise=noise),
-    )

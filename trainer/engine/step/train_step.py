@@ -1,23 +1,22 @@
 """One training step: from the loader's micro-batches through its phases to the verdict on them."""
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 
 from trainer.config import Config
 from trainer.data.datasets.dataset import SECOND_IMAGES
+from trainer.data.images import from_uint8
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import Batch
+from trainer.diffusion.families import FAMILIES
 from trainer.diffusion.keyed_noise import Stream, keyed_flips, keyed_int
-from trainer.engine.build import phases
-from trainer.engine.processes.watchdog import enter
+from trainer.engine.processes.activity import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.phase_step import PhaseStep
 from trainer.engine.step.step_report import PendingVerdict
 from trainer.models.backbones import example_inputs
 from trainer.signals import StopRequest
-from trainer.telemetry.pictures import from_uint8
 
 
 def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.device) -> Batch:
@@ -52,10 +51,13 @@ def _image(pixels: torch.Tensor, device: torch.device, flips: torch.Tensor | Non
     return x if flips is None else torch.where(flips, x.flip(-1), x)
 
 
-def seed_dropout(batch: dict[str, torch.Tensor], config: Config) -> None:
-    """Call before the forward pass of a micro-batch: dropout masks become a function of seed and first position."""
+def seed_dropout(position: torch.Tensor, config: Config) -> None:
+    """Call before the forward pass of a micro-batch: dropout masks become a function of seed and first position.
+
+    position: of its samples, (B,) int64, on the host.
+    """
     if config.model.drops:
-        torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(batch["position"][0])))
+        torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(position[0])))
 
 
 class TrainStep:
@@ -72,30 +74,26 @@ class TrainStep:
         self.stop = stop
         self.phases = [
             PhaseStep(phase, config=config, layout=layout, state=state)
-            for phase in phases(config, state.objective)
+            for phase in FAMILIES[config.diffusion.kind].phases(state.objective)
             if state.networks[phase.trains].network.trained
         ]
-        self._seen: list[dict[str, torch.Tensor]] = []  # the loader's micro-batches of this step, for later phases
+        # Micro-batches of this step, each with its positions on the host, for the phases after the first.
+        self._kept: list[tuple[torch.Tensor, Batch]] = []
 
     def warm_up(self) -> None:
-        """Called before the state is loaded: rehearses every phase where the strategy needs it."""
+        """Called before the state is loaded: a forward and backward pass of each phase, over zeros, where the strategy
+        needs it.
+        """
         for phase in self.phases:
-            phase.trained.warm_up(partial(self.rehearse, phase))
-
-    def rehearse(self, phase: PhaseStep) -> None:
-        """One forward and backward pass of a phase over zeros."""
-        with self.state.strategy.device:
-            x, _, cond = example_inputs(self.config.model, self.layout.micro_batch)
-            position = torch.zeros(len(x), dtype=torch.int64)
-        phase.rehearse(Batch(x=x.contiguous(memory_format=torch.channels_last), position=position, cond=cond))
+            phase.trained.warm_up(lambda: phase.rehearse(self._zeros()))  # noqa: B023  # called at once
 
     def backward(self, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Gradients of the first phase; takes the global batch from the stream.
 
         Returns this rank's mean loss, a scalar on the device.
         """
-        self._seen.clear()
-        return self._backward(self.phases[0], self._taken(stream))
+        self._kept.clear()
+        return self.phases[0].backward(self._taken(stream), step=self._step)
 
     def update(self, loss: torch.Tensor, *, writing: bool = False, copying: bool = False) -> PendingVerdict:
         """Clip and apply the gradients, and carry out the phases that are left.
@@ -104,36 +102,41 @@ class TrainStep:
         """
         enter("update")
         first, *others = self.phases
-        flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing, copying)]
-        counts, report, about = first.update(loss, *flags, step=self._step, layout=self.layout)
-        reports, batches = [counts, report], [about]
+        own_flags = [torch.full_like(loss, flag) for flag in (bool(self.stop), writing, copying)]
+        flags, report = first.update(loss, *own_flags, step=self._step)
+        reports = [report]
         for phase in others:
-            loss = self._backward(phase, self._seen)
+            loss = phase.backward(self._taken_again(), step=self._step)
             enter("update")
-            _, report, about = phase.update(loss, step=self._step, layout=self.layout)
-            reports.append(report)
-            batches.append(about)
-        self._seen.clear()  # frees the loader's memory
+            reports.append(phase.update(loss, step=self._step)[1])
+        self._kept.clear()
         self.state.position += self.layout.global_batch
-        return PendingVerdict(torch.cat(reports), batches)
+        return PendingVerdict(flags, reports)
 
     @property
     def _step(self) -> int:
         return self.state.position // self.layout.global_batch
 
-    def _backward(self, phase: PhaseStep, batches: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
-        accumulation = self.layout.accumulation
-        return phase.backward(map(self._inputs, batches), step=self._step, accumulation=accumulation)
-
-    def _taken(self, stream: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    def _taken(self, stream: Iterator[dict[str, torch.Tensor]]) -> Iterator[Batch]:
+        """The micro-batches of a step, on the device."""
         for _ in range(self.layout.accumulation):
             enter("data")
-            batch = next(stream)
+            loaded = next(stream)
+            enter("forward")
+            seed_dropout(loaded["position"], self.config)
+            batch = device_batch(loaded, self.config, self.state.strategy.device)
             if len(self.phases) > 1:
-                self._seen.append(batch)
+                self._kept.append((loaded["position"], batch))
             yield batch
 
-    def _inputs(self, batch: dict[str, torch.Tensor]) -> Batch:
-        enter("forward")
-        seed_dropout(batch, self.config)
-        return device_batch(batch, self.config, self.state.strategy.device)
+    def _taken_again(self) -> Iterator[Batch]:
+        for position, batch in self._kept:
+            enter("forward")
+            seed_dropout(position, self.config)
+            yield batch
+
+    def _zeros(self) -> Batch:
+        with self.state.strategy.device:
+            x, _, cond = example_inputs(self.config.model, self.layout.micro_batch)
+            position = torch.zeros(len(x), dtype=torch.int64)
+        return Batch(x=x.contiguous(memory_format=torch.channels_last), position=position, cond=cond)

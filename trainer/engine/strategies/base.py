@@ -18,10 +18,11 @@ NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 class DistributedNetwork:
-    """One network over `ranks` ranks, with its optimizer: `module` computes the forward pass, and this rank's optimizer
-    steps those of `slices` that are trained. Strategies override what they do otherwise than a replica on its own.
+    """A network that is distributed over `ranks` ranks, and its optimizer. As it stands it is a full replica on each
+    rank; a subclass overrides what its strategy does in another way.
 
-    `shapes`: of all parameters, unsharded; `trained`: names of those that are not frozen.
+    `module` computes the forward pass; `slices`: the parameters that this rank holds, of which the optimizer steps
+    those that are trained; `shapes`: of all parameters, unsharded; `trained`: names of those that are not frozen.
     """
 
     slices: list[ParameterSlice]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from trainer.engine.state.ema import power_name
 from trainer.errors import ConfigError, brief
-from trainer.evaluation.trained import TrainedRequest
 from trainer.sampling.request import DEFAULT_SAMPLER, RequestError, ReverseRequest, SamplingRequest
+from trainer.sampling.trained import TrainedRequest
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
 _MOST_COUNTED = 10**8  # images; their batches are listed in memory
@@ -81,6 +81,17 @@ def reverse_request(arguments: argparse.Namespace) -> ReverseRequest:
     return ReverseRequest(respacing=arguments.respacing, variance=arguments.variance)
 
 
+def sampler_option(text: str) -> tuple[str, float]:
+    """An argument type: NAME=VALUE, the value a number."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: should be NAME=VALUE with a number, for example eta=0.5"
+        ) from error
+
+
 def add_sampler(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the sampler."""
     parser.add_argument(
@@ -90,7 +101,17 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
         help="ddpm (default): ancestral sampling, algorithm 2; ddim: see --eta; ddpm-sigma-hat: DDIM's name for "
         "ancestral sampling with the large variance; dpm-solver++: second order, needs diffusers",
     )
-    parser.add_argument("--eta", type=float, default=0.0, help="with ddim: 0 (default) draws no noise, 1 is ancestral")
+    parser.add_argument(
+        "--option",
+        type=sampler_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the sampler: a number for one of its keyword arguments; may be repeated",
+    )
+    parser.add_argument(
+        "--eta", type=float, help="as --option eta=: with ddim 0 (default) draws no noise, 1 is ancestral"
+    )
 
 
 def sampling_request(arguments: argparse.Namespace, *, count: int) -> SamplingRequest:
@@ -98,10 +119,13 @@ def sampling_request(arguments: argparse.Namespace, *, count: int) -> SamplingRe
 
     Raises ConfigError where they do not go together.
     """
+    given = dict(arguments.option)
+    if arguments.eta is not None and "eta" in given:
+        raise ConfigError(f"--eta {arguments.eta:g}: is --option eta={given['eta']:g} too; give one of them")
     try:
         return SamplingRequest(
             sampler=arguments.sampler,
-            options={"eta": arguments.eta} if arguments.eta else {},
+            options=given if arguments.eta is None else {**given, "eta": arguments.eta},
             respacing=arguments.respacing,
             variance=arguments.variance,
             count=count,
@@ -109,4 +133,6 @@ def sampling_request(arguments: argparse.Namespace, *, count: int) -> SamplingRe
             batch=arguments.batch,
         )
     except RequestError as error:
-        raise ConfigError(f"--{error.field} {error.value}: {error.reason}") from error
+        is_option = error.field in given
+        told = f"--option {error.field}={error.value:g}" if is_option else f"--{error.field} {error.value}"
+        raise ConfigError(f"{told}: {error.reason}") from error

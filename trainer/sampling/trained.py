@@ -18,12 +18,11 @@ from trainer.diffusion.ddpm.respacing import count_in_spec
 from trainer.engine.build import build_objective, build_trained
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
-from trainer.engine.processes.collectives import make_accelerator, together
+from trainer.engine.processes.collectives import each_its_own, make_accelerator
 from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
-from trainer.sampling.draw import draw_batch
 from trainer.sampling.request import ReverseRequest, SamplingRequest
 from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels
@@ -78,18 +77,13 @@ class Trained:
         return diffusion.variance if isinstance(diffusion, DDPMConfig) else None
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.config.model.image_shape
-
-    @property
     def device(self) -> torch.device:
         """Device of the network and the tables."""
         return self.accelerator.device
 
     def draw(self, request: SamplingRequest, numbers: range, on_step: Callable[[int], object]) -> Pixels:
-        """A batch of the request that this was opened with, see `draw_batch`."""
-        return draw_batch(request, self.denoiser, numbers, shape=self.image_shape, on_step=on_step)
+        """A batch of the request that this was opened with, see `SamplingRequest.draw`."""
+        return request.draw(self.denoiser, numbers, shape=self.config.model.image_shape, on_step=on_step)
 
 
 def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
@@ -126,9 +120,9 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
         )
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = checkpoints.choose(request.checkpoint)
-    opened: list[tuple[nn.Module, int]] = []
-    together(f"{path}: cannot be read", lambda: opened.append(_load(path, request.weights, config, accelerator.device)))
-    ((network, step),) = opened
+    network, step = each_its_own(
+        f"{path}: cannot be read", lambda: _load(path, request.weights, config, accelerator.device)
+    )
     return Trained(
         config=config,
         folder=folder,

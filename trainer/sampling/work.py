@@ -1,7 +1,7 @@
 """Resumable work: numbered items in batches, with one file per batch, written by whichever rank computes it."""
 
+import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from data_prep.progress import WorkProgress
 from trainer.engine.processes.collectives import broadcast, check_alike, gather, together
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.signals import StopRequest
+from trainer.telemetry.files import write_whole
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -112,12 +113,9 @@ class Work:
     def save(self, numbers: range, arrays: Arrays) -> None:
         """Store a batch's result atomically."""
         self._parts.mkdir(exist_ok=True)
-        fresh = self._parts / f".{numbers.start}.{os.getpid()}.tmp"
-        with fresh.open("wb") as stream:
-            np.savez(stream, **dict[str, Any](arrays))
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(self.part(numbers))
+        content = io.BytesIO()
+        np.savez(content, **dict[str, Any](arrays))
+        write_whole(self.part(numbers), content.getvalue())
 
     def load(self, numbers: range) -> dict[str, npt.NDArray[Any]]:
         """The stored result of a batch."""
@@ -155,8 +153,6 @@ class Work:
                     agreed=True,
                 )
         else:
-            fresh = path.with_suffix(".tmp")
-            if set(self.folder.iterdir()) - {fresh}:
+            if any(other.name != f"{path.name}.tmp" for other in self.folder.iterdir()):  # left by a kill
                 raise ConfigError(f"--out {self.folder}: holds other files; choose a new or empty folder", agreed=True)
-            fresh.write_text(json.dumps(self._request, indent=1) + "\n")
-            fresh.replace(path)
+            write_whole(path, json.dumps(self._request, indent=1) + "\n")

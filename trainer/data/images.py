@@ -1,0 +1,45 @@
+"""Images outside the stream: read by their ids, and their pixels scaled to what networks compute with and back."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from trainer.data.datasets.dataset import Dataset
+from trainer.errors import SampleError
+
+
+def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Scale pixels from 0..255 to [-1, 1], float32 (Ho et al. 2020, section 3.3)."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Quantise images from [-1, 1] to 0..255: the inverse of `from_uint8`, rounded."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def read_images(
+    dataset: Dataset, ids: Iterable[int], *, skip_damaged: bool = False
+) -> tuple[torch.Tensor, list[dict[str, Any]], list[int]]:
+    """Images (B, C, H, W) uint8, what `dataset.cond` names of each, and their ids.
+
+    Raises DataError with the name of a damaged sample, which `skip_damaged` leaves out instead.
+    """
+    images, further, kept = [], [], []
+    for sample in ids:
+        pixels = np.empty((dataset.image_size, dataset.image_size, dataset.channels), dtype=np.uint8)
+        try:
+            dataset.decode_into(pixels, sample)
+            further.append(dataset.further(sample))
+        except SampleError:
+            if not skip_damaged:
+                raise
+        else:
+            images.append(torch.from_numpy(pixels))
+            kept.append(sample)
+    shape = (0, dataset.image_size, dataset.image_size, dataset.channels)
+    stacked = torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8)
+    return rearrange(stacked, "b h w c -> b c h w"), further, kept
