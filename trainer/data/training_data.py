@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.format import CHANNELS, INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
+from data_prep.output import STAGING_NAME
 from trainer.config import Config, DataConfig
-from trainer.data.cache.download import Patience, exists, list_tars, remote_size
+from trainer.data.cache.download import exists, list_tars, remote_size
 from trainer.data.cache.node_cache import NodeCache
 from trainer.data.datasets.dataset import Dataset, InPlace, Shard
 from trainer.data.datasets.indexed import IndexedDataset
@@ -32,7 +33,6 @@ from trainer.errors import ConfigError, DataError
 
 DATA_FINGERPRINT = "data (manifest)"  # its key in a run's identity
 _WILDCARDS = set("*?[")
-_UNFINISHED = ".staging"  # of data_prep, in a folder that has no manifest yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,6 @@ class _Opener:
         self.cond = config.data.cond
         self.cache = cache
         self.index_folder = index_folder
-        self.patience = cache.patience if cache is not None else Patience()
 
     def open(self, path: str) -> IndexedDataset:
         """Open a dataset of data_prep, or plain tars. Raises DataError or ConfigError."""
@@ -162,7 +161,7 @@ class _Opener:
         folder = Path(path)
         if path.endswith(".tar"):
             return self._tars(path, [_local_shard(Path(name)) for name in expand(path)])
-        ours = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME, _UNFINISHED))
+        ours = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME, STAGING_NAME))
         tars = sorted(folder.glob("*.tar"))
         if tars and not ours:
             return self._tars(path, [_local_shard(tar) for tar in tars])
@@ -174,14 +173,14 @@ class _Opener:
         if self.cache is None:
             raise ConfigError(f"data.path = {url}: needs data.cache_dir, a folder on a disk of each node")
         if url.endswith(".tar"):
-            return self._tars(url, [self._remote_shard(name) for name in expand(url)])
+            return self._tars(url, [_shard(name, *remote_size(name, self.cache.patience)) for name in expand(url)])
         url = url.rstrip("/")
-        if exists(f"{url}/{MANIFEST_NAME}", self.patience):
+        if exists(f"{url}/{MANIFEST_NAME}", self.cache.patience):
             return self._remote_manifest(url, self.cache)
-        tars = list_tars(url, self.patience)
+        tars = list_tars(url, self.cache.patience)
         if not tars:
             raise DataError(f"{url}: holds neither {MANIFEST_NAME} nor tars")
-        return self._tars(url, [self._remote_shard(name) for name in tars])
+        return self._tars(url, [_shard(name, *remote_size(name, self.cache.patience)) for name in tars])
 
     def _remote_manifest(self, url: str, cache: NodeCache) -> ShardedDataset:
         manifest = cache.keep_anew(f"{url}/{MANIFEST_NAME}", MANIFEST_NAME)
@@ -191,10 +190,6 @@ class _Opener:
             raise DataError(f"{url}: {error}") from error
         cache.keep(f"{url}/{INDEX_NAME}", f"{manifest.parent.name}/{INDEX_NAME}", promised)
         return ShardedDataset(manifest.parent, origin=url, files=cache, cond=self.cond)
-
-    def _remote_shard(self, url: str) -> Shard:
-        size, stamp = remote_size(url, self.patience)
-        return _shard(url, size, stamp)
 
     def _tars(self, where: str, shards: Sequence[Shard]) -> TarDataset:
         mode = next((mode for mode, channels in CHANNELS.items() if channels == self.model.channels), None)
