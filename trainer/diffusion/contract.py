@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, Self
 
 import torch
@@ -56,15 +56,8 @@ class Losses:
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
         """Of several batches of one objective, in their order."""
-        weights = [part.weight for part in parts if part.weight is not None]
-        bounds = [part.bound for part in parts if part.bound is not None]
-        return cls(
-            t=torch.cat([part.t for part in parts]),
-            level=torch.cat([part.level for part in parts]),
-            loss=torch.cat([part.loss for part in parts]),
-            weight=torch.cat(weights) if weights else None,
-            bound=torch.cat(bounds) if bounds else None,
-        )
+        values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
+        return cls(**{name: None if of_parts[0] is None else torch.cat(of_parts) for name, of_parts in values.items()})
 
 
 class Network(Protocol):
