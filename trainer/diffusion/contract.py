@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -57,7 +57,10 @@ class Losses:
     def join(cls, parts: Sequence[Self]) -> Self:
         """Of several batches of one objective, in their order."""
         values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
-        return cls(**{name: None if of_parts[0] is None else torch.cat(of_parts) for name, of_parts in values.items()})
+        joined: dict[str, Any] = {
+            name: torch.cat(some) if some[0] is not None else None for name, some in values.items()
+        }
+        return cls(**joined)
 
 
 class Network(Protocol):
