@@ -17,9 +17,9 @@ import shlex
 
 from trainer.arguments import WEIGHTS_HELP, at_least_one, weights_name, width
 from trainer.errors import exit_clearly
-from trainer.interop.average import AverageRequest, average
+from trainer.interop.average import average
 from trainer.interop.export import ExportRequest, export
-from trainer.interop.import_weights import ImportRequest, import_weights
+from trainer.interop.import_weights import import_weights
 
 
 def license_identifier(text: str) -> str:
@@ -99,19 +99,15 @@ def main() -> int:
         }
         export(ExportRequest(**fields, command=command))
     elif arguments.command == "average":
-        average(
-            AverageRequest(run=arguments.run, sigma_rel=arguments.sigma_rel, step=arguments.step, out=arguments.out)
-        )
+        average(arguments.run, sigma_rel=arguments.sigma_rel, step=arguments.step, out=arguments.out)
     else:
         import_weights(
-            ImportRequest(
-                source=arguments.source,
-                out=arguments.out,
-                config=arguments.config,
-                overrides=arguments.set,
-                weights=arguments.weights,
-                image_size=arguments.image_size,
-            )
+            arguments.source,
+            out=arguments.out,
+            config_path=arguments.config,
+            overrides=arguments.set,
+            weights=arguments.weights,
+            image_size=arguments.image_size,
         )
     return 0
 

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -56,15 +56,11 @@ class Losses:
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
         """Of several batches of one objective, in their order."""
-        weights = [part.weight for part in parts if part.weight is not None]
-        bounds = [part.bound for part in parts if part.bound is not None]
-        return cls(
-            t=torch.cat([part.t for part in parts]),
-            level=torch.cat([part.level for part in parts]),
-            loss=torch.cat([part.loss for part in parts]),
-            weight=torch.cat(weights) if weights else None,
-            bound=torch.cat(bounds) if bounds else None,
-        )
+        values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
+        joined: dict[str, Any] = {
+            name: torch.cat(some) if some[0] is not None else None for name, some in values.items()
+        }
+        return cls(**joined)
 
 
 class Network(Protocol):

@@ -25,16 +25,6 @@ _POWER_NAME = re.compile(r"ema-(\d*\.?\d+(?:e-\d+)?)")  # as written by power_na
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageRequest:
-    """Width (0 < sigma_rel < 0.28), run, step (None: that of the newest snapshot), and output folder."""
-
-    run: Path
-    sigma_rel: float
-    step: int | None
-    out: Path
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Snapshot:
     """One average in one snapshot: its name in the reader, its width, and its number of updates."""
 
@@ -44,36 +34,37 @@ class _Snapshot:
     updates: int
 
 
-def average(request: AverageRequest) -> None:
+def average(source: Path, *, sigma_rel: float, step: int | None, out: Path) -> None:
     """Write a run's folder for sampling: its only checkpoint, of step 0, holds the average as raw and averaged weights.
 
+    source: the run with snapshots; sigma_rel: the width, above 0 and below 0.28; step: None for the newest snapshot's.
     Raises TrainerError where the run has no undamaged snapshots, none of `step`, or `out` exists.
     """
-    run, accelerator = RunFolder(request.run, writes=False), make_accelerator()
+    run, accelerator = RunFolder(source, writes=False), make_accelerator()
     config = run.load_config()
-    found, step, updates = _open(run, request.step, accelerator)
+    found, step, updates = _open(run, step, accelerator)
     weights, remainder = combination(
-        [(one.updates, one.sigma_rel) for one in found], updates=updates, sigma_rel=request.sigma_rel
+        [(one.updates, one.sigma_rel) for one in found], updates=updates, sigma_rel=sigma_rel
     )
     with torch.device("meta"):
         network = build_network(config)
-    with new_folder(request.out) as staging:
+    with new_folder(out) as staging:
         make_run(
             staging,
-            _to_draw_from(config, request.out),
+            _to_draw_from(config, out),
             fit(dict(_sums(found, weights)), network, source=str(run.averages)),
             accelerator,
             event="averaged",
-            source=str(request.run),
-            sigma_rel=request.sigma_rel,
+            source=str(source),
+            sigma_rel=sigma_rel,
             step_of_source=step,
             snapshots=len(found),
             profile_error=remainder,
         )
     print(
-        f"average of {request.run} at step {step}, sigma_rel {request.sigma_rel:g}, made of {len(found)} stored ones "
-        f"(relative error of the profile {remainder:.2g}), in {request.out}: draw with "
-        f"`python trainer/sample.py --run {request.out}`"
+        f"average of {source} at step {step}, sigma_rel {sigma_rel:g}, made of {len(found)} stored ones "
+        f"(relative error of the profile {remainder:.2g}), in {out}: draw with "
+        f"`python trainer/sample.py --run {out}`"
     )
 
 

@@ -1,8 +1,7 @@
 """Makes a run's folder from weights that were trained elsewhere, for sampling or further training."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +31,27 @@ _FINE_TUNING: dict[str, dict[str, Any]] = {
 _FREE = {"model.dropout", "diffusion.variance", "diffusion.loss", "diffusion.timestep_sampling"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportRequest:
-    """Source of the weights, run's folder to create, and further settings."""
-
-    source: Path
-    out: Path
-    config: Path | None
-    overrides: list[str]
-    weights: str | None
-    image_size: int | None
-
-
-def import_weights(request: ImportRequest) -> None:
+def import_weights(
+    path: Path,
+    *,
+    out: Path,
+    config_path: Path | None,
+    overrides: Sequence[str],
+    weights: str | None,
+    image_size: int | None,
+) -> None:
     """Make a run's folder whose only checkpoint, of step 0, holds the weights as raw and as averaged ones.
 
     Raises TrainerError where the source is not supported, the configuration is for another network, or `out` exists.
     """
     accelerator = make_accelerator()
-    source = open_source(
-        request.source, weights=request.weights, image_size=request.image_size, accelerator=accelerator
-    )
-    config = _configure(request, source)
-    with new_folder(request.out) as staging:
+    source = open_source(path, weights=weights, image_size=image_size, accelerator=accelerator)
+    config = _configure(source, out, config_path, overrides)
+    with new_folder(out) as staging:
         make_run(staging, config, source.weights, accelerator, event="imported", source=str(source.path))
     print(
-        f"{source.path} in {request.out}: draw with `python trainer/sample.py --run {request.out}`; to train further, "
-        f"set data.path and the rest in {request.out / 'config.toml'} and give it to trainer/train.py"
+        f"{source.path} in {out}: draw with `python trainer/sample.py --run {out}`; to train further, "
+        f"set data.path and the rest in {out / 'config.toml'} and give it to trainer/train.py"
     )
 
 
@@ -84,18 +77,18 @@ def make_run(
     folder.event(event, step=0, checkpoint=saved.name, **details)
 
 
-def _configure(request: ImportRequest, source: Source) -> Config:
-    if request.config is not None:
-        config = Config.load(request.config, request.overrides)
+def _configure(source: Source, out: Path, config_path: Path | None, overrides: Sequence[str]) -> Config:
+    if config_path is not None:
+        config = Config.load(config_path, overrides)
     else:
         raw: dict[str, Any] = {
-            "run_dir": str(request.out),
+            "run_dir": str(out),
             **copy.deepcopy(_FINE_TUNING),  # copied, since overrides modify it
             "model": dict(source.model),
             "diffusion": dict(source.diffusion),
         }
         what = f"{source.path} (choose by --set what it does not say)"
-        config = Config.parse(raw, request.overrides, source=what)
+        config = Config.parse(raw, overrides, source=what)
     for section, said in (("model", source.model), ("diffusion", source.diffusion)):
         for field, value in said.items():
             chosen = getattr(getattr(config, section), field)
@@ -103,4 +96,4 @@ def _configure(request: ImportRequest, source: Source) -> Config:
             free = f"{section}.{field}" in _FREE and not (field == "variance" and any(map(is_learned, (chosen, value))))
             if chosen != value and not free:
                 raise ConfigError(f"{section}.{field} = {chosen!r}: the weights in {source.path} have {value!r}")
-    return config.model_copy(update={"run_dir": str(request.out)})
+    return config.model_copy(update={"run_dir": str(out)})

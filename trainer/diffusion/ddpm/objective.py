@@ -89,7 +89,9 @@ class GaussianObjective:
 
         respacing: the timesteps to keep, see `kept_timesteps`, which raises ValueError.
         """
-        reverse = ReverseProcess(network, self.diffusion, prediction=self.prediction, variance=self.variance, cond=cond)
+        reverse = ReverseProcess(
+            network, self.diffusion, prediction=self.prediction, variance=self.variance, cond=cond or {}
+        )
         return reverse if respacing == "all" else reverse.respaced(kept_timesteps(self.diffusion.timesteps, respacing))
 
     def losses_and_bound(

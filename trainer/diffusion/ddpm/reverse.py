@@ -1,6 +1,6 @@
 """What a network's output means: the reverse process p(x_{t-1} | x_t) of Ho et al. 2020, section 3.2."""
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Self, get_args
 
 from einops import rearrange
@@ -44,12 +44,12 @@ class ReverseStep(contract.Prediction):
 
 def check_parameterisation(prediction: str, variance: str) -> None:
     """Raises ValueError for names that are none of `PredictionKind` and `ReverseVariance`."""
-    for field, value, names in (
+    for name, value, known in (
         ("prediction", prediction, get_args(PredictionKind)),
         ("variance", variance, get_args(ReverseVariance)),
     ):
-        if value not in names:
-            raise ValueError(f"{field}={value!r}: must be one of {', '.join(names)}")
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
 
 
 def output_channels(channels: int, variance: ReverseVariance) -> int:
@@ -124,6 +124,7 @@ def _log_variance(spread: Tensor, t: Tensor, diffusion: GaussianDiffusion, varia
     return rearrange(diffusion.posterior_log_variance(t, variance), "b -> b 1 1 1")
 
 
+@dataclass(eq=False)
 class ReverseProcess:
     """The denoiser of this family: a network, what its output means, and the conditioning that it is given.
 
@@ -132,30 +133,21 @@ class ReverseProcess:
     prediction and variance: see `interpret`; cond: tensors of B rows. ValueError for other names.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        diffusion: GaussianDiffusion,
-        *,
-        prediction: PredictionKind = "eps",
-        variance: ReverseVariance,
-        cond: Conditioning | None = None,
-    ) -> None:
-        check_parameterisation(prediction, variance)
-        self.network = network
-        self.diffusion = diffusion
-        self.prediction: PredictionKind = prediction
-        self.variance: ReverseVariance = variance
-        self.cond: Conditioning = cond or {}
+    network: Network
+    diffusion: GaussianDiffusion
+    _: KW_ONLY
+    prediction: PredictionKind = "eps"
+    variance: ReverseVariance
+    cond: Conditioning = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_parameterisation(self.prediction, self.variance)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> ReverseStep:
         """Call the network at x_t (B, C, H, W) and t (B,) int64 of `diffusion`, and interpret its output."""
         output = self.network(x_t, self.diffusion.original_t(t), **self.cond)
         return interpret(output, x_t, t, diffusion=self.diffusion, prediction=self.prediction, variance=self.variance)
 
-    def respaced(self, steps: Tensor) -> "ReverseProcess":
+    def respaced(self, steps: Tensor) -> Self:
         """The same on the chain that visits only `steps` of this one: see `GaussianDiffusion.respaced`."""
-        diffusion = self.diffusion.respaced(steps)
-        return ReverseProcess(
-            self.network, diffusion, prediction=self.prediction, variance=self.variance, cond=self.cond
-        )
+        return replace(self, diffusion=self.diffusion.respaced(steps))
