@@ -50,10 +50,15 @@ def import_weights(request: ImportRequest) -> None:
     Raises TrainerError where the source is not supported, the configuration is for another network, or `out` exists.
     """
     accelerator = make_accelerator()
+    chosen = None if request.config is None else Config.load(request.config, request.overrides)
     source = open_source(
-        request.source, weights=request.weights, image_size=request.image_size, accelerator=accelerator
+        request.source,
+        weights=request.weights,
+        image_size=request.image_size,
+        accelerator=accelerator,
+        config=chosen,
     )
-    config = _configure(request, source)
+    config = _configure(request, source, chosen)
     with new_folder(request.out) as staging:
         make_run(staging, config, source.weights, accelerator, event="imported", source=str(source.path))
     print(
@@ -84,10 +89,8 @@ def make_run(
     folder.event(event, step=0, checkpoint=saved.name, **details)
 
 
-def _configure(request: ImportRequest, source: Source) -> Config:
-    if request.config is not None:
-        config = Config.load(request.config, request.overrides)
-    else:
+def _configure(request: ImportRequest, source: Source, config: Config | None) -> Config:
+    if config is None:
         raw: dict[str, Any] = {
             "run_dir": str(request.out),
             **copy.deepcopy(_FINE_TUNING),  # copied, since overrides modify it
@@ -96,7 +99,7 @@ def _configure(request: ImportRequest, source: Source) -> Config:
         }
         what = f"{source.path} (choose by --set what it does not say)"
         config = Config.parse(raw, request.overrides, source=what)
-    for section, said in (("model", source.model), ("diffusion", source.diffusion)):
+    for section, said in (("model", {"kind": "ddpm-unet"} | source.model), ("diffusion", source.diffusion)):
         for field, value in said.items():
             chosen = getattr(getattr(config, section), field)
             free = f"{section}.{field}" in _FREE and not (field == "variance" and {chosen, value} & _LEARNED)

@@ -1,8 +1,12 @@
 """What can be converted: networks and processes that other programs have too."""
 
-from trainer.config import Config, DDPMConfig, DDPMUNetConfig
+import torch
+
+from trainer.config import ADMUNetConfig, Config, DDPMConfig, DDPMUNetConfig
 from trainer.diffusion.ddpm.reverse import ReverseVariance, output_channels
+from trainer.engine.build import build_network
 from trainer.errors import ConversionError
+from trainer.models.adm_unet import ADMUNet
 from trainer.models.ddpm_unet import UNetConfig, unet_config
 
 
@@ -19,3 +23,20 @@ def ddpm_sections(config: Config) -> tuple[DDPMUNetConfig, DDPMConfig]:
 def network_of(model: DDPMUNetConfig, variance: ReverseVariance) -> UNetConfig:
     """The shape of the network. Raises ConfigError where no such network exists."""
     return unet_config(model, output_channels(model.channels, variance))
+
+
+def adm_network(config: Config | None, source: str) -> ADMUNet:
+    """The network that a configuration describes, on the device "meta", for OpenAI's weights.
+
+    Raises ConversionError where there is none, or one of another kind; errors as `build_network`.
+    """
+    if config is None or not isinstance(config.model, ADMUNetConfig):
+        given = "" if config is None else f', not "{config.model.kind}"'
+        raise ConversionError(
+            f"{source}: OpenAI's weights do not describe their network; give a configuration of it by --config, such "
+            f'as imagenet256, with model.kind = "adm-unet"{given}'
+        )
+    with torch.device("meta"):
+        network = build_network(config)
+    assert isinstance(network, ADMUNet)
+    return network
