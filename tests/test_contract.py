@@ -35,9 +35,11 @@ from trainer.models.backbones import BACKBONES, example_inputs
 DIFFUSION = {"ddpm": "timesteps = 20"}
 MODEL = {
     "ddpm-unet": "base_channels = 8\nchannel_multipliers = [1, 2]\nblocks_per_level = 1\nattention_resolutions = [4]\n"
-    "norm_groups = 4"
+    "norm_groups = 4",
+    "adm-unet": "base_channels = 8\nchannel_multipliers = [1, 2]\nblocks_per_level = 1\nattention_resolutions = [4]\n"
+    "norm_groups = 4\nheads = 2",
 }
-EXPORTED = {("ddpm", "ddpm-unet")}
+EXPORTED = {("ddpm", "ddpm-unet"): "model_index.json", ("ddpm", "adm-unet"): "model.pt"}
 PAIRS = list(product(DIFFUSION, MODEL))
 STEPS, DECAY = 6, 0.9
 
@@ -219,7 +221,7 @@ def test_it_is_exported_or_says_in_one_line_that_it_cannot(whole: Path, pair: tu
     arguments = ("export", "--run", str(whole), "--out", str(tmp_path / "out"))
     if pair in EXPORTED:
         launch(1, *arguments, script="convert")
-        assert (tmp_path / "out" / "model_index.json").is_file()
+        assert (tmp_path / "out" / EXPORTED[pair]).is_file()
     else:
         line = launch(1, *arguments, script="convert", expect=2)
         assert line.count("\n") == 1

@@ -96,4 +96,4 @@ def test_they_are_drawn_from_by_the_sampler_of_the_package(tmp_path: Path, packa
 def test_without_the_package_its_kinds_are_unknown(tmp_path: Path, package: Path, data: Path) -> None:
     out = launch(1, *config(tmp_path, package, data, "run"), expect=2)
     assert out.count("\n") == 1
-    assert "model.kind = 'three-convolutions': unknown kind; known here: ddpm-unet" in out
+    assert "model.kind = 'three-convolutions': unknown kind; known here: ddpm-unet, adm-unet" in out

@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    out = commands.add_parser("export", help="write a folder that diffusers' DDPMPipeline and DDIMPipeline load")
+    out = commands.add_parser("export", help="write a folder for diffusers, or of an adm-unet for guided-diffusion")
     out.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     out.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest that verifies")
     out.add_argument("--weights", type=weights_name, default="ema", metavar="NAME", help=WEIGHTS_HELP)
@@ -57,8 +57,8 @@ def parse_arguments() -> argparse.Namespace:
         "source",
         type=Path,
         metavar="SRC",
-        help="a diffusers DDPM folder; a state dict in the layout of pytorch_diffusion (the authors' weights); "
-        "a run's folder or one of its checkpoints",
+        help="a diffusers DDPM folder; a state dict in the layout of pytorch_diffusion (the authors' weights), or of "
+        "guided-diffusion (ADM), which needs --config; a run's folder or one of its checkpoints",
     )
     into.add_argument("--out", type=Path, required=True, metavar="RUN", help="must not exist yet")
     into.add_argument(

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
-from trainer.config.backbones import BACKBONE_SECTIONS, DDPMUNetConfig, ModelConfig
+from trainer.config.backbones import BACKBONE_SECTIONS, ADMUNetConfig, DDPMUNetConfig, ModelConfig
 from trainer.config.families import FAMILY_SECTIONS, DDPMConfig, DiffusionConfig
 from trainer.config.reading import apply_override, explain, read_toml
 from trainer.config.section import Section
@@ -16,6 +16,7 @@ from trainer.config.sections import AdamConfig, CheckpointConfig, DataConfig, Lo
 from trainer.errors import ConfigError
 
 __all__ = [
+    "ADMUNetConfig",
     "AdamConfig",
     "CheckpointConfig",
     "Config",

@@ -1,5 +1,6 @@
 """The sections [model]: one class for each backbone, chosen by `kind`."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -7,6 +8,8 @@ from typing_extensions import override
 
 from trainer.config.kinds import Kinds
 from trainer.config.section import Section
+
+AttentionOrder = Literal["legacy", "new"]
 
 
 class ModelConfig(Section):
@@ -87,4 +90,113 @@ class DDPMUNetConfig(ModelConfig):
         return self.dropout > 0
 
 
-BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig)
+class ADMConfig(ModelConfig):
+    """What the networks of Dhariwal and Nichol 2021 have in common."""
+
+    base_channels: int = Field(gt=0, le=65_536, multiple_of=2)
+    """Channels that the levels' are multiples of; the embedding of the timestep has as many."""
+    channel_multipliers: list[Annotated[float, Field(gt=0, le=1024)]] = Field(min_length=1, max_length=16)
+    """Channels of each resolution level as a multiple of base_channels, perhaps a fraction; each level halves the
+    side."""
+    blocks_per_level: int = Field(default=2, gt=0, le=64)
+    """Residual blocks a level going down (one more going up)."""
+    attention_resolutions: list[Annotated[int, Field(le=16_384)]] = Field(max_length=16)
+    """Sides, in pixels, of the levels whose blocks are followed by self-attention."""
+    heads: int | None = Field(default=None, gt=0, le=65_536)
+    """Heads of every attention, of whatever width; either this or head_channels."""
+    head_channels: int | None = Field(default=None, gt=0, le=65_536)
+    """Channels of every head, of which wide levels have more; either this or heads."""
+    attention_order: AttentionOrder = "legacy"
+    """How queries, keys and values lie in the weights: "legacy" by heads, as in most published ones, or "new" by
+    kinds. Either trains the same network."""
+    resblock_updown: bool = True
+    """Residual blocks lead from level to level; otherwise a convolution does."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability inside residual blocks."""
+    norm_groups: int = Field(default=32, gt=0, le=65_536)
+    """Groups of every GroupNorm."""
+
+    @property
+    @override
+    def drops(self) -> bool:
+        return self.dropout > 0
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(round(self.base_channels * multiplier) for multiplier in self.channel_multipliers)
+
+    @property
+    def level_resolutions(self) -> tuple[int, ...]:
+        """Side in pixels of each level, finest first."""
+        return tuple(self.image_size // 2**level for level in range(len(self.channel_multipliers)))
+
+    def heads_of(self, channels: int) -> int:
+        """The number of heads of an attention over so many channels."""
+        if self.heads is not None:
+            return self.heads
+        assert self.head_channels is not None
+        return channels // self.head_channels
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        levels = list(zip(self.level_channels, self.level_resolutions, strict=True))
+        coarsest = 2 ** (len(levels) - 1)
+        if self.image_size % coarsest:
+            raise ValueError(
+                f"image_size = {self.image_size} should be a multiple of {coarsest}, for {len(levels)} levels"
+            )
+        for multiplier, (width, _) in zip(self.channel_multipliers, levels, strict=True):
+            if not math.isclose(width, self.base_channels * multiplier) or width % self.norm_groups:
+                raise ValueError(
+                    f"channel_multipliers: {multiplier:g} times base_channels = {self.base_channels} should be a "
+                    f"multiple of norm_groups = {self.norm_groups}"
+                )
+        for side in self.attention_resolutions:
+            if side not in self.level_resolutions:
+                raise ValueError(
+                    f"attention_resolutions: {side} should be a level's side, among {self.level_resolutions}"
+                )
+        if (self.heads is None) == (self.head_channels is None):
+            raise ValueError("should have either heads or head_channels")
+        part, name = (self.heads, "heads") if self.heads is not None else (self.head_channels, "head_channels")
+        attended = [width for width, side in levels if side in self.attention_resolutions]
+        for width in [*attended, levels[-1][0]]:  # the middle always attends
+            if part is not None and width % part:
+                raise ValueError(f"{name} = {part} should divide the {width} channels of a level with attention")
+        return self
+
+
+class ADMUNetConfig(ADMConfig):
+    """The UNet of Dhariwal and Nichol 2021 (docs/adm.md)."""
+
+    kind: Literal["adm-unet"] = "adm-unet"
+    """The backbone."""
+    classes: int | None = Field(default=None, gt=0, le=2**24)
+    """Classes that the network is told: as many as the dataset has; left out, it is told none."""
+    label_drop: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which a sample's class is replaced by the null class, `classes`, which is there only if this is
+    above 0."""
+    low_res_size: int | None = Field(default=None, gt=0, le=16_384)
+    """Side of a smaller image of the same channels that the network upsamples; left out, there is none."""
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class, where there is one."""
+        return self.classes if self.label_drop > 0 else None
+
+    @property
+    def labels(self) -> int:
+        """Labels that the network distinguishes, the null class included."""
+        return (self.classes or 0) + (self.label_drop > 0)
+
+    @model_validator(mode="after")
+    def _conditioning_agrees(self) -> Self:
+        if self.label_drop > 0 and self.classes is None:
+            raise ValueError(f"label_drop = {self.label_drop:g} is for a network with classes")
+        if self.low_res_size is not None and self.low_res_size >= self.image_size:
+            raise ValueError(f"low_res_size = {self.low_res_size} should be less than image_size = {self.image_size}")
+        return self
+
+
+BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig, ADMUNetConfig)

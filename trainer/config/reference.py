@@ -21,7 +21,7 @@ _PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Span: "span"}
 _BOUNDS = {
     "gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "allow_inf_nan": "or inf",
-    "min_length": "length >= {}", "max_length": "length <= {}",
+    "multiple_of": "multiple of {}", "min_length": "length >= {}", "max_length": "length <= {}",
 }  # fmt: skip
 _INTRODUCTION = """\
 # Configuration

@@ -1,4 +1,6 @@
-"""Exports a run's weights as a folder that diffusers.DDPMPipeline and DDIMPipeline load."""
+"""Exports a run's weights: of a "ddpm-unet" as a folder that diffusers.DDPMPipeline and DDIMPipeline load, of an
+"adm-unet" as the state dict that guided-diffusion loads.
+"""
 
 import json
 import re
@@ -7,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.config import ADMUNetConfig, Config
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import RunFolder
@@ -20,10 +24,12 @@ from trainer.interop.diffusers_settings import scheduler_settings, unet_settings
 from trainer.interop.hub import check_name, push
 from trainer.interop.layouts import DIFFUSERS, fit, to_layout
 from trainer.interop.model_card import model_card
+from trainer.interop.openai import to_openai
 from trainer.interop.staging import new_folder
-from trainer.interop.supported import ddpm_sections, network_of
+from trainer.interop.supported import adm_network, ddpm_sections, network_of
 
 GRID_NAME = "samples.png"
+OPENAI_NAME = "model.pt"
 _GRID_OF_STEP = re.compile(r"step-(\d{8,})\.png")
 _MODEL_INDEX = {
     "_class_name": "DDPMPipeline",
@@ -51,15 +57,19 @@ class ExportRequest:
 
 
 def export(request: ExportRequest) -> None:
-    """Write model_index.json, unet/, scheduler/, README.md and samples.png, print a summary, and upload if requested.
+    """Write the folder, print a summary, and upload if requested.
 
-    Raises TrainerError where run or checkpoint cannot be used, diffusers has no equivalent network, `out` exists, or
-    the upload fails.
+    For diffusers it has model_index.json, unet/, scheduler/, README.md and samples.png, for guided-diffusion model.pt
+    and config.toml, by which model.pt can be imported again. Raises TrainerError where run or checkpoint cannot be
+    used, neither program has an equivalent network, `out` exists, an option does not apply, or the upload fails.
     """
     if request.hub is not None:
         check_name(request.hub)
     run = RunFolder(request.run, writes=False)
     config = run.load_config()
+    if isinstance(config.model, ADMUNetConfig):
+        _export_to_openai(request, run, config)
+        return
     model, diffusion = ddpm_sections(config)
     network = network_of(model, diffusion.variance)
     settings, scheduler = unet_settings(network), scheduler_settings(diffusion)
@@ -96,6 +106,23 @@ def export(request: ExportRequest) -> None:
     if request.hub is not None:
         message = f"{request.weights} weights of step {manifest['step']}"
         print(f"uploaded to {push(request.out, request.hub, message=message)}")
+
+
+def _export_to_openai(request: ExportRequest, run: RunFolder, config: Config) -> None:
+    for option, value in (("--license", request.license), ("--grid", request.grid), ("--push-to-hub", request.hub)):
+        if value is not None:
+            raise ConversionError(f'{option} {value}: is for the model card of a "ddpm-unet", "adm-unet" has none')
+    network = adm_network(config, str(request.run))
+    with new_folder(request.out) as folder:
+        checkpoint = Checkpoints(run.checkpoints, make_accelerator()).choose(request.checkpoint)
+        saved, manifest = read_weights(checkpoint, request.weights)
+        weights = fit(saved, network, source=str(checkpoint))
+        torch.save(to_openai(weights, network), folder / OPENAI_NAME)
+        (folder / "config.toml").write_text(config.to_toml())
+    print(
+        f"exported {request.weights} of {checkpoint}, step {manifest['step']:,}, to {request.out / OPENAI_NAME}, as "
+        f"guided-diffusion loads it; its settings are in {request.out / 'config.toml'}"
+    )
 
 
 def _newest_grid(run: RunFolder, weights: str, step: int) -> Path | None:

@@ -45,8 +45,11 @@ def import_weights(
     Raises TrainerError where the source is not supported, the configuration is for another network, or `out` exists.
     """
     accelerator = make_accelerator()
-    source = open_source(path, weights=weights, image_size=image_size, accelerator=accelerator)
-    config = _configure(source, out, config_path, overrides)
+    chosen = None if config_path is None else Config.load(config_path, overrides)
+    source = open_source(path, weights=weights, image_size=image_size, accelerator=accelerator, config=chosen)
+    config = chosen or _described(source, out, overrides)
+    _check_agreement(source, config)
+    config = config.model_copy(update={"run_dir": str(out)})
     with new_folder(out) as staging:
         make_run(staging, config, source.weights, accelerator, event="imported", source=str(source.path))
     print(
@@ -77,23 +80,23 @@ def make_run(
     folder.event(event, step=0, checkpoint=saved.name, **details)
 
 
-def _configure(source: Source, out: Path, config_path: Path | None, overrides: Sequence[str]) -> Config:
-    if config_path is not None:
-        config = Config.load(config_path, overrides)
-    else:
-        raw: dict[str, Any] = {
-            "run_dir": str(out),
-            **copy.deepcopy(_FINE_TUNING),  # copied, since overrides modify it
-            "model": dict(source.model),
-            "diffusion": dict(source.diffusion),
-        }
-        what = f"{source.path} (choose by --set what it does not say)"
-        config = Config.parse(raw, overrides, source=what)
-    for section, said in (("model", source.model), ("diffusion", source.diffusion)):
+def _described(source: Source, out: Path, overrides: Sequence[str]) -> Config:
+    """The configuration that the source itself gives."""
+    raw: dict[str, Any] = {
+        "run_dir": str(out),
+        **copy.deepcopy(_FINE_TUNING),  # copied, since overrides modify it
+        "model": dict(source.model),
+        "diffusion": dict(source.diffusion),
+    }
+    return Config.parse(raw, overrides, source=f"{source.path} (choose by --set what it does not say)")
+
+
+def _check_agreement(source: Source, config: Config) -> None:
+    """Raises ConfigError where the configuration differs from what the source says of itself."""
+    for section, said in (("model", {"kind": "ddpm-unet"} | source.model), ("diffusion", source.diffusion)):
         for field, value in said.items():
             chosen = getattr(getattr(config, section), field)
             # A variance that is learned, or was, says what half of the output means.
             free = f"{section}.{field}" in _FREE and not (field == "variance" and any(map(is_learned, (chosen, value))))
             if chosen != value and not free:
                 raise ConfigError(f"{section}.{field} = {chosen!r}: the weights in {source.path} have {value!r}")
-    return config.model_copy(update={"run_dir": str(out)})

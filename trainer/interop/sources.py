@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.config import DDPMUNetConfig
+from trainer.config import Config, DDPMUNetConfig
 from trainer.config.reading import explain
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.checkpointing.sealed import MANIFEST_NAME
@@ -28,7 +28,8 @@ from trainer.interop.authors_network import diffusion_section as authors_diffusi
 from trainer.interop.authors_network import model_section as authors_model
 from trainer.interop.diffusers_settings import diffusion_section, model_section
 from trainer.interop.layouts import AUTHORS, DIFFUSERS, DIFFUSERS_OLD, fit, from_layout
-from trainer.interop.supported import ddpm_sections, network_of
+from trainer.interop.openai import FIRST, from_openai
+from trainer.interop.supported import adm_network, ddpm_sections, network_of
 from trainer.models.ddpm_unet import UNet
 
 _DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -48,11 +49,15 @@ class Source:
     diffusion: dict[str, Any]
 
 
-def open_source(path: Path, *, weights: str | None, image_size: int | None, accelerator: Accelerator) -> Source:
-    """Read a diffusers folder, a state dict in the authors' layout, a run's folder or one of its checkpoints.
+def open_source(
+    path: Path, *, weights: str | None, image_size: int | None, accelerator: Accelerator, config: Config | None = None
+) -> Source:
+    """Read a diffusers folder, a state dict in the authors' or OpenAI's layout, a run's folder or one of its
+    checkpoints.
 
-    `weights` selects those of a run (default "ema"); `image_size` is for state dicts, which do not include it. Raises
-    TrainerError with what is missing or wrong, also where an option does not apply to the source.
+    `weights` selects those of a run (default "ema"); `image_size` is for the authors' state dicts, which do not include
+    it; `config` describes the network of OpenAI's, which do not. Raises TrainerError with what is missing or wrong,
+    also where an option does not apply to the source.
     """
     ours = (path / MANIFEST_NAME).is_file() or (path / "checkpoints").is_dir()
     if weights is not None and not ours:
@@ -64,7 +69,7 @@ def open_source(path: Path, *, weights: str | None, image_size: int | None, acce
     if path.is_dir():
         return _from_diffusers(path)
     if path.is_file():
-        return _from_state_dict(path, image_size)
+        return _from_state_dict(path, image_size, config)
     raise ConversionError(f"{path}: no such file or folder")
 
 
@@ -104,10 +109,16 @@ def _from_diffusers(path: Path) -> Source:
     return Source(path=path, weights=weights, model=model, diffusion=diffusion)
 
 
-def _from_state_dict(path: Path, image_size: int | None) -> Source:
+def _from_state_dict(path: Path, image_size: int | None, config: Config | None) -> Source:
     tensors = read_tensors(path)
     if tensors and all(name.startswith(_DATA_PARALLEL) for name in tensors):
         tensors = {name.removeprefix(_DATA_PARALLEL): tensor for name, tensor in tensors.items()}
+    if FIRST in tensors:
+        if image_size is not None:
+            raise ConversionError(f"--image-size {image_size}: {path} is read by --config, which says it")
+        network = adm_network(config, str(path))
+        weights = from_openai(tensors, network, source=str(path))
+        return Source(path=path, weights=weights, model={"kind": network.section.kind}, diffusion={})
     model = authors_model(tensors, image_size, source=str(path))
     diffusion = authors_diffusion(model)
     weights = from_layout(tensors, _network(model, diffusion, path), AUTHORS, source=str(path))

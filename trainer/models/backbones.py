@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.backbones import BACKBONE_SECTIONS, ModelConfig
+from trainer.models.adm_unet import ADMUNet, adm_conditioning
 from trainer.models.ddpm_unet import UNet
 
 S = TypeVar("S", bound=ModelConfig)
@@ -34,6 +35,7 @@ class Backbone(Generic[S]):
 
 BACKBONES: dict[str, Backbone[Any]] = {
     "ddpm-unet": Backbone(build=UNet),
+    "adm-unet": Backbone(build=ADMUNet, conditioning=adm_conditioning),
 }
 
 

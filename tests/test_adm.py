@@ -1,0 +1,413 @@
+"""ADM's networks compute what guided-diffusion's do, have its sizes, and take the engine's fast path."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import webdataset as wds
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.adm import CONDITIONAL, GOLDEN, NETWORKS, OUT_CHANNELS, classifier, golden_weights, normal, unet
+from tests.data_harness import encoded, pixels
+from tests.harness import (
+    REPOSITORY,
+    assert_same_state,
+    largest_difference,
+    launch,
+    load_config,
+    overrides,
+    tensors_of,
+    write_config,
+)
+from trainer.config import ADMUNetConfig, Config
+from trainer.config.backbones import ADMConfig
+from trainer.engine.build import build_network
+from trainer.errors import ConfigError
+from trainer.interop.openai import from_openai, to_openai
+from trainer.models import adm_layers
+from trainer.models.adm_classifier import ADMClassifier
+from trainer.models.adm_layers import ResidualBlock, timestep_embedding
+from trainer.models.adm_unet import ADMStage, ADMUNet
+from trainer.models.backbones import example_inputs
+from trainer.models.stages import Stage, checkpoint_activations
+
+TOLERANCE = 2e-6  # float32 differs by 2e-7 here; the smallest mistake, another epsilon in GroupNorm, by 3e-6 and more
+
+
+def output(network: ADMUNet | ADMClassifier, **cond: Tensor) -> Tensor:
+    network.load_state_dict(from_openai(golden_weights(network), network, source="golden"))
+    if isinstance(network, ADMUNet) and network.label_embedding is not None:
+        cond["label"] = torch.tensor([1, 5])
+    with torch.no_grad():
+        return network.eval()(normal(1, 2, 3, 32, 32), torch.tensor([3, 997]), **cond)
+
+
+def assert_golden(found: Tensor, mean: float, first: float, last: float) -> None:
+    numbers = [found.double().abs().mean().item(), found.flatten()[0].item(), found.flatten()[-1].item()]
+    assert numbers == pytest.approx([mean, first, last], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("legacy", (0.5163389, 0.7198938, -0.0067373)), ("new", (0.5133043, 0.8788313, 0.1201363))],
+)
+def test_the_unet_is_guided_diffusions(order: str, expected: tuple[float, float, float]) -> None:
+    assert_golden(output(unet(**CONDITIONAL, attention_order=order)), *expected)
+
+
+def test_the_upsampler_is_guided_diffusions() -> None:
+    network = unet(**CONDITIONAL, low_res_size=8)
+    assert_golden(output(network, low_res=normal(2, 2, 3, 8, 8)), 0.4387434, 0.5952700, -0.3277293)
+
+
+def test_the_classifier_is_guided_diffusions() -> None:
+    assert_golden(output(classifier("attention")), 0.3452117, -0.1131869, -0.2246327)
+
+
+def sin_before_cos(t: Tensor, dim: int) -> Tensor:
+    return timestep_embedding(t, dim).roll(dim // 2, dims=1)
+
+
+def half_less_one(t: Tensor, dim: int) -> Tensor:
+    half = dim // 2
+    phase = t.float()[:, None] * torch.exp(-np.log(10_000) * torch.arange(half) / (half - 1))[None, :]
+    return torch.cat((phase.cos(), phase.sin()), dim=1)
+
+
+def shift_before_scale(self: ResidualBlock, x: Tensor, temb: Tensor) -> Tensor:
+    h = self.conv_in(adm_layers.resample(F.silu(self.norm_in(x)), self.resampling))
+    shift, scale = self.dense_temb(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
+    h = self.conv_out(F.silu(self.norm_out(h) * (1 + scale) + shift))
+    return self.shortcut(adm_layers.resample(x, self.resampling)) + h
+
+
+def conv_before_resampling(self: ResidualBlock, x: Tensor, temb: Tensor) -> Tensor:
+    h = adm_layers.resample(self.conv_in(F.silu(self.norm_in(x))), self.resampling)
+    scale, shift = self.dense_temb(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
+    h = self.conv_out(F.silu(self.norm_out(h) * (1 + scale) + shift))
+    return self.shortcut(adm_layers.resample(x, self.resampling)) + h
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (adm_layers, "timestep_embedding", sin_before_cos),
+        (adm_layers, "timestep_embedding", half_less_one),
+        (ResidualBlock, "forward", shift_before_scale),
+        (ResidualBlock, "forward", conv_before_resampling),
+        (adm_layers, "GROUP_NORM_EPS", 1e-6),
+        (adm_layers, "_ROWS_OF_QKV", {"legacy": "b n (three heads d) -> three b heads n d"}),
+    ],
+    ids=["sin-cos", "half-1", "scale-shift", "conv-resampling", "eps", "qkv"],
+)
+def test_the_golden_outputs_see_one_mistake(
+    owner: object, name: str, wrong: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = output(unet(**CONDITIONAL))
+    monkeypatch.setattr(owner, name, wrong)
+    difference = (output(unet(**CONDITIONAL)) - right).abs().max().item()
+    assert difference > 9e-5
+    with pytest.raises(AssertionError):
+        assert_golden(output(unet(**CONDITIONAL)), 0.5163389, 0.7198938, -0.0067373)
+
+
+def test_the_attention_orders_are_one_network_with_its_rows_sorted() -> None:
+    legacy, new = unet(**CONDITIONAL, attention_order="legacy"), unet(**CONDITIONAL, attention_order="new")
+    expected = output(legacy)
+    weights = legacy.state_dict()
+    for name, tensor in weights.items():
+        if ".qkv." in name:  # [head][q, k, v][d] to [q, k, v][head][d]
+            heads = tensor.shape[0] // 3 // 16
+            weights[name] = tensor.unflatten(0, (heads, 3, 16)).transpose(0, 1).reshape(tensor.shape)
+    new.load_state_dict(weights)
+    with torch.no_grad():
+        found = new.eval()(normal(1, 2, 3, 32, 32), torch.tensor([3, 997]), label=torch.tensor([1, 5]))
+    assert torch.equal(found, expected)
+
+
+# Configuration, parameters, tensors in the state dict, and multiply-adds of a forward pass in 10^9.
+PUBLISHED = {
+    "imagenet64": (295_904_454, 541, 109.7),
+    "imagenet128": (421_529_606, 493, 306.9),
+    "imagenet256": (553_838_086, 567, 1119.8),
+    "lsun256_adm_bedroom": (552_814_086, 566, 1119.8),
+    "lsun256_adm_cat": (552_814_086, 566, 1119.8),
+    "lsun256_adm_horse": (552_814_086, 566, 1119.8),
+    "imagenet512": (558_997_638, 645, 1982.3),
+    "imagenet64_256_upsampler": (311_795_910, 567, 631.6),
+    "imagenet128_512_upsampler": (308_835_270, 537, 2504.8),
+}
+
+
+def shipped(name: str) -> Config:
+    return Config.load(REPOSITORY / "configs" / f"{name}.toml")
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_networks_have_the_published_sizes(name: str) -> None:
+    config = shipped(name)
+    with torch.device("meta"):
+        network = build_network(config)
+        x, t, cond = example_inputs(config.model, 1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(x, t, **cond)
+    assert isinstance(network, ADMUNet)
+    size, entries, multiply_adds = PUBLISHED[name]
+    assert parameters(network) == size
+    assert f"{size:,} parameters" in (REPOSITORY / "configs" / f"{name}.toml").read_text()
+    assert len(to_openai(network.state_dict(), network)) == len(network.state_dict()) == entries
+    assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "size"),
+    [
+        ("imagenet64", 4, 65_438_568),
+        ("imagenet128", 2, 42_568_040),
+        ("imagenet256", 2, 54_096_360),
+        ("imagenet512", 2, 54_448_360),
+    ],
+)
+def test_the_published_classifiers_have_their_sizes(name: str, blocks: int, size: int) -> None:
+    like = shipped(name).model.model_dump(include={"image_size", "channel_multipliers", "attention_resolutions"})
+    fields = {"kind": "classifier", "base_channels": 128, "blocks_per_level": blocks, "head_channels": 64}
+    with torch.device("meta"):
+        network = ADMClassifier(ADMConfig.model_validate(like | fields), classes=1000, pool="attention")
+    assert parameters(network) == size
+
+
+def test_small_networks_have_the_sizes_of_guided_diffusions() -> None:
+    assert parameters(unet(**CONDITIONAL)) == 829_638
+    assert parameters(unet(**CONDITIONAL, resblock_updown=False)) == 758_310
+    assert parameters(classifier("attention")) == 394_122
+
+
+def test_blocks_attention_and_resampling_are_where_the_published_keys_have_them() -> None:
+    with torch.device("meta"):
+        network = build_network(shipped("imagenet256"))
+    assert isinstance(network, ADMUNet)
+    names = to_openai(network.state_dict(), network)
+
+    def places(path: str, part: str) -> list[int]:
+        return sorted({int(name.split(".")[1]) for name in names if name.startswith(path) and name.endswith(part)})
+
+    assert places("input_blocks", ".qkv.weight") == [10, 11, 13, 14, 16, 17]
+    assert places("output_blocks", ".qkv.weight") == list(range(9))
+    ups = [name for name in names if name.startswith("output_blocks") and name.endswith("in_layers.0.weight")]
+    last = {int(name.split(".")[1]) for name in ups if int(name.split(".")[2]) > 0}
+    assert last == {2, 5, 8, 11, 14}
+    assert {f"input_blocks.{n}.1.qkv.weight" for n in (3, 6, 9, 12, 15)}.isdisjoint(names)
+    assert names["input_blocks.10.1.qkv.weight"].shape == (3 * 512, 512, 1)
+    for name in (
+        "time_embed.0",
+        "time_embed.2",
+        "label_emb",
+        "input_blocks.0.0",
+        "middle_block.2.out_layers.3",
+        "out.2",
+    ):
+        assert f"{name}.weight" in names
+
+
+def test_a_fresh_network_is_nothing_and_a_fresh_classifier_undecided() -> None:
+    x, t = normal(1, 2, 3, 32, 32), torch.tensor([3, 997])
+    with torch.no_grad():
+        assert torch.equal(unet(**GOLDEN)(x, t), torch.zeros(2, OUT_CHANNELS, 32, 32))
+        assert torch.equal(classifier("adaptive")(x, t), torch.zeros(2, 10))
+    for module in unet(**GOLDEN).modules():
+        if isinstance(module, ResidualBlock):
+            assert not module.conv_out.weight.any()
+            assert module.conv_in.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"image_size": 33}, "image_size = 33 should be a multiple of 2, for 2 levels"),
+        (
+            {"channel_multipliers": [1, 0.3]},
+            "channel_multipliers: 0.3 times base_channels = 32 should be a multiple of",
+        ),
+        ({"attention_resolutions": [12]}, r"attention_resolutions: 12 should be a level's side, among \(32, 16\)"),
+        ({"heads": 2}, "should have either heads or head_channels"),
+        ({"head_channels": 48}, "head_channels = 48 should divide the 64 channels of a level with attention"),
+        ({"label_drop": 0.1}, "label_drop = 0.1 is for a network with classes"),
+        ({"low_res_size": 32}, "low_res_size = 32 should be less than image_size = 32"),
+    ],
+)
+def test_an_impossible_network_is_refused_in_one_line(
+    tmp_path: Path, dataset: Path, changes: dict[str, object], line: str
+) -> None:
+    path = write_config(tmp_path, dataset)
+    text = path.read_text()
+    start, end = text.index("[model]"), text.index("[optimizer]")
+    fields = {"kind": "adm-unet"} | GOLDEN | changes
+    section = "".join(f"{name} = {value!r}\n" for name, value in fields.items())
+    path.write_text(f"{text[:start]}[model]\n{section}[diffusion]\ntimesteps = 20\n{text[end:]}")
+    with pytest.raises(ConfigError, match=f"model: {line}") as refused:
+        load_config(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_conditioning_is_what_the_section_says() -> None:
+    x, t = normal(1, 2, 3, 32, 32), torch.tensor([3, 997])
+    with pytest.raises(ValueError, match="label: this network needs it"):
+        unet(**CONDITIONAL)(x, t)
+    with pytest.raises(ValueError, match="label: this network takes none"):
+        unet(**GOLDEN)(x, t, label=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="low_res: this network needs it"):
+        unet(**GOLDEN, low_res_size=8)(x, t)
+
+
+def test_the_null_class_is_one_more_label() -> None:
+    section = ADMUNetConfig.model_validate(CONDITIONAL | {"label_drop": 0.1})
+    assert (section.null_label, section.labels) == (10, 11)
+    assert ADMUNetConfig.model_validate(CONDITIONAL).null_label is None
+    network = unet(**CONDITIONAL, label_drop=0.1)
+    network.load_state_dict(from_openai(golden_weights(network), network, source="golden"))
+    x, t = normal(1, 1, 3, 32, 32), torch.tensor([3])
+    with torch.no_grad():
+        told = [network(x, t, label=torch.tensor([label])) for label in (0, 9, 10)]
+    assert not torch.equal(told[0], told[2])
+    assert not torch.equal(told[1], told[2])
+
+
+@pytest.fixture(params=["unet", "convolutions", "upsampler"])
+def random_network(request: pytest.FixtureRequest) -> tuple[ADMUNet, tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """A network whose every layer matters, and inputs of it."""
+    network = NETWORKS[request.param]()
+    network.load_state_dict(from_openai(golden_weights(network), network, source="golden"))
+    _, _, cond = example_inputs(network.section, 2)
+    if "low_res" in cond:
+        cond["low_res"] = normal(2, 2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    return network, (normal(1, 2, 3, 32, 32), torch.tensor([3, 997])), cond
+
+
+Random = tuple[ADMUNet, tuple[Tensor, Tensor], dict[str, Tensor]]
+
+
+def test_channels_last_flows_through_and_changes_nothing(random_network: Random) -> None:
+    network, (x, t), cond = random_network
+    network.eval()
+    kept: dict[str, bool] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, Stage | nn.Conv2d | nn.GroupNorm):
+            module.register_forward_hook(
+                lambda _module, inputs, output, name=name: kept.update(
+                    {name: all(h.is_contiguous(memory_format=torch.channels_last) for h in (inputs[0], output))}
+                )
+            )
+    with torch.no_grad():
+        contiguous = network(x, t, **cond)
+        kept.clear()
+        network.to(memory_format=torch.channels_last)
+        channels_last = network(x.to(memory_format=torch.channels_last), t, **cond)
+    assert (contiguous - channels_last).abs().max() < 1e-5
+    assert [name for name, still in kept.items() if not still] == []
+    assert len(kept) > 20
+
+
+def test_it_runs_in_bfloat16(random_network: Random) -> None:
+    network, (x, t), cond = random_network
+    network.eval()
+    with torch.no_grad():
+        exact = network(x, t, **cond)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(x, t, **cond)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).abs().mean() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("random_network", ["upsampler"], indirect=True)
+def test_it_traces_into_one_graph(random_network: Random) -> None:
+    network, (x, t), cond = random_network
+    compiled = torch.compile(network.eval(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, t, **cond), network(x, t, **cond), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activation_checkpointing_leaves_gradients_as_they_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    compute = ADMStage.compute
+
+    def counted(self: ADMStage, h: Tensor, temb: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return compute(self, h, temb)
+
+    monkeypatch.setattr(ADMStage, "compute", counted)
+    gradients, counts = [], []
+    for chosen in ("none", kind):
+        calls = 0
+        network = unet(**CONDITIONAL, dropout=0.3).train()
+        network.load_state_dict(from_openai(golden_weights(network), network, source="golden"))
+        checkpoint_activations(network, chosen)  # type: ignore[arg-type]
+        torch.manual_seed(7)
+        found = network(normal(1, 2, 3, 32, 32), torch.tensor([3, 997]), label=torch.tensor([1, 5]))
+        found.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+        counts.append(calls)
+    assert counts[1] == 2 * counts[0]
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        assert torch.equal(gradient, gradients[1][name]), name
+        assert gradient.abs().max() > 0, name
+
+
+@pytest.fixture(scope="module")
+def upsampler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with samples of a class and a smaller image, and `whole`, a run of an upsampler that is told classes."""
+    folder = tmp_path_factory.mktemp("upsampler")
+    (folder / "data").mkdir()
+    with wds.TarWriter(str(folder / "data" / "0.tar")) as writer:
+        for n in range(12):
+            low = encoded(pixels(100 + n, 4, 4))
+            writer.write({"__key__": f"{n:02d}", "png": encoded(pixels(n)), "low.png": low, "cls": n % 3})
+    train_upsampler(folder, "whole")
+    return folder
+
+
+def train_upsampler(folder: Path, name: str, *legs: tuple[int, str]) -> None:
+    """In legs of the same length, each of which has its number of processes and its strategy."""
+    config = write_config(folder, folder / "data", name)
+    fields = overrides(
+        model__kind="adm-unet",
+        model__heads="2",
+        model__classes="3",
+        model__low_res_size="4",
+        model__dropout="0.0",
+        data__cond='["label", "low_res"]',
+    )
+    for leg, (ranks, strategy) in enumerate(legs or [(1, "ddp")], start=1):
+        until = overrides(train__duration=f"{6 * leg // len(legs or [0])} steps", train__strategy=strategy)
+        launch(ranks, "--config", str(config), *fields, *until)
+
+
+def test_an_upsampler_that_is_told_classes_resumes_to_the_bit(upsampler: Path) -> None:
+    train_upsampler(upsampler, "resumed", (1, "ddp"), (1, "ddp"))
+    assert_same_state(upsampler / "whole", upsampler / "resumed", 6)
+    tensors = tensors_of(upsampler / "whole", 6)
+    assert tensors["model/label_embedding.weight"].shape == (3, 32)
+    assert tensors["model/conv_in.weight"].shape == (8, 6, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "legs",
+    [
+        [(2, "zero3"), (1, "ddp")],
+        pytest.param([(2, "fsdp2"), (2, "zero1"), (2, "zero3")], marks=pytest.mark.slow),
+    ],
+    ids=["zero3-ddp", "fsdp2-zero1-zero3"],
+)
+def test_an_upsampler_trains_under_any_strategy(upsampler: Path, legs: list[tuple[int, str]]) -> None:
+    train_upsampler(upsampler, str(len(legs)), *legs)
+    whole, moved = (tensors_of(upsampler / name, 6) for name in ("whole", str(len(legs))))
+    assert largest_difference(moved, whole) < 1e-4
