@@ -18,13 +18,22 @@ class ReverseStep(contract.Prediction):
     """p(x_{t-1} | x_t) = N(mean, exp(log_variance)), and the x_0 and eps that go with it.
 
     At t = 0 the log variance is that of the decoder, log beta~_1 where it is not learned. What it was read from: x_t,
-    t (B,) of `diffusion`, and whether the network predicts the mean itself ("mu").
+    t (B,) of `diffusion`, whether the network predicts the mean itself ("mu"), and whether the variance is "small".
     """
 
     x_t: Tensor
     t: Tensor
     diffusion: GaussianDiffusion
     predicts_mean: bool
+    is_small: bool
+
+    @property
+    @override
+    def variance(self) -> Tensor:
+        """exp(log_variance), but for "small" beta~_t itself, which is 0 at t = 0, as in guided-diffusion."""
+        if not self.is_small:
+            return super().variance
+        return rearrange(self.diffusion.posterior_variance(self.t, "small"), "b -> b 1 1 1").expand_as(self.x_t)
 
     @override
     def with_x0(self, x0: Tensor) -> Self:
@@ -114,6 +123,7 @@ def interpret(
         t=t,
         diffusion=diffusion,
         predicts_mean=prediction == "mu",
+        is_small=variance == "small",
     )
 
 
