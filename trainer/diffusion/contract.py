@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -123,8 +123,9 @@ class Prediction(ABC):
 
     def __getitem__(self, rows: slice) -> Self:
         """The prediction for these rows of the batch."""
-        values = {part.name: getattr(self, part.name) for part in fields(self)}
-        return replace(self, **{n: v[rows] for n, v in values.items() if isinstance(v, Tensor | Prediction)})
+        values: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        some: dict[str, Any] = {n: v[rows] for n, v in values.items() if isinstance(v, Tensor | Prediction)}
+        return replace(self, **some)
 
     @abstractmethod
     def with_x0(self, x0: Tensor) -> Self:

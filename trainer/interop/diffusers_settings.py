@@ -72,6 +72,8 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
 
     Raises ConversionError with the field's name where there is none.
     """
+    if config.labels:
+        raise ConversionError("model.classes: a network that takes labels cannot be exported; leave it in its run")
     if config.channel_multipliers[0] != 1:
         raise ConversionError(
             f"model.channel_multipliers = {list(config.channel_multipliers)}: in diffusers the first level is as wide "

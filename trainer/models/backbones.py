@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer.config.backbones import BACKBONE_SECTIONS, ModelConfig
+from trainer.config.backbones import BACKBONE_SECTIONS, ClassConditionalConfig, ModelConfig
 from trainer.models.ddpm_unet import build_ddpm_unet
 
 S = TypeVar("S", bound=ModelConfig)
@@ -15,6 +15,11 @@ S = TypeVar("S", bound=ModelConfig)
 
 def _no_conditioning(_: ModelConfig, __: int) -> dict[str, Tensor]:
     return {}
+
+
+def label_conditioning(model: ClassConditionalConfig, samples: int) -> dict[str, Tensor]:
+    """What a network takes whose section has classes: label, (B,) int64, in 0..classes (classes: the null class)."""
+    return {} if model.classes is None else {"label": torch.zeros(samples, dtype=torch.int64)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class Backbone(Generic[S]):
 
 
 BACKBONES: dict[str, Backbone[Any]] = {
-    "ddpm-unet": Backbone(build=build_ddpm_unet),
+    "ddpm-unet": Backbone(build=build_ddpm_unet, conditioning=label_conditioning),
 }
 
 

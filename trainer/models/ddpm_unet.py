@@ -1,5 +1,6 @@
 """The UNet of Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, appendix B): eps_theta(x_t, t).
 
+Where it takes labels, their embedding is added to that of the timestep (Dhariwal and Nichol 2021, section 3.1).
 Its sizes in the paper: CIFAR-10 35.7 M parameters, 256 x 256 113.7 M, LSUN bedroom "large" 255.7 M.
 """
 
@@ -45,6 +46,7 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.0
     norm_groups: int = 32
+    labels: int = 0  # that have an embedding, the null class included; 0: it takes none
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "base_channels", "blocks_per_level", "norm_groups"):
@@ -140,10 +142,16 @@ class UNet(nn.Module):
 
         self.norm_out = group_norm(config.norm_groups, h_channels)
         self.conv_out = conv(h_channels, config.out_channels or config.channels, 3, padding=1, scale=NEAR_ZERO)
+        self.label_embedding = nn.Embedding(config.labels, 4 * config.base_channels) if config.labels else None
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns (B, out_channels, H, W), as x."""
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1; label: (B,) int64 in 0..labels-1, where the
+        network takes labels. Returns (B, out_channels, H, W), as x.
+        """
         temb = self.temb(t, x.dtype)
+        if self.label_embedding is not None:
+            assert label is not None
+            temb = temb + self.label_embedding(label).to(temb.dtype)
         skips = [self.conv_in(x)]
         for layer in self.down:
             skips.append(_run(layer, skips[-1], temb))
@@ -163,11 +171,11 @@ def _run(layer: nn.Module, h: Tensor, temb: Tensor) -> Tensor:
 
 def unet_config(model: DDPMUNetConfig, out_channels: int) -> UNetConfig:
     """The shape that a section [model] describes. Raises ConfigError where no such network exists."""
-    fields = model.model_dump(exclude={"kind"})
+    fields = model.model_dump(exclude={"kind", "classes", "label_drop"})
     fields["channel_multipliers"] = tuple(model.channel_multipliers)
     fields["attention_resolutions"] = tuple(model.attention_resolutions)
     try:
-        return UNetConfig(**fields, out_channels=out_channels)
+        return UNetConfig(**fields, labels=model.label_rows, out_channels=out_channels)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
 

@@ -30,7 +30,7 @@ class IndexedDataset:
     pages) or an array, of `dtype`: the image's "offset", "length" and, right behind them, perhaps "crc32"; "label";
     and for each further member the same by its name; crop: see `decode`; fingerprint: identifies the samples and their
     numbering; cond: names of MEMBER_OF, what is read with each image; sides: of second images in pixels, by their
-    members' names; one that is not there has its own.
+    members' names; one that is not there has its own; classes: names of the labels 0, 1, ..., or None.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class IndexedDataset:
         dtype: np.dtype[np.void],
         cond: Sequence[str],
         sides: Mapping[str, int],
+        classes: list[str] | None = None,
     ) -> None:
         self.where = where
         self.shards = list(shards)
@@ -64,6 +65,7 @@ class IndexedDataset:
         self._image_at = slice(image, image + (3 if "crc32" in columns else 2))
         self.cond = tuple(cond)
         self.sides = sides
+        self.classes = classes
         self._cond_at = {name: columns.index(MEMBER_OF[name]) for name in cond if name != "label"}
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 

@@ -74,6 +74,7 @@ class ShardedDataset(IndexedDataset):
             dtype=index_dtype(self.manifest.members),
             cond=cond,
             sides=self.manifest.members,
+            classes=self.manifest.classes,
         )
         if origin is None:
             self._check_sizes()

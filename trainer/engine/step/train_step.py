@@ -6,10 +6,12 @@ from functools import partial
 import torch
 
 from trainer.config import Config
+from trainer.config.backbones import class_conditional
 from trainer.data.datasets.dataset import SECOND_IMAGES
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.keyed_noise import Stream, keyed_flips, keyed_int
+from trainer.diffusion.label_drop import drop_labels
 from trainer.engine.build import phases
 from trainer.engine.processes.watchdog import enter
 from trainer.engine.state.train_state import TrainState
@@ -21,16 +23,23 @@ from trainer.telemetry.pictures import from_uint8
 
 
 def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.device) -> Batch:
-    """Move a micro-batch of the loader to the device.
+    """Move a micro-batch of the loader to the device, for training.
 
     batch: "image" (B, C, H, W) uint8, "position" (B,) int64, and what `data.cond` names, of which captions stay behind.
     With `data.flip`, whether an image is flipped, its second images with it, is a function of the seed and its
-    position.
+    position; so is, with `model.label_drop`, whether its label is dropped.
     """
     position = batch["position"].to(device, non_blocking=True)
     flips = keyed_flips(config.seed, position)[:, None, None, None] if config.data.flip else None
     x = _image(batch["image"], device, flips)
-    return Batch(x=x, position=position, cond=conditioning(batch, config, device, flips))
+    cond = conditioning(batch, config, device, flips)
+    model = class_conditional(config.model)
+    if model is not None and model.null_label is not None:
+        kept = cond["label"]
+        cond["label"] = drop_labels(
+            kept, position, seed=config.seed, probability=model.label_drop, null=model.null_label
+        )
+    return Batch(x=x, position=position, cond=cond)
 
 
 def conditioning(
