@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainer.engine.state.ema import power_name
 from trainer.errors import ConfigError, brief
+from trainer.evaluation.condition_arguments import add_conditions, conditions
 from trainer.evaluation.trained import TrainedRequest
 from trainer.sampling.request import DEFAULT_SAMPLER, RequestError, ReverseRequest, SamplingRequest
 
@@ -82,7 +83,8 @@ def reverse_request(arguments: argparse.Namespace) -> ReverseRequest:
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for the sampler."""
+    """Add the arguments for the sampler, classes and guidance."""
+    add_conditions(parser)
     parser.add_argument(
         "--sampler",
         metavar="NAME",
@@ -104,6 +106,7 @@ def sampling_request(arguments: argparse.Namespace, *, count: int) -> SamplingRe
             options={"eta": arguments.eta} if arguments.eta else {},
             respacing=arguments.respacing,
             variance=arguments.variance,
+            conditions=conditions(arguments),
             count=count,
             seed=arguments.seed,
             batch=arguments.batch,

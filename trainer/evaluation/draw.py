@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.evaluation.outputs import OutputFormat, make_output
+from trainer.evaluation.outputs import Labels, OutputFormat, make_output
 from trainer.evaluation.trained import Trained, TrainedRequest, open_trained
 from trainer.evaluation.work import Task, Work
 from trainer.sampling.request import DEFAULT_SAMPLER, SamplingRequest
@@ -29,8 +29,10 @@ def draw(request: DrawRequest) -> Path:
     trained = open_trained(request.trained, sampling)
     out = request.out or default_folder(trained, request)
     work = Work(out, _identity(trained, request), trained.accelerator)
-    output = make_output(request.output, work)
+    output = make_output(request.output, work, _labels(trained, sampling.seed))
     batches, steps = sampling.batches, trained.denoiser.diffusion.timesteps
+    if (cost := trained.conditioned.cost()) is not None:
+        trained.accelerator.print(cost)
     if work.carry_out(
         lambda: output.missing(batches),
         lambda numbers, on_step: output.write(numbers, trained.draw(sampling, numbers, on_step)),
@@ -40,7 +42,7 @@ def draw(request: DrawRequest) -> Path:
         output.finish(batches)
         trained.accelerator.print(
             f"{sampling.count} images from {trained.checkpoint} ({trained.weights} weights, "
-            f"{sampling.describe(steps)}) in {out}"
+            f"{sampling.describe(steps)}{trained.conditioned.description}) in {out}"
         )
     trained.accelerator.end_training()
     return out
@@ -55,7 +57,16 @@ def default_folder(trained: Trained, request: DrawRequest) -> Path:
     return trained.folder.samples / "-".join(parts)
 
 
+def _labels(trained: Trained, seed: int) -> Labels | None:
+    def labels(numbers: range) -> list[int]:
+        found = trained.conditioned.labels(numbers, seed=seed)
+        return [] if found is None else found.tolist()
+
+    return labels if labels(range(1)) else None
+
+
 def _identity(trained: Trained, request: DrawRequest) -> dict[str, object]:
     # A folder of single files can be extended to more images later; a combined file cannot.
     count = {"count": request.sampling.count} if request.output != "folder" else {}
-    return {**count, **trained.identity, **request.sampling.identity, "format": request.output}
+    conditions = trained.conditioned.identity
+    return {**count, **trained.identity, **request.sampling.identity, **conditions, "format": request.output}

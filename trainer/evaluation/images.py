@@ -1,5 +1,6 @@
 """Real images for evaluation: from the run's dataset, other shards, or image files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,12 @@ class RealImages:
         """(B, C, H, W) float32 in [-1, 1]. Raises DataError with the name of a damaged image."""
         return from_uint8(self.pixels(numbers))
 
+    def cond(self, numbers: range) -> dict[str, torch.Tensor]:
+        """What a network takes of these images that is conditioned on them: label, (B,) int64, where it was opened."""
+        if "label" not in self.dataset.cond:
+            return {}
+        return {"label": torch.tensor([self.dataset.further(sample)["label"] for sample in self.ids(numbers)])}
+
     def pixels(self, numbers: range) -> torch.Tensor:
         """(B, C, H, W) uint8; errors as `load`."""
         images = np.empty((len(numbers), *2 * (self.dataset.image_size,), self.dataset.channels), dtype=np.uint8)
@@ -43,16 +50,20 @@ class RealImages:
         return rearrange(torch.from_numpy(images), "n h w c -> n c h w")
 
 
-def open_images(config: Config, folder: Path | None, *, held_out: bool, count: int | None) -> RealImages:
+def open_images(
+    config: Config, folder: Path | None, *, held_out: bool, count: int | None, cond: Sequence[str] = ()
+) -> RealImages:
     """Images from `folder`, or (None) from the run's training dataset.
 
-    held_out: only those excluded from training by the run's data.holdout. Raises ConfigError or DataError.
+    held_out: only those excluded from training by the run's data.holdout; cond: what is read with them, as by
+    `data.cond`. Raises ConfigError or DataError.
     """
     if folder is not None and held_out:
         raise ConfigError("--held-out: goes with the run's own images, not with --data")
     if folder is not None:
         data = config.data.model_copy(update={"path": str(folder), "mixture": [], "holdout": 0.0, "order": "global"})
         config = config.model_copy(update={"data": data})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cond": list(cond)})})
     opened = open_training_data(config, index_folder=None)
     if not held_out:
         return RealImages(opened.dataset, np.setdiff1d(np.arange(len(opened.dataset)), opened.held_out), count)

@@ -1,8 +1,9 @@
 """Output formats for samples: single files, one array as for ADM's evaluator, or WebDataset shards."""
 
 import io
+import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,12 +15,16 @@ from PIL import Image
 
 from trainer.engine.processes.collectives import together
 from trainer.evaluation.work import Work
+from trainer.telemetry.files import write_whole
 from trainer.telemetry.pictures import Pixels, grid, save_png
 
 OutputFormat = Literal["folder", "npz", "tar"]
 NPZ_NAME = "samples.npz"
 SHARD_SAMPLES = 2048
 _LARGEST_GRID = 64
+
+Labels = Callable[[range], list[int]]
+"""The classes of the samples with these numbers."""
 
 
 class Output(Protocol):
@@ -35,18 +40,19 @@ class Output(Protocol):
         """Combine all batches. Collective."""
 
 
-def make_output(kind: OutputFormat, work: Work) -> Output:
-    """The output format `kind`, in the work's folder."""
+def make_output(kind: OutputFormat, work: Work, labels: Labels | None) -> Output:
+    """The output format `kind`, in the work's folder; labels: which are written beside the samples, None for none."""
     kinds: dict[OutputFormat, type[FolderOutput] | type[NpzOutput] | type[TarOutput]]
     kinds = {"folder": FolderOutput, "npz": NpzOutput, "tar": TarOutput}
-    return kinds[kind](work)
+    return kinds[kind](work, labels)
 
 
 class FolderOutput:
-    """FOLDER/000000.png, ... and grid.png, a picture of the first 64."""
+    """FOLDER/000000.png, ... and grid.png, a picture of the first 64; labels.json, a list, where there are labels."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, labels: Labels | None = None) -> None:
         self.work = work
+        self.labels = labels
 
     def missing(self, batches: list[range]) -> list[range]:
         """This rank's share of the batches with missing files. Collective."""
@@ -58,9 +64,11 @@ class FolderOutput:
             save_png(self._path(number), rearrange(image, "c h w -> h w c"))
 
     def finish(self, batches: list[range]) -> None:
-        """Write grid.png on rank 0. Collective."""
+        """Write grid.png and labels.json on rank 0. Collective."""
 
         def write_grid() -> None:
+            if self.labels is not None:
+                write_whole(self.work.folder / "labels.json", json.dumps(self.labels(range(batches[-1].stop))) + "\n")
             images = []
             for number in range(min(batches[-1].stop, _LARGEST_GRID)):
                 with Image.open(self._path(number)) as image:
@@ -74,10 +82,13 @@ class FolderOutput:
 
 
 class NpzOutput:
-    """FOLDER/samples.npz with one array "arr_0", (N, H, W, 3) uint8: as read by ADM's evaluator.py."""
+    """FOLDER/samples.npz with an array "arr_0", (N, H, W, 3) uint8: as read by ADM's evaluator.py; where there are
+    labels they are "arr_1", (N,) int64, as ADM's programs have them.
+    """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, labels: Labels | None = None) -> None:
         self.work = work
+        self.labels = labels
         self.path = work.folder / NPZ_NAME
 
     def missing(self, batches: list[range]) -> list[range]:
@@ -93,14 +104,19 @@ class NpzOutput:
 
         def assemble() -> None:
             fresh = self.path.with_suffix(".tmp")
-            with zipfile.ZipFile(fresh, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                for first, images in _in_order(self.work, batches):
-                    if first == 0:
-                        shape = (batches[-1].stop, *images.shape[2:], 3)
-                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                        npy_format.write_array_header_1_0(member, header)
-                    colour = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
-                    member.write(rearrange(colour, "n c h w -> n h w c").tobytes())
+            count = batches[-1].stop
+            with zipfile.ZipFile(fresh, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    for first, images in _in_order(self.work, batches):
+                        if first == 0:
+                            shape = (count, *images.shape[2:], 3)
+                            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                            npy_format.write_array_header_1_0(member, header)
+                        colour = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
+                        member.write(rearrange(colour, "n c h w -> n h w c").tobytes())
+                if self.labels is not None:
+                    with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                        npy_format.write_array(member, np.array(self.labels(range(count)), dtype=np.int64))
             fresh.replace(self.path)
 
         if not _is_finished(self.path):
@@ -109,10 +125,13 @@ class NpzOutput:
 
 
 class TarOutput:
-    """FOLDER/samples-000000.tar, ...: PNG images in WebDataset shards of 2,048; a sample's key is its index."""
+    """FOLDER/samples-000000.tar, ...: PNG images in WebDataset shards of 2,048; a sample's key is its index, its label,
+    if it has one, the member "cls".
+    """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, labels: Labels | None = None) -> None:
         self.work = work
+        self.labels = labels
         self.done = work.folder / "samples-complete"
 
     def missing(self, batches: list[range]) -> list[range]:
@@ -145,7 +164,10 @@ class TarOutput:
             for first, images in _in_order(self.work, overlapping):
                 for number, image in enumerate(images, start=first):
                     if number in numbers:
-                        shard.write({"__key__": f"{number:09d}", "png": _as_png(image)})
+                        sample = {"__key__": f"{number:09d}", "png": _as_png(image)}
+                        if self.labels is not None:
+                            sample["cls"] = str(*self.labels(range(number, number + 1))).encode()
+                        shard.write(sample)
         fresh.replace(path)
 
 

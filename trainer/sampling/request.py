@@ -8,19 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 from trainer.diffusion.contract import Sampler
+from trainer.sampling.conditions import Conditions
+from trainer.sampling.request_error import RequestError
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry, find_sampler
 
 DEFAULT_SAMPLER = "ddpm"
-
-
-class RequestError(ValueError):
-    """A field of a request is invalid. Callers report it by the name that users know: --eta, log.samples_eta."""
-
-    def __init__(self, field: str, value: Any, reason: str) -> None:
-        super().__init__(f"{field}={value!r}: {reason}")
-        self.field = field
-        self.value = value
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +20,19 @@ class ReverseRequest:
     """How a trained network's reverse process is run.
 
     respacing: the timesteps, see trainer/diffusion/ddpm/respacing.py; variance: a fixed one in place of the
-    configuration's, or None.
+    configuration's, or None; conditions: classes and guidance.
     """
 
     respacing: str = "all"
     variance: Literal["small", "large"] | None = None
+    conditions: Conditions = field(default_factory=Conditions)
 
     @property
     def name_parts(self) -> list[str]:
         """For names of files: what differs from the whole process as configured."""
         respacing = [] if self.respacing == "all" else [self.respacing.replace(",", "-")]
-        return respacing if self.variance is None else [*respacing, self.variance]
+        variance = [] if self.variance is None else [self.variance]
+        return [*respacing, *variance, *self.conditions.name_parts]
 
 
 @dataclass(frozen=True, kw_only=True)
