@@ -11,12 +11,14 @@ from trainer.diffusion.keyed_noise import (
     KeyedNoise,
     Stream,
     keyed_bits,
+    keyed_choice,
     keyed_flips,
     keyed_int,
     keyed_normal,
     keyed_uniform,
     philox4x32_10,
 )
+from trainer.diffusion.label_drop import drop_labels
 
 # kat_vectors of Random123, philox4x32 10: counter, key, result
 KNOWN_ANSWERS = [
@@ -28,6 +30,8 @@ KNOWN_ANSWERS = [
 BITS = [[3168345069, 294131662], [1351774640, 1738018559], [1349362231, 936669740]]
 TIMESTEPS = [612, 10, 398, 40, 156, 482, 736, 405]
 FLIPS = [False, False, False, True, False, False, False, False]
+CLASSES = [279, 432, 362, 858, 633, 430, 271, 631]
+DROPS = [1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
 INTEGER = 4048845223259112823
 UNIFORM = [
     [0.46522051095962524, 0.00021213293075561523],
@@ -69,11 +73,14 @@ def test_counter_and_key_are_laid_out_as_documented() -> None:
 def test_the_values_are_pinned_for_ever() -> None:
     """Runs are resumed across releases by these numbers: if this test fails, the code is wrong, not the test."""
     index = torch.tensor([0, 1, 2**33 + 5])
-    assert [int(stream) for stream in Stream] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [int(stream) for stream in Stream] == list(range(10))
     assert keyed_bits(42, Stream.EPS, index, 2, sub=9).tolist() == BITS
     assert timesteps(42, torch.arange(8)).tolist() == TIMESTEPS
     assert keyed_flips(42, torch.arange(8)).tolist() == FLIPS
     assert keyed_int(42, Stream.DROPOUT, 7) == INTEGER
+    assert keyed_choice(42, Stream.CLASS, torch.arange(8), 1000).tolist() == CLASSES
+    label, position = torch.zeros(16, dtype=torch.int64), torch.arange(16)
+    assert drop_labels(label, position, seed=42, probability=0.3, null=1).tolist() == DROPS
     torch.testing.assert_close(keyed_uniform(42, Stream.EPS, index, 2), torch.tensor(UNIFORM), rtol=0, atol=0)
     torch.testing.assert_close(keyed_normal(42, Stream.EPS, index, (4,)), torch.tensor(NORMAL), rtol=0, atol=2e-6)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainer.engine.state.ema import power_name
 from trainer.errors import ConfigError, brief
+from trainer.sampling.condition_arguments import add_conditions, conditions
 from trainer.sampling.request import DEFAULT_SAMPLER, RequestError, ReverseRequest, SamplingRequest
 from trainer.sampling.trained import TrainedRequest
 
@@ -93,7 +94,8 @@ def sampler_option(text: str) -> tuple[str, float]:
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for the sampler."""
+    """Add the arguments for the sampler, classes and guidance."""
+    add_conditions(parser)
     parser.add_argument(
         "--sampler",
         metavar="NAME",
@@ -128,6 +130,7 @@ def sampling_request(arguments: argparse.Namespace, *, count: int) -> SamplingRe
             options=given if arguments.eta is None else {**given, "eta": arguments.eta},
             respacing=arguments.respacing,
             variance=arguments.variance,
+            conditions=conditions(arguments),
             count=count,
             seed=arguments.seed,
             batch=arguments.batch,

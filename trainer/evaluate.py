@@ -26,6 +26,7 @@ if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # 
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -45,6 +46,8 @@ from trainer.evaluation.figures import (
     shared_latents,
 )
 from trainer.evaluation.images import load_files, open_images
+from trainer.sampling.condition_arguments import add_conditions, conditions
+from trainer.sampling.request import ReverseRequest
 from trainer.sampling.trained import Trained, open_trained
 
 
@@ -83,23 +86,24 @@ def parse_arguments() -> argparse.Namespace:
     scored.add_argument("--splits", type=at_least_one, default=10, help="whose mean it is (default 10)")
     add_features(add("prdc", prdc))
 
-    figure6 = add("progressive", progressive)
+    add_conditions(figure6 := add("progressive", progressive))
     figure6.add_argument("--rows", type=at_least_one, default=4, help="samples (default 4)")
     figure6.add_argument("--every", type=at_least_one, help="steps between estimates (default: a 20th of all)")
 
-    figure7 = add("shared-latents", shared)
+    add_conditions(figure7 := add("shared-latents", shared))
     figure7.add_argument("--rows", type=at_least_one, default=2, help="latents (default 2)")
     figure7.add_argument("--splits", type=at_least_one, nargs="+", metavar="T", help="default: all steps, 3/4, ...")
     figure7.add_argument("--variants", type=at_least_one, default=3, help="samples of each split (default 3)")
 
-    figure9 = add("interpolate", interpolate)
+    add_conditions(figure9 := add("interpolate", interpolate))
     _add_images(figure9)
     figure9.add_argument(
         "--timesteps", type=int, nargs="+", metavar="T", help="default: half of all steps; figure 9: 1000 875 .. 0"
     )
     figure9.add_argument("--mixtures", type=at_least_one, default=9, help="evenly between two (default 9: 0.1 to 0.9)")
 
-    _add_images(add("reconstruct", reconstruct))
+    add_conditions(reconstruction := add("reconstruct", reconstruct))
+    _add_images(reconstruction)
     return parser.parse_args()
 
 
@@ -174,11 +178,15 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def _open(arguments: argparse.Namespace) -> Trained:
-    return open_trained(trained_request(arguments), reverse_request(arguments))
+    return open_trained(trained_request(arguments), _reverse(arguments))
 
 
 def _figure(arguments: argparse.Namespace, rows: int) -> FigureRequest:
-    return FigureRequest(reverse=reverse_request(arguments), rows=rows, seed=arguments.seed, out=arguments.out)
+    return FigureRequest(reverse=_reverse(arguments), rows=rows, seed=arguments.seed, out=arguments.out)
+
+
+def _reverse(arguments: argparse.Namespace) -> ReverseRequest:
+    return replace(reverse_request(arguments), conditions=conditions(arguments))
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:

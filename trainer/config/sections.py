@@ -248,6 +248,8 @@ class LogConfig(Section):
     """With samples_sampler = "ddim": 0 draws no noise, 1 is ancestral."""
     samples_respacing: Annotated[str, BeforeValidator(_number_as_text)] = "all"
     """Which timesteps they are drawn with: "all", or fewer, for example "50" (docs/sampling.md)."""
+    samples_guidance: float = Field(default=1.0, ge=0)
+    """Scale of classifier-free guidance by which they are drawn; 1 is without (docs/sampling.md)."""
     validate_every: SpanField = Span(0, "steps")
     """Between two measurements of the loss on images that data.holdout keeps out of training; "0 steps" for none."""
     validate_images: int = Field(default=1024, gt=0, le=10**9)

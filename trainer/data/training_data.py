@@ -13,11 +13,13 @@ import numpy.typing as npt
 from data_prep.format import CHANNELS, INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
 from data_prep.output import STAGING_NAME
 from trainer.config import Config, DataConfig
+from trainer.config.backbones import classes_of
 from trainer.data.cache.download import exists, list_tars, remote_size
 from trainer.data.cache.node_cache import NodeCache
 from trainer.data.datasets.dataset import Dataset, InPlace, Shard
 from trainer.data.datasets.indexed import IndexedDataset
 from trainer.data.datasets.joined import JoinedDatasets
+from trainer.data.datasets.labels import check_labels
 from trainer.data.datasets.patterns import expand
 from trainer.data.datasets.shards import ShardedDataset
 from trainer.data.datasets.split import is_held_out
@@ -61,9 +63,11 @@ def open_training_data(config: Config, *, index_folder: Path | None, nodes: int 
     opener = _Opener(config, cache, cache.files if cache is not None else index_folder)
     if data.path is not None:
         dataset: Dataset = (single := opener.open(data.path))
+        _check_labels(config, {data.path: single})
         held_out, order = _split_and_order(config, single, config.seed)
     else:
         datasets = [opener.open(entry.path) for entry in data.mixture]
+        _check_labels(config, {entry.path: one for entry, one in zip(data.mixture, datasets)})
         dataset = joined = JoinedDatasets(datasets)
         parts = [_split_and_order(config, one, member_seed(config.seed, k)) for k, one in enumerate(datasets)]
         held_out = np.concatenate([first + ids for first, (ids, _) in zip(joined.id_starts, parts)])
@@ -84,6 +88,12 @@ def _identity(data: DataConfig, fingerprint: str) -> dict[str, Any]:
     if data.mixture:
         fields["data.mixture weights"] = [entry.weight for entry in data.mixture]
     return {**fields, DATA_FINGERPRINT: fingerprint, "data (pixels of JPEGs)": jpeg_signature()}
+
+
+def _check_labels(config: Config, datasets: dict[str, IndexedDataset]) -> None:
+    classes = classes_of(config.model)
+    if classes is not None and "label" in config.data.cond:
+        check_labels(datasets, classes)
 
 
 def _split_and_order(config: Config, dataset: IndexedDataset, seed: int) -> tuple[npt.NDArray[np.int64], Order]:

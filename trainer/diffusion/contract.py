@@ -99,6 +99,7 @@ class Prediction(ABC):
 
     x0: the estimate of x_0, which a denoiser does not clamp; eps: the noise that goes with it, so that
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; mean, log_variance: of p(x_{t-1} | x_t), whose mean at t = 0 is x_0.
+    Whatever tensors a family adds have B rows, too.
     """
 
     x0: Tensor
@@ -106,9 +107,27 @@ class Prediction(ABC):
     mean: Tensor
     log_variance: Tensor
 
+    @property
+    def variance(self) -> Tensor:
+        """Of p(x_{t-1} | x_t), (B, C, H, W): exp(log_variance), where a family has no other one at t = 0."""
+        return self.log_variance.exp()
+
+    @property
+    def x0_of_mean(self) -> Tensor:
+        """The estimate of x_0 that `mean` was made from: x0, unless guidance has moved the mean alone."""
+        return self.x0
+
+    def __getitem__(self, rows: slice) -> Self:
+        """The prediction for these rows of the batch."""
+        values: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        some: dict[str, Any] = {n: v[rows] for n, v in values.items() if isinstance(v, Tensor | Prediction)}
+        return replace(self, **some)
+
     @abstractmethod
     def with_x0(self, x0: Tensor) -> Self:
-        """The prediction that another estimate of x_0 leads to: all that guidance needs to know of a family."""
+        """The prediction that another estimate of x_0 leads to, its variance unchanged: all that guidance needs to know
+        of a family.
+        """
 
     @abstractmethod
     def clipped(self) -> Self:
@@ -118,8 +137,7 @@ class Prediction(ABC):
 class Denoiser(Protocol):
     """A network, its conditioning, and the meaning of its output: all that samplers and figures see of a trained model.
 
-    A wrapper of denoisers that combines their predictions is a denoiser again: for guidance with a scale s and
-    denoisers with and without condition, `p = uncond(x, t)`, then `p.with_x0(p.x0 + s * (cond(x, t).x0 - p.x0))`.
+    A wrapper of denoisers that combines their predictions is a denoiser again, as in trainer/sampling/guidance.py.
     """
 
     @property

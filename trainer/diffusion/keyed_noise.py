@@ -54,6 +54,8 @@ class Stream(enum.IntEnum):
     DROPOUT = 5
     LIKELIHOOD = 6  # eps of an image when its bits are counted, with sub = t
     VALIDATION = 7  # t of a held-out image, with sub = 0, and its eps, with sub = 1
+    LABEL_DROP = 8  # whether a training image's label is dropped
+    CLASS = 9  # the class of a sample that is drawn
 
 
 def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
@@ -146,6 +148,14 @@ def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
 def keyed_flips(seed: int, index: Tensor, probability: float = 0.5) -> Tensor:
     """Whether to mirror each sample: (B,) bool, True with the given probability."""
     return keyed_uniform(seed, Stream.FLIP, index, 1)[:, 0] < probability
+
+
+def keyed_choice(seed: int, stream: Stream, index: Tensor, choices: int) -> Tensor:
+    """A number of 0..choices-1 for each sample, all as likely but for less than choices / 2^32: (B,) int64.
+
+    choices: from 1 to 2^31; other arguments: `keyed_bits`.
+    """
+    return (keyed_bits(seed, stream, index, 1)[:, 0] * choices) >> 32
 
 
 def keyed_int(seed: int, stream: Stream, index: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.config.backbones import classes_of
 from trainer.diffusion.ddpm.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.engine.processes.collectives import each_its_own, together
@@ -91,34 +92,35 @@ def evaluate_bound(request: BoundRequest) -> Path:
     the data cannot be used.
     """
     trained = open_trained(request.trained, request.reverse)
-    reverse = trained.denoiser
-    if not isinstance(reverse, ReverseProcess):
+    if not isinstance(trained.denoiser, ReverseProcess):
         raise ConfigError(f"--run {request.trained.run}: its family has no bound that is a sum over timesteps")
     images = each_its_own(
         f"{request.data or trained.config.data.where}: cannot be read",
-        lambda: open_images(trained.config, request.data, held_out=request.held_out, count=request.images),
+        lambda: open_images(
+            trained.config,
+            request.data,
+            held_out=request.held_out,
+            count=request.images,
+            cond=["label"] if classes_of(trained.config.model) else [],
+        ),
         kind=DataError,
     )
     out = request.out or trained.folder.path / "evaluation" / _name(trained, request, images)
     work = Work(out, _identity(trained, request, images), trained.accelerator)
     batches = batches_of(images.count, request.batch)
-    if _measure(trained, reverse, request, images, work, batches):
+    if _measure(trained, request, images, work, batches):
         together(f"{out}: cannot be written", lambda: _report(trained, images, work, batches), only_rank=0)
     trained.accelerator.end_training()
     return out
 
 
-def _measure(
-    trained: Trained,
-    reverse: ReverseProcess,
-    request: BoundRequest,
-    images: RealImages,
-    work: Work,
-    batches: list[range],
-) -> bool:
+def _measure(trained: Trained, request: BoundRequest, images: RealImages, work: Work, batches: list[range]) -> bool:
     """Compute what is missing, divided among the ranks, until a request to stop; returns whether all is there."""
 
     def measure(numbers: range, advance: Callable[[int], object]) -> None:
+        cond = {name: tensor.to(trained.device) for name, tensor in images.cond(numbers).items()}
+        reverse = trained.conditioned.given(cond)
+        assert isinstance(reverse, ReverseProcess)
         with torch.no_grad():
             bound = bits_per_dim(
                 reverse,
@@ -130,7 +132,7 @@ def _measure(
             )
         work.save(numbers, {name: getattr(bound, name).cpu().numpy() for name in _QUANTITIES})
 
-    task = Task(doing="bits/dim", items=images.count, units=reverse.diffusion.timesteps, unit="term")
+    task = Task(doing="bits/dim", items=images.count, units=trained.denoiser.diffusion.timesteps, unit="term")
     return work.carry_out(lambda: work.missing(batches), measure, task, trained.stop)
 
 

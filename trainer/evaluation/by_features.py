@@ -89,7 +89,7 @@ def _judge(trained: Trained, request: FeatureRequest, metric: FeatureMetric) -> 
         title=metric.title(network.convention),
         numbers=numbers,
         settings=metric.about(),
-        drawn_by=request.sampling.describe(trained.denoiser.diffusion.timesteps),
+        drawn_by=request.sampling.describe(trained.denoiser.diffusion.timesteps) + trained.conditioned.description,
         about=about,
     )
     path = out / f"{name}.json"
@@ -166,11 +166,14 @@ def _sample_features(
     """Features of the samples; None after a request to stop."""
     sampling = request.sampling
     name = "-".join(["samples", *trained.name_parts, *sampling.name_parts, request.network.name])
-    identity = {**trained.identity, **sampling.identity, **_features_of(network)}
+    identity = {**trained.identity, **sampling.identity, **trained.conditioned.identity, **_features_of(network)}
     work = Work(out / name, identity, trained.accelerator)
     features = FeatureSet(name="samples", work=work, batches=sampling.batches)
     if metric.needs.statistics and features.has_moments():
         return features
+
+    if (cost := trained.conditioned.cost()) is not None:
+        trained.accelerator.print(cost)
 
     def images(numbers: range, on_step: Callable[[int], object]) -> torch.Tensor:
         return torch.from_numpy(trained.draw(sampling, numbers, on_step))

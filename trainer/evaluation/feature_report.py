@@ -65,6 +65,7 @@ def samples_about(trained: Trained, request: SamplingRequest) -> dict[str, dict[
         "seed": request.seed,
         "precision": trained.config.train.precision,
         "pixels": "uint8",
+        **trained.conditioned.identity,
     }
     return {"samples": about}
 

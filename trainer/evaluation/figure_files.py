@@ -39,6 +39,7 @@ class FigureFile:
             "respacing": reverse.respacing,
             "steps": trained.denoiser.diffusion.timesteps,
             "variance": trained.variance,
+            **trained.conditioned.identity,
             **made_by,
         }
         content = {**self.about, "checkpoint": trained.fingerprint}  # independent of its location

@@ -63,7 +63,8 @@ def progressive_generation(trained: Trained, request: FigureRequest, *, every: i
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         x = noise.normal("initial", trained.config.model.image_shape)
         estimates, timesteps = [], []
-        for done, state in enumerate(ancestral(trained.denoiser, x, noise=noise), start=1):
+        denoiser = trained.denoiser_of([number], seed=request.seed)
+        for done, state in enumerate(ancestral(denoiser, x, noise=noise), start=1):
             on_step(state)
             if done % every == 0 or done in (1, diffusion.timesteps):
                 estimates.append(state.x0.clamp(-1, 1))
@@ -89,7 +90,7 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         x = noise.normal("initial", trained.config.model.image_shape)
         shared = {diffusion.timesteps: x}
-        for state in ancestral(trained.denoiser, x, noise=noise):
+        for state in ancestral(trained.denoiser_of([number], seed=request.seed), x, noise=noise):
             on_step(state)
             if state.t in splits:
                 shared[state.t] = state.x
@@ -98,10 +99,11 @@ def shared_latents(trained: Trained, request: FigureRequest, *, splits: Sequence
         # Each with an index of its own, hence with noise independent of the shared steps and of other rows.
         numbers = request.rows + number * variants + torch.arange(variants, device=trained.device)
         others = KeyedNoise.sampling(request.seed, numbers)
+        denoiser = trained.denoiser_of([number] * variants, seed=request.seed)  # of one class
         images = []
         for split in sorted(splits, reverse=True):
             x = shared[split].expand(variants, -1, -1, -1)
-            images.append(last_of(ancestral(trained.denoiser, x, noise=others, start=split - 1), on_step))
+            images.append(last_of(ancestral(denoiser, x, noise=others, start=split - 1), on_step))
         return torch.cat(images), {"latent": number, "splits": sorted(splits, reverse=True), "variants": variants}
 
     steps = diffusion.timesteps - min(splits) + sum(splits)
@@ -135,7 +137,7 @@ def interpolations(
         pair, t = divmod(number, len(timesteps))
         one, other = (image[None] for image in images.pixels[2 * pair : 2 * pair + 2].to(trained.device))
         mixtures = interpolate(
-            trained.denoiser,
+            trained.denoiser_of([pair] * len(lambdas), seed=request.seed),
             one,
             other,
             t=timesteps[t],
@@ -166,8 +168,9 @@ def reconstructions(trained: Trained, request: FigureRequest, *, images: FigureI
     def row(number: int, on_step: OnStep) -> Row:
         noise = KeyedNoise.sampling(request.seed, torch.tensor([number], device=trained.device))
         image = images.pixels[number : number + 1].to(trained.device)
-        latent = last_of(ddim_invert(trained.denoiser, image), on_step)
-        x = last_of(ddim(trained.denoiser, latent, noise=noise, clip=False), on_step)
+        denoiser = trained.denoiser_of([number], seed=request.seed)
+        latent = last_of(ddim_invert(denoiser, image), on_step)
+        x = last_of(ddim(denoiser, latent, noise=noise, clip=False), on_step)
         error = (x - image).square().mean().item()
         return torch.cat((image, (latent / 3).clamp(-1, 1), x.clamp(-1, 1))), {"image": number, "mse": error}
 

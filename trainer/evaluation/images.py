@@ -1,5 +1,6 @@
 """Real images for evaluation: from the run's dataset, other shards, or image files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,28 @@ class RealImages:
         """(B, C, H, W) float32 in [-1, 1]. Raises DataError with the name of a damaged image."""
         return from_uint8(self.pixels(numbers))
 
+    def cond(self, numbers: range) -> dict[str, torch.Tensor]:
+        """What a network takes of these images that is conditioned on them: label, (B,) int64, where it was opened."""
+        if "label" not in self.dataset.cond:
+            return {}
+        return {"label": torch.tensor([self.dataset.further(sample)["label"] for sample in self.ids(numbers)])}
+
     def pixels(self, numbers: range) -> torch.Tensor:
         """(B, C, H, W) uint8; errors as `load`."""
         return read_images(self.dataset, self.ids(numbers))[0]
 
 
-def open_images(config: Config, folder: Path | None, *, held_out: bool, count: int | None) -> RealImages:
+def open_images(
+    config: Config, folder: Path | None, *, held_out: bool, count: int | None, cond: Sequence[str] = ()
+) -> RealImages:
     """Images from `folder`, or (None) from the run's training dataset.
 
-    held_out: only those excluded from training by the run's data.holdout. Raises ConfigError or DataError.
+    held_out: only those excluded from training by the run's data.holdout; cond: what is read with them, as by
+    `data.cond`. Raises ConfigError or DataError.
     """
     if folder is not None and held_out:
         raise ConfigError("--held-out: goes with the run's own images, not with --data")
-    changes: dict[str, Any] = {"cond": []}  # images alone
+    changes: dict[str, Any] = {"cond": list(cond)}
     if folder is not None:
         changes |= {"path": str(folder), "mixture": [], "holdout": 0.0, "order": "global"}
     data = config.data.model_copy(update=changes)

@@ -73,6 +73,8 @@ def unet_settings(network: UNet) -> dict[str, Any]:
     Raises ConversionError with the field's name where there is none.
     """
     config = network.config
+    if config.classes is not None:
+        raise ConversionError("model.classes: a network that takes labels cannot be exported; leave it in its run")
     if config.channel_multipliers[0] != 1:
         raise ConversionError(
             f"model.channel_multipliers = {config.channel_multipliers}: in diffusers the first level is as wide "

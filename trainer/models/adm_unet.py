@@ -111,7 +111,7 @@ class ADMUNet(ADMEncoder):
         super().__init__(section, 2 * section.channels if upsamples else section.channels)
         self.label_embedding: nn.Embedding | None = None
         if section.classes is not None:
-            self.label_embedding = nn.Embedding(section.labels, 4 * section.base_channels)
+            self.label_embedding = nn.Embedding(section.label_rows, 4 * section.base_channels)
         self.upsamples = upsamples
 
         skip_channels = list(self.feature_channels)
@@ -148,13 +148,3 @@ class ADMUNet(ADMEncoder):
         for stage in self.up:
             h = stage(torch.cat((h, skips.pop()), dim=1), temb)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-def adm_conditioning(section: ADMUNetConfig, samples: int) -> dict[str, Tensor]:
-    """An example of what `ADMUNet` takes besides x and t: label (B,) int64, low_res (B, C, h, h) float32."""
-    examples = {}
-    if section.classes is not None:
-        examples["label"] = torch.zeros(samples, dtype=torch.int64)
-    if section.low_res_size is not None:
-        examples["low_res"] = torch.zeros(samples, section.channels, section.low_res_size, section.low_res_size)
-    return examples

@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer.config.backbones import BACKBONE_SECTIONS, ModelConfig
-from trainer.models.adm_unet import ADMUNet, adm_conditioning
+from trainer.config.backbones import BACKBONE_SECTIONS, ADMUNetConfig, ClassConditionalConfig, ModelConfig
+from trainer.models.adm_unet import ADMUNet
 from trainer.models.ddpm_unet import UNet
 
 S = TypeVar("S", bound=ModelConfig)
@@ -16,6 +16,19 @@ S = TypeVar("S", bound=ModelConfig)
 
 def _no_conditioning(_: ModelConfig, __: int) -> dict[str, Tensor]:
     return {}
+
+
+def label_conditioning(model: ClassConditionalConfig, samples: int) -> dict[str, Tensor]:
+    """What a network takes whose section has classes: label, (B,) int64, in 0..classes (classes: the null class)."""
+    return {} if model.classes is None else {"label": torch.zeros(samples, dtype=torch.int64)}
+
+
+def adm_conditioning(model: ADMUNetConfig, samples: int) -> dict[str, Tensor]:
+    """What `ADMUNet` takes: `label_conditioning`, and low_res, (B, C, h, h) float32, where it upsamples."""
+    label = label_conditioning(model, samples)
+    if model.low_res_size is None:
+        return label
+    return {**label, "low_res": torch.zeros(samples, model.channels, model.low_res_size, model.low_res_size)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +47,7 @@ class Backbone(Generic[S]):
 
 
 BACKBONES: dict[str, Backbone[Any]] = {
-    "ddpm-unet": Backbone(build=UNet),
+    "ddpm-unet": Backbone(build=UNet, conditioning=label_conditioning),
     "adm-unet": Backbone(build=ADMUNet, conditioning=adm_conditioning),
 }
 

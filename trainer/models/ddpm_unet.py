@@ -1,5 +1,6 @@
 """The UNet of Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, appendix B): eps_theta(x_t, t).
 
+Where it takes labels, their embedding is added to that of the timestep (Dhariwal and Nichol 2021, section 3.1).
 Its sizes in the paper: CIFAR-10 35.7 M parameters, 256 x 256 113.7 M, LSUN bedroom "large" 255.7 M.
 """
 
@@ -82,10 +83,21 @@ class UNet(nn.Module):
 
         self.norm_out = group_norm(config.norm_groups, h_channels)
         self.conv_out = conv(h_channels, out_channels, 3, padding=1, scale=NEAR_ZERO)
+        self.label_embedding: nn.Embedding | None = None
+        if config.classes is not None:
+            self.label_embedding = nn.Embedding(config.label_rows, 4 * config.base_channels)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns (B, out_channels, H, W), as x."""
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """x: (B, channels, H, W) floating point; t: (B,) int64 in 0..T-1. Returns (B, out_channels, H, W), as x.
+
+        label: (B,) int64, classes from 0, and `DDPMUNetConfig.null_label` for none, where the section has classes.
+        ValueError where it is missing or unasked.
+        """
+        if (label is None) != (self.label_embedding is None):
+            raise ValueError(f"label: this network {'takes none' if self.label_embedding is None else 'needs it'}")
         temb = self.temb(t, x.dtype)
+        if self.label_embedding is not None:
+            temb = temb + self.label_embedding(label).to(temb.dtype)
         skips = [self.conv_in(x)]
         for layer in self.down:
             skips.append(_run(layer, skips[-1], temb))

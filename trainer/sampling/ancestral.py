@@ -32,4 +32,4 @@ def ancestral(
         x = p.mean
         if step > 0:
             x = x + torch.exp(0.5 * p.log_variance) * noise.normal("step", tuple(x.shape[1:]), sub=original)
-        yield SamplingStep(t=step, original_t=original, x=x, x0=p.x0)
+        yield SamplingStep(t=step, original_t=original, x=x, x0=p.x0_of_mean)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainer.sampling.outputs import OUTPUTS, OutputFormat
+from trainer.sampling.outputs import OUTPUTS, Labels, OutputFormat
 from trainer.sampling.request import DEFAULT_SAMPLER, SamplingRequest
 from trainer.sampling.trained import Trained, TrainedRequest, open_trained
 from trainer.sampling.work import Task, Work
@@ -18,8 +18,11 @@ def draw(wanted: TrainedRequest, sampling: SamplingRequest, *, out: Path | None,
     out = out or _default_folder(trained, sampling, output)
     # A folder of single files can be extended to more images later; a combined file cannot.
     count = {"count": sampling.count} if output != "folder" else {}
-    work = Work(out, {**count, **trained.identity, **sampling.identity, "format": output}, trained.accelerator)
-    written = OUTPUTS[output](work)
+    identity = {**trained.identity, **sampling.identity, **trained.conditioned.identity}
+    work = Work(out, {**count, **identity, "format": output}, trained.accelerator)
+    written = OUTPUTS[output](work, _labels(trained, sampling.seed))
+    if (cost := trained.conditioned.cost()) is not None:
+        trained.accelerator.print(cost)
     batches, steps = sampling.batches, trained.denoiser.diffusion.timesteps
     if work.carry_out(
         lambda: written.missing(batches),
@@ -30,7 +33,7 @@ def draw(wanted: TrainedRequest, sampling: SamplingRequest, *, out: Path | None,
         written.finish(batches)
         trained.accelerator.print(
             f"{sampling.count} images from {trained.checkpoint} ({trained.weights} weights, "
-            f"{sampling.describe(steps)}) in {out}"
+            f"{sampling.describe(steps)}{trained.conditioned.description}) in {out}"
         )
     trained.accelerator.end_training()
     return out
@@ -43,3 +46,11 @@ def _default_folder(trained: Trained, sampling: SamplingRequest, output: OutputF
     if output != "folder":
         parts += [output, f"n-{sampling.count}"]
     return trained.folder.samples / "-".join(parts)
+
+
+def _labels(trained: Trained, seed: int) -> Labels | None:
+    def labels(numbers: range) -> list[int]:
+        found = trained.conditioned.labels(numbers, seed=seed)
+        return [] if found is None else found.tolist()
+
+    return labels if labels(range(1)) else None

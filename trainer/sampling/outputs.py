@@ -1,8 +1,9 @@
 """Output formats for samples: single files, one array as for ADM's evaluator, or WebDataset shards."""
 
+import json
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,20 +16,27 @@ from typing_extensions import override
 
 from trainer.engine.processes.collectives import together
 from trainer.sampling.work import Work
+from trainer.telemetry.files import write_whole
 from trainer.telemetry.pictures import Pixels, as_png, grid, save_png
 
 OutputFormat = Literal["folder", "npz", "tar"]
 SHARD_SAMPLES = 2048
 _LARGEST_GRID = 64
 
+Labels = Callable[[range], list[int]]
+"""The classes of the samples with these numbers."""
+
 
 class Output(ABC):
     """Batches are written by any rank, in any order, as parts; `finish` makes the final files of them, which are
     complete where `marker` exists.
+
+    labels: which are written beside the samples, None for none.
     """
 
-    def __init__(self, work: Work, marker: str) -> None:
+    def __init__(self, work: Work, labels: Labels | None, marker: str) -> None:
         self.work = work
+        self.labels = labels
         self.marker = work.folder / marker
 
     def missing(self, batches: list[range]) -> list[range]:
@@ -60,10 +68,12 @@ class Output(ABC):
 
 
 class FolderOutput(Output):
-    """FOLDER/000000.png, ... and grid.png, a picture of the first 64. Without parts: more images may be added later."""
+    """FOLDER/000000.png, ... and grid.png, a picture of the first 64; labels.json, a list, where there are labels.
+    Without parts: more images may be added later.
+    """
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(work, "grid.png")
+    def __init__(self, work: Work, labels: Labels | None = None) -> None:
+        super().__init__(work, labels, "grid.png")
 
     @override
     def missing(self, batches: list[range]) -> list[range]:
@@ -81,6 +91,8 @@ class FolderOutput(Output):
     @override
     def _combine(self, batches: list[range]) -> None:
         def write_grid() -> None:
+            if self.labels is not None:
+                write_whole(self.work.folder / "labels.json", json.dumps(self.labels(range(batches[-1].stop))) + "\n")
             images = []
             for number in range(min(batches[-1].stop, _LARGEST_GRID)):
                 with Image.open(self._path(number)) as image:
@@ -94,10 +106,12 @@ class FolderOutput(Output):
 
 
 class NpzOutput(Output):
-    """FOLDER/samples.npz with one array "arr_0", (N, H, W, 3) uint8: as read by ADM's evaluator.py."""
+    """FOLDER/samples.npz with an array "arr_0", (N, H, W, 3) uint8: as read by ADM's evaluator.py; where there are
+    labels they are "arr_1", (N,) int64, as ADM's programs have them.
+    """
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(work, "samples.npz")
+    def __init__(self, work: Work, labels: Labels | None = None) -> None:
+        super().__init__(work, labels, "samples.npz")
 
     @override
     def _combine(self, batches: list[range]) -> None:
@@ -105,24 +119,31 @@ class NpzOutput(Output):
 
         def assemble() -> None:
             fresh = self.marker.with_suffix(".tmp")
-            with zipfile.ZipFile(fresh, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                for first, images in self._parts(batches):
-                    if first == 0:
-                        shape = (batches[-1].stop, *images.shape[2:], 3)
-                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                        npy_format.write_array_header_1_0(member, header)
-                    colour = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
-                    member.write(rearrange(colour, "n c h w -> n h w c").tobytes())
+            count = batches[-1].stop
+            with zipfile.ZipFile(fresh, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    for first, images in self._parts(batches):
+                        if first == 0:
+                            shape = (count, *images.shape[2:], 3)
+                            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                            npy_format.write_array_header_1_0(member, header)
+                        colour = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
+                        member.write(rearrange(colour, "n c h w -> n h w c").tobytes())
+                if self.labels is not None:
+                    with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                        npy_format.write_array(member, np.array(self.labels(range(count)), dtype=np.int64))
             fresh.replace(self.marker)
 
         together(f"{self.marker}: cannot be written", assemble, only_rank=0)
 
 
 class TarOutput(Output):
-    """FOLDER/samples-000000.tar, ...: PNG images in WebDataset shards of 2,048; a sample's key is its index."""
+    """FOLDER/samples-000000.tar, ...: PNG images in WebDataset shards of 2,048; a sample's key is its index, its label,
+    if it has one, the member "cls".
+    """
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(work, "samples-complete")
+    def __init__(self, work: Work, labels: Labels | None = None) -> None:
+        super().__init__(work, labels, "samples-complete")
 
     @override
     def _combine(self, batches: list[range]) -> None:
@@ -145,7 +166,10 @@ class TarOutput(Output):
             for first, images in self._parts(overlapping):
                 for number, image in enumerate(images, start=first):
                     if number in numbers:
-                        shard.write({"__key__": f"{number:09d}", "png": as_png(rearrange(image, "c h w -> h w c"))})
+                        sample = {"__key__": f"{number:09d}", "png": as_png(rearrange(image, "c h w -> h w c"))}
+                        if self.labels is not None:
+                            sample["cls"] = str(*self.labels(range(number, number + 1))).encode()
+                        shard.write(sample)
         fresh.replace(path)
 
 

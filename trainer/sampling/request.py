@@ -12,6 +12,8 @@ from torch import Tensor
 from trainer.data.images import to_uint8
 from trainer.diffusion.contract import Denoiser, SamplingStep
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.sampling.conditions import Conditions
+from trainer.sampling.request_error import RequestError
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry, find_sampler
 from trainer.sampling.steps import last_of
 from trainer.telemetry.pictures import Pixels
@@ -19,32 +21,24 @@ from trainer.telemetry.pictures import Pixels
 DEFAULT_SAMPLER = "ddpm"
 
 
-class RequestError(ValueError):
-    """A field of a request is invalid. Callers report it by the name that users know: --eta, log.samples_eta."""
-
-    def __init__(self, field: str, value: Any, reason: str) -> None:
-        super().__init__(f"{field}={value!r}: {reason}")
-        self.field = field
-        self.value = value
-        self.reason = reason
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReverseRequest:
     """How a trained network's reverse process is run.
 
     respacing: the timesteps, see trainer/diffusion/ddpm/respacing.py; variance: a fixed one in place of the
-    configuration's, or None.
+    configuration's, or None; conditions: classes and guidance.
     """
 
     respacing: str = "all"
     variance: Literal["small", "large"] | None = None
+    conditions: Conditions = field(default_factory=Conditions)
 
     @property
     def name_parts(self) -> list[str]:
         """For names of files: what differs from the whole process as configured."""
         respacing = [] if self.respacing == "all" else [self.respacing.replace(",", "-")]
-        return respacing if self.variance is None else [*respacing, self.variance]
+        variance = [] if self.variance is None else [self.variance]
+        return [*respacing, *variance, *self.conditions.name_parts]
 
 
 @dataclass(frozen=True, kw_only=True)

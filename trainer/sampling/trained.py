@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,15 +15,17 @@ from torch import nn
 from trainer.config import Config, DDPMConfig
 from trainer.diffusion.contract import Denoiser
 from trainer.diffusion.ddpm.respacing import count_in_spec
-from trainer.engine.build import build_objective, build_trained
-from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
+from trainer.engine.build import build_objective
+from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
 from trainer.engine.processes.collectives import each_its_own, make_accelerator
 from trainer.engine.run_folder import RunFolder
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
-from trainer.sampling.request import ReverseRequest, SamplingRequest
+from trainer.sampling.conditioned import ConditionedNetwork
+from trainer.sampling.guides import load_network, open_guide
+from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.signals import StopRequest
 from trainer.telemetry.pictures import Pixels
 
@@ -42,7 +44,8 @@ class TrainedRequest:
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """The result of `open_trained`. `fingerprint` is unique to the checkpoint; `timesteps` is T of the process that was
-    trained, of which the denoiser may visit fewer; `stop` is checked after each batch.
+    trained, of which the denoiser may visit fewer; `conditioned` gives the denoiser of a batch, with its classes and
+    guidance, and `denoiser` is without either; `stop` is checked after each batch.
     """
 
     config: Config
@@ -54,6 +57,7 @@ class Trained:
     accelerator: Accelerator
     timesteps: int
     denoiser: Denoiser
+    conditioned: ConditionedNetwork
     stop: StopRequest
 
     @property
@@ -83,7 +87,12 @@ class Trained:
 
     def draw(self, request: SamplingRequest, numbers: range, on_step: Callable[[int], object]) -> Pixels:
         """A batch of the request that this was opened with, see `SamplingRequest.draw`."""
-        return request.draw(self.denoiser, numbers, shape=self.config.model.image_shape, on_step=on_step)
+        denoiser = self.denoiser_of(numbers, seed=request.seed)
+        return request.draw(denoiser, numbers, shape=self.config.model.image_shape, on_step=on_step)
+
+    def denoiser_of(self, numbers: Sequence[int], *, seed: int) -> Denoiser:
+        """The denoiser of the samples with these numbers, see `ConditionedNetwork`."""
+        return self.conditioned.denoiser_of(numbers, seed=seed)
 
 
 def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
@@ -99,6 +108,10 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     config = folder.load_config()
     if reverse.variance is not None:
         config = _with_variance(config, reverse.variance)
+    try:
+        reverse.conditions.check(config.model)
+    except RequestError as error:
+        raise as_config_error(error) from error
     remark = without_effect(os.environ)
     accelerator = make_accelerator(patience=_PATIENCE)
     if remark is not None and accelerator.is_main_process:
@@ -121,8 +134,11 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = checkpoints.choose(request.checkpoint)
     network, step = each_its_own(
-        f"{path}: cannot be read", lambda: _load(path, request.weights, config, accelerator.device)
+        f"{path}: cannot be read", lambda: load_network(path, request.weights, config, accelerator.device)
     )
+    guide = None
+    if reverse.conditions.guide is not None:
+        guide = open_guide(reverse.conditions.guide, request.weights, config, objective, accelerator)
     return Trained(
         config=config,
         folder=folder,
@@ -133,8 +149,21 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
         accelerator=accelerator,
         timesteps=timesteps,
         denoiser=objective.denoiser(network, respacing=reverse.respacing),
+        conditioned=ConditionedNetwork(
+            objective=objective,
+            network=network,
+            model=config.model,
+            request=reverse,
+            device=accelerator.device,
+            guide=guide,
+        ),
         stop=stop,
     )
+
+
+def as_config_error(error: RequestError) -> ConfigError:
+    """A request that cannot be, by the name of its option on a command line."""
+    return ConfigError(f"--{error.field.replace('_', '-')} {error.value}: {error.reason}", agreed=True)
 
 
 def _with_variance(config: Config, variance: Literal["small", "large"]) -> Config:
@@ -146,12 +175,3 @@ def _with_variance(config: Config, variance: Literal["small", "large"]) -> Confi
             f"--variance {variance}: the network of this run gives its own variance ({diffusion.variance})"
         )
     return config.model_copy(update={"diffusion": diffusion.model_copy(update={"variance": variance})})
-
-
-def _load(path: Path, kind: str, config: Config, device: torch.device) -> tuple[nn.Module, int]:
-    """The network and the step of its checkpoint."""
-    weights, manifest = read_weights(path, kind)
-    try:
-        return build_trained(config, weights, device), int(manifest["step"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error

@@ -43,7 +43,7 @@ class IndexedDataset:
     where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
     pages) or an array; its columns are the image's "offset", "length" and, right behind them, perhaps "crc32"; "label";
     and for each further member the same by its name; fingerprint: identifies the samples and their numbering; cond:
-    names of MEMBER_OF, what is read with each image.
+    names of MEMBER_OF, what is read with each image; classes: names of the labels 0, 1, ..., or None.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class IndexedDataset:
         fingerprint: str,
         files: ShardFiles,
         cond: Sequence[str],
+        classes: list[str] | None = None,
     ) -> None:
         self.where = where
         self.shards = list(shards)
@@ -71,6 +72,7 @@ class IndexedDataset:
         image = columns.index("offset")
         self._image_at = slice(image, image + (3 if "crc32" in columns else 2))
         self.cond = tuple(cond)
+        self.classes = classes
         self._cond_at = {name: columns.index(MEMBER_OF[name]) for name in cond if name != "label"}
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 

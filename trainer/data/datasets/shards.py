@@ -61,6 +61,7 @@ class ShardedDataset(IndexedDataset):
             fingerprint=self.manifest.fingerprint,
             files=files or InPlace(),
             cond=cond,
+            classes=self.manifest.classes,
         )
 
     @override

@@ -3,6 +3,7 @@
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Self, get_args
 
+import torch
 from einops import rearrange
 from torch import Tensor
 from typing_extensions import override
@@ -18,13 +19,21 @@ class ReverseStep(contract.Prediction):
     """p(x_{t-1} | x_t) = N(mean, exp(log_variance)), and the x_0 and eps that go with it.
 
     At t = 0 the log variance is that of the decoder, log beta~_1 where it is not learned. What it was read from: x_t,
-    t (B,) of `diffusion`, and whether the network predicts the mean itself ("mu").
+    t (B,) of `diffusion`, whether the network predicts the mean itself ("mu"), and whether the variance is "small".
     """
 
     x_t: Tensor
     t: Tensor
     diffusion: GaussianDiffusion
     predicts_mean: bool
+    is_small: bool
+
+    @property
+    @override
+    def variance(self) -> Tensor:
+        """exp(log_variance), but for "small" 0 at t = 0, as beta~_1 is, as in guided-diffusion."""
+        variance = super().variance
+        return torch.where(rearrange(self.t > 0, "b -> b 1 1 1"), variance, 0.0) if self.is_small else variance
 
     @override
     def with_x0(self, x0: Tensor) -> Self:
@@ -109,6 +118,7 @@ def interpret(
         t=t,
         diffusion=diffusion,
         predicts_mean=prediction == "mu",
+        is_small=variance == "small",
     )
 
 

@@ -16,6 +16,7 @@ from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
+from trainer.sampling.conditioned import ConditionedNetwork
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.signals import StopRequest
 
@@ -77,7 +78,13 @@ class FeatureDistance:
         """(N, D), on every rank; None after a request to stop."""
         strategy, shape = self.state.strategy, self.config.model.image_shape
         network = build_trained(self.config, self.state.main.average(), strategy.device)
-        denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
+        conditioned = ConditionedNetwork(
+            objective=self.state.objective,
+            network=network,
+            model=self.config.model,
+            request=self.request,
+            device=strategy.device,
+        )
         started = time.monotonic()
 
         def on_step(_: int) -> None:
@@ -87,6 +94,7 @@ class FeatureDistance:
         def draw(numbers: range) -> tuple[torch.Tensor, float, float]:
             """Features of the samples, the seconds that they took, and those since the start."""
             begun = time.monotonic()
+            denoiser = conditioned.denoiser_of(numbers, seed=self.request.seed)
             pixels = self.request.draw(denoiser, numbers, shape=shape, on_step=on_step)
             features = self._features(torch.from_numpy(pixels))
             now = time.monotonic()

@@ -1,19 +1,23 @@
 """Grids of samples of the averaged weights, drawn while training."""
 
 import numpy as np
+from einops import rearrange
 from torch import nn
 
 from data_prep.progress import WorkProgress
 from trainer.config import Config
+from trainer.config.backbones import classes_of
 from trainer.diffusion.contract import Objective
 from trainer.engine.build import build_trained
 from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import ConfigError
+from trainer.sampling.conditioned import ConditionedNetwork
+from trainer.sampling.conditions import BALANCED, Conditions
 from trainer.sampling.request import RequestError, SamplingRequest
 from trainer.signals import StopRequest
-from trainer.telemetry.pictures import Pixels, grid
+from trainer.telemetry.pictures import Pixels, grid, tile
 
 _LARGEST_BATCH = 64
 
@@ -32,7 +36,13 @@ class SampleGrids:
         """The picture, (H, W, 3); the ranks divide its images. Collective; None after a request to stop."""
         accelerator, shape = self.state.strategy.accelerator, self.config.model.image_shape
         network = build_trained(self.config, self.state.main.average(), accelerator.device)
-        denoiser = self.state.objective.denoiser(network, respacing=self.request.respacing)
+        conditioned = ConditionedNetwork(
+            objective=self.state.objective,
+            network=network,
+            model=self.config.model,
+            request=self.request,
+            device=accelerator.device,
+        )
         batches = self.request.batches
         share = batches[accelerator.process_index :: accelerator.num_processes]
         with WorkProgress(
@@ -49,26 +59,46 @@ class SampleGrids:
 
             def draw(numbers: range) -> Pixels:
                 enter("sample")
+                denoiser = conditioned.denoiser_of(numbers, seed=self.request.seed)
                 return self.request.draw(denoiser, numbers, shape=shape, on_step=on_step)
 
             images, stopped = map_over_ranks(batches, draw, what="the samples: cannot be drawn", stop=self.stop)
-        return None if stopped else grid(np.concatenate(images))
+        return None if stopped else picture_of(np.concatenate(images), classes_shown(self.config))
+
+
+def classes_shown(config: Config) -> int | None:
+    """Classes that have a row each in a grid: all, where there are as many images; None where there are no rows."""
+    classes = classes_of(config.model)
+    return classes if classes is not None and classes <= config.log.samples else None
+
+
+def picture_of(images: Pixels, rows: int | None) -> Pixels:
+    """A grid (H, W, 3) of (N, C, H, W) images; with rows, of which N is a multiple, image i is in row i modulo rows."""
+    if rows is None:
+        return grid(images)
+    return tile(rearrange(images, "(j k) c h w -> (k j) c h w", k=rows), columns=len(images) // rows)
 
 
 def plan_grid(config: Config, objective: Objective, ranks: int) -> tuple[SamplingRequest, int]:
     """What `log` asks for, in batches for so many ranks, and the steps that drawing an image takes.
 
-    Raises ConfigError where the sampler, its options or its timesteps cannot be.
+    Of a network that takes labels, classes in turn, as many images of each. Raises ConfigError where the sampler, its
+    options, its timesteps or the guidance cannot be.
     """
     log = config.log
+    count = log.samples - log.samples % (classes_shown(config) or 1)
     try:
+        classes = None if classes_of(config.model) is None else BALANCED
+        conditions = Conditions(classes=classes, guidance=log.samples_guidance)
+        conditions.check(config.model)
         request = SamplingRequest(
             sampler=log.samples_sampler,
             options={"eta": log.samples_eta} if log.samples_eta else {},
             respacing=log.samples_respacing,
-            count=log.samples,
+            conditions=conditions,
+            count=count,
             seed=config.seed,
-            batch=min(-(-log.samples // ranks), _LARGEST_BATCH),
+            batch=min(-(-count // ranks), _LARGEST_BATCH),
         )
         return request, objective.denoiser(nn.Identity(), respacing=request.respacing).diffusion.timesteps
     except RequestError as error:

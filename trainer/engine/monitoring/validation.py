@@ -1,5 +1,7 @@
 """The loss on held-out images, with the same noise every time: differences are due to the network alone."""
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,6 +26,14 @@ from trainer.telemetry.meters import quartile_of
 _BATCH = 16  # the same for all numbers of ranks: a network's rounding may depend on the batch size
 
 
+class Scores(NamedTuple):
+    """Of some images, in their order: quartiles of the noise levels, losses, labels where the network takes any."""
+
+    quartiles: list[int]
+    losses: list[float]
+    labels: list[int]
+
+
 class Validation:
     """Validates a state on `log.validate_images` of the held-out images, or all where there are fewer.
 
@@ -44,7 +54,8 @@ class Validation:
 
     def measure(self) -> dict[str, float] | None:
         """validation/loss of the raw weights and validation/ema_loss of the averaged ones: unweighted means over the
-        images; for both also ..._q1 to ..._q4: means over the images whose t is in each quarter of the noise levels.
+        images; for both also ..._q1 to ..._q4: means over the images whose t is in each quarter of the noise levels,
+        and, for a network that takes labels, ..._class_0, ...: means over the images of each class.
 
         Collective; the same on all ranks. None after a request to stop, which is checked between batches. Raises
         DataError on all of them where an image cannot be read.
@@ -54,7 +65,7 @@ class Validation:
         for name, whole in (("loss", self.state.main.weights), ("ema_loss", self.state.main.average)):
             network = build_trained(self.config, whole(), self.state.strategy.device)
 
-            def score(numbers: range, network: torch.nn.Module = network) -> tuple[list[int], list[float]]:
+            def score(numbers: range, network: torch.nn.Module = network) -> Scores:
                 enter("validate")
                 return self._score(network, self.ids[numbers.start : numbers.stop])
 
@@ -73,26 +84,30 @@ class Validation:
         )
 
     @torch.no_grad()
-    def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
-        """Quartile of the noise levels and loss of each image; damaged ones are left out by on_bad_sample = "skip"."""
+    def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> Scores:
+        """Damaged images are left out by on_bad_sample = "skip"."""
         skip = self.config.data.on_bad_sample == "skip"
         pixels, further, kept = read_images(self.dataset, ids.tolist(), skip_damaged=skip)
         if not kept:
-            return [], []
+            return Scores([], [], [])
         device = self.state.strategy.device
         cond = conditioning(as_tensors(stacked(further)), self.config, device)
         batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device), cond=cond)
         noise = KeyedNoise.validation(self.config.seed, batch.position)
         losses = self.objective.training_losses(network, batch, noise, times=self.objective.validation_times)
-        return quartile_of(losses.level).tolist(), losses.loss.tolist()
+        labels = cond["label"].tolist() if "label" in cond else []
+        return Scores(quartile_of(losses.level).tolist(), losses.loss.tolist(), labels)
 
-    def _means(self, name: str, parts: list[tuple[list[int], list[float]]]) -> dict[str, float]:
+    def _means(self, name: str, parts: list[Scores]) -> dict[str, float]:
         """Means, summed in float64 in the order of the images, independent of their distribution over ranks."""
-        quartile = np.array([quarter for some, _ in parts for quarter in some], dtype=np.int64)
-        losses = np.array([loss for _, some in parts for loss in some], dtype=np.float64)
+        quartile = np.array([quarter for part in parts for quarter in part.quartiles], dtype=np.int64)
+        losses = np.array([loss for part in parts for loss in part.losses], dtype=np.float64)
+        label = np.array([label for part in parts for label in part.labels], dtype=np.int64)
         if not len(losses):
             raise DataError("the held-out images: all are damaged, none is left to validate on", agreed=True)
         values = {f"validation/{name}": float(losses.mean())}
         for number in np.unique(quartile).tolist():
             values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
+        for number in np.unique(label).tolist():
+            values[f"validation/{name}_class_{number}"] = float(losses[label == number].mean())
         return values

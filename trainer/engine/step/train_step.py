@@ -5,12 +5,14 @@ from collections.abc import Iterator
 import torch
 
 from trainer.config import Config
+from trainer.config.backbones import class_conditional
 from trainer.data.datasets.dataset import SECOND_IMAGES
 from trainer.data.images import from_uint8
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.families import FAMILIES
 from trainer.diffusion.keyed_noise import Stream, keyed_flips, keyed_int
+from trainer.diffusion.label_drop import drop_labels
 from trainer.engine.processes.activity import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.phase_step import PhaseStep
@@ -20,16 +22,23 @@ from trainer.signals import StopRequest
 
 
 def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.device) -> Batch:
-    """Move a micro-batch of the loader to the device.
+    """Move a micro-batch of the loader to the device, for training.
 
     batch: "image" (B, C, H, W) uint8, "position" (B,) int64, and what `data.cond` names, of which captions stay behind.
     With `data.flip`, whether an image is flipped, its second images with it, is a function of the seed and its
-    position.
+    position; so is, with `model.label_drop`, whether its label is dropped.
     """
     position = batch["position"].to(device, non_blocking=True)
     flips = keyed_flips(config.seed, position)[:, None, None, None] if config.data.flip else None
     x = _image(batch["image"], device, flips)
-    return Batch(x=x, position=position, cond=conditioning(batch, config, device, flips))
+    cond = conditioning(batch, config, device, flips)
+    model = class_conditional(config.model)
+    if model is not None and model.null_label is not None:
+        kept = cond["label"]
+        cond["label"] = drop_labels(
+            kept, position, seed=config.seed, probability=model.label_drop, null=model.null_label
+        )
+    return Batch(x=x, position=position, cond=cond)
 
 
 def conditioning(

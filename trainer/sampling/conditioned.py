@@ -1,0 +1,101 @@
+"""A trained network with the classes and the guidance that a request asks for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config.backbones import ModelConfig, class_conditional, classes_of
+from trainer.diffusion.contract import Conditioning, Denoiser, Objective
+from trainer.sampling.conditions import UNIFORM, written
+from trainer.sampling.guidance import Guided, Thresholded, classifier_free
+from trainer.sampling.request import ReverseRequest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GuideNetwork:
+    """A network that guides another one; `fingerprint` is unique to its checkpoint."""
+
+    objective: Objective
+    network: nn.Module
+    model: ModelConfig
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConditionedNetwork:
+    """A network in eval mode, on the device, as a request has samples drawn from it.
+
+    request: its conditions must have passed their `check` with `model`; guide: the network of `conditions.guide`, where
+    that is set.
+    """
+
+    objective: Objective
+    network: nn.Module
+    model: ModelConfig
+    request: ReverseRequest
+    device: torch.device
+    guide: GuideNetwork | None = None
+
+    def denoiser_of(self, numbers: Sequence[int], *, seed: int) -> Denoiser:
+        """The denoiser for a batch of the samples with these numbers, of their classes, guided."""
+        conditions = self.request.conditions
+        labels = self.labels(numbers, seed=seed)
+        cond = {} if labels is None else {"label": labels}
+        how: dict[str, Any] = {"scale": conditions.guidance, "interval": conditions.guidance_interval}
+        denoiser: Denoiser
+        if conditions.guidance == 1:
+            denoiser = self.given(cond)
+        elif self.guide is not None:
+            given = {} if classes_of(self.guide.model) is None else cond
+            guide = self.guide.objective.denoiser(self.guide.network, given, respacing=self.request.respacing)
+            denoiser = Guided(self.given(cond), guide, **how)
+        else:
+            denoiser = classifier_free(self.given, cond, self._null(cond), **how)
+        if conditions.dynamic_threshold is not None:
+            denoiser = Thresholded(denoiser, conditions.dynamic_threshold)
+        return denoiser
+
+    def given(self, cond: Conditioning) -> Denoiser:
+        """The denoiser of the network itself for the conditioning of a batch, not guided."""
+        return self.objective.denoiser(self.network, cond, respacing=self.request.respacing)
+
+    def labels(self, numbers: Sequence[int], *, seed: int) -> torch.Tensor | None:
+        """The classes of the samples with these numbers, (B,) int64; None where the network takes none."""
+        classes = classes_of(self.model)
+        if classes is None:
+            return None
+        given = torch.tensor(list(numbers), device=self.device)
+        return self.request.conditions.labels(given, seed=seed, classes=classes)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What samples depend on besides weights and sampler; empty where there are neither classes nor guidance."""
+        guide = {} if self.guide is None else {"guide": self.guide.fingerprint}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in (self._asked | guide).items()}
+
+    @property
+    def description(self) -> str:
+        """For people, ", classes uniform, guidance 2"; empty as `identity` is."""
+        return "".join(f", {name.replace('_', ' ')} {written(value)}" for name, value in self._asked.items())
+
+    def cost(self) -> str | None:
+        """A line on the calls of networks that guidance takes; None without guidance."""
+        if self.request.conditions.guidance == 1:
+            return None
+        diffusion = self.given({}).diffusion
+        calls, steps = self.request.conditions.calls(diffusion), diffusion.timesteps
+        return f"guidance {self.request.conditions.guidance:g}: {calls:,} network calls a sample, {steps:,} without"
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        classes = {} if classes_of(self.model) is None else {"classes": UNIFORM}
+        return classes | self.request.conditions.asked
+
+    def _null(self, cond: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        labelled = class_conditional(self.model)
+        assert labelled is not None
+        assert labelled.null_label is not None
+        return {"label": torch.full_like(cond["label"], labelled.null_label)}

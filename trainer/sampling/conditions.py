@@ -1,0 +1,102 @@
+"""What samples are drawn of, and how strongly: their classes, and guidance."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config.backbones import ModelConfig, class_conditional, classes_of
+from trainer.diffusion.contract import ForwardProcess
+from trainer.diffusion.keyed_noise import Stream, keyed_choice
+from trainer.sampling.guidance import Interval, is_guided
+from trainer.sampling.request_error import RequestError
+
+UNIFORM, BALANCED = "uniform", "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """The classes of samples, and guidance; the defaults ask for neither.
+
+    classes: "uniform", each sample's class drawn by the seed and its number; "balanced", number modulo classes; or
+    classes as "3,5,7", which the samples take in turn; None: "uniform" where the network takes labels. guidance: the
+    scale s of trainer/sampling/guidance.py; 1 is without. guidance_interval: the noise levels (low, high] that it
+    applies to; None: all. dynamic_threshold: the quantile of `dynamic_threshold`; None: samplers clamp instead. guide:
+    the run, or the checkpoint of one, whose network guides; None: the null class does.
+
+    RequestError where one of them is not possible, or they do not go together.
+    """
+
+    classes: str | None = None
+    guidance: float = 1.0
+    guidance_interval: Interval | None = None
+    dynamic_threshold: float | None = None
+    guide: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.classes is not None and not re.fullmatch(rf"{UNIFORM}|{BALANCED}|\d+(,\d+)*", self.classes):
+            raise RequestError("classes", self.classes, f"should be {UNIFORM}, {BALANCED}, or classes such as 3,5,7")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise RequestError("guidance", self.guidance, "should be a number from 0; 1 is without guidance")
+        for name in ("guidance_interval", "guide"):
+            if getattr(self, name) is not None and self.guidance == 1:
+                raise RequestError(name, written(getattr(self, name)), "goes with a guidance other than 1")
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            low_high = written(self.guidance_interval)
+            raise RequestError("guidance_interval", low_high, "should be two noise levels from 0, the lower first")
+        if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold < 1:
+            raise RequestError("dynamic_threshold", self.dynamic_threshold, "should be a quantile, above 0 and below 1")
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise RequestError where a network of this section cannot be drawn from in this way."""
+        labelled, classes = class_conditional(model), classes_of(model)
+        if classes is None and self.classes is not None:
+            raise RequestError("classes", self.classes, "goes with a network that takes labels; this one takes none")
+        if classes is not None and self._listed and max(self._listed) >= classes:
+            raise RequestError("classes", self.classes, f"should be from 0 to {classes - 1}")
+        if self.guidance != 1 and self.guide is None and (labelled is None or labelled.null_label is None):
+            raise RequestError(
+                "guidance",
+                self.guidance,
+                "needs a null class, that is a network trained with model.label_drop above 0, or a guide",
+            )
+
+    def labels(self, numbers: Tensor, *, seed: int, classes: int) -> Tensor:
+        """The class of each sample, a function of its number and the seed: (B,) int64 -> (B,) int64 below `classes`."""
+        if self._listed:
+            return torch.tensor(self._listed, device=numbers.device)[numbers % len(self._listed)]
+        return numbers % classes if self.classes == BALANCED else keyed_choice(seed, Stream.CLASS, numbers, classes)
+
+    def calls(self, diffusion: ForwardProcess) -> int:
+        """How often the networks predict for one sample, over the timesteps of the process."""
+        twice = 0 if self.guidance in (0, 1) else int(is_guided(diffusion, self.guidance_interval).sum())
+        return diffusion.timesteps + twice
+
+    @property
+    def name_parts(self) -> list[str]:
+        """For names of files: what is asked for."""
+        asked = {name.replace("_", "-"): written(value) for name, value in self.asked.items() if name != "guide"}
+        guide = [] if self.guide is None else ["by", self.guide.name]
+        return ["-".join([name, value.replace(",", "-")]) for name, value in asked.items()] + guide
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, by name."""
+        return {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
+
+    @property
+    def _listed(self) -> list[int]:
+        if self.classes in (None, UNIFORM, BALANCED):
+            return []
+        return [int(label) for label in str(self.classes).split(",")]
+
+
+def written(value: Any) -> str:
+    """As it is written on a command line."""
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
