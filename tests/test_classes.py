@@ -32,6 +32,7 @@ from trainer.errors import ConfigError, ConversionError, DataError
 from trainer.interop.diffusers_settings import unet_settings
 from trainer.models.backbones import example_inputs
 from trainer.models.ddpm_unet import UNet
+from trainer.sampling.conditioned import check_drawable
 from trainer.sampling.conditions import Conditions
 from trainer.sampling.request import RequestError, SamplingRequest
 from trainer.telemetry.pictures import grid, tile
@@ -420,3 +421,20 @@ def test_a_conditional_run_is_judged_and_shown(run: Path) -> None:
     (made,) = (run / "evaluation").glob("progressive-*.json")
     about = json.loads(made.read_text())
     assert (about["classes"], about["guidance"]) == ("2", 2.0)
+
+
+def test_a_network_of_adm_drops_labels_and_is_drawn_from_by_classes(shards: Path, tmp_path: Path) -> None:
+    adm = overrides(model__kind="adm-unet", model__heads=2, log__samples_every="2 steps", log__samples=3)
+    short = overrides(train__duration="2 steps")
+    launch(1, "--config", str(write_config(tmp_path, shards)), *LABELLED, *adm, *short)
+    guided = drawn(tmp_path / "run", tmp_path / "guided", 1, "--classes", "2,0", "--guidance", "2", n=2)
+    assert labels_of(tmp_path / "guided") == [2, 0]
+    assert not np.array_equal(guided[0], guided[1])
+
+
+def test_what_more_than_classes_is_needed_for_is_not_drawn(shards: Path, tmp_path: Path) -> None:
+    upsampler = overrides(model__kind="adm-unet", model__heads=2, model__low_res_size=4)
+    config = load_config(write_config(tmp_path, shards), *upsampler[1::2], *CONDITIONAL)
+    with pytest.raises(ConfigError, match=r"^model.kind = adm-unet: it takes low_res, which samples cannot be given$"):
+        check_drawable(config.model)
+    check_drawable(load_config(tmp_path / "run.toml", *CONDITIONAL).model)

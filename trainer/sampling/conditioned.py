@@ -9,9 +9,20 @@ from torch import nn
 
 from trainer.config.backbones import ModelConfig, class_conditional, classes_of
 from trainer.diffusion.contract import Conditioning, Denoiser, Objective
+from trainer.errors import ConfigError
+from trainer.models.backbones import BACKBONES
 from trainer.sampling.conditions import UNIFORM, written
 from trainer.sampling.guidance import Guided, Thresholded, classifier_free
 from trainer.sampling.request import ReverseRequest
+
+
+def check_drawable(model: ModelConfig) -> None:
+    """Raise ConfigError where a network of this section takes more than a class, which samples cannot be given."""
+    given = {"label"} if classes_of(model) is not None else set[str]()
+    further = sorted(BACKBONES[model.kind].conditioning(model, 1).keys() - given)
+    if further:
+        takes = ", ".join(further)
+        raise ConfigError(f"model.kind = {model.kind}: it takes {takes}, which samples cannot be given", agreed=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

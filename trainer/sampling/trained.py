@@ -23,7 +23,7 @@ from trainer.engine.run_folder import RunFolder
 from trainer.errors import ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
-from trainer.sampling.conditioned import ConditionedNetwork
+from trainer.sampling.conditioned import ConditionedNetwork, check_drawable
 from trainer.sampling.guides import load_network, open_guide
 from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.signals import StopRequest
@@ -108,6 +108,7 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     config = folder.load_config()
     if reverse.variance is not None:
         config = _with_variance(config, reverse.variance)
+    check_drawable(config.model)
     try:
         reverse.conditions.check(config.model)
     except RequestError as error:

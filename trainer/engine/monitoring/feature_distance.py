@@ -16,7 +16,7 @@ from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
-from trainer.sampling.conditioned import ConditionedNetwork
+from trainer.sampling.conditioned import ConditionedNetwork, check_drawable
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.signals import StopRequest
 
@@ -35,7 +35,8 @@ class FeatureDistance:
     metric = "validation/feature_distance"
 
     def __init__(self, config: Config, data: TrainingData, state: TrainState, stop: StopRequest) -> None:
-        """Raises ConfigError where the network's packages are missing."""
+        """Raises ConfigError where the packages of the features' network are missing, and as `check_drawable`."""
+        check_drawable(config.model)
         self.config = config
         self.data = data
         self.state = state

@@ -13,7 +13,7 @@ from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import ConfigError
-from trainer.sampling.conditioned import ConditionedNetwork
+from trainer.sampling.conditioned import ConditionedNetwork, check_drawable
 from trainer.sampling.conditions import BALANCED, Conditions
 from trainer.sampling.request import RequestError, SamplingRequest
 from trainer.signals import StopRequest
@@ -26,7 +26,9 @@ class SampleGrids:
     """Draws `log.samples` images by `log.samples_sampler`, with the same noise every time."""
 
     def __init__(self, config: Config, state: TrainState, stop: StopRequest) -> None:
-        """Errors as `plan_grid`."""
+        """Errors as `plan_grid` and, where grids are drawn, `check_drawable`."""
+        if config.log.samples_every.count:
+            check_drawable(config.model)
         self.config = config
         self.state = state
         self.stop = stop
