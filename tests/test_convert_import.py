@@ -45,9 +45,9 @@ def largest_difference(run: Path, theirs: torch.nn.Module, side: int) -> float:
 @pytest.mark.parametrize(
     ("network", "form"),
     [
-        pytest.param(CIFAR10, old_names, id="cifar10-old-names"),
+        pytest.param(CIFAR10, old_names, id="cifar10-old-names", marks=pytest.mark.slow),
         pytest.param(CELEBA64, lambda tensors: as_convolutions(old_names(tensors)), id="celeba64-old-convolutions"),
-        pytest.param(LSUN256, dict, id="lsun256-new-names"),
+        pytest.param(LSUN256, dict, id="lsun256-new-names", marks=pytest.mark.slow),
     ],
 )
 def test_the_published_layout_gives_diffusers_output(
@@ -73,8 +73,8 @@ def test_the_published_layout_gives_diffusers_output(
     ("network", "prefix", "suffix"),
     [
         pytest.param(CIFAR10, "", "ckpt", id="cifar10"),
-        pytest.param(CELEBA64, "module.", "pth", id="celeba64-data-parallel"),
-        pytest.param(LSUN256, "", "safetensors", id="lsun256-safetensors"),
+        pytest.param(CELEBA64, "module.", "pth", id="celeba64-data-parallel", marks=pytest.mark.slow),
+        pytest.param(LSUN256, "", "safetensors", id="lsun256-safetensors", marks=pytest.mark.slow),
     ],
 )
 def test_the_authors_layout_gives_diffusers_output(

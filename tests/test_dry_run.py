@@ -24,7 +24,7 @@ def plan_of(config: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
     [
         ("cifar10", 35_746_307, None, None),
         ("lsun256", 113_673_219, 497.0, 1490.6),
-        ("lsun256_bedroom_large", 255_677_955, None, None),
+        pytest.param("lsun256_bedroom_large", 255_677_955, None, None, marks=pytest.mark.slow),
     ],
 )
 def test_the_papers_networks(name: str, parameters: int, forward: float | None, training: float | None) -> None:

@@ -154,7 +154,7 @@ def start_and_wait_for_step_4(processes: int, config: Path, run: Path) -> tuple[
     return job, job.children(recursive=True)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accelerate_launch_survives_kill_9_of_all_of_it(tmp_path: Path, dataset: Path, processes: int) -> None:
     """The README's command, every process of it killed in mid-run, then given again."""
     config, run = write_config(tmp_path, dataset), tmp_path / "run"
@@ -180,7 +180,9 @@ def test_accelerate_launch_survives_kill_9_of_all_of_it(tmp_path: Path, dataset:
 
 
 @pytest.mark.parametrize(
-    ("processes", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)], ids=str
+    ("processes", "number"),
+    [pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow), (2, signal.SIGKILL), (2, signal.SIGTERM)],
+    ids=str,
 )
 def test_when_the_launcher_ends_its_workers_save_and_end(
     tmp_path: Path, dataset: Path, processes: int, number: signal.Signals
@@ -195,7 +197,10 @@ def test_when_the_launcher_ends_its_workers_save_and_end(
     assert read_verified(checkpoint(run, stopped["step"]))[1]["step"] == stopped["step"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGUSR1, signal.SIGINT))],
+)
 def test_a_stop_signal_saves_and_ends(tmp_path: Path, dataset: Path, number: signal.Signals) -> None:
     config = write_config(tmp_path, dataset)
     never = overrides(train__duration="100k steps", checkpoint__every="100k steps")

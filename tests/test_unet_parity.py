@@ -115,7 +115,7 @@ def test_the_network_is_the_one_diffusers_builds(config: DDPMUNetConfig, dtype: 
 @pytest.mark.parametrize(
     ("config", "side"),
     [
-        pytest.param(CELEBA64, 32, id="celeba64"),
+        pytest.param(CELEBA64, 32, id="celeba64", marks=pytest.mark.slow),
         pytest.param(LSUN256, 64, id="lsun256"),
         pytest.param(CELEBA64, 64, id="celeba64-own-size", marks=pytest.mark.slow),
         pytest.param(LSUN256, 256, id="lsun256-own-size", marks=pytest.mark.slow),
@@ -138,7 +138,14 @@ def test_the_large_networks_are_too_at_full_width(config: DDPMUNetConfig, side: 
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-@pytest.mark.parametrize(("config", "side"), [(CIFAR10, 32), (CELEBA64, 32), (LSUN_LAYOUT, None)])
+@pytest.mark.parametrize(
+    ("config", "side"),
+    [
+        pytest.param(CIFAR10, 32, id="cifar10", marks=pytest.mark.slow),
+        pytest.param(CELEBA64, 32, id="celeba64", marks=pytest.mark.slow),
+        pytest.param(LSUN_LAYOUT, None, id="lsun"),
+    ],
+)
 def test_the_comparison_sees_one_wrong_setting(
     config: DDPMUNetConfig, side: int | None, wrong: dict[str, object]
 ) -> None:

@@ -1,6 +1,7 @@
 """One training step: from the loader's micro-batches through its phases to the verdict on them."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -90,11 +91,16 @@ class TrainStep:
         self._kept: list[tuple[torch.Tensor, Batch]] = []
 
     def warm_up(self) -> None:
-        """Called before the state is loaded: a forward and backward pass of each phase, over zeros, where the strategy
-        needs it.
-        """
+        """Called before the state is loaded: rehearses every phase where the strategy needs it."""
         for phase in self.phases:
-            phase.trained.warm_up(lambda: phase.rehearse(self._zeros()))  # noqa: B023  # called at once
+            phase.trained.warm_up(partial(self.rehearse, phase))
+
+    def rehearse(self, phase: PhaseStep) -> None:
+        """One forward and backward pass of a phase over zeros."""
+        with self.state.strategy.device:
+            x, _, cond = example_inputs(self.config.model, self.layout.micro_batch)
+            position = torch.zeros(len(x), dtype=torch.int64)
+        phase.rehearse(Batch(x=x.contiguous(memory_format=torch.channels_last), position=position, cond=cond))
 
     def backward(self, stream: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Gradients of the first phase; takes the global batch from the stream.
@@ -143,9 +149,3 @@ class TrainStep:
             enter("forward")
             seed_dropout(position, self.config)
             yield batch
-
-    def _zeros(self) -> Batch:
-        with self.state.strategy.device:
-            x, _, cond = example_inputs(self.config.model, self.layout.micro_batch)
-            position = torch.zeros(len(x), dtype=torch.int64)
-        return Batch(x=x.contiguous(memory_format=torch.channels_last), position=position, cond=cond)
