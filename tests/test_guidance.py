@@ -153,6 +153,18 @@ def test_the_wrong_ways_would_draw_something_else(at_mean: bool, power: float, m
     assert BY_ANCESTRAL(wrong)[0] == pytest.approx(mean, abs=1e-8)
 
 
+@pytest.mark.parametrize("variance", ["small", "large", "learned-range"])
+def test_the_variance_of_the_last_step_is_guided_diffusions(variance: ReverseVariance) -> None:
+    """At t = 0 the small one is 0, while its logarithm, like that of the large one, is beta~_1's."""
+    x, t = normal(1, 2, *SHAPE), torch.tensor([0, 3])
+    learned = variance == "learned-range"
+    step = ReverseProcess(lambda x, _: torch.cat((x, x), dim=1) if learned else x, WHOLE, variance=variance)(x, t)
+    expected = step.log_variance.exp()
+    assert (expected > 0).all()
+    torch.testing.assert_close(step.variance[1:], expected[1:])
+    torch.testing.assert_close(step.variance[:1], expected[:1] if variance != "small" else torch.zeros(1, *SHAPE))
+
+
 POSITIVE = normal_eps(1.0, 0.5)
 
 
