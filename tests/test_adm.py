@@ -238,7 +238,7 @@ def test_a_fresh_network_is_nothing_and_a_fresh_classifier_undecided() -> None:
         ({"attention_resolutions": [12]}, r"attention_resolutions: 12 should be a level's side, among \(32, 16\)"),
         ({"heads": 2}, "should have either heads or head_channels"),
         ({"head_channels": 48}, "head_channels = 48 should divide the 64 channels of a level with attention"),
-        ({"label_drop": 0.1}, "label_drop = 0.1 is for a network with classes"),
+        ({"label_drop": 0.1}, "label_drop = 0.1: goes with classes"),
         ({"low_res_size": 32}, "low_res_size = 32 should be less than image_size = 32"),
     ],
 )
@@ -268,7 +268,7 @@ def test_conditioning_is_what_the_section_says() -> None:
 
 def test_the_null_class_is_one_more_label() -> None:
     section = ADMUNetConfig.model_validate(CONDITIONAL | {"label_drop": 0.1})
-    assert (section.null_label, section.labels) == (10, 11)
+    assert (section.null_label, section.label_rows) == (10, 11)
     assert ADMUNetConfig.model_validate(CONDITIONAL).null_label is None
     network = unet(**CONDITIONAL, label_drop=0.1)
     network.load_state_dict(from_openai(golden_weights(network), network, source="golden"))

@@ -28,6 +28,33 @@ class ModelConfig(Section):
         return True
 
 
+class ClassConditionalConfig(ModelConfig):
+    """What the section of a backbone has that may be given the class of each image."""
+
+    classes: int | None = Field(default=None, gt=0, le=2**20)
+    """Number of classes: the network takes each image's label, from 0 to classes - 1, which data.cond = ["label"]
+    reads. Left out: it takes none."""
+    label_drop: float = Field(default=0.0, ge=0, lt=1)
+    """With classes: probability of the null class in place of an image's label in training, for classifier-free
+    guidance (0.1, Ho and Salimans 2022); with 0 there is no null class."""
+
+    @model_validator(mode="after")
+    def _drops_labels_that_there_are(self) -> Self:
+        if self.label_drop and self.classes is None:
+            raise ValueError(f"label_drop = {self.label_drop}: goes with classes; set classes, or leave it out")
+        return self
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of the null class; None where there is none."""
+        return self.classes if self.label_drop else None
+
+    @property
+    def label_rows(self) -> int:
+        """Number of labels with an embedding, the null class included; 0 where the network takes none."""
+        return 0 if self.classes is None else self.classes + (self.null_label is not None)
+
+
 class DDPMUNetConfig(ModelConfig):
     """The UNet of Ho et al. 2020, appendix B."""
 
@@ -129,33 +156,17 @@ class ADMConfig(ModelConfig):
         return self
 
 
-class ADMUNetConfig(ADMConfig):
+class ADMUNetConfig(ADMConfig, ClassConditionalConfig):
     """The UNet of Dhariwal and Nichol 2021 (docs/adm.md)."""
 
     kind: Literal["adm-unet"] = "adm-unet"
     """The backbone."""
-    classes: int | None = Field(default=None, gt=0, le=2**24)
-    """Classes that the network is told: as many as the dataset has; left out, it is told none."""
-    label_drop: float = Field(default=0.0, ge=0, lt=1)
-    """Probability with which a sample's class is replaced by the null class, `classes`, which is there only if this is
-    above 0."""
     low_res_size: int | None = Field(default=None, gt=0, le=16_384)
-    """Side of a smaller image of the same channels that the network upsamples; left out, there is none."""
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for no class, where there is one."""
-        return self.classes if self.label_drop > 0 else None
-
-    @property
-    def labels(self) -> int:
-        """Labels that the network distinguishes, the null class included."""
-        return (self.classes or 0) + (self.label_drop > 0)
+    """Side of a smaller image of the same channels that the network upsamples, which data.cond = ["low_res"] reads.
+    Left out: there is none."""
 
     @model_validator(mode="after")
-    def _conditioning_agrees(self) -> Self:
-        if self.label_drop > 0 and self.classes is None:
-            raise ValueError(f"label_drop = {self.label_drop:g} is for a network with classes")
+    def _upsamples(self) -> Self:
         if self.low_res_size is not None and self.low_res_size >= self.image_size:
             raise ValueError(f"low_res_size = {self.low_res_size} should be less than image_size = {self.image_size}")
         return self
