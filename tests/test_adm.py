@@ -230,16 +230,19 @@ def test_a_fresh_network_is_nothing_and_a_fresh_classifier_undecided() -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"image_size": 33}, "image_size = 33 should be a multiple of 2, for 2 levels"),
+        ({"image_size": 33}, "image_size = 33: must be a multiple of 2, since 2 levels halve it 1 times"),
         (
             {"channel_multipliers": [1, 0.3]},
-            "channel_multipliers: 0.3 times base_channels = 32 should be a multiple of",
+            r"channel_multipliers = \[1.0, 0.3\]: 0.3 times base_channels = 32 must be a multiple of",
         ),
-        ({"attention_resolutions": [12]}, r"attention_resolutions: 12 should be a level's side, among \(32, 16\)"),
+        (
+            {"attention_resolutions": [12]},
+            r"attention_resolutions = \[12\]: 12 is no level's side, must be among \(32, 16\)",
+        ),
         ({"heads": 2}, "should have either heads or head_channels"),
-        ({"head_channels": 48}, "head_channels = 48 should divide the 64 channels of a level with attention"),
+        ({"head_channels": 48}, "head_channels = 48: must divide the 64 channels of a level with attention"),
         ({"label_drop": 0.1}, "label_drop = 0.1: goes with classes"),
-        ({"low_res_size": 32}, "low_res_size = 32 should be less than image_size = 32"),
+        ({"low_res_size": 32}, "low_res_size = 32: must be less than image_size = 32"),
     ],
 )
 def test_an_impossible_network_is_refused_in_one_line(

@@ -182,18 +182,20 @@ class ADMConfig(ModelConfig):
         coarsest = 2 ** (len(levels) - 1)
         if self.image_size % coarsest:
             raise ValueError(
-                f"image_size = {self.image_size} should be a multiple of {coarsest}, for {len(levels)} levels"
+                f"image_size = {self.image_size}: must be a multiple of {coarsest}, since {len(levels)} levels halve "
+                f"it {len(levels) - 1} times"
             )
         for multiplier, (width, _) in zip(self.channel_multipliers, levels, strict=True):
             if not math.isclose(width, self.base_channels * multiplier) or width % self.norm_groups:
                 raise ValueError(
-                    f"channel_multipliers: {multiplier:g} times base_channels = {self.base_channels} should be a "
-                    f"multiple of norm_groups = {self.norm_groups}"
+                    f"channel_multipliers = {self.channel_multipliers}: {multiplier:g} times base_channels = "
+                    f"{self.base_channels} must be a multiple of norm_groups = {self.norm_groups}"
                 )
         for side in self.attention_resolutions:
             if side not in self.level_resolutions:
                 raise ValueError(
-                    f"attention_resolutions: {side} should be a level's side, among {self.level_resolutions}"
+                    f"attention_resolutions = {self.attention_resolutions}: {side} is no level's side, must be among "
+                    f"{self.level_resolutions}"
                 )
         if (self.heads is None) == (self.head_channels is None):
             raise ValueError("should have either heads or head_channels")
@@ -201,7 +203,7 @@ class ADMConfig(ModelConfig):
         attended = [width for width, side in levels if side in self.attention_resolutions]
         for width in [*attended, levels[-1][0]]:  # the middle always attends
             if part is not None and width % part:
-                raise ValueError(f"{name} = {part} should divide the {width} channels of a level with attention")
+                raise ValueError(f"{name} = {part}: must divide the {width} channels of a level with attention")
         return self
 
 
@@ -211,12 +213,13 @@ class ADMUNetConfig(ADMConfig, ClassConditionalConfig):
     kind: Literal["adm-unet"] = "adm-unet"
     """The backbone."""
     low_res_size: int | None = Field(default=None, gt=0, le=16_384)
-    """Side of a smaller image of the same channels that the network upsamples; left out, there is none."""
+    """Side of a smaller image of the same channels that the network upsamples, which data.cond = ["low_res"] reads.
+    Left out: there is none."""
 
     @model_validator(mode="after")
     def _upsamples(self) -> Self:
         if self.low_res_size is not None and self.low_res_size >= self.image_size:
-            raise ValueError(f"low_res_size = {self.low_res_size} should be less than image_size = {self.image_size}")
+            raise ValueError(f"low_res_size = {self.low_res_size}: must be less than image_size = {self.image_size}")
         return self
 
 

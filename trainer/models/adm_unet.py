@@ -141,7 +141,7 @@ class ADMUNet(ADMEncoder):
             raise ValueError(f"low_res: this network {'needs it' if self.upsamples else 'takes none'}")
         temb = self.temb(t, x.dtype)
         if self.label_embedding is not None:
-            temb = temb + self.label_embedding(label)
+            temb = temb + self.label_embedding(label).to(temb.dtype)
         if low_res is not None:
             x = torch.cat((x, F.interpolate(low_res, size=x.shape[2:], mode="bilinear")), dim=1)
         *skips, h = self.features(x, temb)
