@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from trainer.data.stream import batches
 from trainer.diffusion.ddpm import reverse
+from trainer.drawing import outputs, work
 from trainer.engine.checkpointing import async_save as saving
 from trainer.engine.checkpointing import checkpoints, sealed
 from trainer.engine.checkpointing import save_schedule as schedule
@@ -20,7 +21,6 @@ from trainer.engine.monitoring import validation
 from trainer.engine.processes import collectives as processes
 from trainer.engine.step import phase_step
 from trainer.engine.step import train_step as step
-from trainer.sampling import outputs, work
 
 POINTS: dict[str, tuple[Any, str]] = {
     "read": (batches, "collate"),  # once a micro-batch, in the loader process

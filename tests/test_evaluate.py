@@ -13,9 +13,9 @@ from PIL import Image
 from tests.faults import Fault
 from tests.harness import launch, load_config, overrides, write_config
 from trainer.diffusion.ddpm.likelihood import bits_per_dim
+from trainer.drawing.trained import TrainedRequest, open_trained
 from trainer.evaluation.images import open_images
 from trainer.sampling.request import ReverseRequest
-from trainer.sampling.trained import TrainedRequest, open_trained
 
 T = 20
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageFilter
 
 from tests.inception import write_random_inception
+from trainer.drawing.work import Work
 from trainer.errors import ConfigError
 from trainer.evaluation.feature_metrics import KernelMetric, ManifoldMetric, ScoreMetric
 from trainer.evaluation.feature_sets import FeatureSet
@@ -24,7 +25,6 @@ from trainer.features.inception import WEIGHTS_SHA256, Inception, download_weigh
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
 from trainer.sampling.request import batches_of
-from trainer.sampling.work import Work
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,15 @@ from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.ddpm.reverse import ReverseProcess
 from trainer.diffusion.ddpm.schedules import ScheduleName, make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.drawing import outputs
+from trainer.drawing.work import Work
 from trainer.engine.build import build_objective
 from trainer.engine.network.build import build_network
 from trainer.engine.processes.collectives import make_accelerator
-from trainer.sampling import outputs
 from trainer.sampling.ancestral import ancestral
 from trainer.sampling.ddim import ddim
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.sampling.steps import last_of
-from trainer.sampling.work import Work
 from trainer.telemetry.pictures import grid
 
 T = 20

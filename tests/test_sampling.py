@@ -18,6 +18,7 @@ from trainer.diffusion.ddpm.objective import GaussianObjective
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.drawing.trained import TrainedRequest
 from trainer.engine.build import build_objective
 from trainer.engine.monitoring.sample_grids import plan_grid
 from trainer.errors import ConfigError
@@ -25,7 +26,6 @@ from trainer.evaluation import bits_per_dim
 from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry
 from trainer.sampling.steps import last_of
-from trainer.sampling.trained import TrainedRequest
 from trainer.telemetry.pictures import grid
 
 SHAPE = (3, 4, 4)

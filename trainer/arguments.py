@@ -4,11 +4,11 @@ import argparse
 import math
 from pathlib import Path
 
+from trainer.drawing.condition_arguments import add_conditions, conditions
+from trainer.drawing.trained import TrainedRequest
 from trainer.engine.state.ema import power_name
 from trainer.errors import ConfigError, brief
-from trainer.sampling.condition_arguments import add_conditions, conditions
 from trainer.sampling.request import DEFAULT_SAMPLER, RequestError, ReverseRequest, SamplingRequest
-from trainer.sampling.trained import TrainedRequest
 
 WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of train.ema_sigma_rel = 0.1"
 _MOST_COUNTED = 10**8  # images; their batches are listed in memory

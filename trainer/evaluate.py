@@ -31,6 +31,8 @@ from dataclasses import replace
 import torch
 
 from trainer.arguments import add_trained, at_least_one, at_least_two, reverse_request, trained_request
+from trainer.drawing.condition_arguments import add_conditions, conditions
+from trainer.drawing.trained import Trained, open_trained
 from trainer.engine.processes.collectives import each_its_own
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
@@ -46,9 +48,7 @@ from trainer.evaluation.figures import (
     shared_latents,
 )
 from trainer.evaluation.images import load_files, open_images
-from trainer.sampling.condition_arguments import add_conditions, conditions
 from trainer.sampling.request import ReverseRequest
-from trainer.sampling.trained import Trained, open_trained
 
 
 def parse_arguments() -> argparse.Namespace:

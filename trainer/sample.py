@@ -16,8 +16,8 @@ import argparse
 from typing import get_args
 
 from trainer.arguments import add_sampler, add_trained, at_least_one, sampling_request, trained_request
-from trainer.sampling.draw import draw
-from trainer.sampling.outputs import OutputFormat
+from trainer.drawing.draw import draw
+from trainer.drawing.outputs import OutputFormat
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,11 +4,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from einops import rearrange
 
 from trainer.data.datasets.dataset import Dataset
 from trainer.errors import SampleError
+
+Pixels = npt.NDArray[np.uint8]
+"""Images as they are stored and shown: 0..255."""
 
 
 def from_uint8(pixels: torch.Tensor) -> torch.Tensor:

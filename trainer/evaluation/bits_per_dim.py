@@ -18,13 +18,13 @@ from torch.utils.tensorboard import SummaryWriter
 from trainer.config.backbones import classes_of
 from trainer.diffusion.ddpm.likelihood import BitsPerDim, Cdf, bits_per_dim, rate_distortion
 from trainer.diffusion.ddpm.reverse import ReverseProcess
+from trainer.drawing.trained import Trained, TrainedRequest, open_trained
+from trainer.drawing.work import Task, Work
 from trainer.engine.processes.collectives import each_its_own, together
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.images import RealImages, open_images
 from trainer.evaluation.plots import save_curves
 from trainer.sampling.request import ReverseRequest, batches_of
-from trainer.sampling.trained import Trained, TrainedRequest, open_trained
-from trainer.sampling.work import Task, Work
 
 _QUANTITIES = ("prior", "bits", "x0_mse", "eps_mse")
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from trainer.drawing.trained import Trained, TrainedRequest, open_trained
+from trainer.drawing.work import Task, Work
 from trainer.engine.processes.collectives import each_its_own, together
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.feature_metrics import FeatureMetric, Reference
@@ -21,8 +23,6 @@ from trainer.evaluation.references import ReferenceImages, ReferenceRequest, Ref
 from trainer.features.inception import Inception, download_weights, weights_path
 from trainer.features.networks import EfficientNetLite0, FeatureName, FeatureNetwork
 from trainer.sampling.request import SamplingRequest, batches_of
-from trainer.sampling.trained import Trained, TrainedRequest, open_trained
-from trainer.sampling.work import Task, Work
 from trainer.world import local_rank
 
 _REFERENCE_BATCH = 256  # real images per file of features

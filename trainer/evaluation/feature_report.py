@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.drawing.trained import Trained
 from trainer.evaluation.references import ReferenceImages, ReferenceStatistics
 from trainer.features.networks import Convention
 from trainer.sampling.request import SamplingRequest
-from trainer.sampling.trained import Trained
 from trainer.telemetry.environment import installed_version
 from trainer.telemetry.files import write_whole
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trainer.drawing.work import Task, Work
 from trainer.engine.processes.collectives import each_its_own, sum_over_ranks, together
 from trainer.errors import DataError
 from trainer.features.frechet import Gaussian, Moments
 from trainer.features.networks import FeatureNetwork, extract
-from trainer.sampling.work import Task, Work
 from trainer.signals import StopRequest
 from trainer.telemetry.files import write_whole
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.data.images import Pixels
+from trainer.drawing.trained import Trained
 from trainer.errors import ConfigError
 from trainer.sampling.request import ReverseRequest
-from trainer.sampling.trained import Trained
-from trainer.telemetry.pictures import Pixels, save_png
+from trainer.telemetry.pictures import save_png
 
 _LONGEST_PART = 48  # of a name's part; file systems allow 255 bytes for a name
 

@@ -15,9 +15,10 @@ import torch
 from einops import rearrange
 
 from data_prep.progress import WorkProgress
-from trainer.data.images import to_uint8
+from trainer.data.images import Pixels, to_uint8
 from trainer.diffusion.contract import SamplingStep
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.drawing.trained import Trained
 from trainer.engine.processes.collectives import together
 from trainer.engine.processes.division import map_over_ranks
 from trainer.errors import ConfigError
@@ -27,8 +28,7 @@ from trainer.sampling.ddim import ddim, ddim_invert
 from trainer.sampling.interpolation import interpolate
 from trainer.sampling.request import ReverseRequest
 from trainer.sampling.steps import last_of
-from trainer.sampling.trained import Trained
-from trainer.telemetry.pictures import Pixels, tile
+from trainer.telemetry.pictures import tile
 
 OnStep = Callable[[SamplingStep], object]
 Row = tuple[torch.Tensor, dict[str, Any]]  # (columns, C, H, W) in [-1, 1], and the JSON's entry for it

@@ -9,14 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.data.images import to_uint8
+from trainer.data.images import Pixels, to_uint8
 from trainer.diffusion.contract import Denoiser, SamplingStep
 from trainer.diffusion.keyed_noise import KeyedNoise
 from trainer.sampling.conditions import Conditions
 from trainer.sampling.request_error import RequestError
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry, find_sampler
 from trainer.sampling.steps import last_of
-from trainer.telemetry.pictures import Pixels
 
 DEFAULT_SAMPLER = "ddpm"
 

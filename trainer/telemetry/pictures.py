@@ -5,13 +5,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from einops import rearrange, repeat
 from PIL import Image
 
+from trainer.data.images import Pixels
 from trainer.telemetry.files import write_whole
-
-Pixels = npt.NDArray[np.uint8]
 
 
 def grid(images: Pixels, *, shortest_side: int = 256) -> Pixels:

@@ -7,6 +7,7 @@ from torch import nn
 from data_prep.progress import WorkProgress
 from trainer.config import Config
 from trainer.config.backbones import classes_of
+from trainer.data.images import Pixels
 from trainer.diffusion.contract import Objective
 from trainer.engine.build import build_trained
 from trainer.engine.processes.activity import enter
@@ -17,7 +18,7 @@ from trainer.sampling.conditioned import ConditionedNetwork, check_drawable
 from trainer.sampling.conditions import BALANCED, Conditions
 from trainer.sampling.request import RequestError, SamplingRequest
 from trainer.signals import StopRequest
-from trainer.telemetry.pictures import Pixels, grid, tile
+from trainer.telemetry.pictures import grid, tile
 
 _LARGEST_BATCH = 64
 

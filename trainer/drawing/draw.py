@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from trainer.sampling.outputs import OUTPUTS, Labels, OutputFormat
+from trainer.drawing.outputs import OUTPUTS, Labels, OutputFormat
+from trainer.drawing.trained import Trained, TrainedRequest, open_trained
+from trainer.drawing.work import Task, Work
 from trainer.sampling.request import DEFAULT_SAMPLER, SamplingRequest
-from trainer.sampling.trained import Trained, TrainedRequest, open_trained
-from trainer.sampling.work import Task, Work
 
 
 def draw(wanted: TrainedRequest, sampling: SamplingRequest, *, out: Path | None, output: OutputFormat) -> Path:

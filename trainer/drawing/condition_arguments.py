@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
+from trainer.drawing.trained import as_config_error
 from trainer.sampling.conditions import Conditions
 from trainer.sampling.guidance import Interval
 from trainer.sampling.request import RequestError
-from trainer.sampling.trained import as_config_error
 
 
 def interval(text: str) -> Interval:

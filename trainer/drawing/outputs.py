@@ -14,10 +14,11 @@ from numpy.lib import format as npy_format
 from PIL import Image
 from typing_extensions import override
 
+from trainer.data.images import Pixels
+from trainer.drawing.work import Work
 from trainer.engine.processes.collectives import together
-from trainer.sampling.work import Work
 from trainer.telemetry.files import write_whole
-from trainer.telemetry.pictures import Pixels, as_png, grid, save_png
+from trainer.telemetry.pictures import as_png, grid, save_png
 
 OutputFormat = Literal["folder", "npz", "tar"]
 SHARD_SAMPLES = 2048

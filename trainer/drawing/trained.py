@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from trainer.config import Config, DDPMConfig
+from trainer.data.images import Pixels
 from trainer.diffusion.contract import Denoiser
 from trainer.diffusion.ddpm.respacing import count_in_spec
+from trainer.drawing.guides import load_network, open_guide
 from trainer.engine.build import build_objective
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
@@ -24,10 +26,8 @@ from trainer.errors import ConfigError
 from trainer.launcher.parent import end_with_launcher
 from trainer.launcher.settle import without_effect
 from trainer.sampling.conditioned import ConditionedNetwork, check_drawable
-from trainer.sampling.guides import load_network, open_guide
 from trainer.sampling.request import RequestError, ReverseRequest, SamplingRequest
 from trainer.signals import StopRequest
-from trainer.telemetry.pictures import Pixels
 
 _PATIENCE = timedelta(days=7)  # a rank that has finished waits for others, which may take long
 

@@ -1,0 +1,1 @@
+"""A trained run: opened, and drawn from by all ranks, resumably."""
