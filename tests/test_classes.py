@@ -40,6 +40,10 @@ from trainer.telemetry.pictures import grid, tile
 CLASSES = 3
 LABELLED = overrides(model__classes=CLASSES, model__label_drop=0.3, data__cond='["label"]', model__dropout=0.0)
 CONDITIONAL = LABELLED[1::2]
+KINDS: dict[str, dict[str, object]] = {
+    "ddpm-unet": {},
+    "adm-unet": {"model__kind": "adm-unet", "model__heads": 2},
+}
 SMALL = unet_section(image_size=8, base_channels=32, channel_multipliers=[1], attention_resolutions=[])
 
 
@@ -89,9 +93,11 @@ def test_whether_a_label_is_dropped_is_a_function_of_seed_and_position() -> None
     assert abs(both - 0.01) < 0.006  # independent of each other
 
 
-def test_labels_are_dropped_in_training_alone(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_dropped_in_training_alone(shards: Path, tmp_path: Path, kind: str) -> None:
     """The batch of a training step, and of its replay, has null labels; what validation conditions on has none."""
-    config = load_config(write_config(tmp_path, shards), *CONDITIONAL)
+    network = overrides(**KINDS[kind])[1::2]
+    config = load_config(write_config(tmp_path, shards), *CONDITIONAL, *network)
     batch = {
         "image": torch.zeros(200, 3, 8, 8, dtype=torch.uint8),
         "position": torch.arange(200),
@@ -102,7 +108,7 @@ def test_labels_are_dropped_in_training_alone(shards: Path, tmp_path: Path) -> N
     assert torch.equal(trained.cond["label"], expected)
     assert 30 < (expected == CLASSES).sum() < 90
     assert torch.equal(conditioning(batch, config, torch.device("cpu"))["label"], batch["label"])
-    without = load_config(tmp_path / "run.toml", *CONDITIONAL, "model.label_drop=0.0")
+    without = load_config(tmp_path / "run.toml", *CONDITIONAL, *network, "model.label_drop=0.0")
     assert torch.equal(device_batch(batch, without, torch.device("cpu")).cond["label"], batch["label"])
 
 
@@ -170,12 +176,14 @@ def opened(tmp_path: Path, *paths: Path) -> None:
     open_training_data(config, index_folder=None)
 
 
-def test_a_network_that_takes_labels_must_be_given_them(shards: Path, tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path, shards), f"model.classes={CLASSES}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_takes_labels_must_be_given_them(shards: Path, tmp_path: Path, kind: str) -> None:
+    network = overrides(**KINDS[kind])[1::2]
+    config = load_config(write_config(tmp_path, shards), f"model.classes={CLASSES}", *network)
     with pytest.raises(ConfigError, match=r"^data.cond = \[\]: the network takes label; add it$"):
         build_network(config)
     with pytest.raises(ConfigError, match=r"label_drop = 0.1: goes with classes; set classes, or leave it out"):
-        load_config(tmp_path / "run.toml", "model.label_drop=0.1")
+        load_config(tmp_path / "run.toml", "model.label_drop=0.1", *network)
 
 
 def test_labels_that_are_too_large_or_missing_are_one_line(tmp_path: Path) -> None:
@@ -424,7 +432,7 @@ def test_a_conditional_run_is_judged_and_shown(run: Path) -> None:
 
 
 def test_a_network_of_adm_drops_labels_and_is_drawn_from_by_classes(shards: Path, tmp_path: Path) -> None:
-    adm = overrides(model__kind="adm-unet", model__heads=2, log__samples_every="2 steps", log__samples=3)
+    adm = overrides(**KINDS["adm-unet"], log__samples_every="2 steps", log__samples=3)
     short = overrides(train__duration="2 steps")
     launch(1, "--config", str(write_config(tmp_path, shards)), *LABELLED, *adm, *short)
     guided = drawn(tmp_path / "run", tmp_path / "guided", 1, "--classes", "2,0", "--guidance", "2", n=2)
@@ -433,7 +441,7 @@ def test_a_network_of_adm_drops_labels_and_is_drawn_from_by_classes(shards: Path
 
 
 def test_what_more_than_classes_is_needed_for_is_not_drawn(shards: Path, tmp_path: Path) -> None:
-    upsampler = overrides(model__kind="adm-unet", model__heads=2, model__low_res_size=4)
+    upsampler = overrides(**KINDS["adm-unet"], model__low_res_size=4)
     config = load_config(write_config(tmp_path, shards), *upsampler[1::2], *CONDITIONAL)
     with pytest.raises(ConfigError, match=r"^model.kind = adm-unet: it takes low_res, which samples cannot be given$"):
         check_drawable(config.model)

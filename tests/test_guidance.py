@@ -300,18 +300,16 @@ def test_every_sampler_takes_every_guidance(sampler: str) -> None:
         Thresholded(free, 0.9),
         ClassifierGuided(Thresholded(free, 0.9), classifier, LABEL["label"], scale=0.1),
     ]
-    run = SamplingRequest(sampler=sampler, count=2, seed=0, batch=2).make_sampler()
+    run = SamplingRequest(sampler=sampler, count=2, seed=0, batch=2).chain
     noise = KeyedNoise.sampling(3, torch.arange(2))
-    plain = last_of(run(own, X, noise=noise))
+    plain = last_of(run(own, X, noise))
     for denoiser in (kinds[0], *kinds[2:]):
-        drawn = last_of(run(denoiser, X, noise=noise))
+        drawn = last_of(run(denoiser, X, noise))
         assert drawn.isfinite().all()
         assert (drawn - plain).abs().max() > 1e-3
     for denoiser in kinds[:3]:
-        assert last_of(run(denoiser, X, noise=noise)).abs().max() <= 1 + 1e-5
-    torch.testing.assert_close(
-        last_of(run(kinds[1], X, noise=noise)), plain
-    )  # a guide that is the same changes nothing
+        assert last_of(run(denoiser, X, noise)).abs().max() <= 1 + 1e-5
+    torch.testing.assert_close(last_of(run(kinds[1], X, noise)), plain)  # a guide that is the same changes nothing
 
 
 def test_autoguidance_extrapolates_from_the_weaker_network() -> None:
