@@ -44,7 +44,7 @@ def test_sizes_end_where_the_device_is_out_of_memory(config_path: Path, monkeypa
 
 def test_a_network_that_takes_classes_is_given_some(config_path: Path) -> None:
     config = load_config(config_path, "model.classes=3", "model.label_drop=0.5", 'data.cond=["label"]')
-    assert [found.micro_batch for found in find_batch(config)] == [1, 2, 4]
+    assert [found.micro_batch for found in find_batch(config)] == [1, 2, 4, 8]
 
 
 def test_on_a_cpu_a_size_that_would_not_fit_is_not_tried(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
