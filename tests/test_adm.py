@@ -328,6 +328,7 @@ def test_it_runs_in_bfloat16(random_network: Random) -> None:
     assert (rounded - exact).abs().mean() < 0.05 * exact.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("random_network", ["upsampler"], indirect=True)
 def test_it_traces_into_one_graph(random_network: Random) -> None:
     network, (x, t), cond = random_network
@@ -405,7 +406,7 @@ def test_an_upsampler_that_is_told_classes_resumes_to_the_bit(upsampler: Path) -
 @pytest.mark.parametrize(
     "legs",
     [
-        [(2, "zero3"), (1, "ddp")],
+        pytest.param([(2, "zero3"), (1, "ddp")], marks=pytest.mark.slow),
         pytest.param([(2, "fsdp2"), (2, "zero1"), (2, "zero3")], marks=pytest.mark.slow),
     ],
     ids=["zero3-ddp", "fsdp2-zero1-zero3"],

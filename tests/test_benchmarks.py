@@ -126,6 +126,7 @@ def kill_the_benchmark(told: Path) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_contenders_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     code = (

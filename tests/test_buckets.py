@@ -37,7 +37,10 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["s3", "gs", "hf"])
+OTHERS = [pytest.param(other, marks=pytest.mark.slow) for other in ("gs", "hf")]
+
+
+@pytest.fixture(scope="module", params=["s3", *OTHERS])
 def bucket(request: pytest.FixtureRequest, content: Path) -> Iterator[Bucket]:
     if request.param == "hf":
         with serving_hub(content) as endpoint:

@@ -96,7 +96,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize("kind", ["norm and swish", "residual block"])
+@pytest.mark.parametrize("kind", [pytest.param("norm and swish", marks=pytest.mark.slow), "residual block"])
 def test_compiled_gradients_are_as_near_to_float64_as_uncompiled_ones(kind: str, precision: str, device: str) -> None:
     """At the sizes where they have been wrong before: 32 groups, 128 channels, channels_last, bfloat16."""
     torch.manual_seed(0)

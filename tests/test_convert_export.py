@@ -105,7 +105,7 @@ def test_the_ddpm_pipeline_draws_our_images_from_our_noise(
     assert (ours.abs() < 0.99).float().mean() > 0.2  # the clamp at the end hides little
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "cosine"])
 def test_the_ddim_pipeline_draws_equation_12_of_its_paper(
     schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,9 +151,9 @@ def job(command: list[str], run: Path) -> Iterator[tuple[subprocess.Popen[str], 
 @pytest.mark.parametrize(
     ("number", "start_method"),
     [
-        (signal.SIGUSR1, "fork"),
-        (signal.SIGTERM, "spawn"),
-        pytest.param(signal.SIGTERM, "fork", marks=pytest.mark.slow),
+        (signal.SIGTERM, "fork"),
+        pytest.param(signal.SIGTERM, "spawn", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "fork", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, "spawn", marks=pytest.mark.slow),
     ],
 )

@@ -38,6 +38,7 @@ def peak(path: Path, kind: str) -> int:
     return peak_of(with_kind(path, kind), BATCH)
 
 
+@pytest.mark.slow
 def test_no_more_is_recomputed_than_the_budget_asks_for(config_path: Path) -> None:
     nothing, some, all_of_it = (peak(config_path, kind) for kind in ("none", "selective", "full"))
     assert nothing > some > all_of_it
@@ -68,6 +69,7 @@ def test_a_dry_run_tells_how_many(config_path: Path) -> None:
     assert f"all but what takes time of {some} blocks" in as_text(plan)
 
 
+@pytest.mark.slow
 def test_the_search_for_a_micro_batch_ends_where_the_budget_does(config_path: Path) -> None:
     """Each size has what it needs recomputed; the global batch of 8 would not fit even so."""
     budget = peak_of(with_kind(config_path, "full"), 4)

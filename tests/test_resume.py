@@ -181,7 +181,11 @@ def test_accelerate_launch_survives_kill_9_of_all_of_it(tmp_path: Path, dataset:
 
 @pytest.mark.parametrize(
     ("processes", "number"),
-    [pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow), (2, signal.SIGKILL), (2, signal.SIGTERM)],
+    [
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        (2, signal.SIGKILL),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_when_the_launcher_ends_its_workers_save_and_end(

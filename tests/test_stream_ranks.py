@@ -21,9 +21,9 @@ def assert_the_order(processes: int, config: Path, *ways: str) -> None:
 @pytest.mark.parametrize(
     ("processes", "ways"),
     [
-        (1, ["global:fork:2", "windowed:fork:0", "lanes:spawn:2"]),
+        pytest.param(1, ["global:fork:2", "windowed:fork:0", "lanes:spawn:2"], marks=pytest.mark.slow),
         (2, ["global:fork:0", "windowed:spawn:1", "lanes:fork:2"]),
-        (4, ["global:fork:0", "windowed:fork:2", "lanes:fork:0"]),
+        pytest.param(4, ["global:fork:0", "windowed:fork:2", "lanes:fork:0"], marks=pytest.mark.slow),
     ],
 )
 def test_the_stream_is_the_same_under_torchrun(config_path: Path, processes: int, ways: list[str]) -> None:
