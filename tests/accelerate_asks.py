@@ -7,7 +7,7 @@ from trainer.launcher.settle import settle
 
 NOTHING = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "False"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
-FSDP = {  # what accelerate launch --use_fsdp passes on when told nothing else
+FSDP = {  # what accelerate launch --use_fsdp passes on by default
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "1",
     "FSDP_SHARDING_STRATEGY": "FULL_SHARD",

@@ -237,7 +237,7 @@ def test_a_fresh_network_is_nothing_and_a_fresh_classifier_undecided() -> None:
         ),
         (
             {"attention_resolutions": [12]},
-            r"attention_resolutions = \[12\]: 12 is no level's side, must be among \(32, 16\)",
+            r"attention_resolutions = \[12\]: 12 is no level's side, must be among \[32, 16\]",
         ),
         ({"heads": 2}, "should have either heads or head_channels"),
         ({"head_channels": 48}, "head_channels = 48: must divide the 64 channels of a level with attention"),
@@ -368,7 +368,7 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(kind: str, monkey
 
 @pytest.fixture(scope="module")
 def upsampler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with samples of a class and a smaller image, and `whole`, a run of an upsampler that is told classes."""
+    """A folder with samples of a class and a smaller image, and `whole`, a run of an upsampler that takes classes."""
     folder = tmp_path_factory.mktemp("upsampler")
     (folder / "data").mkdir()
     with wds.TarWriter(str(folder / "data" / "0.tar")) as writer:
@@ -395,7 +395,7 @@ def train_upsampler(folder: Path, name: str, *legs: tuple[int, str]) -> None:
         launch(ranks, "--config", str(config), *fields, *until)
 
 
-def test_an_upsampler_that_is_told_classes_resumes_to_the_bit(upsampler: Path) -> None:
+def test_an_upsampler_that_takes_classes_resumes_to_the_bit(upsampler: Path) -> None:
     train_upsampler(upsampler, "resumed", (1, "ddp"), (1, "ddp"))
     assert_same_state(upsampler / "whole", upsampler / "resumed", 6)
     tensors = tensors_of(upsampler / "whole", 6)

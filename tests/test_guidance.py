@@ -386,7 +386,7 @@ def test_a_classifier_moves_the_clipped_prediction_and_is_not_clipped_again() ->
     assert torch.equal(clipped.log_variance, before.log_variance)
 
 
-def test_the_classifier_is_told_the_timestep_that_it_was_trained_with() -> None:
+def test_the_classifier_gets_the_timestep_that_it_was_trained_with() -> None:
     told: list[int] = []
 
     def classifier(x: Tensor, t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The sections [model]: one class for each backbone, chosen by `kind`."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from typing_extensions import override
@@ -29,7 +29,7 @@ class ModelConfig(Section):
 
     @property
     def drops(self) -> bool:
-        """Whether the network may draw random numbers in training, as dropout does; overridden where it can be told."""
+        """Whether the network draws random numbers in training, as dropout does: True where the section cannot say."""
         return True
 
 
@@ -71,14 +71,12 @@ def classes_of(model: ModelConfig) -> int | None:
     return labelled.classes if labelled is not None else None
 
 
-class DDPMUNetConfig(ClassConditionalConfig):
-    """The UNet of Ho et al. 2020, appendix B."""
+class LevelsConfig(ModelConfig):
+    """What networks of resolution levels, each of half the side of the one before, have in common."""
 
-    kind: Literal["ddpm-unet"] = "ddpm-unet"
-    """The backbone."""
     base_channels: int = Field(gt=0, le=65_536)
     """Channels at full resolution."""
-    channel_multipliers: list[Annotated[int, Field(gt=0, le=1024)]] = Field(min_length=1, max_length=16)
+    channel_multipliers: list[Any]
     """Channels of each resolution level as a multiple of base_channels; each level halves the side."""
     blocks_per_level: int = Field(default=2, gt=0, le=64)
     """Residual blocks a level going down (one more going up)."""
@@ -90,14 +88,7 @@ class DDPMUNetConfig(ClassConditionalConfig):
     """Groups of every GroupNorm."""
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.base_channels < 4 or self.base_channels % 2:
-            raise ValueError(
-                f"base_channels = {self.base_channels}: must be even and at least 4, for sines and cosines"
-            )
-        for width in self.level_channels:
-            if width % self.norm_groups:
-                raise ValueError(f"norm_groups = {self.norm_groups}: must divide every level's channels, here {width}")
+    def _levels_are_there(self) -> Self:
         levels = len(self.channel_multipliers)
         if self.image_size % 2 ** (levels - 1):
             raise ValueError(
@@ -113,11 +104,6 @@ class DDPMUNetConfig(ClassConditionalConfig):
         return self
 
     @property
-    def level_channels(self) -> list[int]:
-        """Channels of each level, finest first."""
-        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
-
-    @property
     def level_resolutions(self) -> list[int]:
         """Side in pixels of each level, finest first."""
         return [self.image_size // 2**level for level in range(len(self.channel_multipliers))]
@@ -128,7 +114,32 @@ class DDPMUNetConfig(ClassConditionalConfig):
         return self.dropout > 0
 
 
-class ADMConfig(ModelConfig):
+class DDPMUNetConfig(LevelsConfig, ClassConditionalConfig):
+    """The UNet of Ho et al. 2020, appendix B."""
+
+    kind: Literal["ddpm-unet"] = "ddpm-unet"
+    """The backbone."""
+    channel_multipliers: list[Annotated[int, Field(gt=0, le=1024)]] = Field(min_length=1, max_length=16)
+    """Channels of each resolution level as a multiple of base_channels; each level halves the side."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.base_channels < 4 or self.base_channels % 2:
+            raise ValueError(
+                f"base_channels = {self.base_channels}: must be even and at least 4, for sines and cosines"
+            )
+        for width in self.level_channels:
+            if width % self.norm_groups:
+                raise ValueError(f"norm_groups = {self.norm_groups}: must divide every level's channels, here {width}")
+        return self
+
+    @property
+    def level_channels(self) -> list[int]:
+        """Channels of each level, finest first."""
+        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
+
+
+class ADMConfig(LevelsConfig):
     """What the networks of Dhariwal and Nichol 2021 have in common."""
 
     base_channels: int = Field(gt=0, le=65_536, multiple_of=2)
@@ -136,10 +147,6 @@ class ADMConfig(ModelConfig):
     channel_multipliers: list[Annotated[float, Field(gt=0, le=1024)]] = Field(min_length=1, max_length=16)
     """Channels of each resolution level as a multiple of base_channels, perhaps a fraction; each level halves the
     side."""
-    blocks_per_level: int = Field(default=2, gt=0, le=64)
-    """Residual blocks a level going down (one more going up)."""
-    attention_resolutions: list[Annotated[int, Field(le=16_384)]] = Field(max_length=16)
-    """Sides, in pixels, of the levels whose blocks are followed by self-attention."""
     heads: int | None = Field(default=None, gt=0, le=65_536)
     """Heads of every attention, of whatever width; either this or head_channels."""
     head_channels: int | None = Field(default=None, gt=0, le=65_536)
@@ -149,25 +156,11 @@ class ADMConfig(ModelConfig):
     kinds. Either trains the same network."""
     resblock_updown: bool = True
     """Residual blocks lead from level to level; otherwise a convolution does."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability inside residual blocks."""
-    norm_groups: int = Field(default=32, gt=0, le=65_536)
-    """Groups of every GroupNorm."""
 
     @property
-    @override
-    def drops(self) -> bool:
-        return self.dropout > 0
-
-    @property
-    def level_channels(self) -> tuple[int, ...]:
+    def level_channels(self) -> list[int]:
         """Channels of each level, finest first."""
-        return tuple(round(self.base_channels * multiplier) for multiplier in self.channel_multipliers)
-
-    @property
-    def level_resolutions(self) -> tuple[int, ...]:
-        """Side in pixels of each level, finest first."""
-        return tuple(self.image_size // 2**level for level in range(len(self.channel_multipliers)))
+        return [round(self.base_channels * multiplier) for multiplier in self.channel_multipliers]
 
     def heads_of(self, channels: int) -> int:
         """The number of heads of an attention over so many channels."""
@@ -179,23 +172,11 @@ class ADMConfig(ModelConfig):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         levels = list(zip(self.level_channels, self.level_resolutions, strict=True))
-        coarsest = 2 ** (len(levels) - 1)
-        if self.image_size % coarsest:
-            raise ValueError(
-                f"image_size = {self.image_size}: must be a multiple of {coarsest}, since {len(levels)} levels halve "
-                f"it {len(levels) - 1} times"
-            )
         for multiplier, (width, _) in zip(self.channel_multipliers, levels, strict=True):
             if not math.isclose(width, self.base_channels * multiplier) or width % self.norm_groups:
                 raise ValueError(
                     f"channel_multipliers = {self.channel_multipliers}: {multiplier:g} times base_channels = "
                     f"{self.base_channels} must be a multiple of norm_groups = {self.norm_groups}"
-                )
-        for side in self.attention_resolutions:
-            if side not in self.level_resolutions:
-                raise ValueError(
-                    f"attention_resolutions = {self.attention_resolutions}: {side} is no level's side, must be among "
-                    f"{self.level_resolutions}"
                 )
         if (self.heads is None) == (self.head_channels is None):
             raise ValueError("should have either heads or head_channels")

@@ -56,7 +56,7 @@ def ddim(
 def ddim_invert(denoiser: Denoiser, x0: Tensor, *, refinements: int = 1) -> Iterator[SamplingStep]:
     """Song, Meng and Ermon 2021, section 5.4: from an image to the latent that `ddim` with eta = 0 takes back to it.
 
-    It runs the ODE (equation 14) the other way, t = 0 to T-1, with nothing clipped: `ddim` must be told clip=False.
+    It runs the ODE (equation 14) the other way, t = 0 to T-1, with nothing clipped: `ddim` goes back with clip=False.
     Each step needs eps(x_t, t) before it has x_t, and takes eps(x_{t-1}, t). Each of the `refinements` calls the
     network once more, at the x_t found: in the limit a step is the exact inverse of ddim's (a fixed point). Over 1000
     steps an image comes back to some 5e-3 with none, as in the paper, and to 1e-4 with one.

@@ -91,7 +91,7 @@ class GaussianDiffusion:
         return GaussianDiffusion(betas, original.cpu()[steps]).to(original.device)
 
     def original_t(self, t: Tensor) -> Tensor:
-        """The timestep that the network must be told: (B,) int64 -> (B,) int64. It is t itself in a whole chain."""
+        """The timestep that the network takes: (B,) int64 -> (B,) int64. It is t itself in a whole chain."""
         return self.original_timesteps[t]
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
