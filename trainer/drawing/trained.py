@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.config import Config, DDPMConfig
 from trainer.data.images import Pixels
-from trainer.diffusion.contract import Denoiser
+from trainer.diffusion.contract import Denoiser, Objective
 from trainer.diffusion.ddpm.respacing import count_in_spec
 from trainer.drawing.guides import load_network, open_guide
 from trainer.engine.build import build_objective
@@ -45,7 +45,7 @@ class TrainedRequest:
 class Trained:
     """The result of `open_trained`. `fingerprint` is unique to the checkpoint; `timesteps` is T of the process that was
     trained, of which the denoiser may visit fewer; `conditioned` gives the denoiser of a batch, with its classes and
-    guidance, and `denoiser` is without either; `stop` is checked after each batch.
+    guidance; `stop` is checked after each batch.
     """
 
     config: Config
@@ -56,7 +56,6 @@ class Trained:
     weights: str
     accelerator: Accelerator
     timesteps: int
-    denoiser: Denoiser
     conditioned: ConditionedNetwork
     stop: StopRequest
 
@@ -79,6 +78,11 @@ class Trained:
         """Which variance the reverse process has; None for families without that choice."""
         diffusion = self.config.diffusion
         return diffusion.variance if isinstance(diffusion, DDPMConfig) else None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network's, without classes and guidance."""
+        return self.conditioned.given({})
 
     @property
     def device(self) -> torch.device:
@@ -118,20 +122,7 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     if remark is not None and accelerator.is_main_process:
         print(remark, file=sys.stderr, flush=True)
     objective = build_objective(config, accelerator.device)
-    try:  # before the weights are read, which may take long
-        timesteps, steps = (
-            objective.denoiser(nn.Identity(), respacing=visited).diffusion.timesteps
-            for visited in ("all", reverse.respacing)
-        )
-    except ValueError as error:
-        raise ConfigError(f"--respacing: {error}") from error
-    asked = count_in_spec(timesteps, reverse.respacing)
-    if steps < asked and accelerator.is_main_process:
-        print(
-            f"--respacing {reverse.respacing}: {steps} steps, for {asked - steps} of {asked} fall on a timestep that "
-            "is visited already",
-            file=sys.stderr,
-        )
+    timesteps = _timesteps(objective, reverse.respacing, accelerator)  # before weights are read, which may take long
     checkpoints = Checkpoints(folder.checkpoints, accelerator)
     path = checkpoints.choose(request.checkpoint)
     network, step = each_its_own(
@@ -149,7 +140,6 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
         weights=request.weights,
         accelerator=accelerator,
         timesteps=timesteps,
-        denoiser=objective.denoiser(network, respacing=reverse.respacing),
         conditioned=ConditionedNetwork(
             objective=objective,
             network=network,
@@ -160,6 +150,24 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
         ),
         stop=stop,
     )
+
+
+def _timesteps(objective: Objective, respacing: str, accelerator: Accelerator) -> int:
+    """T of the whole process; ConfigError where the respacing cannot be. Reports visiting fewer than are asked for."""
+    try:
+        timesteps, steps = (
+            objective.denoiser(nn.Identity(), respacing=visited).diffusion.timesteps for visited in ("all", respacing)
+        )
+    except ValueError as error:
+        raise ConfigError(f"--respacing: {error}") from error
+    asked = count_in_spec(timesteps, respacing)
+    if steps < asked and accelerator.is_main_process:
+        print(
+            f"--respacing {respacing}: {steps} steps, for {asked - steps} of {asked} fall on a timestep that "
+            "is visited already",
+            file=sys.stderr,
+        )
+    return timesteps
 
 
 def as_config_error(error: RequestError) -> ConfigError:

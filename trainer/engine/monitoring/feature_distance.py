@@ -9,14 +9,14 @@ from trainer.config import Config
 from trainer.data.images import read_images
 from trainer.data.orders.order import sample_ids
 from trainer.data.training_data import TrainingData
-from trainer.engine.build import build_trained
+from trainer.engine.monitoring.averaged_network import averaged_network
 from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import DataError
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
-from trainer.sampling.conditioned import ConditionedNetwork, check_drawable
+from trainer.sampling.conditioned import check_drawable
 from trainer.sampling.request import SamplingRequest, batches_of
 from trainer.signals import StopRequest
 
@@ -78,14 +78,7 @@ class FeatureDistance:
     def _sample_features(self) -> torch.Tensor | None:
         """(N, D), on every rank; None after a request to stop."""
         strategy, shape = self.state.strategy, self.config.model.image_shape
-        network = build_trained(self.config, self.state.main.average(), strategy.device)
-        conditioned = ConditionedNetwork(
-            objective=self.state.objective,
-            network=network,
-            model=self.config.model,
-            request=self.request,
-            device=strategy.device,
-        )
+        network = averaged_network(self.config, self.state, self.request)
         started = time.monotonic()
 
         def on_step(_: int) -> None:
@@ -95,7 +88,7 @@ class FeatureDistance:
         def draw(numbers: range) -> tuple[torch.Tensor, float, float]:
             """Features of the samples, the seconds that they took, and those since the start."""
             begun = time.monotonic()
-            denoiser = conditioned.denoiser_of(numbers, seed=self.request.seed)
+            denoiser = network.denoiser_of(numbers, seed=self.request.seed)
             pixels = self.request.draw(denoiser, numbers, shape=shape, on_step=on_step)
             features = self._features(torch.from_numpy(pixels))
             now = time.monotonic()

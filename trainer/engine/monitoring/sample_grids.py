@@ -9,12 +9,12 @@ from trainer.config import Config
 from trainer.config.backbones import classes_of
 from trainer.data.images import Pixels
 from trainer.diffusion.contract import Objective
-from trainer.engine.build import build_trained
+from trainer.engine.monitoring.averaged_network import averaged_network
 from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
 from trainer.engine.state.train_state import TrainState
 from trainer.errors import ConfigError
-from trainer.sampling.conditioned import ConditionedNetwork, check_drawable
+from trainer.sampling.conditioned import check_drawable
 from trainer.sampling.conditions import BALANCED, Conditions
 from trainer.sampling.request import RequestError, SamplingRequest
 from trainer.signals import StopRequest
@@ -38,14 +38,7 @@ class SampleGrids:
     def draw(self, step: int) -> Pixels | None:
         """The picture, (H, W, 3); the ranks divide its images. Collective; None after a request to stop."""
         accelerator, shape = self.state.strategy.accelerator, self.config.model.image_shape
-        network = build_trained(self.config, self.state.main.average(), accelerator.device)
-        conditioned = ConditionedNetwork(
-            objective=self.state.objective,
-            network=network,
-            model=self.config.model,
-            request=self.request,
-            device=accelerator.device,
-        )
+        network = averaged_network(self.config, self.state, self.request)
         batches = self.request.batches
         share = batches[accelerator.process_index :: accelerator.num_processes]
         with WorkProgress(
@@ -62,7 +55,7 @@ class SampleGrids:
 
             def draw(numbers: range) -> Pixels:
                 enter("sample")
-                denoiser = conditioned.denoiser_of(numbers, seed=self.request.seed)
+                denoiser = network.denoiser_of(numbers, seed=self.request.seed)
                 return self.request.draw(denoiser, numbers, shape=shape, on_step=on_step)
 
             images, stopped = map_over_ranks(batches, draw, what="the samples: cannot be drawn", stop=self.stop)
