@@ -18,9 +18,16 @@ from tests.data_prep_harness import (
 )
 from tests.harness import make_dataset, write_config
 from tests.server import FaultyServer, serving
+from trainer.engine.processes import collectives
 
-# Tests share the cores with each other: threads that wait for one another on busy cores take ten times as long.
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests share the cores with each other: threads that wait for one another on busy cores take ten times as long."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(collectives, "set_threads", lambda: None)  # it would take all cores for this process
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,10 +1,11 @@
-"""What the tests of the stream share: images in tars, mixtures, damage, and streaming under torchrun."""
+"""What the tests of the stream share: images in tars, mixtures, damage, and streaming by several ranks."""
 
 import io
 import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tests.data_prep_harness import packed
-from tests.harness import REPOSITORY, environment, free_port
+from tests.harness import REPOSITORY, environment, free_port, launch
 from tests.stream_ranks import Way, digest
 from trainer.data.datasets.dataset import Dataset
 from trainer.data.datasets.shards import ShardedDataset
@@ -64,15 +65,25 @@ def damage(folder: Path, *samples: int) -> Path:
     return folder
 
 
-def streamed(processes: int, config: Path, *ways: str, **extra: str) -> list[list[tuple[int, int, str]]]:
-    """For each way, what all ranks under torchrun saw: position, id and digest of the image, by position."""
+def streamed(processes: int, config: Path, *ways: str) -> list[list[tuple[int, int, str]]]:
+    """For each way, what all ranks saw: position, id and digest of the image, by position."""
+    return seen(launch(processes, str(config), *ways, script="tests.stream_ranks"), ways)
+
+
+def streamed_under_torchrun(processes: int, config: Path, *ways: str, **extra: str) -> list[list[tuple[int, int, str]]]:
+    """The same, by a real launcher, with `extra` in its environment."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += [f"--master_port={free_port()}", "-m", "tests.stream_ranks", str(config), *ways]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment(**extra), timeout=3500, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"way"')]
+    return seen(done.stdout, ways)
+
+
+def seen(output: str, ways: Sequence[str]) -> list[list[tuple[int, int, str]]]:
+    """What rank 0 of `tests.stream_ranks` printed."""
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"way"')]
     assert [one["way"] for one in found] == list(ways)
     return [[tuple(sample) for sample in one["samples"]] for one in found]
 

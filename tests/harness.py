@@ -109,6 +109,8 @@ def launch(
 ) -> str:
     """Run trainer/train.py (or sample.py, evaluate.py, convert.py) in `processes` processes, as torchrun would.
 
+    script: the name of a file of trainer/, or a module with a `main`, such as "tests.stream_ranks".
+
     They are forked from a server that has imported everything, which saves seconds; the real launchers have tests of
     their own. `expect` is the exit code of every process, or of each (none waits for one that is to end by SIGKILL);
     None where a fault kills one of them, and the others are killed in their turn, as launchers do. path: a folder from
@@ -190,7 +192,7 @@ def run_rank(
     if fault is not None and fault.rank == rank:
         fault.inject()
     sys.argv = [f"{script}.py", *arguments]
-    sys.exit(importlib.import_module(f"trainer.{script}").main())
+    sys.exit(importlib.import_module(script if "." in script else f"trainer.{script}").main())
 
 
 def overrides(**values: Any) -> list[str]:

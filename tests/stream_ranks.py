@@ -1,4 +1,4 @@
-"""One rank under torchrun: streams its share in several ways, and rank 0 prints what all of them saw.
+"""One rank of several: streams its share in several ways, and rank 0 prints what all of them saw.
 
     torchrun --nproc_per_node N tests/stream_ranks.py CONFIG ORDER:START_METHOD:WORKERS[:FIRST:LAST] ...
 
@@ -8,6 +8,7 @@ From step FIRST (1) to LAST (7). The ranks meet over gloo, so that they really a
 import hashlib
 import itertools
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,9 @@ def streamed(path: Path, way: Way, rank: int, world_size: int) -> list[tuple[int
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    dist.init_process_group("gloo", rank=int(os.environ.get("RANK", "0")), world_size=world_size)
+    rank = dist.get_rank()
     path, *ways = sys.argv[1:]
     for way in ways:
         gathered: list = [None] * world_size

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_harness import expected, images_of, streamed, write_tar
+from tests.data_harness import expected, images_of, streamed_under_torchrun, write_tar
 from tests.harness import REPOSITORY, environment, free_port, make_dataset
 from tests.hub import REPOSITORY as HUB_REPOSITORY
 from tests.hub import serving_hub
@@ -96,7 +96,7 @@ def test_a_bucket_streams_as_its_folder_does(
     """Two ranks under torchrun, each with a loader process, and one cache."""
     local = config_for(config_path, str(content / "shards"), tmp_path / "local")
     remote = config_for(config_path, f"{bucket.url}/shards", tmp_path / "cache")
-    assert streamed(2, remote, *ways, **bucket.settings) == [expected(local, way) for way in ways]
+    assert streamed_under_torchrun(2, remote, *ways, **bucket.settings) == [expected(local, way) for way in ways]
     fetched = {path.read_bytes() for path in (tmp_path / "cache" / "shards").iterdir()}
     assert fetched == {path.read_bytes() for path in (content / "shards").glob("shard-*.tar")}
 

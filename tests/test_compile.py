@@ -94,9 +94,10 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize("kind", [pytest.param("norm and swish", marks=pytest.mark.slow), "residual block"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["norm and swish", "residual block"])
 def test_compiled_gradients_are_as_near_to_float64_as_uncompiled_ones(kind: str, precision: str, device: str) -> None:
     """At the sizes where they have been wrong before: 32 groups, 128 channels, channels_last, bfloat16."""
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ TWO_LEVELS = overrides(
     model__channel_multipliers="[1, 2, 3]",
     model__attention_resolutions="[8, 4]",
 )[1::2]
-SHORT = "diffusion.timesteps=50"
+SHORT = "diffusion.timesteps=25"
 LONG = "diffusion.timesteps=1000"
 SEED = 5
 
@@ -90,7 +90,7 @@ def test_the_ddpm_pipeline_draws_our_images_from_our_noise(
 
     def noises() -> Iterator[torch.Tensor]:
         yield keyed_normal(SEED, Stream.INITIAL, index, shape)
-        for t in reversed(range(1, 50)):
+        for t in reversed(range(1, 25)):
             yield keyed_normal(SEED, Stream.ANCESTRAL, index, shape, sub=t)
 
     denoiser = build_objective(config, torch.device("cpu")).denoiser(network_of(run, config))
@@ -99,7 +99,7 @@ def test_the_ddpm_pipeline_draws_our_images_from_our_noise(
     noise = noises()
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: next(noise))
-    theirs = pipeline(batch_size=2, num_inference_steps=50, output_type="pt").images
+    theirs = pipeline(batch_size=2, num_inference_steps=25, output_type="pt").images
     assert next(noise, None) is None  # all of it was used
     assert (theirs * 2 - 1 - ours).abs().max() < 1e-4
     assert (ours.abs() < 0.99).float().mean() > 0.2  # the clamp at the end hides little
@@ -155,12 +155,12 @@ def test_exported_weights_give_the_same_output_elsewhere(
 def test_a_schedule_goes_by_name_where_diffusers_knows_it_else_as_a_table_and_comes_back(
     schedule: ScheduleName, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = [0.01 + 0.001 * t**1.5 for t in range(50)]
+    table = [0.01 + 0.001 * t**1.5 for t in range(25)]
     given = [f"diffusion.betas={table}"] if schedule == "table" else []
     run, _ = make_run(tmp_path, SHORT, f"diffusion.schedule={schedule}", *given)
     out = export(monkeypatch, run)
     scheduler = DDPMPipeline.from_pretrained(out).scheduler
-    betas = make_betas(schedule, 50, table if schedule == "table" else None)
+    betas = make_betas(schedule, 25, table if schedule == "table" else None)
     torch.testing.assert_close(scheduler.betas.double(), betas, rtol=1e-6, atol=0)
     assert scheduler.config.trained_betas is None or named is None
     assert named is None or scheduler.config.beta_schedule == named

@@ -2,16 +2,33 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.harness import REPOSITORY, checkpoint, launch, load_config, overrides
+from trainer.engine.network.cost import Cost, Inputs, measure
+from trainer.engine.planning import dry_run
 from trainer.engine.planning.dry_run import as_text, describe_run
 from trainer.engine.planning.estimates import Hardware
 from trainer.errors import ConfigError
 from trainer.train import parse_arguments
+
+
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests whose plans are all of one network, which takes most of a plan's time."""
+    known: dict[tuple[int, bool], Cost] = {}
+
+    def once(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> Cost:
+        if (batch, bf16) not in known:
+            known[batch, bf16] = measure(build, inputs, batch=batch, bf16=bf16)
+        return known[batch, bf16]
+
+    monkeypatch.setattr(dry_run, "measure", once)
 
 
 def plan_of(config: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
@@ -157,6 +174,7 @@ def test_hardware_that_cannot_be_is_refused(device: list[str], utilisation: floa
         Hardware(devices=device, utilisation=utilisation)
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_bytes_that_a_process_sends_in_a_step(config_path: Path) -> None:
     """In float32 copies of the weights, on four processes that accumulate two micro-batches."""
 
@@ -181,6 +199,7 @@ def test_snapshots_of_averages_are_counted(config_path: Path) -> None:
     assert "of snapshots" in as_text(plan)
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_sharing_takes_less_of_each_device(config_path: Path) -> None:
     """On four processes, in float32 copies of the weights, beside the activations."""
 

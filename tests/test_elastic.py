@@ -29,7 +29,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path: Path, dataset: Path, launcher: str) -> None:
     """Killed in step 4, after the checkpoint of step 2; the launcher starts both workers again."""
     launch(2, "--config", str(write_config(tmp_path, dataset, "whole")))

@@ -171,6 +171,7 @@ def noisy(image: np.ndarray, sigma: float) -> np.ndarray:
     return (image + noise).clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_worse_images_are_further_away(digits: list[np.ndarray]) -> None:
     """Of real digits: noise, blur and JPEG by their strength, and sets that lack classes."""
     network = EfficientNetLite0(torch.device("cpu"))

@@ -121,7 +121,10 @@ def test_a_step_is_read_once(tmp_path: Path, dataset: Path, settings: dict[str, 
         assert step == ["verdict", "tolist"]
 
 
-@pytest.mark.parametrize("read", ["item", "__bool__", "tolist", "cpu", "__float__"])
+@pytest.mark.parametrize(
+    "read",
+    ["item", "tolist", *(pytest.param(read, marks=pytest.mark.slow) for read in ("__bool__", "cpu", "__float__"))],
+)
 def test_a_read_more_is_noticed(tmp_path: Path, dataset: Path, read: str) -> None:
     for step in reads_of_steps(tmp_path, dataset, extra=read):
         assert len(step) == 3

@@ -27,7 +27,9 @@ from trainer.engine.step.train_step import device_batch
 NAN_IN_STEP_4_OF_RANK_1 = Fault(action="nan", point="device_batch", call=4, rank=1)
 
 
-@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["ddp", "zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero3", "fsdp2"))]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """Two processes, a checkpoint after every step, NaN on rank 1 in step 4."""
     folder = tmp_path_factory.mktemp("nan")

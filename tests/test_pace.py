@@ -51,9 +51,9 @@ class SlowForward:
 
 
 def test_a_run_names_its_slow_rank_once(tmp_path: Path, dataset: Path) -> None:
-    settings = overrides(train__duration="12 steps", log__every="2 steps")
+    settings = overrides(train__duration="10 steps", log__every="2 steps")
     arguments = ["--config", str(write_config(tmp_path, dataset)), *settings]
-    fault = SlowForward(rank=1, seconds=0.6)
+    fault = SlowForward(rank=1, seconds=0.5)
     said = launch(2, *arguments, fault=fault)  # type: ignore[arg-type]
     lines = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert "ranks/forward_seconds" not in lines[0]  # nothing has been compared yet

@@ -179,6 +179,7 @@ def test_a_signal_to_every_process_of_a_job(
     assert read_verified(checkpoint(run, stopped["step"]))[1]["step"] == stopped["step"]
 
 
+@pytest.mark.slow
 def test_usr1_kills_a_bare_accelerate_but_its_workers_save(tmp_path: Path, dataset: Path) -> None:
     config, run = write_config(tmp_path, dataset), tmp_path / "run"
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]

@@ -154,7 +154,8 @@ def start_and_wait_for_step_4(processes: int, config: Path, run: Path) -> tuple[
     return job, job.children(recursive=True)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_launch_survives_kill_9_of_all_of_it(tmp_path: Path, dataset: Path, processes: int) -> None:
     """The README's command, every process of it killed in mid-run, then given again."""
     config, run = write_config(tmp_path, dataset), tmp_path / "run"
@@ -179,14 +180,9 @@ def test_accelerate_launch_survives_kill_9_of_all_of_it(tmp_path: Path, dataset:
     assert checkpoint(run, newest + 3).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "number"),
-    [
-        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
-        (2, signal.SIGKILL),
-        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
-    ],
-    ids=str,
+    ("processes", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)], ids=str
 )
 def test_when_the_launcher_ends_its_workers_save_and_end(
     tmp_path: Path, dataset: Path, processes: int, number: signal.Signals

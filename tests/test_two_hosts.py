@@ -14,9 +14,8 @@ STRATEGIES = {"ddp": 1, "zero2": 1, "hsdp": 2}  # processes on each host; hsdp s
 PORT = "29400"
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES if s != "ddp")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_hosts_train_as_one_with_two_processes(tmp_path: Path, dataset: Path, strategy: str) -> None:
     """Through the README's launcher, without a word about network interfaces."""
     processes, spread = 2 * STRATEGIES[strategy], overrides(train__strategy=strategy)

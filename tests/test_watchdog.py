@@ -59,8 +59,8 @@ def test_a_rank_that_was_killed_is_named_by_those_that_lose_it(config_path: Path
 @pytest.mark.parametrize(
     ("point", "where"),
     [
-        ("read", "data"),
-        pytest.param("device_batch", "forward", marks=pytest.mark.slow),
+        pytest.param("read", "data", marks=pytest.mark.slow),
+        ("device_batch", "forward"),
         pytest.param("write_part", "save", marks=pytest.mark.slow),
     ],
 )
@@ -186,6 +186,7 @@ def test_a_thread_that_hangs_in_the_background_ends_a_run_that_trains_on() -> No
     assert ends_as_hung(train, hang_timeout=0.3, timeout=600, within=10)
 
 
+@pytest.mark.slow
 def test_timeout_bounds_the_waiting_in_a_collective(config_path: Path) -> None:
     """Without a hang_timeout too, and the hang is reported just the same."""
     times = overrides(train__timeout="5 seconds", train__hang_timeout="0 seconds")

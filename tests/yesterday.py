@@ -1,5 +1,6 @@
 """Runs that an earlier version wrote (tests/fixtures/yesterday), and what that version made of them when it went on."""
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -61,6 +62,7 @@ def go_on(name: str, folder: Path, *, processes: int, strategy: str) -> Path:
     return run
 
 
+@functools.cache
 def rounding() -> str:
     """A digest of what torch alone computes in the way of `go_on`: the same where the processor rounds the same."""
     command = [sys.executable, "-c", _PROBE, "probe"]
