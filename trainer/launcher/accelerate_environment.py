@@ -18,15 +18,6 @@ from trainer.launcher.deepspeed_file import (
 )
 from trainer.launcher.told import Told, Wish, is_left_open, is_true, positive_whole
 
-_DEEPSPEED = {
-    "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
-    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
-    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
-    "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
-    "deepspeed_moe_layer_cls_names": "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES",
-    "zero3_init_flag": "ACCELERATE_DEEPSPEED_ZERO3_INIT",
-    "zero3_save_16bit_model": "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
-}
 _SHARDING = {"FULL_SHARD": "fsdp2", "HYBRID_SHARD": "hsdp", "NO_SHARD": "ddp"}
 _SHARDING |= {"1": "fsdp2", "4": "hsdp", "3": "ddp"}  # as older files have them
 # Done here in one way, whatever is asked for: with the values that accelerate launch passes on when told nothing.
@@ -123,10 +114,10 @@ def _ask_to_compile(told: Told, environ: Mapping[str, str]) -> None:
 
 def _ask_for_deepspeed(told: Told, environ: Mapping[str, str]) -> None:
     def said(name: str) -> str | None:
-        value = environ.get(_DEEPSPEED[name])
+        value = environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}")
         return None if is_left_open(value) else value
 
-    file = said("deepspeed_config_file")
+    file = said("config_file")
     if file is not None:
         ask_by_deepspeed_file(told, read_deepspeed_file(Path(file)), Path(file), said)
     else:
@@ -144,9 +135,10 @@ def _ask_for_deepspeed(told: Told, environ: Mapping[str, str]) -> None:
     norm = environ.get("ACCELERATE_GRADIENT_CLIPPING")
     if not is_left_open(norm) and not any(wish.name == "optimizer.clip_norm" for wish in told.wishes):
         ask_to_clip(told, norm, f"gradient_clipping = {norm}")
-    if said("deepspeed_moe_layer_cls_names") is not None:
+    if said("moe_layer_cls_names") is not None:
         told.refused.append("deepspeed_moe_layer_cls_names: the network has no mixture of experts; remove it")
-    told.unused += [name for name in ("zero3_init_flag", "zero3_save_16bit_model") if is_true(said(name))]
+    told.unused += ["zero3_init_flag"] if is_true(said("zero3_init")) else []
+    told.unused += ["zero3_save_16bit_model"] if is_true(said("zero3_save_16bit_model")) else []
 
 
 def _ask_for_fsdp(told: Told, environ: Mapping[str, str]) -> None:

@@ -80,7 +80,7 @@ def ask_by_deepspeed_file(told: Told, settings: Mapping[str, Any], path: Path, f
         told.accumulation = Wish("gradient_accumulation_steps", steps, words)
     if not is_left_open(norm := settings.get("gradient_clipping")):
         ask_to_clip(told, norm, f"gradient_clipping = {norm} in {path.name}")
-    _sort(settings, path.name, taken=_TAKEN, unused=_UNUSED, told=told, refused=told.refused)
+    _sort(settings, f"{path.name}: ", taken=_TAKEN, unused=_UNUSED, told=told, refused=told.refused)
 
 
 def ask_for_stage(told: Told, stage: Any, words: str) -> None:
@@ -176,8 +176,7 @@ def _sort(
         if known in unused:
             told.unused.append(name)
         else:
-            where = place if place.endswith(".") else f"{place}: "
-            refused.append(f"{where}{name}: {_INSTEAD.get(name, _ELSE)}")
+            refused.append(f"{place}{name}: {_INSTEAD.get(name, _ELSE)}")
 
 
 def _is_off(name: str, value: Any) -> bool:
