@@ -100,12 +100,13 @@ AUTHORS = Layout(
 
 def names(network: UNet, layout: Layout) -> dict[str, str]:
     """Our name of every tensor -> the layout's, in the network's order."""
-    modules = dict(_modules(network, layout))
-    renamed = {}
-    for name in network.state_dict():
-        module, kind = name.rsplit(".", 1)
-        renamed[name] = f"{modules[module]}.{kind}"
-    return renamed
+    return names_by_layer(network, dict(_modules(network, layout)))
+
+
+def names_by_layer(network: nn.Module, layers: Mapping[str, str]) -> dict[str, str]:
+    """Our name of every tensor -> another program's, in the network's order, from our and its name of every layer."""
+    split = {name: name.rpartition(".") for name in network.state_dict()}
+    return {name: f"{layers[layer]}.{kind}" for name, (layer, _, kind) in split.items()}
 
 
 def to_layout(weights: Mapping[str, Tensor], network: UNet, layout: Layout) -> dict[str, Tensor]:
