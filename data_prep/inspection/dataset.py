@@ -40,16 +40,13 @@ class Dataset:
     index: npt.NDArray[np.void]
 
     @classmethod
-    def open(cls, folder: Path) -> "Dataset":
-        """Open a finished dataset. Raises FormatError where there is none, or its index is not the manifest's."""
-        manifest = load_manifest(folder)
-        return cls(folder=folder, manifest=manifest, index=checked_index(folder, manifest))
+    def open(cls, folder: Path, *, check_index: bool = True) -> "Dataset":
+        """Open a finished dataset. Raises FormatError where there is none, or its index is not the manifest's.
 
-    @classmethod
-    def open_unchecked(cls, folder: Path) -> "Dataset":
-        """Like `open`, without checking the index's rows: for verification, which reports all faults."""
-        manifest = load_manifest(folder)
-        return cls(folder=folder, manifest=manifest, index=load_index(folder, manifest))
+        Verification does without `check_index`, since it reports all faults.
+        """
+        manifest, load = load_manifest(folder), checked_index if check_index else load_index
+        return cls(folder=folder, manifest=manifest, index=load(folder, manifest))
 
     def rows_of(self, shard: int) -> npt.NDArray[np.void]:
         """The index's rows of one shard, in the order of members."""

@@ -10,7 +10,6 @@ import io
 import math
 import pickle
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
@@ -79,23 +78,20 @@ def _files_of_folder(folder: Path) -> dict[str, bytes]:
 
 def _files_of_archive(path: Path) -> dict[str, bytes]:
     """Regular files with known names, read into memory; their folders in the archive are ignored."""
+    files: dict[str, bytes] = {}
     try:
-        files = dict(_archived(path))
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).name
+                if member.isfile() and name in KNOWN_NAMES and member.size <= MAX_FILE_BYTES:
+                    content = tar.extractfile(member)
+                    assert content is not None  # since it is a regular file
+                    files[name] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(f"{path}: not a readable .tar.gz ({error})") from error
     if not files.keys() & (KNOWN_NAMES - {META, META_TEXT}):
         raise InputError(f"{path}: compressed and not CIFAR-10, so images cannot be read in place; unpack it first")
     return files
-
-
-def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, "r:gz") as tar:
-        for member in tar:
-            name = PurePosixPath(member.name).name
-            if member.isfile() and name in KNOWN_NAMES and member.size <= MAX_FILE_BYTES:
-                content = tar.extractfile(member)
-                assert content is not None  # since it is a regular file
-                yield name, content.read()
 
 
 def _batch(path: Path, files: dict[str, bytes], name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -149,10 +149,7 @@ class _GroupReader:
         raise has_changed(self._path, "has lost rows")
 
 
-@lru_cache(maxsize=1)
-def _reader(path: Path, group: int, columns: tuple[tuple[str, str], ...]) -> _GroupReader:
-    """One per process, since rows are read in order."""
-    return _GroupReader(path, group, columns)
+_reader = lru_cache(maxsize=1)(_GroupReader)  # one per process, since rows are read in order
 
 
 def _first_line(error: Exception) -> str:
