@@ -1,8 +1,7 @@
 """CIFAR-10 as distributed by its authors: the Python or the binary version, as an archive or unpacked.
 
 Python: `data_batch_1` ... `data_batch_5` and `test_batch`, each a pickled dict of `data` ((10000, 3072) uint8: red,
-green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`. Pickles can execute code, so they
-are read by an unpickler that accepts only five names, maps each to a harmless replacement, and never calls numpy.
+green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`; see HarmlessUnpickler.
 Binary: the same with `.bin`, each image one byte of label and 3072 of pixels, and `batches.meta.txt`.
 """
 

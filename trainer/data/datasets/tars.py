@@ -1,8 +1,4 @@
-"""WebDataset tars without a manifest: their headers are read once, and the index is kept.
-
-A tar has no checksums of its members' content. Damaged or zeroed headers, truncated files and images that do not decode
-are detected; a flipped bit inside an image is not. data_prep's shards have a crc32 for each image.
-"""
+"""WebDataset tars without a manifest: their headers are read once, and the index is kept; see docs/stream.md."""
 
 import fcntl
 import hashlib
@@ -200,9 +196,8 @@ def _samples(
 ) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
     """WebDataset's grouping: a sample is all members of one name up to the first dot; its image is .jpg, .png, ...
 
-    In addition, images that this rule would drop are samples of their own: `a.1.jpg` and `a.2.jpg` where there is no
-    `a.jpg`, and images without an extension. Returns the rows of the index, the names of images that are still left out
-    (other formats, links, sparse files), and the names of `.cls` members without a number.
+    Images that this rule would drop (`a.1.jpg` and `a.2.jpg`) are samples of their own. Returns the rows of the index,
+    the names of images that are still left out, and the names of `.cls` members without a number.
     """
     samples: dict[str, dict[str, Member]] = {}
     left_out: list[str] = []
