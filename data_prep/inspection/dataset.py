@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -135,9 +134,3 @@ def decode_member(data: bytes, manifest: Manifest, side: int | None = None) -> I
             raise FormatError(f"is {image.width}x{image.height}, the manifest says {size}x{size}")
         image = image.crop(center_crop_box(*image.size, size))
     return image if image.mode == mode else image.convert(mode)
-
-
-def pixels_of(image: Image.Image) -> npt.NDArray[Any]:
-    """(C, H, W) uint8."""
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.format import STATS_NAME
-from data_prep.inspection.dataset import Dataset, pixels_of
+from data_prep.inspection.dataset import Dataset
 from data_prep.output import claimed, discard_staging, whole_file
 from data_prep.progress import WorkProgress
 
@@ -114,7 +114,7 @@ def _sums(dataset: Dataset, workers: int) -> Sums:
 
 
 def _sums_of(dataset: Dataset, samples: range) -> Sums:
-    images = np.stack([pixels_of(dataset.read(sample)) for sample in samples])
+    images = np.stack([np.atleast_3d(dataset.read(sample)).transpose(2, 0, 1) for sample in samples])  # (N, C, H, W)
     channels = images.shape[1]
     squares = np.zeros(images.shape[1:], np.int64)
     for image in images:

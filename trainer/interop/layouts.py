@@ -72,20 +72,10 @@ DIFFUSERS_OLD = replace(
 )
 AUTHORS = Layout(
     layers={
-        "temb.dense_in": "temb.dense.0",
-        "temb.dense_out": "temb.dense.1",
-        "conv_in": "conv_in",
-        "norm_out": "norm_out",
-        "conv_out": "conv_out",
+        **DIFFUSERS.layers,
+        **{"temb.dense_in": "temb.dense.0", "temb.dense_out": "temb.dense.1", "norm_out": "norm_out"},
     },
-    residual={
-        "norm_in": "norm1",
-        "conv_in": "conv1",
-        "dense_temb": "temb_proj",
-        "norm_out": "norm2",
-        "conv_out": "conv2",
-        "shortcut": "nin_shortcut",
-    },
+    residual={**DIFFUSERS.residual, "dense_temb": "temb_proj", "shortcut": "nin_shortcut"},
     attention={"norm": "norm", "query": "q", "key": "k", "value": "v", "out": "proj_out"},
     down="down.{level}.block.{block}",
     down_attention="down.{level}.attn.{block}",
