@@ -85,9 +85,9 @@ def _shut_down_at_one_signal() -> None:
 
 
 def _fill_in(arguments: argparse.Namespace) -> None:
-    processes = max(1, torch.cuda.device_count())
-    defaults = {"num_processes": processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
-    for name, value in defaults.items():
+    if arguments.num_processes is None:
+        arguments.num_processes = max(1, torch.cuda.device_count())
+    for name, value in {"num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     if arguments.num_processes > 1 and not any(getattr(arguments, name) for name in _OTHER_LAUNCHES):
