@@ -55,12 +55,8 @@ def parse_time(text: str) -> int:
         raise ConfigError(f"--time {text}: should be minutes, H:M:S or D-H:M:S, for example 1-00:00:00 for a day")
     days, *rest = match.groups()
     numbers = [int(number) for number in rest if number is not None]
-    if days is not None:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-    elif len(numbers) == 3:
-        hours, minutes, seconds = numbers
-    else:
-        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    with_hours = days is not None or len(numbers) == 3
+    hours, minutes, seconds = [*([] if with_hours else [0]), *numbers, 0, 0][:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
