@@ -17,6 +17,7 @@ from data_prep.format import (
     MANIFEST_NAME,
     NAMES_NAME,
     REJECTS_NAME,
+    SOURCE_ENCODING,
     FormatError,
     Manifest,
     ShardRecord,
@@ -230,7 +231,7 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path, members
     return Manifest(
         image_size=recipe.image_size,
         mode=recipe.mode,
-        encoding=recipe.manifest_encoding,
+        encoding=SOURCE_ENCODING if recipe.keeps_bytes else recipe.encoding,
         transform=recipe.transform,
         members=members,
         samples=merged.samples,
