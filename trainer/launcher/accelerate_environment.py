@@ -9,13 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from trainer.launcher.deepspeed_file import (
-    ask_by_deepspeed_file,
-    ask_for_stage,
-    ask_to_clip,
-    ask_to_offload,
-    read_deepspeed_file,
-)
+from trainer.launcher.deepspeed_file import ask_by_deepspeed_file, ask_to_clip, read_deepspeed_file
 from trainer.launcher.told import Told, Wish, is_left_open, is_true, positive_whole
 
 _SHARDING = {"FULL_SHARD": "fsdp2", "HYBRID_SHARD": "hsdp", "NO_SHARD": "ddp"}
@@ -118,14 +112,8 @@ def _ask_for_deepspeed(told: Told, environ: Mapping[str, str]) -> None:
         return None if is_left_open(value) else value
 
     file = said("config_file")
-    if file is not None:
-        ask_by_deepspeed_file(told, read_deepspeed_file(Path(file)), Path(file), said)
-    else:
-        stage = said("zero_stage")
-        ask_for_stage(told, stage or 2, f"zero_stage = {stage}" if stage else "use_deepspeed (zero_stage = 2)")
-        for name in ("offload_optimizer", "offload_param"):
-            device = said(f"{name}_device")
-            ask_to_offload(told, device, name, f"{name}_device = {device}")
+    settings = read_deepspeed_file(Path(file)) if file is not None else {"zero_optimization": {"stage": "auto"}}
+    ask_by_deepspeed_file(told, settings, Path(file or ""), said)
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if told.accumulation is None and not is_left_open(steps):
         if (count := positive_whole(steps)) is None:
