@@ -143,12 +143,7 @@ def _unpickled(place: str, data: bytes) -> Any:
 
 
 NDARRAY = object()  # a placeholder for the class, not callable
-DTYPES: dict[str, np.dtype[Any]] = {
-    "u1": np.dtype("u1"),
-    "|u1": np.dtype("u1"),
-    "i8": np.dtype("<i8"),
-    "<i8": np.dtype("<i8"),
-}
+DTYPES = frozenset({"u1", "|u1", "i8", "<i8"})  # without a sign of the byte order: little-endian
 
 
 class HarmlessUnpickler(pickle.Unpickler):
@@ -192,7 +187,7 @@ class PickledDtype:
     """One of `DTYPES`. The state in a pickle is ignored, since the name determines the dtype."""
 
     def __init__(self, name: str) -> None:
-        self.dtype = DTYPES[name]
+        self.dtype = np.dtype(name).newbyteorder("<")
 
     def __setstate__(self, _state: object) -> None:
         """Ignore the state."""
