@@ -43,12 +43,7 @@ class Sums:
     histogram: npt.NDArray[np.int64]
 
     def __add__(self, other: Self) -> "Sums":
-        return Sums(
-            self.count + other.count,
-            self.values + other.values,
-            self.squares + other.squares,
-            self.histogram + other.histogram,
-        )
+        return Sums(*(ours + theirs for ours, theirs in zip(vars(self).values(), vars(other).values())))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
