@@ -206,21 +206,18 @@ def sbatch_options(config: Config, arguments: argparse.Namespace) -> list[str]:
     """Options for sbatch; the user's come last, since sbatch uses the last of several values."""
     run = Path(config.run_dir).absolute()
     log = str(run / "slurm").replace("%", "%%") + ("/%x-%A_%a.out" if arguments.array else "/%x-%j.out")
-    options = [
-        f"--job-name={run.name}",
-        f"--nodes={arguments.nodes}",
-        f"--time={arguments.time}",
-        f"--signal=B:USR1@{arguments.grace}",
-        f"--output={log}",
-        f"--chdir={REPOSITORY}",
-    ]
-    if arguments.gpus:
-        options.append(f"--gpus-per-node={arguments.gpus}")
-    if arguments.partition:
-        options.append(f"--partition={arguments.partition}")
-    if arguments.array:
-        options.append(f"--array=1-{arguments.array}%1")
-    return [*options, *arguments.sbatch]
+    options = {
+        "job-name": run.name,
+        "nodes": arguments.nodes,
+        "time": arguments.time,
+        "signal": f"B:USR1@{arguments.grace}",
+        "output": log,
+        "chdir": REPOSITORY,
+        "gpus-per-node": arguments.gpus or None,
+        "partition": arguments.partition or None,
+        "array": f"1-{arguments.array}%1" if arguments.array else None,
+    }
+    return [*(f"--{name}={value}" for name, value in options.items() if value is not None), *arguments.sbatch]
 
 
 def job_command(options: list[str], folder: Path) -> list[str]:
