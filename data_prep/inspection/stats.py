@@ -109,7 +109,8 @@ def _sums(dataset: Dataset, workers: int) -> Sums:
 
 
 def _sums_of(dataset: Dataset, samples: range) -> Sums:
-    images = np.stack([np.atleast_3d(dataset.read(sample)).transpose(2, 0, 1) for sample in samples])  # (N, C, H, W)
+    decoded = (np.atleast_3d(np.asarray(dataset.read(sample))) for sample in samples)
+    images = np.stack([image.transpose(2, 0, 1) for image in decoded])  # (N, C, H, W)
     channels = images.shape[1]
     squares = np.zeros(images.shape[1:], np.int64)
     for image in images:

@@ -34,7 +34,7 @@ def read_images(
     """
     asked = list(ids)
     pixels = np.empty((len(asked), dataset.image_size, dataset.image_size, dataset.channels), dtype=np.uint8)
-    further, kept = [], []
+    further, kept = list[dict[str, Any]](), list[int]()
     for sample in asked:
         try:
             dataset.decode_into(pixels[len(kept)], sample)
