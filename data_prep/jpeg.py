@@ -1,8 +1,6 @@
 """Detects incomplete JPEGs, which decoders accept: missing data is silently filled with grey.
 
-libjpeg counts such faults as warnings; simplejpeg returns them, Pillow does not. Warnings about pixel data are faults.
-Warnings about the structure around it (stray bytes between segments, the SOS parameters of some cameras) are not, since
-all pixels are present.
+libjpeg's warnings about pixel data are faults, those about what surrounds it are not (docs/stream.md, "Decoding").
 """
 
 import re

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from data_prep.errors import InputError
-from data_prep.format import SOURCE_ENCODING
 
 Transform = Literal["ddpm", "adm", "edm", "area", "source"]
 Encoding = Literal["webp", "png", "jpeg"]
@@ -45,8 +44,3 @@ class Recipe:
     def keeps_bytes(self) -> bool:
         """Whether images that have the right size already are stored unchanged."""
         return self.transform == "source"
-
-    @property
-    def manifest_encoding(self) -> str:
-        """`Manifest.encoding` of a dataset with this recipe."""
-        return SOURCE_ENCODING if self.keeps_bytes else self.encoding

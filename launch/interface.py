@@ -1,11 +1,10 @@
 """Print the network interface through which this machine reaches another: `python launch/interface.py HOST`."""
 
-import fcntl
 import socket
-import struct
 import sys
 
-_GET_ADDRESS = 0x8915  # SIOCGIFADDR of netdevice(7)
+import psutil
+
 _ELSEWHERE = "192.0.2.1"  # TEST-NET-1, assigned to no machine, hence routed by default
 
 
@@ -29,15 +28,8 @@ def interface_to(host: str) -> str | None:
 
 def interface_addresses() -> dict[str, str]:
     """Names of this machine's interfaces by IPv4 address."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # has no IPv4 address
-                continue
-            found[socket.inet_ntoa(answer[20:24])] = name
-    return found
+    found = psutil.net_if_addrs().items()
+    return {one.address: name for name, addresses in found for one in addresses if one.family == socket.AF_INET}
 
 
 def main(arguments: list[str]) -> int:

@@ -87,12 +87,9 @@ def _shut_down_at_one_signal() -> None:
 def _fill_in(arguments: argparse.Namespace) -> None:
     if arguments.num_processes is None:
         arguments.num_processes = max(1, torch.cuda.device_count())
-    if arguments.num_machines is None:
-        arguments.num_machines = 1
-    if arguments.mixed_precision is None:
-        arguments.mixed_precision = "no"
-    if arguments.dynamo_backend is None:
-        arguments.dynamo_backend = "no"
+    for name, value in {"num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     if arguments.num_processes > 1 and not any(getattr(arguments, name) for name in _OTHER_LAUNCHES):
         arguments.multi_gpu = True  # in Accelerate several processes, also on CPUs
     if arguments.main_process_port is None and arguments.num_machines == 1:

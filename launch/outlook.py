@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,6 +11,7 @@ from trainer.errors import ConfigError
 from trainer.telemetry.goodput import read_events
 from trainer.telemetry.metrics import read_metrics
 
+_SPEED = "train/images_per_second"
 _LATEST = 20  # number of log lines over which the median speed is taken
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -36,22 +36,16 @@ class Outlook:
 def measured_outlook(config: Config) -> Outlook | None:
     """The outlook of a run from its logs, or None where they have no speed."""
     run, global_batch = Path(config.run_dir), config.train.global_batch
-    records = [record for record in read_metrics(run / "logs") if has_speed(record)]
+    records = [record for record in read_metrics(run / "logs") if 0 < record.get(_SPEED, 0.0) < math.inf]
     starts = [event for event in read_events(run) if event["event"] == "started" and "world_size" in event]
     if not records or not starts:
         return None
     done = int(records[-1]["step"]) * global_batch
     return Outlook(
         images_left=max(0, config.train.duration.steps(global_batch) * global_batch - done),
-        images_per_second=median(record["train/images_per_second"] for record in records[-_LATEST:]),
+        images_per_second=median(record[_SPEED] for record in records[-_LATEST:]),
         world_size=int(starts[-1]["world_size"]),
     )
-
-
-def has_speed(record: Mapping[str, float]) -> bool:
-    """Whether a logged line includes the training speed."""
-    speed = record.get("train/images_per_second", 0.0)
-    return math.isfinite(speed) and speed > 0
 
 
 def parse_time(text: str) -> int:
@@ -61,12 +55,8 @@ def parse_time(text: str) -> int:
         raise ConfigError(f"--time {text}: should be minutes, H:M:S or D-H:M:S, for example 1-00:00:00 for a day")
     days, *rest = match.groups()
     numbers = [int(number) for number in rest if number is not None]
-    if days is not None:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-    elif len(numbers) == 3:
-        hours, minutes, seconds = numbers
-    else:
-        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    with_hours = days is not None or len(numbers) == 3
+    hours, minutes, seconds = [*([] if with_hours else [0]), *numbers, 0, 0][:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

@@ -107,12 +107,11 @@ def in_queue(job: str) -> str | None:
 
 def newest_checkpoint(folder: Path, *, verify: bool) -> str:
     """The newest checkpoint, its age, and whether it is undamaged."""
-    steps = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
+    steps = {int(match[1]): path for path in folder.glob("step-*") if (match := _STEP.fullmatch(path.name))}
     if not steps:
         return "none yet"
-    newest = max(steps, key=lambda path: int(path.name.removeprefix("step-")))
-    age = in_words(time.time() - newest.stat().st_mtime)
-    text = f"step {int(newest.name.removeprefix('step-')):,}, {age} old, {len(steps)} kept"
+    step, newest = max(steps.items())
+    text = f"step {step:,}, {in_words(time.time() - newest.stat().st_mtime)} old, {len(steps)} kept"
     if not verify:
         return text
     try:

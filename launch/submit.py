@@ -186,45 +186,38 @@ def check_partition(arguments: argparse.Namespace) -> None:
 
 def environment(arguments: argparse.Namespace) -> dict[str, str]:
     """Environment variables for launch/train.sbatch."""
-    settings = {"DDPM_REPO": str(REPOSITORY)}
-    if sys.prefix != sys.base_prefix and arguments.container is None:
-        settings["DDPM_VENV"] = sys.prefix
-    if arguments.gpus != processes_per_node(arguments):
-        settings["DDPM_PROCS_PER_NODE"] = str(processes_per_node(arguments))
-    if arguments.chain or arguments.array:
-        settings["DDPM_REQUEUE"] = "0"
-    else:
-        settings["DDPM_MAX_RESTARTS"] = str(arguments.max_restarts)
-    if arguments.elastic_restarts:
-        settings["DDPM_ELASTIC_RESTARTS"] = str(arguments.elastic_restarts)
-    if arguments.stage:
-        settings["DDPM_STAGE"] = "1"
-    if arguments.container:
-        settings["DDPM_CONTAINER"] = arguments.container
-    if arguments.mounts:
-        settings["DDPM_CONTAINER_MOUNTS"] = arguments.mounts
-    return settings
+    requeues, processes = not (arguments.chain or arguments.array), processes_per_node(arguments)
+    in_venv = sys.prefix != sys.base_prefix and arguments.container is None
+    settings = {
+        "DDPM_REPO": REPOSITORY,
+        "DDPM_VENV": sys.prefix if in_venv else None,
+        "DDPM_PROCS_PER_NODE": processes if processes != arguments.gpus else None,
+        "DDPM_REQUEUE": None if requeues else "0",
+        "DDPM_MAX_RESTARTS": arguments.max_restarts if requeues else None,
+        "DDPM_ELASTIC_RESTARTS": arguments.elastic_restarts or None,
+        "DDPM_STAGE": "1" if arguments.stage else None,
+        "DDPM_CONTAINER": arguments.container or None,
+        "DDPM_CONTAINER_MOUNTS": arguments.mounts or None,
+    }
+    return {name: str(value) for name, value in settings.items() if value is not None}
 
 
 def sbatch_options(config: Config, arguments: argparse.Namespace) -> list[str]:
     """Options for sbatch; the user's come last, since sbatch uses the last of several values."""
     run = Path(config.run_dir).absolute()
     log = str(run / "slurm").replace("%", "%%") + ("/%x-%A_%a.out" if arguments.array else "/%x-%j.out")
-    options = [
-        f"--job-name={run.name}",
-        f"--nodes={arguments.nodes}",
-        f"--time={arguments.time}",
-        f"--signal=B:USR1@{arguments.grace}",
-        f"--output={log}",
-        f"--chdir={REPOSITORY}",
-    ]
-    if arguments.gpus:
-        options.append(f"--gpus-per-node={arguments.gpus}")
-    if arguments.partition:
-        options.append(f"--partition={arguments.partition}")
-    if arguments.array:
-        options.append(f"--array=1-{arguments.array}%1")
-    return [*options, *arguments.sbatch]
+    options = {
+        "job-name": run.name,
+        "nodes": arguments.nodes,
+        "time": arguments.time,
+        "signal": f"B:USR1@{arguments.grace}",
+        "output": log,
+        "chdir": REPOSITORY,
+        "gpus-per-node": arguments.gpus or None,
+        "partition": arguments.partition or None,
+        "array": f"1-{arguments.array}%1" if arguments.array else None,
+    }
+    return [*(f"--{name}={value}" for name, value in options.items() if value is not None), *arguments.sbatch]
 
 
 def job_command(options: list[str], folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from tests.harness import checkpoint, events, launch, load_config, logged, overrides, write_config
 from tests.test_metrics import tensorboard_steps
 from trainer.data.training_data import open_training_data
-from trainer.diffusion.ddpm.family import ddpm_diffusion
+from trainer.diffusion.ddpm.family import ddpm_objective
 from trainer.diffusion.keyed_noise import Stream, keyed_bits, keyed_normal
 from trainer.engine.build import build_trained
 from trainer.engine.checkpointing.checkpoints import read_weights
@@ -40,7 +40,7 @@ def by_hand(run: Path, step: int, kind: str) -> dict[str, float]:
     config = load_config(run / "config.toml")
     data = open_training_data(config, index_folder=None)
     device = torch.device("cpu")
-    diffusion = ddpm_diffusion(config.diffusion, device)
+    diffusion = ddpm_objective(config.diffusion, device).diffusion
     network = build_trained(config, read_weights(checkpoint(run, step), kind)[0], device)
     losses: dict[int, list[float]] = {}
     for sample in data.held_out.tolist():

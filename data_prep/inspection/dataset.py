@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,16 +39,13 @@ class Dataset:
     index: npt.NDArray[np.void]
 
     @classmethod
-    def open(cls, folder: Path) -> "Dataset":
-        """Open a finished dataset. Raises FormatError where there is none, or its index is not the manifest's."""
-        manifest = load_manifest(folder)
-        return cls(folder=folder, manifest=manifest, index=checked_index(folder, manifest))
+    def open(cls, folder: Path, *, check_index: bool = True) -> "Dataset":
+        """Open a finished dataset. Raises FormatError where there is none, or its index is not the manifest's.
 
-    @classmethod
-    def open_unchecked(cls, folder: Path) -> "Dataset":
-        """Like `open`, without checking the index's rows: for verification, which reports all faults."""
-        manifest = load_manifest(folder)
-        return cls(folder=folder, manifest=manifest, index=load_index(folder, manifest))
+        Verification does without `check_index`, since it reports all faults.
+        """
+        manifest, load = load_manifest(folder), checked_index if check_index else load_index
+        return cls(folder=folder, manifest=manifest, index=load(folder, manifest))
 
     def rows_of(self, shard: int) -> npt.NDArray[np.void]:
         """The index's rows of one shard, in the order of members."""
@@ -138,9 +134,3 @@ def decode_member(data: bytes, manifest: Manifest, side: int | None = None) -> I
             raise FormatError(f"is {image.width}x{image.height}, the manifest says {size}x{size}")
         image = image.crop(center_crop_box(*image.size, size))
     return image if image.mode == mode else image.convert(mode)
-
-
-def pixels_of(image: Image.Image) -> npt.NDArray[Any]:
-    """(C, H, W) uint8."""
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.format import STATS_NAME
-from data_prep.inspection.dataset import Dataset, pixels_of
+from data_prep.inspection.dataset import Dataset
 from data_prep.output import claimed, discard_staging, whole_file
 from data_prep.progress import WorkProgress
 
@@ -43,12 +43,7 @@ class Sums:
     histogram: npt.NDArray[np.int64]
 
     def __add__(self, other: Self) -> "Sums":
-        return Sums(
-            self.count + other.count,
-            self.values + other.values,
-            self.squares + other.squares,
-            self.histogram + other.histogram,
-        )
+        return Sums(*(ours + theirs for ours, theirs in zip(vars(self).values(), vars(other).values())))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +109,8 @@ def _sums(dataset: Dataset, workers: int) -> Sums:
 
 
 def _sums_of(dataset: Dataset, samples: range) -> Sums:
-    images = np.stack([pixels_of(dataset.read(sample)) for sample in samples])
+    decoded = (np.atleast_3d(np.asarray(dataset.read(sample))) for sample in samples)
+    images = np.stack([image.transpose(2, 0, 1) for image in decoded])  # (N, C, H, W)
     channels = images.shape[1]
     squares = np.zeros(images.shape[1:], np.int64)
     for image in images:

@@ -35,7 +35,7 @@ def verify(folder: Path, *, decode: Decode, workers: int) -> list[str]:
 
     Raises InputError where manifest or index is missing.
     """
-    dataset = Dataset.open_unchecked(folder)
+    dataset = Dataset.open(folder, check_index=False)
     faults = [*_faults_of_lists(dataset), *_extra_shards(dataset)]
     shards = range(len(dataset.manifest.shards))
     with (

@@ -1,8 +1,7 @@
 """CIFAR-10 as distributed by its authors: the Python or the binary version, as an archive or unpacked.
 
 Python: `data_batch_1` ... `data_batch_5` and `test_batch`, each a pickled dict of `data` ((10000, 3072) uint8: red,
-green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`. Pickles can execute code, so they
-are read by an unpickler that accepts only five names, maps each to a harmless replacement, and never calls numpy.
+green and blue planes of 32 x 32) and `labels`, and `batches.meta` with `label_names`; see HarmlessUnpickler.
 Binary: the same with `.bin`, each image one byte of label and 3072 of pixels, and `batches.meta.txt`.
 """
 
@@ -10,7 +9,6 @@ import io
 import math
 import pickle
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
@@ -79,23 +77,20 @@ def _files_of_folder(folder: Path) -> dict[str, bytes]:
 
 def _files_of_archive(path: Path) -> dict[str, bytes]:
     """Regular files with known names, read into memory; their folders in the archive are ignored."""
+    files: dict[str, bytes] = {}
     try:
-        files = dict(_archived(path))
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).name
+                if member.isfile() and name in KNOWN_NAMES and member.size <= MAX_FILE_BYTES:
+                    content = tar.extractfile(member)
+                    assert content is not None  # since it is a regular file
+                    files[name] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(f"{path}: not a readable .tar.gz ({error})") from error
     if not files.keys() & (KNOWN_NAMES - {META, META_TEXT}):
         raise InputError(f"{path}: compressed and not CIFAR-10, so images cannot be read in place; unpack it first")
     return files
-
-
-def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, "r:gz") as tar:
-        for member in tar:
-            name = PurePosixPath(member.name).name
-            if member.isfile() and name in KNOWN_NAMES and member.size <= MAX_FILE_BYTES:
-                content = tar.extractfile(member)
-                assert content is not None  # since it is a regular file
-                yield name, content.read()
 
 
 def _batch(path: Path, files: dict[str, bytes], name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -148,12 +143,7 @@ def _unpickled(place: str, data: bytes) -> Any:
 
 
 NDARRAY = object()  # a placeholder for the class, not callable
-DTYPES: dict[str, np.dtype[Any]] = {
-    "u1": np.dtype("u1"),
-    "|u1": np.dtype("u1"),
-    "i8": np.dtype("<i8"),
-    "<i8": np.dtype("<i8"),
-}
+DTYPES = frozenset({"u1", "|u1", "i8", "<i8"})  # without a sign of the byte order: little-endian
 
 
 class HarmlessUnpickler(pickle.Unpickler):
@@ -197,7 +187,7 @@ class PickledDtype:
     """One of `DTYPES`. The state in a pickle is ignored, since the name determines the dtype."""
 
     def __init__(self, name: str) -> None:
-        self.dtype = DTYPES[name]
+        self.dtype = np.dtype(name).newbyteorder("<")
 
     def __setstate__(self, _state: object) -> None:
         """Ignore the state."""

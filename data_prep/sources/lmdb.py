@@ -92,12 +92,10 @@ def _reading(root: Path) -> Iterator[Any]:
 
 @lru_cache(maxsize=1)
 def _transaction(root: Path) -> Any:
-    """Opened once per process, since it costs as much as reading a value; nobody writes to the database."""
-    return _environment(root).begin(buffers=True)
+    """Opened once per process, since it costs as much as reading a value; nobody writes to the database.
 
-
-def _environment(root: Path) -> Any:
-    """The database, opened without lock.mdb, since the folder may be read-only."""
+    Without lock.mdb, since the folder may be read-only.
+    """
     lmdb, path = needed_module("lmdb"), root / DATA_NAME
     try:
         environment = lmdb.open(str(root), readonly=True, lock=False, readahead=False)
@@ -107,4 +105,4 @@ def _environment(root: Path) -> Any:
     found = path.stat().st_size
     if found < expected:  # reading beyond the end of a memory map would kill the process
         raise InputError(f"{path}: {found} bytes of at least {expected}; the download is incomplete, fetch it again")
-    return environment
+    return environment.begin(buffers=True)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from data_prep.errors import InputError
 from data_prep.format import INDEX_NAME, MANIFEST_NAME
 from data_prep.sources import cifar, lmdb, parquet, tar, tfrecords
-from data_prep.sources.base import Wanted
+from data_prep.sources.base import Source, Wanted
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.lmdb import LmdbSource
@@ -25,28 +25,27 @@ from data_prep.sources.zip import ZipSource
 FURTHER = "archives in further folders"
 
 ArchiveSource = ParquetSource | TarSource | TfrecordsSource | ZipSource
-FolderContent = LmdbSource | CifarSource | FolderSource | ArchiveSource
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Kind:
-    """A kind of archive: file suffix, detection by content, and whether it may contain splits."""
+    """A kind of archive: what opens it, file suffix, detection by content, and whether it may contain splits."""
 
-    name: str
+    source: type[ArchiveSource]
     ending: str
     is_one: Callable[[Path], bool]
     has_splits: bool
 
 
 KINDS = [
-    Kind(name="tfrecords", ending="", is_one=lambda path: tfrecords.is_tfrecords(path), has_splits=False),
-    Kind(name="parquet", ending=".parquet", is_one=lambda path: begins_with(path, parquet.MAGIC), has_splits=False),
-    Kind(name="tar", ending=".tar", is_one=lambda path: begins_with(path, tar.MAGIC, at=tar.MAGIC_AT), has_splits=True),
-    Kind(name="zip", ending=".zip", is_one=zipfile.is_zipfile, has_splits=True),
+    Kind(TfrecordsSource, ending="", is_one=lambda path: tfrecords.is_tfrecords(path), has_splits=False),
+    Kind(ParquetSource, ending=".parquet", is_one=lambda path: begins_with(path, parquet.MAGIC), has_splits=False),
+    Kind(TarSource, ending=".tar", is_one=lambda path: begins_with(path, tar.MAGIC, at=tar.MAGIC_AT), has_splits=True),
+    Kind(ZipSource, ending=".zip", is_one=zipfile.is_zipfile, has_splits=True),
 ]
 
 
-def open_folder(folder: Path, wanted: Wanted) -> FolderContent:
+def open_folder(folder: Path, wanted: Wanted) -> Source:
     """Open the content of `folder`.
 
     Raises InputError where it is of several kinds, all but one of which would be left out, or cannot be read.
@@ -86,29 +85,17 @@ def open_archives(kind: Kind, folder: Path, names: Sequence[str], wanted: Wanted
     chosen = list(range(len(names)))
     if any(splits) or not kind.has_splits:
         found = chosen_of(splits, wanted.split, str(folder))
-        if found is None and kind.name == "parquet" and wanted.split in splits:
+        if found is None and kind.source is ParquetSource and wanted.split in splits:
             found = [position for position, split in enumerate(splits) if split == wanted.split]
         if found is not None:
             chosen, wanted = found, replace(wanted, split="all")
     left_out = Counter(f"files of split {splits[i]}" for i in set(range(len(names))) - set(chosen))
     taken = [names[i] for i in chosen]
-    source = _opened(kind, [folder / name for name in taken], taken, wanted)
+    source = kind.source.open(folder, taken, wanted)
     notices = [f"reads {len(taken)} of {len(names)} files: split {splits[chosen[0]]}"] if left_out else []
     notices = [*listing.notices, *notices, *([source.notice] if source.notice else [])]
     total = Counter(source.left_out) + listing.left_out + left_out
     return replace(source, notice="\n".join(notices) or None, left_out=total)
-
-
-def _opened(kind: Kind, paths: list[Path], titles: Sequence[str], wanted: Wanted) -> ArchiveSource:
-    if kind.name == "tfrecords":
-        return TfrecordsSource.open(paths, wanted)
-    if kind.name == "parquet":
-        return ParquetSource.open(paths, wanted)
-    if kind.name == "tar":
-        return TarSource.open(paths, wanted, titles=titles)
-    if len(paths) > 1:
-        raise InputError(f"{paths[0].parent}: holds {len(paths)} zips; give one of them, such as {paths[0]}")
-    return ZipSource.open(paths[0], wanted)
 
 
 def _revision(folder: Path) -> Path:
@@ -144,7 +131,7 @@ def _without_shard_metadata(listing: Listing) -> frozenset[str]:
 def _of_kind(kind: Kind, listing: Listing) -> list[str]:
     """The archives of a kind in a folder; a .tar counts by its name, so that a damaged one is an error."""
     named = [name for name in listing.names if name.endswith(kind.ending) and (listing.root / name).is_file()]
-    return named if kind.name == "tar" else [name for name in named if kind.is_one(listing.root / name)]
+    return named if kind.source is TarSource else [name for name in named if kind.is_one(listing.root / name)]
 
 
 def _nearest(archives: list[str]) -> list[str]:

@@ -39,9 +39,9 @@ class ParquetSource(PlacedSource[int]):
     kind: ClassVar[str] = "parquet"
 
     @classmethod
-    def open(cls, files: Sequence[Path], wanted: Wanted) -> Self:
+    def open(cls, folder: Path, file_names: Sequence[str], wanted: Wanted) -> Self:
         """Read paths and labels, but no image. Raises InputError where a file has no images, or pyarrow is missing."""
-        files = [path.absolute() for path in files]
+        files = [(folder / name).absolute() for name in file_names]
         tables = [_open(path) for path in files]
         columns = find_columns(files[0], tables[0].schema_arrow, wanted)
         for path, table in zip(files, tables):
@@ -149,10 +149,7 @@ class _GroupReader:
         raise has_changed(self._path, "has lost rows")
 
 
-@lru_cache(maxsize=1)
-def _reader(path: Path, group: int, columns: tuple[tuple[str, str], ...]) -> _GroupReader:
-    """One per process, since rows are read in order."""
-    return _GroupReader(path, group, columns)
+_reader = lru_cache(maxsize=1)(_GroupReader)  # one per process, since rows are read in order
 
 
 def _first_line(error: Exception) -> str:

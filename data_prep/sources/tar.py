@@ -26,13 +26,12 @@ class TarSource(PlacedSource[ArchivedFile]):
     kind: ClassVar[str] = "tar"
 
     @classmethod
-    def open(cls, paths: Sequence[Path], wanted: Wanted, *, titles: Sequence[str] = ()) -> Self:
-        """Read all headers; `titles` are prefixes of member names if there are several archives.
+    def open(cls, folder: Path, titles: Sequence[str], wanted: Wanted) -> Self:
+        """Read all headers of the archives `titles` in `folder`, which precede members' names if there are several.
 
         Raises InputError where an archive is damaged or truncated, or as `select` does.
         """
-        paths = [path.absolute() for path in paths]
-        titles = titles or [path.name for path in paths]
+        paths = [(folder / title).absolute() for title in titles]
         archives = [sorted_out(path, number, wanted) for number, path in enumerate(paths)]
         candidates = [file for archive in archives for file in archive.candidates]
         chosen = select(

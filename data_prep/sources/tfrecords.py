@@ -50,13 +50,14 @@ class TfrecordsSource(PlacedSource[Record]):
     kind: ClassVar[str] = "tfrecords"
 
     @classmethod
-    def open(cls, paths: Sequence[Path], wanted: Wanted) -> Self:
+    def open(cls, folder: Path, file_names: Sequence[str], wanted: Wanted) -> Self:
         """Open the files of resolution `wanted.size`, otherwise of the highest, and find their records.
 
         Raises InputError where a file is truncated or damaged, or google-crc32c is missing.
         """
-        files, notice = _one_resolution([path.absolute() for path in paths], wanted.size)
-        left_out = {"files of other resolutions": len(paths) - len(files)} if len(files) < len(paths) else {}
+        files, notice = _one_resolution([(folder / name).absolute() for name in file_names], wanted.size)
+        others = len(file_names) - len(files)
+        left_out = {"files of other resolutions": others} if others else {}
         records = [record for number, path in enumerate(files) for record in _frames(path, number)]
         first = {record.file: position for position, record in reversed(list(enumerate(records)))}
         names = [f"{files[record.file].name}:{i - first[record.file]}" for i, record in enumerate(records)]

@@ -3,6 +3,7 @@
 import lzma
 import stat
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +32,14 @@ class ZipSource(PlacedSource[int]):
     kind: ClassVar[str] = "zip"
 
     @classmethod
-    def open(cls, path: Path, wanted: Wanted) -> Self:
-        """Read the archive's directory. Raises InputError where it is missing or damaged, or as `select` does."""
+    def open(cls, folder: Path, names: Sequence[str], wanted: Wanted) -> Self:
+        """Read the archive's directory.
+
+        Raises InputError where it is missing or damaged, there are several, or as `select` does.
+        """
+        path = folder / names[0]
+        if len(names) > 1:
+            raise InputError(f"{path.parent}: holds {len(names)} zips; give one of them, such as {path}")
         path = path.absolute()
         entries = _archive(path).infolist()
         listed = sorted((_name(entry), at) for at, entry in enumerate(entries) if not _name(entry).endswith("/"))

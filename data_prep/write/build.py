@@ -17,6 +17,7 @@ from data_prep.format import (
     MANIFEST_NAME,
     NAMES_NAME,
     REJECTS_NAME,
+    SOURCE_ENCODING,
     FormatError,
     Manifest,
     ShardRecord,
@@ -89,7 +90,10 @@ def build(source: Source, recipe: Recipe, out: Path, *, workers: int, max_reject
         missing = _missing(plans, out, staging, workers)
         if missing:
             _check_room(missing, recipe, out, begun=len(missing) < len(plans))
-            _write(missing, recipe, out, staging, workers, total=len(source.names))
+            done = len(source.names) - sum(len(plan.source.names) for plan in missing)
+            with WorkProgress(total=len(source.names), done=done, what="writing", unit="img") as progress:
+                for sources in write_shards(missing, recipe, out, staging, workers):
+                    progress.update(sources)
         merged = _merge(plans, out, staging, members)
         _check_rejects(merged, len(source.names), max_reject_fraction, out)
         manifest = _manifest(merged, source, recipe, out, members)
@@ -170,14 +174,6 @@ def _check_room(missing: list[ShardPlan], recipe: Recipe, out: Path, *, begun: b
     print(f"{out}: about {readable(room.needed)} to write, {readable(room.free)} free", flush=True)
 
 
-def _write(missing: list[ShardPlan], recipe: Recipe, out: Path, staging: Path, workers: int, *, total: int) -> None:
-    """Write the shards without a result, with progress on a terminal."""
-    done = total - sum(len(plan.source.names) for plan in missing)
-    with WorkProgress(total=total, done=done, what="writing", unit="img") as progress:
-        for sources in write_shards(missing, recipe, out, staging, workers):
-            progress.update(sources)
-
-
 def _merge(plans: list[ShardPlan], out: Path, staging: Path, members: dict[str, int]) -> Merged:
     """Write index, names and rejects of the whole dataset."""
     merged = Merged()
@@ -235,7 +231,7 @@ def _manifest(merged: Merged, source: Source, recipe: Recipe, out: Path, members
     return Manifest(
         image_size=recipe.image_size,
         mode=recipe.mode,
-        encoding=recipe.manifest_encoding,
+        encoding=SOURCE_ENCODING if recipe.keeps_bytes else recipe.encoding,
         transform=recipe.transform,
         members=members,
         samples=merged.samples,

@@ -58,22 +58,11 @@ def convert(found: bytes | Image.Image, recipe: Recipe) -> EncodedImage:
         image = found
         check_size(image, recipe)
     width, height = image.size
-    data = encode(prepare(image, recipe), recipe.encoding)
-    return EncodedImage(data=data, extension=recipe.encoding, width=width, height=height, kept=False)
-
-
-def prepare(image: Image.Image, recipe: Recipe) -> Image.Image:
-    """An upright image as `recipe.image_size` squared in `recipe.mode`, 8 bits per channel, without metadata."""
-    image = TRANSFORMS[recipe.transform](to_mode(image, recipe.mode), recipe.image_size)
-    image.info = {}  # otherwise encoders would copy profile and comments to every sample
-    return image
-
-
-def encode(image: Image.Image, encoding: Encoding) -> bytes:
-    """The image encoded as a file; webp and png are lossless."""
+    square = TRANSFORMS[recipe.transform](to_mode(image, recipe.mode), recipe.image_size)
+    square.info = {}  # otherwise encoders would copy profile and comments to every sample
     stream = io.BytesIO()
-    image.save(stream, encoding, **SAVE_OPTIONS[encoding])
-    return stream.getvalue()
+    square.save(stream, recipe.encoding, **SAVE_OPTIONS[recipe.encoding])
+    return EncodedImage(data=stream.getvalue(), extension=recipe.encoding, width=width, height=height, kept=False)
 
 
 def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:

@@ -52,7 +52,8 @@ def faults_are_rejects(data: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
-        reason = "truncated or corrupt" if _known_format(data) else "not an image"
+        known = any(accept is not None and accept(data[:16]) for _, accept in map(Image.OPEN.__getitem__, FORMATS))
+        reason = "truncated or corrupt" if known else "not an image"
         raise Reject(reason, f"begins with {data[:16]!r}") from error
     except Image.DecompressionBombError as error:
         raise Reject("decompression bomb", str(error)) from error
@@ -108,11 +109,6 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # EXIF is a TIFF, for which Pillow raises as many types as for files
         return UPRIGHT
     return found if found in TURNS else UPRIGHT
-
-
-def _known_format(data: bytes) -> bool:
-    """Whether the file begins like one of FORMATS."""
-    return any(accept is not None and accept(data[:16]) for _, accept in map(Image.OPEN.__getitem__, FORMATS))
 
 
 def check_size(image: Image.Image, recipe: Recipe) -> None:

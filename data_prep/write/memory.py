@@ -8,12 +8,10 @@ LARGEST_KEPT = 1 << 25  # bytes; glibc's own limit on 64-bit machines
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in the process instead of returning it to the system after each image.
+    """Keep freed memory in the process instead of returning it to the system after each image, as glibc may.
 
-    By default glibc returns it when the free memory at the top of the heap exceeds twice the largest freed block, which
-    a decoded photo, its crop and its resized copy may or may not do. Every page is then mapped and zeroed again for the
-    next image: a quarter of the time for converting a JPEG from 1024 to 256 pixels. Does nothing with other C
-    libraries.
+    Every page is then mapped and zeroed again for the next image: a quarter of the time for converting a JPEG from 1024
+    to 256 pixels. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -22,11 +22,6 @@ def ddpm(image: Image.Image, size: int) -> Image.Image:
     return _resize_square(image, size, Resampling.LANCZOS)
 
 
-def edm(image: Image.Image, size: int) -> Image.Image:
-    """EDM's dataset_tool.py with `--transform=center-crop`; derived from StyleGAN2's, so it equals `ddpm`."""
-    return _resize_square(image, size, Resampling.LANCZOS)
-
-
 def area(image: Image.Image, size: int) -> Image.Image:
     """Centre square, then the mean of the area under each pixel, like cv2.INTER_AREA."""
     return _resize_square(image, size, Resampling.BOX)
@@ -46,13 +41,12 @@ def adm(image: Image.Image, size: int) -> Image.Image:
     return image.crop(middle)
 
 
-# Images that "source" cannot keep are converted as by `ddpm`.
 TRANSFORMS: dict[Transform, Callable[[Image.Image, int], Image.Image]] = {
     "ddpm": ddpm,
     "adm": adm,
-    "edm": edm,
+    "edm": ddpm,  # its dataset_tool.py with `--transform=center-crop` is derived from StyleGAN2's
     "area": area,
-    "source": ddpm,
+    "source": ddpm,  # of images whose bytes cannot be kept
 }
 
 

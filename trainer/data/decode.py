@@ -1,11 +1,7 @@
-"""Decoding of images.
+"""Decoding of images: JPEGs by simplejpeg, lossless WebPs by webp where that is installed, everything else by Pillow.
 
-JPEGs are decoded by simplejpeg, lossless WebPs by webp where that is installed (the extra `fast`), and everything else
-by Pillow. simplejpeg and Pillow wrap libjpeg-turbo and agree to the last bit. Other versions may differ, so
-`jpeg_signature` is part of a run's identity: a resume with different pixels is refused.
-
-Images that the fast decoders reject are passed to Pillow, so which images count as damaged does not depend on what is
-installed. Only simplejpeg reports libjpeg's warnings about a damaged JPEG, so JPEGs are refused without it.
+docs/stream.md, "Decoding", has why. What the fast decoders reject is left to Pillow, so which images count as damaged
+does not depend on what is installed.
 """
 
 import base64

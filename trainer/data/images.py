@@ -32,18 +32,16 @@ def read_images(
 
     Raises DataError with the name of a damaged sample, which `skip_damaged` leaves out instead.
     """
-    images, further, kept = [], [], []
-    for sample in ids:
-        pixels = np.empty((dataset.image_size, dataset.image_size, dataset.channels), dtype=np.uint8)
+    asked = list(ids)
+    pixels = np.empty((len(asked), dataset.image_size, dataset.image_size, dataset.channels), dtype=np.uint8)
+    further, kept = list[dict[str, Any]](), list[int]()
+    for sample in asked:
         try:
-            dataset.decode_into(pixels, sample)
+            dataset.decode_into(pixels[len(kept)], sample)
             further.append(dataset.further(sample))
         except SampleError:
             if not skip_damaged:
                 raise
         else:
-            images.append(torch.from_numpy(pixels))
             kept.append(sample)
-    shape = (0, dataset.image_size, dataset.image_size, dataset.channels)
-    stacked = torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8)
-    return rearrange(stacked, "b h w c -> b c h w"), further, kept
+    return rearrange(torch.from_numpy(pixels[: len(kept)]), "b h w c -> b c h w"), further, kept

@@ -22,7 +22,6 @@ from trainer.data.datasets.joined import JoinedDatasets
 from trainer.data.datasets.labels import check_labels
 from trainer.data.datasets.patterns import expand
 from trainer.data.datasets.shards import ShardedDataset
-from trainer.data.datasets.split import is_held_out
 from trainer.data.datasets.tars import TarDataset
 from trainer.data.datasets.unprepared import check_prepared
 from trainer.data.decode import jpeg_signature
@@ -101,7 +100,7 @@ def _split_and_order(config: Config, dataset: IndexedDataset, seed: int) -> tupl
     data = config.data
     bounds = dataset.bounds
     if data.holdout:
-        out = is_held_out(dataset.split_keys(), data.holdout)
+        out = dataset.is_held_out(data.holdout)
         held_out, selected = np.flatnonzero(out), np.flatnonzero(~out).astype(np.uint32)
         if not len(held_out) or not len(selected):
             raise ConfigError(f"data.holdout = {data.holdout}: holds out {len(held_out)} of {len(dataset)} images")

@@ -14,14 +14,6 @@ from trainer.diffusion.ddpm.family import ddpm_objective, ddpm_output_channels
 S = TypeVar("S", bound=DiffusionConfig)
 
 
-def _as_many(_: DiffusionConfig, channels: int) -> int:
-    return channels
-
-
-def _no_more(_: DiffusionConfig, __: Callable[[], nn.Module]) -> dict[str, nn.Module]:
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family(Generic[S]):
     """A family of diffusion models.
@@ -33,8 +25,8 @@ class Family(Generic[S]):
     """
 
     objective: Callable[[S, torch.device], Objective]
-    output_channels: Callable[[S, int], int] = _as_many
-    networks: Callable[[S, Callable[[], nn.Module]], Mapping[str, nn.Module]] = _no_more
+    output_channels: Callable[[S, int], int] = lambda _, channels: channels
+    networks: Callable[[S, Callable[[], nn.Module]], Mapping[str, nn.Module]] = lambda _, __: {}
     phases: Callable[[Any], Sequence[Phase]] = one_phase
 
 

@@ -72,20 +72,10 @@ DIFFUSERS_OLD = replace(
 )
 AUTHORS = Layout(
     layers={
-        "temb.dense_in": "temb.dense.0",
-        "temb.dense_out": "temb.dense.1",
-        "conv_in": "conv_in",
-        "norm_out": "norm_out",
-        "conv_out": "conv_out",
+        **DIFFUSERS.layers,
+        **{"temb.dense_in": "temb.dense.0", "temb.dense_out": "temb.dense.1", "norm_out": "norm_out"},
     },
-    residual={
-        "norm_in": "norm1",
-        "conv_in": "conv1",
-        "dense_temb": "temb_proj",
-        "norm_out": "norm2",
-        "conv_out": "conv2",
-        "shortcut": "nin_shortcut",
-    },
+    residual={**DIFFUSERS.residual, "dense_temb": "temb_proj", "shortcut": "nin_shortcut"},
     attention={"norm": "norm", "query": "q", "key": "k", "value": "v", "out": "proj_out"},
     down="down.{level}.block.{block}",
     down_attention="down.{level}.attn.{block}",
@@ -100,12 +90,13 @@ AUTHORS = Layout(
 
 def names(network: UNet, layout: Layout) -> dict[str, str]:
     """Our name of every tensor -> the layout's, in the network's order."""
-    modules = dict(_modules(network, layout))
-    renamed = {}
-    for name in network.state_dict():
-        module, kind = name.rsplit(".", 1)
-        renamed[name] = f"{modules[module]}.{kind}"
-    return renamed
+    return names_by_layer(network, dict(_modules(network, layout)))
+
+
+def names_by_layer(network: nn.Module, layers: Mapping[str, str]) -> dict[str, str]:
+    """Our name of every tensor -> another program's, in the network's order, from our and its name of every layer."""
+    split = {name: name.rpartition(".") for name in network.state_dict()}
+    return {name: f"{layers[layer]}.{kind}" for name, (layer, _, kind) in split.items()}
 
 
 def to_layout(weights: Mapping[str, Tensor], network: UNet, layout: Layout) -> dict[str, Tensor]:

@@ -29,48 +29,50 @@ def model_card(
     """Markdown with the metadata of the Hugging Face Hub; `manifest` is the checkpoint's, `grid` the path of a picture
     of samples relative to the card.
     """
-    front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: diffusers", "tags:"]
-    front += [f"- {tag}" for tag in ("diffusers", "ddpm", "unconditional-image-generation")]
-    rows = [f"| {name} | {value} |" for name, value in _facts(config, manifest, checkpoint, weights, parameters)]
     size, timesteps = config.model.image_size, diffusion.timesteps
     kind = {1: "grey", 3: "RGB"}.get(config.model.channels, f"{config.model.channels}-channel")
-    return "\n".join(
-        [
-            *front,
-            "---",
-            "",
-            f"# Unconditional diffusion model, {size} x {size}",
-            "",
-            "A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020) that draws "
-            f"{size} x {size} {kind} images.",
-            "",
-            *([f"![Samples]({grid})", ""] if grid is not None else []),
-            f"Licence of the weights: {license_name or 'not stated; ask who gave them to you'}.",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-            "## Use",
-            "",
-            "```python",
-            *_usage(timesteps, learned=diffusion.variance_is_learned),
-            "```",
-            "",
-            "## Configuration",
-            "",
-            "| field | value |",
-            "|---|---|",
-            *(f"| `{name}` | `{value}` |" for name, value in _fields(config)),
-            "",
-            "## Origin",
-            "",
-            "```bash",
-            command,
-            "```",
-            "",
-        ]
+    license_line = f"license: {license_name}\n" if license_name else ""
+    picture = f"![Samples]({grid})\n\n" if grid is not None else ""
+    facts = "\n".join(
+        f"| {name} | {value} |" for name, value in _facts(config, manifest, checkpoint, weights, parameters)
     )
+    fields = "\n".join(f"| `{name}` | `{value}` |" for name, value in _fields(config))
+    return f"""---
+{license_line}library_name: diffusers
+tags:
+- diffusers
+- ddpm
+- unconditional-image-generation
+---
+
+# Unconditional diffusion model, {size} x {size}
+
+A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020) that draws {size} x {size} {kind} images.
+
+{picture}Licence of the weights: {license_name or "not stated; ask who gave them to you"}.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```python
+{_usage(timesteps, learned=diffusion.variance_is_learned)}
+```
+
+## Configuration
+
+| field | value |
+|---|---|
+{fields}
+
+## Origin
+
+```bash
+{command}
+```
+"""
 
 
 def _facts(
@@ -97,17 +99,15 @@ def _fields(config: Config) -> Iterator[tuple[str, str]]:
     yield "seed", json.dumps(values["seed"])
 
 
-def _usage(timesteps: int, *, learned: bool) -> list[str]:
+def _usage(timesteps: int, *, learned: bool) -> str:
     ddpm = f'images = DDPMPipeline.from_pretrained("FOLDER")(num_inference_steps={timesteps}).images'
     if learned:  # DDIMPipeline treats the variance as part of the prediction
-        return ["from diffusers import DDPMPipeline", "", ddpm]
-    return [
-        "from diffusers import DDIMPipeline, DDPMPipeline",
-        "",
-        ddpm,
-        'pipeline = DDIMPipeline.from_pretrained("FOLDER")  # fewer steps',
-        f"images = pipeline(num_inference_steps={min(50, timesteps)}, use_clipped_model_output=True).images",
-    ]
+        return f"from diffusers import DDPMPipeline\n\n{ddpm}"
+    return f"""from diffusers import DDIMPipeline, DDPMPipeline
+
+{ddpm}
+pipeline = DDIMPipeline.from_pretrained("FOLDER")  # fewer steps
+images = pipeline(num_inference_steps={min(50, timesteps)}, use_clipped_model_output=True).images"""
 
 
 def _kind(weights: str) -> str:

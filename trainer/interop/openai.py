@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from trainer.interop.layouts import fit
+from trainer.interop.layouts import fit, names_by_layer
 from trainer.models.adm_classifier import AdaptivePool, ADMClassifier, AttentionPool, SpatialPool
 from trainer.models.adm_layers import Downsample, ResidualBlock, SelfAttention, Upsample
 from trainer.models.adm_unet import ADMStage, ADMUNet
@@ -49,11 +49,7 @@ def names(network: ADMUNet | ADMClassifier) -> dict[str, str]:
     layers = {**_OUTER, **dict(_stages(network))}
     if isinstance(network, ADMClassifier):
         layers |= _POOLS[type(network.pool)]
-    renamed = {}
-    for name in network.state_dict():
-        layer, _, kind = name.rpartition(".")
-        renamed[name] = f"{layers[layer]}.{kind}"
-    return renamed
+    return names_by_layer(network, layers)
 
 
 def to_openai(weights: Mapping[str, Tensor], network: ADMUNet | ADMClassifier) -> dict[str, Tensor]:
@@ -62,11 +58,7 @@ def to_openai(weights: Mapping[str, Tensor], network: ADMUNet | ADMClassifier) -
 
 
 def from_openai(tensors: Mapping[str, Tensor], network: ADMUNet | ADMClassifier, *, source: str) -> dict[str, Tensor]:
-    """The network's state dict, float32, from OpenAI's. The network itself may be on the device "meta".
-
-    Raises ConversionError with the tensor's name where one is missing, unexpected, of another shape, not floating point
-    or not finite; `source` is their origin, for messages.
-    """
+    """The network's state dict, float32, from OpenAI's; errors as `fit`."""
     return fit(tensors, network, names(network), source=source)
 
 

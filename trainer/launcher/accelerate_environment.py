@@ -9,24 +9,9 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from trainer.launcher.deepspeed_file import (
-    ask_by_deepspeed_file,
-    ask_for_stage,
-    ask_to_clip,
-    ask_to_offload,
-    read_deepspeed_file,
-)
+from trainer.launcher.deepspeed_file import ask_by_deepspeed_file, ask_to_clip, read_deepspeed_file
 from trainer.launcher.told import Told, Wish, is_left_open, is_true, positive_whole
 
-_DEEPSPEED = {
-    "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
-    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
-    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
-    "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
-    "deepspeed_moe_layer_cls_names": "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES",
-    "zero3_init_flag": "ACCELERATE_DEEPSPEED_ZERO3_INIT",
-    "zero3_save_16bit_model": "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
-}
 _SHARDING = {"FULL_SHARD": "fsdp2", "HYBRID_SHARD": "hsdp", "NO_SHARD": "ddp"}
 _SHARDING |= {"1": "fsdp2", "4": "hsdp", "3": "ddp"}  # as older files have them
 # Done here in one way, whatever is asked for: with the values that accelerate launch passes on when told nothing.
@@ -123,18 +108,12 @@ def _ask_to_compile(told: Told, environ: Mapping[str, str]) -> None:
 
 def _ask_for_deepspeed(told: Told, environ: Mapping[str, str]) -> None:
     def said(name: str) -> str | None:
-        value = environ.get(_DEEPSPEED[name])
+        value = environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}")
         return None if is_left_open(value) else value
 
-    file = said("deepspeed_config_file")
-    if file is not None:
-        ask_by_deepspeed_file(told, read_deepspeed_file(Path(file)), Path(file), said)
-    else:
-        stage = said("zero_stage")
-        ask_for_stage(told, stage or 2, f"zero_stage = {stage}" if stage else "use_deepspeed (zero_stage = 2)")
-        for name in ("offload_optimizer", "offload_param"):
-            device = said(f"{name}_device")
-            ask_to_offload(told, device, name, f"{name}_device = {device}")
+    file = said("config_file")
+    settings = read_deepspeed_file(Path(file)) if file is not None else {"zero_optimization": {"stage": "auto"}}
+    ask_by_deepspeed_file(told, settings, Path(file or ""), said)
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if told.accumulation is None and not is_left_open(steps):
         if (count := positive_whole(steps)) is None:
@@ -144,9 +123,10 @@ def _ask_for_deepspeed(told: Told, environ: Mapping[str, str]) -> None:
     norm = environ.get("ACCELERATE_GRADIENT_CLIPPING")
     if not is_left_open(norm) and not any(wish.name == "optimizer.clip_norm" for wish in told.wishes):
         ask_to_clip(told, norm, f"gradient_clipping = {norm}")
-    if said("deepspeed_moe_layer_cls_names") is not None:
+    if said("moe_layer_cls_names") is not None:
         told.refused.append("deepspeed_moe_layer_cls_names: the network has no mixture of experts; remove it")
-    told.unused += [name for name in ("zero3_init_flag", "zero3_save_16bit_model") if is_true(said(name))]
+    told.unused += ["zero3_init_flag"] if is_true(said("zero3_init")) else []
+    told.unused += ["zero3_save_16bit_model"] if is_true(said("zero3_save_16bit_model")) else []
 
 
 def _ask_for_fsdp(told: Told, environ: Mapping[str, str]) -> None:

@@ -80,15 +80,7 @@ def ask_by_deepspeed_file(told: Told, settings: Mapping[str, Any], path: Path, f
         told.accumulation = Wish("gradient_accumulation_steps", steps, words)
     if not is_left_open(norm := settings.get("gradient_clipping")):
         ask_to_clip(told, norm, f"gradient_clipping = {norm} in {path.name}")
-    _sort(settings, path.name, taken=_TAKEN, unused=_UNUSED, told=told, refused=told.refused)
-
-
-def ask_for_stage(told: Told, stage: Any, words: str) -> None:
-    """Add a ZeRO stage to `told`: 0 is "ddp"."""
-    if positive_whole(stage) not in (1, 2, 3) and number(stage) != 0:
-        told.refused.append(f"{words}: should be 0, 1, 2 or 3")
-        return
-    told.strategy = Wish("train.strategy", f"zero{int(stage)}" if int(stage) else "ddp", words)
+    _sort(settings, f"{path.name}: ", taken=_TAKEN, unused=_UNUSED, told=told, refused=told.refused)
 
 
 def ask_to_clip(told: Told, norm: Any, words: str) -> None:
@@ -100,32 +92,29 @@ def ask_to_clip(told: Told, norm: Any, words: str) -> None:
     told.wishes.append(Wish("optimizer.clip_norm", found or float("inf"), words))
 
 
-def ask_to_offload(told: Told, device: Any, name: str, words: str) -> None:
-    """Add where optimizer or weights ("offload_optimizer", "offload_param") are to lie."""
-    if is_left_open(device):
-        return
-    if name == "offload_optimizer" and device == "cpu":
-        told.details.append(Wish("train.offload_optimizer", True, words))
-    else:
-        known = "the optimizer, to the host's memory, is all that can be offloaded"
-        told.refused_details.append(f"{words}: {known}; take cpu for offload_optimizer, none for offload_param")
-
-
 def _ask_for_stage(told: Told, zero: Mapping[str, Any], path: Path, fallback: Callable[[str], Any]) -> None:
     stage = zero.get("stage", 0)
     words = f"zero_optimization.stage = {stage} in {path.name}"
     if is_left_open(stage):
-        stage = fallback("zero_stage") or 2  # Accelerate's own default
-        words = f"zero_stage = {stage}"
-    ask_for_stage(told, stage, words)
+        said = fallback("zero_stage")
+        stage, words = said or 2, f"zero_stage = {said}" if said else "use_deepspeed (zero_stage = 2)"
+    if positive_whole(stage) in (1, 2, 3) or number(stage) == 0:
+        told.strategy = Wish("train.strategy", f"zero{int(stage)}" if int(stage) else "ddp", words)
+    else:
+        told.refused.append(f"{words}: should be 0, 1, 2 or 3")
     for name, older in (("offload_optimizer", "cpu_offload"), ("offload_param", "cpu_offload_params")):
         offload = zero.get(name)
         options = offload if isinstance(offload, dict) else {"device": offload}
         device = "cpu" if zero.get(older) is True else options.get("device")
-        if not is_left_open(device):
-            ask_to_offload(told, device, name, f"zero_optimization.{name}.device = {device} in {path.name}")
-        elif not is_left_open(device := fallback(f"{name}_device")):
-            ask_to_offload(told, device, name, f"{name}_device = {device}")
+        words = f"zero_optimization.{name}.device = {device} in {path.name}"
+        if is_left_open(device):
+            device = fallback(f"{name}_device")
+            words = f"{name}_device = {device}"
+        if name == "offload_optimizer" and device == "cpu":
+            told.details.append(Wish("train.offload_optimizer", True, words))
+        elif not is_left_open(device):
+            known = "the optimizer, to the host's memory, is all that can be offloaded"
+            told.refused_details.append(f"{words}: {known}; take cpu for offload_optimizer, none for offload_param")
         if not _is_off("ratio", options.get("ratio")):
             told.refused_details.append(f"zero_optimization.{name}.ratio in {path.name}: all is offloaded or nothing")
     place = f"{path.name}: zero_optimization."
@@ -176,8 +165,7 @@ def _sort(
         if known in unused:
             told.unused.append(name)
         else:
-            where = place if place.endswith(".") else f"{place}: "
-            refused.append(f"{where}{name}: {_INSTEAD.get(name, _ELSE)}")
+            refused.append(f"{place}{name}: {_INSTEAD.get(name, _ELSE)}")
 
 
 def _is_off(name: str, value: Any) -> bool:

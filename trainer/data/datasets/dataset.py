@@ -38,11 +38,12 @@ class ShardFiles(Protocol):
 class Dataset(Protocol):
     """Samples by id, 0 <= id < len(self), in numbered shards: the interface used by the stream.
 
-    cond: names of MEMBER_OF, what is read with each image.
+    bounds: the first id of each shard, then len(self); cond: names of MEMBER_OF, what is read with each image.
     """
 
     where: str
     shards: list[Shard]
+    bounds: npt.NDArray[np.int64]
     image_size: int
     fingerprint: str
     cond: tuple[str, ...]
@@ -55,6 +56,7 @@ class Dataset(Protocol):
 
     def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The shards, by position in `shards`, that hold these samples."""
+        return np.searchsorted(self.bounds, samples, side="right") - 1
 
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
         """Decode an image to `out`, (image_size, image_size, C) uint8, contiguous.

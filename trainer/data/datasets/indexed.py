@@ -4,7 +4,6 @@ import bisect
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.format import CHANNELS, MEMBERS, UNLABELLED, crc32
-from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
+from trainer.data.datasets.dataset import MEMBER_OF, Dataset, Shard, ShardFiles
 from trainer.data.decode import decode_array, decode_into, decode_square, decode_text
+from trainer.data.orders.permutation import mix
 from trainer.errors import DataError, SampleError
 
 _OPEN_SHARDS = 256
+_HOLDOUT = np.uint64(0x686F6C646F7574)  # "holdout": distinguishes these hashes from others
 
 Place = tuple[int, ...]  # of a member in its shard: offset, length, and crc32 where the index has it
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredImages:
-    """How images are stored: side in pixels, mode, and whether they are cropped when they are decoded, see `decode`.
-
-    sides: of second images in pixels, by their members' names; one that is not there has its own.
-    """
-
-    image_size: int
-    mode: str
-    crop: bool
-    sides: Mapping[str, int] = field(default_factory=dict)
-
-
-class IndexedDataset:
+class IndexedDataset(Dataset):
     """Images by sample id, 0 <= id < len(self): ids are numbered through the shards, in the order of the index.
 
     Instances may be forked or pickled to loader processes: reads share no file position, and a pickled copy opens its
@@ -42,8 +30,10 @@ class IndexedDataset:
 
     where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
     pages) or an array; its columns are the image's "offset", "length" and, right behind them, perhaps "crc32"; "label";
-    and for each further member the same by its name; fingerprint: identifies the samples and their numbering; cond:
-    names of MEMBER_OF, what is read with each image; classes: names of the labels 0, 1, ..., or None.
+    and for each further member the same by its name; image_size, mode, crop: side of the images in pixels, their mode,
+    and whether they are cropped when they are decoded, see `decode_into`; sides: of second images, by their members'
+    names, their own where they are not there; fingerprint: identifies the samples and their numbering; cond: names of
+    MEMBER_OF, what is read with each image; classes: names of the labels 0, 1, ..., or None.
     """
 
     def __init__(
@@ -52,7 +42,10 @@ class IndexedDataset:
         where: str,
         shards: Sequence[Shard],
         index: Path | npt.NDArray[np.void],
-        stored: StoredImages,
+        image_size: int,
+        mode: str,
+        crop: bool,
+        sides: Mapping[str, int] | None = None,
         fingerprint: str,
         files: ShardFiles,
         cond: Sequence[str],
@@ -60,8 +53,10 @@ class IndexedDataset:
     ) -> None:
         self.where = where
         self.shards = list(shards)
-        self.stored = stored
-        self.image_size = stored.image_size
+        self.image_size = image_size
+        self.mode = mode
+        self.crop = crop
+        self.sides = sides or {}
         self.fingerprint = fingerprint
         self.files = files
         self.bounds = np.cumsum([0, *(shard.samples for shard in shards)])
@@ -82,7 +77,7 @@ class IndexedDataset:
     @property
     def channels(self) -> int:
         """Number of channels: 3 for RGB, 1 for grey."""
-        return CHANNELS[self.stored.mode]
+        return CHANNELS[self.mode]
 
     @property
     def index(self) -> npt.NDArray[np.void]:
@@ -96,15 +91,11 @@ class IndexedDataset:
             return self._index_source
         return np.asarray(np.load(self._index_source, mmap_mode="r", allow_pickle=False))
 
-    def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The shards, by position in `shards`, that hold these samples."""
-        return np.searchsorted(self.bounds, samples, side="right") - 1
-
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
         """Implements `Dataset.decode_into`."""
         encoded = self.read(sample)
         try:
-            decode_into(out, encoded, self.stored.mode, crop=self.stored.crop)
+            decode_into(out, encoded, self.mode, crop=self.crop)
         except SampleError as error:
             raise SampleError(f"{self.describe(sample)}: {error}") from error
 
@@ -144,7 +135,7 @@ class IndexedDataset:
         member = MEMBER_OF[name]
         kind = MEMBERS[member]
         if kind == "image":
-            return decode_square(data, self.stored.mode, self.stored.sides.get(member), crop=self.stored.crop)
+            return decode_square(data, self.mode, self.sides.get(member), crop=self.crop)
         return decode_text(data) if kind == "text" else decode_array(data)
 
     def _verified(self, sample: int, place: Place) -> bytes:
@@ -160,17 +151,16 @@ class IndexedDataset:
             raise SampleError(f"damaged ({damage}); restore the shard or prepare it again")
         return found
 
-    def key(self, sample: int) -> str:
-        """Key of a sample in its tar, or what identifies it there."""
-        raise NotImplementedError
-
-    def describe(self, sample: int) -> str:
-        """Location of a sample, for messages: "shard-000003.tar: member 000006151.webp (sample 6150)"."""
-        raise NotImplementedError
-
     def split_keys(self) -> npt.NDArray[np.uint64]:
         """(N,) keys that identify samples independently of their location; the held-out split is a function of them."""
         raise NotImplementedError
+
+    def is_held_out(self, fraction: float) -> npt.NDArray[np.bool_]:
+        """(N,), true for about `fraction` x N samples, fraction in [0, 1): a function of each sample's key alone.
+
+        A larger fraction holds out a superset. The result does not depend on seed, order or the other samples.
+        """
+        return mix(mix(self.split_keys() ^ _HOLDOUT)) < np.uint64(int(fraction * 2.0**64))
 
     def _read(self, shard: int, place: Place) -> bytes:
         try:

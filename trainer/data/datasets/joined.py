@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.datasets.dataset import Dataset
 from trainer.data.datasets.indexed import IndexedDataset
 
 
-class JoinedDatasets:
-    """Implements `Dataset`. Samples of dataset k begin at `id_starts[k]`."""
+class JoinedDatasets(Dataset):
+    """Samples of dataset k begin at `id_starts[k]`."""
 
     def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
         self.datasets = list(datasets)
@@ -32,10 +33,6 @@ class JoinedDatasets:
     def channels(self) -> int:
         """Number of channels, the same for all datasets."""
         return self.datasets[0].channels
-
-    def shards_of(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The shards, by position in `shards`, that hold these samples."""
-        return np.searchsorted(self.bounds, samples, side="right") - 1
 
     def decode_into(self, out: npt.NDArray[np.uint8], sample: int) -> None:
         """Decode an image to `out` by the dataset that holds it."""

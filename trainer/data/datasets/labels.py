@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from data_prep.format import UNLABELLED
 from trainer.data.datasets.indexed import IndexedDataset
@@ -22,7 +21,7 @@ def check_labels(datasets: Mapping[str, IndexedDataset], classes: int) -> None:
 
 
 def _check_range(dataset: IndexedDataset, classes: int) -> None:
-    labels = _labels(dataset)
+    labels = dataset.index["label"]
     without = np.flatnonzero(labels == UNLABELLED)
     if len(without):
         raise DataError(
@@ -41,7 +40,7 @@ def _check_meaning(datasets: Mapping[str, IndexedDataset]) -> None:
     """Datasets whose classes have the same names in the same order agree; others must have no label in common."""
     seen: dict[int, str] = {}
     for path, dataset in datasets.items():
-        for label in np.unique(_labels(dataset)).tolist():
+        for label in np.unique(dataset.index["label"]).tolist():
             other = seen.setdefault(label, path)
             theirs, ours = datasets[other].classes, dataset.classes
             if other != path and (theirs is None or theirs != ours):
@@ -53,7 +52,3 @@ def _check_meaning(datasets: Mapping[str, IndexedDataset]) -> None:
 
 def _name(classes: list[str] | None, label: int) -> str:
     return repr(classes[label]) if classes is not None and label < len(classes) else "a class without a name"
-
-
-def _labels(dataset: IndexedDataset) -> npt.NDArray[np.int32]:
-    return dataset.index["label"]

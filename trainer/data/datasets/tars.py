@@ -1,8 +1,4 @@
-"""WebDataset tars without a manifest: their headers are read once, and the index is kept.
-
-A tar has no checksums of its members' content. Damaged or zeroed headers, truncated files and images that do not decode
-are detected; a flipped bit inside an image is not. data_prep's shards have a crc32 for each image.
-"""
+"""WebDataset tars without a manifest: their headers are read once, and the index is kept; see docs/stream.md."""
 
 import fcntl
 import hashlib
@@ -23,7 +19,7 @@ from data_prep.progress import WorkProgress
 from data_prep.sources.rules import IMAGE_SUFFIXES
 from data_prep.tar_headers import Member, TarError, walk
 from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
-from trainer.data.datasets.indexed import IndexedDataset, StoredImages
+from trainer.data.datasets.indexed import IndexedDataset
 from trainer.errors import ConfigError, DataError
 
 TAR_DTYPE = np.dtype(
@@ -76,7 +72,9 @@ class TarDataset(IndexedDataset):
             where=where,
             shards=[replace(shard, samples=count) for shard, count in zip(shards, counts)],
             index=source,
-            stored=StoredImages(image_size=image_size, mode=mode, crop=True),
+            image_size=image_size,
+            mode=mode,
+            crop=True,
             fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             files=files,
             cond=cond,
@@ -198,9 +196,8 @@ def _samples(
 ) -> tuple[npt.NDArray[np.void], list[str], list[str]]:
     """WebDataset's grouping: a sample is all members of one name up to the first dot; its image is .jpg, .png, ...
 
-    In addition, images that this rule would drop are samples of their own: `a.1.jpg` and `a.2.jpg` where there is no
-    `a.jpg`, and images without an extension. Returns the rows of the index, the names of images that are still left out
-    (other formats, links, sparse files), and the names of `.cls` members without a number.
+    Images that this rule would drop (`a.1.jpg` and `a.2.jpg`) are samples of their own. Returns the rows of the index,
+    the names of images that are still left out, and the names of `.cls` members without a number.
     """
     samples: dict[str, dict[str, Member]] = {}
     left_out: list[str] = []

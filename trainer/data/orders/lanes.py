@@ -1,8 +1,7 @@
 """The order "lanes": of C parts of the dataset a node reads those that its part of the global batch takes.
 
 Slot j of a global batch of B belongs to lane j C / B, so of n nodes (C divisible by n) each reads C / n lanes, the same
-ones in every epoch, so its share of the shards fits on its own disk. The order depends on C and B, which are fixed for
-a run, and not on the number of nodes, which only determines who reads which shards.
+ones in every epoch. The order does not depend on the number of nodes.
 
 Epoch e is positions e N to (e + 1) N. In it lane c has S_c(e) slots, which may differ between lanes, so the dataset
 (its shards in an order keyed by the seed) is cut after S_0, S_0 + S_1, ... samples, and each lane shuffles its section

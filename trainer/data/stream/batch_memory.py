@@ -1,10 +1,7 @@
-"""Reusable memory for batches.
+"""Reusable memory for batches: new memory is mapped page by page, which can take longer than decoding the JPEGs.
 
-The kernel zeroes newly allocated memory page by page, and memory shared between loader processes and the trainer is
-also mapped page by page on both sides: that can take longer than decoding the JPEGs. A stream therefore has slots, each
-for one batch. A loader takes one of its own slots; the slot is free again once the last tensor that views it is
-deleted, in whatever code holds it. Where more batches are kept than there are slots, the loaders allocate new memory,
-as torch's loaders do.
+A stream has slots, each for one batch. A loader takes one of its own slots; it is free again once the last tensor that
+views it is deleted. Where more batches are kept than there are slots, the loaders allocate new memory, as torch's do.
 """
 
 import contextlib

@@ -84,19 +84,13 @@ def pixels_shape(dataset: Dataset, samples: int) -> tuple[int, int, int, int]:
     return samples, dataset.image_size, dataset.image_size, dataset.channels
 
 
-class Collate:
-    """The stage that makes micro-batches of `size` samples each.
+def batched(samples: Iterator[Sample], size: int) -> Iterator[dict[str, Any]]:
+    """The stage that makes micro-batches of `size` samples each, see `collate`.
 
-    webdataset's `batched` reads one sample more before it hands a batch on, which would take memory for the next one.
+    webdataset's own reads one sample more before it hands a batch on, which would take memory for the next one.
     """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, samples: Iterator[Sample]) -> Iterator[dict[str, Any]]:
-        """Yield micro-batches, see `collate`."""
-        for first in samples:
-            yield collate([first, *itertools.islice(samples, self.size - 1)])
+    for first in samples:
+        yield collate([first, *itertools.islice(samples, size - 1)])
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 from trainer.data.cache.node_cache import NodeCache
 from trainer.data.datasets.dataset import Shard
@@ -11,6 +12,7 @@ _FARTHEST = 4096  # micro-steps ahead of training
 _AGAIN = 1.0  # seconds between checks whether other processes released pins
 
 
+@dataclass(eq=False)
 class Prefetcher:
     """A thread that walks a plan ahead of training and pins the shards needed next in the node's cache.
 
@@ -20,23 +22,16 @@ class Prefetcher:
     is needed. Failed downloads are ignored, since the reader reports them.
     """
 
-    def __init__(
-        self,
-        cache: NodeCache,
-        shards: Sequence[Shard],
-        *,
-        needs: Callable[[int], Sequence[int]],
-        micro_steps: range,
-        in_hand: int,
-        budget: int,
-    ) -> None:
-        self.cache = cache
-        self.shards = shards
-        self.needs = needs
-        self.micro_steps = micro_steps
-        self.in_hand = in_hand
-        self.budget = budget
-        self._training = micro_steps.start  # the current micro-step of training
+    cache: NodeCache
+    shards: Sequence[Shard]
+    _: KW_ONLY
+    needs: Callable[[int], Sequence[int]]
+    micro_steps: range
+    in_hand: int
+    budget: int
+
+    def __post_init__(self) -> None:
+        self._training = self.micro_steps.start  # the current micro-step of training
         self._last_need: dict[int, int] = {}  # of each pinned shard, as far as the plan was walked
         self._pins: dict[int, int] = {}  # descriptors
         self._closed = False

@@ -23,7 +23,7 @@ from trainer.data.datasets.dataset import Dataset
 from trainer.data.orders.order import Int64Array, Order
 from trainer.data.stream.bad_samples import BadSamples
 from trainer.data.stream.batch_memory import BatchMemory
-from trainer.data.stream.batches import Collate, ReadSamples, as_tensors, pixels_shape
+from trainer.data.stream.batches import ReadSamples, as_tensors, batched, pixels_shape
 from trainer.data.stream.prefetch import Prefetcher
 from trainer.errors import ConfigError, DataError
 from trainer.signals import STOP_SIGNALS, on_parents_death
@@ -177,7 +177,7 @@ def _loader(
     )
     samples = ReadSamples(dataset, replace_by=plan.order if replaces else None, memory=memory)
     loader: Iterable[dict[str, Any]] = wds.WebLoader(
-        wds.DataPipeline(plan, samples, Collate(plan.layout.micro_batch)),
+        wds.DataPipeline(plan, samples, functools.partial(batched, size=plan.layout.micro_batch)),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=loaders,

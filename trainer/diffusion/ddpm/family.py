@@ -10,17 +10,11 @@ from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.ddpm.timesteps import ImportanceSampling
 
 
-def ddpm_diffusion(section: DDPMConfig, device: torch.device) -> GaussianDiffusion:
-    """The forward process, its tables on the device."""
-    betas = make_betas(section.schedule, section.timesteps, section.betas)
-    return GaussianDiffusion(betas).to(device)
-
-
 def ddpm_objective(section: DDPMConfig, device: torch.device) -> GaussianObjective:
     """The objective, its tables and its recorded state (importance sampling of t) on the device."""
     importance = section.timestep_sampling == "importance"
     return GaussianObjective(
-        ddpm_diffusion(section, device),
+        GaussianDiffusion(make_betas(section.schedule, section.timesteps, section.betas)).to(device),
         prediction=section.prediction,
         variance=section.variance,
         loss=section.loss,

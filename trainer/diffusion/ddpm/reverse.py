@@ -93,19 +93,12 @@ def interpret(
     predicted, spread = output.float().split([channels, expected - channels], dim=1)
     x_t = x_t.float()
 
-    x0 = predicted
     if prediction == "eps":
-        x0 = diffusion.predict_x0(x_t, t, predicted)
+        x0, eps = diffusion.predict_x0(x_t, t, predicted), predicted
     elif prediction == "v":
-        x0 = diffusion.x0_from_v(x_t, t, predicted)
-    elif prediction == "mu":
-        x0 = diffusion.x0_from_mu(x_t, t, predicted)
-
-    if prediction == "eps":
-        eps = predicted
-    elif prediction == "v":
-        eps = diffusion.eps_from_v(x_t, t, predicted)
+        x0, eps = diffusion.x0_from_v(x_t, t, predicted), diffusion.eps_from_v(x_t, t, predicted)
     else:
+        x0 = diffusion.x0_from_mu(x_t, t, predicted) if prediction == "mu" else predicted
         eps = diffusion.predict_eps(x_t, t, x0)
     mean = predicted if prediction == "mu" else diffusion.posterior_mean(x0, x_t, t)
     log_variance = _log_variance(spread, t, diffusion, variance).expand_as(x_t)
