@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.engine.checkpointing import manifests, sealed
-from trainer.engine.checkpointing.checkpoints import STEP_NAME
+from trainer.engine.checkpointing.checkpoints import STEP_NAME, steps_in
 from trainer.errors import CheckpointError
 
 SNAPSHOTS = "averages"
@@ -16,12 +16,6 @@ def require_run(run: Path) -> Path:
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run}: no run's folder; it has no checkpoints/")
     return run
-
-
-def steps_in(folder: Path) -> dict[int, Path]:
-    """The folders named step-..., by step, oldest first; not verified."""
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := STEP_NAME.fullmatch(path.name))}
-    return dict(sorted(found.items()))
 
 
 def of_run(run: Path) -> list[Path]:
