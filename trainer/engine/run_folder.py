@@ -2,7 +2,7 @@
 
 RUN/config.toml      the configuration as resolved
 RUN/checkpoints/     see trainer/engine/checkpointing/checkpoints.py
-RUN/averages/        snapshots of averages of the weights, for post-hoc EMA, see post_hoc.py
+RUN/averages/        snapshots of averages of the weights, for post-hoc EMA, see state/post_hoc_ema.py
 RUN/logs/            TensorBoard files and metrics.jsonl
 RUN/samples/         grids drawn while training
 RUN/nonfinite/       dumps of batches whose loss or gradient was not finite
