@@ -34,7 +34,6 @@ from trainer.engine.build import build_state
 from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.strategies import make_strategy
-from trainer.engine.strategies.parameter_slices import row_by_row
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
@@ -64,7 +63,7 @@ def plain_write(state: TrainState, folder: Path) -> None:
     """This rank's share, as one file of bytes, on disk."""
     with (folder / f"plain-{os.environ.get('RANK', '0')}").open("wb") as file:
         for piece in state.contents().slices:
-            row_by_row(piece.values.detach()).numpy().tofile(file)
+            piece.values.detach().reshape(-1).numpy().tofile(file)
         file.flush()
         os.fsync(file.fileno())
 

@@ -36,7 +36,7 @@ from trainer.diffusion.ddpm.respacing import kept_timesteps
 from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_normal
 from trainer.engine.build import build_objective, build_trained
 from trainer.engine.network.build import build_network
-from trainer.engine.network.cost import measure
+from trainer.engine.network.cost import cost_of
 from trainer.interop.diffusers_settings import scheduler_settings
 from trainer.interop.layouts import DIFFUSERS, to_layout
 from trainer.interop.supported import ddpm_sections, network_of
@@ -165,7 +165,7 @@ def measure_sampler(setting: Setting, precisions: list[str], rounds: int, clock:
     difference = largest_difference(setting)
     config = setting.load(precisions[0])
     inputs = partial(example_inputs, config.model)
-    flops = setting.steps * measure(lambda: build_network(config), inputs, batch=1, bf16=False).forward_flops_per_image
+    flops = setting.steps * cost_of(lambda: build_network(config), inputs).forward_flops
     table = []
     for name in contenders:
         precision = name.rpartition(", ")[2]

@@ -32,7 +32,7 @@ from benchmarks.machine import add_setting, default_device, describe, peak_limit
 from benchmarks.turns import Clock, Contender, Run, Turn, result, take_turns
 from trainer.config import Config
 from trainer.engine.network.build import build_network
-from trainer.engine.network.cost import measure
+from trainer.engine.network.cost import cost_of
 from trainer.models.backbones import example_inputs
 
 
@@ -94,9 +94,9 @@ def rows(turns: dict[str, list[Turn]], setting: Setting, precisions: list[str], 
     """The table: rates, ratios to the example in float32 (or the first precision) and in the same precision."""
     config = setting.load(precisions[0])
     inputs = partial(example_inputs, config.model)
-    flops = {"ours": measure(lambda: build_network(config), inputs, batch=1, bf16=False)}
+    flops = {"ours": cost_of(lambda: build_network(config), inputs)}
     if any(name.startswith("lucidrains") for name in turns):
-        flops["lucidrains"] = measure(lambda: peers.lucidrains_network(config), inputs, batch=1, bf16=False)
+        flops["lucidrains"] = cost_of(lambda: peers.lucidrains_network(config), inputs)
     shipped = turns[f"diffusers example, {precisions[0]}"]
     table = []
     for name, own in turns.items():
@@ -113,9 +113,9 @@ def rows(turns: dict[str, list[Turn]], setting: Setting, precisions: list[str], 
                 **asdict(to_shipped),
                 "equal_precision": [to_same.ratio, to_same.lowest_ratio, to_same.highest_ratio],
                 "parameters": cost.parameters,
-                "gflops_per_image": cost.training_flops_per_image / 1e9,
+                "gflops_per_image": cost.training_flops / 1e9,
                 "peak_gflops": limit / 1e9,
-                "of_peak": rate * cost.training_flops_per_image / limit,
+                "of_peak": rate * cost.training_flops / limit,
             }
         )
     return table

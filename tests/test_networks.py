@@ -104,7 +104,7 @@ def test_a_phase_that_is_not_finite_leaves_its_own_network_as_it_is(
     prefix = "critic." if trained == "critic" else ""
     assert changed(before, tensors(step)) == {f"{prefix}{kind}" for kind in kinds}
     assert (step.state.networks[spoilt].updates, step.state.networks[trained].updates) == (1, 2)
-    assert take(step).finite
+    assert all(each.finite for each in take(step).networks)
 
 
 def test_a_network_may_have_an_optimizer_of_its_own(tmp_path: Path) -> None:

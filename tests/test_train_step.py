@@ -132,6 +132,6 @@ def test_a_skipped_step_teaches_nothing(tmp_path: Path) -> None:
     assert memory["timesteps/counts"].sum() == BATCH
     with torch.no_grad():
         next(step.state.main.network.module.parameters())[0] = float("nan")
-    assert not step.update(step.backward(micro_batches(BATCH))).read().finite
+    assert not step.update(step.backward(micro_batches(BATCH))).read().networks[0].finite
     for name, tensor in step.state.objective.tensors().items():
         assert torch.equal(tensor, memory[name])

@@ -14,22 +14,17 @@ WEIGHTS_HELP = "ema (default): averaged; model: raw; ema-0.1: the average of tra
 _MOST_COUNTED = 10**8  # images; their batches are listed in memory
 
 
-def at_least_one(text: str) -> int:
+def at_least_one(text: str, least: int = 1, why: str = "") -> int:
     """An argument type: an integer from 1 to a limit."""
     value = int(text)
-    if not 1 <= value <= _MOST_COUNTED:
-        raise argparse.ArgumentTypeError(f"{brief(value)}: should be from 1 to {_MOST_COUNTED:,}")
+    if not least <= value <= _MOST_COUNTED:
+        raise argparse.ArgumentTypeError(f"{brief(value)}: should be from {least}{why} to {_MOST_COUNTED:,}")
     return value
 
 
 def at_least_two(text: str) -> int:
     """An argument type: an integer of at least 2, as a standard error requires."""
-    value = int(text)
-    if not 2 <= value <= _MOST_COUNTED:
-        raise argparse.ArgumentTypeError(
-            f"{brief(value)}: should be from 2, for a standard error, to {_MOST_COUNTED:,}"
-        )
-    return value
+    return at_least_one(text, 2, ", for a standard error,")
 
 
 def weights_name(text: str) -> str:

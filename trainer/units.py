@@ -1,6 +1,7 @@
 """Quantities as people write them in a configuration: "800k steps", "51.2M images", "200 GB", "10 minutes"."""
 
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -12,12 +13,12 @@ _MOST_COUNTED = 10**12  # times the largest global batch it is still an int64, w
 _SPAN = re.compile(r"\s*([\d_]+(?:\.\d+)?)\s*([kM]?)\s*(steps?|images?)\s*")
 
 
+@dataclass(frozen=True)
 class Span:
     """A stretch of training, counted in optimizer steps or in images: "800k steps", "51.2M images"."""
 
-    def __init__(self, count: int, unit: Literal["steps", "images"]) -> None:
-        self.count = count
-        self.unit = unit
+    count: int
+    unit: Literal["steps", "images"]
 
     @classmethod
     def parse(cls, text: Any) -> "Span":
@@ -50,15 +51,6 @@ class Span:
 
     def __str__(self) -> str:
         return f"{self.count} {self.unit}"
-
-    def __repr__(self) -> str:
-        return f"Span({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Span) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
 
 
 SpanField = Annotated[Span, BeforeValidator(Span.parse), PlainSerializer(str)]

@@ -2,7 +2,7 @@
 
 RUN/config.toml      the configuration as resolved
 RUN/checkpoints/     see trainer/engine/checkpointing/checkpoints.py
-RUN/averages/        snapshots of averages of the weights, for post-hoc EMA, see post_hoc.py
+RUN/averages/        snapshots of averages of the weights, for post-hoc EMA, see state/post_hoc_ema.py
 RUN/logs/            TensorBoard files and metrics.jsonl
 RUN/samples/         grids drawn while training
 RUN/nonfinite/       dumps of batches whose loss or gradient was not finite
@@ -21,7 +21,7 @@ import os
 import socket
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -191,14 +191,15 @@ class RunFolder:
 
 def flat_fields(config: Config) -> dict[str, Any]:
     """Every field of the configuration by its dotted name, for example "train.global_batch"."""
-    return _flat(tomllib.loads(config.to_toml()))
+    return flat(tomllib.loads(config.to_toml()))
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted names."""
+    values: dict[str, Any] = {}
     for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return values
 
 
 def identity(config: Config, data: TrainingData | None) -> dict[str, Any]:

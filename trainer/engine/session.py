@@ -125,10 +125,10 @@ def _resume(config: Config, resume: str, data: TrainingData, state: TrainState, 
     if source is not None:
         step = load_checkpoint(source, state, identity(config, data), say=accelerator.print)
         checkpoints.supersede(source, step)
-        snapshots.supersede_after(step, source)
+        snapshots.supersede(source, step + 1)  # those of `step` stay: a snapshot has no state to resume from
     else:
         load_initial_weights(config, state, say=accelerator.print)
-        snapshots.supersede_after(0, Path("its beginning"))  # snapshots of an earlier start
+        snapshots.supersede("its beginning", 1)  # snapshots of an earlier start
     return source
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from trainer.engine.checkpointing.checkpoints import is_weights, open_verified
+from trainer.engine.run_folder import flat
 from trainer.engine.state.tensor_files import TensorReader
-from trainer.errors import CheckpointError
 from trainer.inspection import folders
 from trainer.inspection.listing import written_by
 from trainer.inspection.tensors import is_finite, statistics
@@ -21,8 +21,7 @@ def open_whole(path: Path) -> tuple[TensorReader, dict[str, Any]]:
 
     Raises CheckpointError where it is damaged, or of an unknown format version.
     """
-    if faults := folders.damages(path):
-        raise CheckpointError(f"{path}: damaged: {'; '.join(faults)}")
+    folders.check(path)
     return open_verified(path)
 
 
@@ -67,7 +66,7 @@ def as_text(about: dict[str, Any]) -> str:
         f"format {about['format_version']}, trainer {about['trainer_version']}",
         f"  {len(about['files'])} parts, {size(sum(about['files'].values()))}",
         "state",
-        *_counters(about["state"]),
+        *(f"  {name}: {value}" for name, value in flat(about["state"]).items()),
         "identity",
         *(f"  {name}: {value}" for name, value in about["identity"].items()),
         "tensors",
@@ -87,14 +86,6 @@ def as_text(about: dict[str, Any]) -> str:
 def shape_text(shape: list[int] | torch.Size) -> str:
     """A shape as text: 128 x 3 x 3 x 3."""
     return " x ".join(map(str, shape)) or "scalar"
-
-
-def _counters(state: dict[str, Any], prefix: str = "  ") -> Iterator[str]:
-    for name, value in state.items():
-        if isinstance(value, dict):
-            yield from _counters(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}: {value}"
 
 
 def _kinds(reader: TensorReader) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.engine.checkpointing import manifests, sealed
-from trainer.engine.checkpointing.checkpoints import STEP_NAME
+from trainer.engine.checkpointing.checkpoints import STEP_NAME, steps_in
 from trainer.errors import CheckpointError
 
 SNAPSHOTS = "averages"
@@ -16,12 +16,6 @@ def require_run(run: Path) -> Path:
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run}: no run's folder; it has no checkpoints/")
     return run
-
-
-def steps_in(folder: Path) -> dict[int, Path]:
-    """The folders named step-..., by step, oldest first; not verified."""
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := STEP_NAME.fullmatch(path.name))}
-    return dict(sorted(found.items()))
 
 
 def of_run(run: Path) -> list[Path]:
@@ -49,17 +43,30 @@ def find(path: Path, step: int | None = None) -> Path:
     return steps[step if step is not None else max(steps)]
 
 
-def damages(folder: Path) -> list[str]:
-    """Defects of a sealed folder, file by file; every byte is read. Empty where it is undamaged.
+def damages(folder: Path, verify: Callable[[Path, sealed.FileRecord], None] = sealed.verify_file) -> list[str]:
+    """Defects of a sealed folder, file by file; every byte is read, none with `sealed.verify_size`. Empty where it is
+    undamaged.
 
     Raises CheckpointError where it cannot be read: an I/O error is no proof of damage.
     """
-    return _faults(folder, sealed.verify_file)
+    faults = []
+    try:
+        for record in manifests.read(folder)["files"]:
+            try:
+                verify(folder, record)
+            except sealed.DamagedError as fault:
+                faults.append(str(fault))
+    except sealed.DamagedError as fault:
+        return [str(fault)]
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be verified: {error}") from error
+    return faults
 
 
-def visible_damages(folder: Path) -> list[str]:
-    """Like `damages`, but checks only existence and sizes of the files, without reading them."""
-    return _faults(folder, sealed.verify_size)
+def check(folder: Path) -> None:
+    """Raise CheckpointError where a sealed folder is damaged, or cannot be read; every byte is read."""
+    if faults := damages(folder):
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(faults)}")
 
 
 def size_on_disk(folder: Path) -> int:
@@ -68,18 +75,3 @@ def size_on_disk(folder: Path) -> int:
         return folder.lstat().st_size
     with os.scandir(folder) as entries:
         return sum(entry.stat().st_size for entry in entries if entry.is_file())
-
-
-def _faults(folder: Path, check: Callable[[Path, sealed.FileRecord], None]) -> list[str]:
-    faults = []
-    try:
-        for record in manifests.read(folder)["files"]:
-            try:
-                check(folder, record)
-            except sealed.DamagedError as fault:
-                faults.append(str(fault))
-    except sealed.DamagedError as fault:
-        return [str(fault)]
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be verified: {error}") from error
-    return faults

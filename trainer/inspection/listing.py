@@ -115,7 +115,7 @@ def written_by(strategy: str | None, world_size: int | None) -> str:
 def _listed(path: Path, step: int, quick: bool, marks: list[str]) -> Listed:
     manifest = manifests.read_unproven(path)
     marker = path / COMPLETE_NAME
-    faults = folders.visible_damages(path) if quick else folders.damages(path)
+    faults = folders.damages(path, sealed.verify_size if quick else sealed.verify_file)
     return Listed(
         path=str(path),
         step=step,

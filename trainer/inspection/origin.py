@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -41,9 +40,7 @@ class Watch:
             self._handles.append(module.register_forward_hook(self._on_output(name or "the network")))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End of the forward pass: recomputation by activation checkpointing in the backward pass is not watched."""
         for handle in self._handles:
             handle.remove()

@@ -82,8 +82,8 @@ def replay(path: Path, *, checkpoint: Path | None, device: torch.device) -> Repl
     data = open_training_data(config, index_folder=None)
     if checkpoint is None:
         checkpoint = _newest_before(run, dump.step)
-    elif faults := folders.damages(checkpoint):
-        raise CheckpointError(f"{checkpoint}: damaged: {'; '.join(faults)}")
+    else:
+        folders.check(checkpoint)
     weights, manifest = read_weights(checkpoint, "model")
     check_identity(manifest["identity"], identity(config, data), checkpoint)
     networks = build_networks(config)

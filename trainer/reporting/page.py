@@ -64,35 +64,24 @@ def _charts(run: RunFiles, panels: tuple[Panel, ...] | list[Panel]) -> list[Char
 def _grids(run: RunFiles) -> list[Picture]:
     """Drawn while training, spread evenly over it."""
     batch = run.config.train.global_batch
-    paths = {
-        int(path.stem.removeprefix("step-")): path
-        for path in sorted((run.path / "samples").glob("step-*.png"))
-        if path.stem.removeprefix("step-").isdigit()
-    }
-    chosen = {path: step for step, path in paths.items()}
-    embedded = [
-        embed(path, f"step {chosen[path]:,} · {chosen[path] * batch:,} images")
-        for path in spread([paths[step] for step in sorted(paths)], _MOST_GRIDS)
-    ]
-    return [picture for picture in embedded if picture is not None]
+    named = [(path.stem.removeprefix("step-"), path) for path in (run.path / "samples").glob("step-*.png")]
+    drawn = sorted((int(step), path) for step, path in named if step.isdigit())
+    chosen = spread(drawn, _MOST_GRIDS)
+    return embed({path: f"step {step:,} · {step * batch:,} images" for step, path in chosen})
 
 
 def _drawn(run: RunFiles) -> list[Picture]:
     """What sample.py drew, the newest first."""
     paths = sorted((run.path / "samples").glob("*/grid.png"), key=lambda path: -path.stat().st_mtime)
-    embedded = [embed(path, path.parent.name) for path in paths[:_MOST_DRAWN]]
-    return [picture for picture in embedded if picture is not None]
+    return embed({path: path.parent.name for path in paths[:_MOST_DRAWN]})
 
 
 def _config(run: RunFiles) -> dict[str, dict[str, str]]:
     """Fields by section, as resolved; those that belong to none first."""
     raw: dict[str, Any] = tomllib.loads(run.config.to_toml())
-    sections = {"run": {name: str(value) for name, value in raw.items() if not isinstance(value, dict)}}
-    return sections | {
-        name: {field: str(value) for field, value in section.items()}
-        for name, section in raw.items()
-        if isinstance(section, dict)
-    }
+    sections = {name: fields for name, fields in raw.items() if isinstance(fields, dict)}
+    sections = {"run": {name: value for name, value in raw.items() if name not in sections}, **sections}
+    return {name: {field: str(value) for field, value in fields.items()} for name, fields in sections.items()}
 
 
 def _file(name: str) -> str:

@@ -2,11 +2,14 @@
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
+T = TypeVar("T")
 _LARGEST_SIDE = 768
 _LARGEST_FILE = 200_000  # bytes; a smaller one is taken as it is
 
@@ -21,7 +24,13 @@ class Picture:
     caption: str
 
 
-def embed(path: Path, caption: str) -> Picture | None:
+def embed(captions: Mapping[Path, str]) -> list[Picture]:
+    """The PNG files that can be read, each with its caption."""
+    embedded = [_embed(path, caption) for path, caption in captions.items()]
+    return [picture for picture in embedded if picture is not None]
+
+
+def _embed(path: Path, caption: str) -> Picture | None:
     """A PNG as it is, or, where it is large, made smaller and a JPEG. None where it cannot be read."""
     try:
         content = path.read_bytes()
@@ -39,8 +48,8 @@ def embed(path: Path, caption: str) -> Picture | None:
     return Picture(uri=uri, width=size[0], height=size[1], caption=caption)
 
 
-def spread(paths: list[Path], count: int) -> list[Path]:
+def spread(items: list[T], count: int) -> list[T]:
     """At most `count` of them, evenly, the first and the last among them."""
-    if len(paths) <= count:
-        return paths
-    return [paths[k * (len(paths) - 1) // (count - 1)] for k in range(count)]
+    if len(items) <= count:
+        return items
+    return [items[k * (len(items) - 1) // (count - 1)] for k in range(count)]

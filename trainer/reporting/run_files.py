@@ -44,9 +44,9 @@ class RunFiles:
         """Of the whole run."""
         return self.config.train.duration.steps(self.config.train.global_batch)
 
-    def latest(self, name: str) -> float | None:
-        """The last value of a scalar that was logged."""
-        return next((record[name] for record in reversed(self.records) if name in record), None)
+    def latest(self, *names: str) -> float | None:
+        """The last value of a scalar: the first of the names that was ever logged."""
+        return next((record[name] for name in names for record in reversed(self.records) if name in record), None)
 
 
 def read_run(run: Path) -> RunFiles:

@@ -65,7 +65,7 @@ def key_facts(run: RunFiles) -> list[Fact]:
         Fact(name="Step", value=f"{run.step:,}", note=f"of {run.last_step:,} ({run.step / run.last_step:.1%})"),
         Fact(name="Images seen", value=short(images), note=f"{epoch:.4g} epochs" if epoch is not None else ""),
     ]
-    if (loss := _first(run, "train/loss_smoothed", "train/loss")) is not None:
+    if (loss := run.latest("train/loss_smoothed", "train/loss")) is not None:
         facts.append(Fact(name="Training loss", value=short(loss), note="latest"))
     if best := _best(run, "validation/ema_loss"):
         facts.append(
@@ -143,8 +143,8 @@ def _evaluation(name: Path, files: list[Path]) -> Evaluation:
             results[path.stem] = _flat(json.loads(path.read_text()))
         except (OSError, ValueError):
             results[path.stem] = {path.name: "cannot be read"}
-    pictures = [embed(path, path.stem) for path in files if path.suffix == ".png"]
-    return Evaluation(name=str(name), results=results, pictures=[one for one in pictures if one is not None])
+    pictures = embed({path: path.stem for path in files if path.suffix == ".png"})
+    return Evaluation(name=str(name), results=results, pictures=pictures)
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, str]:
@@ -154,10 +154,6 @@ def _flat(content: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(content, float):
         return {prefix: f"{content:.6g}"}
     return {prefix: str(content)} if isinstance(content, str | int) else {}
-
-
-def _first(run: RunFiles, *names: str) -> float | None:
-    return next((value for name in names if (value := run.latest(name)) is not None), None)
 
 
 def _best(run: RunFiles, name: str) -> tuple[float, int] | None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from trainer.config import DDPMUNetConfig
-from trainer.engine.network.cost import training_flops
+from trainer.engine.network.cost import cost_of
 from trainer.errors import ConfigError
 from trainer.models.backbones import example_inputs
 from trainer.models.ddpm_unet import UNet
@@ -210,7 +210,7 @@ def _on_gpu(published: _Published, images: int) -> dict[str, dict[str, Setting]]
 def _on_cpu(model: dict[str, Setting]) -> dict[str, dict[str, Setting]]:
     config = DDPMUNetConfig.model_validate({name: value for name, (value, _) in model.items()})
     batch = 8
-    flops = training_flops(lambda: UNet(config, config.channels), partial(example_inputs, config)).training
+    flops = cost_of(lambda: UNet(config, config.channels), partial(example_inputs, config)).training_flops
     affordable = _CPU_FLOPS / (batch * flops)
     steps = _rounded(min(5000, max(100, affordable)))
     long = "ours: some minutes on two cores" if affordable >= 100 else "ours: too few to learn from; take a GPU"

@@ -35,16 +35,12 @@ class BestEffort:
         except (OSError, UnicodeError) as fault:
             if name not in self._failing:
                 self._failing.add(name)
-                self.say(f"{name}: cannot be written ({words(fault)}); the run goes on without, and tries again")
+                reason = getattr(fault, "strerror", None) or fault  # without the path, which the line has already
+                self.say(f"{name}: cannot be written ({reason}); the run goes on without, and tries again")
         else:
             if name in self._failing:
                 self._failing.discard(name)
                 self.say(f"{name}: is written again")
-
-
-def words(fault: Exception) -> str:
-    """The message of an exception, without the path, which the caller's line has already."""
-    return fault.strerror or str(fault) if isinstance(fault, OSError) else str(fault)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -140,7 +136,7 @@ class AppendedFile:
 
     def append_json(self, record: Mapping[str, Any]) -> None:
         """Append a line with a JSON object; errors as `append`."""
-        self.append(_line(record))
+        self.append(json.dumps(record).encode() + b"\n")
 
     def replace_last_json(self, record: Mapping[str, Any]) -> None:
         """Replace the record that was appended last; if the file has changed since, append instead."""
@@ -179,7 +175,3 @@ class AppendedFile:
             yield descriptor
         finally:
             os.close(descriptor)
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"

@@ -65,12 +65,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
     Each event has an "event" and a "time". Lines without these, and fields of invalid types, are left out.
     """
-    return [_understood(event) for event in read_lines(path) if is_event(event)]
-
-
-def is_event(record: Mapping[str, Any]) -> bool:
-    """Whether a record has a valid "event" and "time"."""
-    return isinstance(record.get("event"), str) and is_time(record.get("time"))
+    events = [line for line in read_lines(path) if isinstance(line.get("event"), str) and is_time(line.get("time"))]
+    return [_understood(event) for event in events]
 
 
 def is_time(value: Any) -> bool:
@@ -81,20 +77,12 @@ def is_time(value: Any) -> bool:
 
 def _understood(event: dict[str, Any]) -> dict[str, Any]:
     kept = {**event, **{name: numbers(event[name]) for name in _TABLES if event.get(name) is not None}}
-    return {name: value for name, value in kept.items() if value is None or _FIELDS.get(name, _anything)(value)}
-
-
-def _anything(_: Any) -> bool:
-    return True
-
-
-def _is_count(value: Any) -> bool:
-    return count(value) is not None
+    return {name: value for name, value in kept.items() if value is None or name not in _FIELDS or _FIELDS[name](value)}
 
 
 _TABLES = ("seconds", "seconds_before")
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("step", "lost_steps"), _is_count),
+    **dict.fromkeys(("step", "lost_steps"), lambda value: count(value) is not None),
     "world_size": lambda value: bool(count(value)),
     **dict.fromkeys(("startup_seconds", "last_seen"), is_time),
 }

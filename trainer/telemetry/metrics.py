@@ -40,7 +40,7 @@ class Metrics:
         self._lines = AppendedFile(folder / METRICS_NAME)
         self._events = EventFile(folder, goes_on_at=step + 1)
         self._step = step
-        self._trackers = trackers
+        self._trackers = trackers or Trackers([], say)
         self._last: tuple[int, dict[str, float]] | None = None
         self._drop_behind: int | None = step  # None once later steps have been removed
         self._tell_what_is_unreadable()
@@ -70,22 +70,19 @@ class Metrics:
         with self._best_effort.writing(self._lines.path):
             self._prepare()
             (self._lines.replace_last_json if again else self._lines.append_json)({"step": step, **merged})
-        if self._trackers is not None:
-            self._trackers.scalars(step, merged)
+        self._trackers.scalars(step, merged)
 
     def picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """Write an (H, W, C) picture."""
         with self._best_effort.writing(self._folder / "events.out.tfevents"):
             self._events.picture(step, name, pixels)
-        if self._trackers is not None:
-            self._trackers.picture(step, name, pixels)
+        self._trackers.picture(step, name, pixels)
 
     def close(self) -> None:
         """Write what is still pending, and close the trackers."""
         with self._best_effort.writing(self._folder / "events.out.tfevents"):
             self._events.flush()
-        if self._trackers is not None:
-            self._trackers.close()
+        self._trackers.close()
 
     def _prepare(self) -> None:
         self._folder.mkdir(exist_ok=True)  # without parents: a run's folder that has vanished must not be created anew

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from data_prep.progress import WorkProgress
 
@@ -31,13 +30,6 @@ class Progress(WorkProgress):
         """Print a line only where there is no bar, which shows the same."""
         if self._visible and self._bar.disable:
             print_line(line)
-
-
-class Lap(NamedTuple):
-    """Images trained on, and the seconds taken, without pauses."""
-
-    images: int
-    seconds: float
 
 
 class Stopwatch:
@@ -71,9 +63,11 @@ class Stopwatch:
 
         return resume
 
-    def lap(self) -> Lap:
-        """Images and seconds since the last lap. The next lap starts at the time of the last `count`."""
-        lap = Lap(self._images, max(self._counted - self._started, 1e-9))
+    def lap(self) -> tuple[int, float]:
+        """Images trained on since the last lap, and the seconds that they took, without pauses; the next lap starts at
+        the last `count`.
+        """
+        lap = self._images, max(self._counted - self._started, 1e-9)
         self._started, self._images = self._counted, 0
         return lap
 

@@ -1,11 +1,10 @@
 """Step times, for percentiles: slow steps are hidden by a mean."""
 
-import math
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 _KEPT = 4096  # step times kept of an interval, the last ones
@@ -42,12 +41,9 @@ class StepClock:
             seconds.append(began.elapsed_time(ended) / 1000 if self._on_device else ended - began)
         if not seconds:
             return {}
-        seconds.sort()
-        return {
-            "time/step_seconds_p50": percentile(seconds, 0.50),
-            "time/step_seconds_p95": percentile(seconds, 0.95),
-            "time/step_seconds_max": seconds[-1],
-        }
+        # By nearest rank: the smallest that at least such a share of them does not exceed.
+        p50, p95, longest = np.quantile(seconds, (0.5, 0.95, 1.0), method="inverted_cdf").tolist()
+        return {"time/step_seconds_p50": p50, "time/step_seconds_p95": p95, "time/step_seconds_max": longest}
 
     def _now(self) -> Any:
         if not self._on_device:
@@ -58,8 +54,3 @@ class StepClock:
 
     def _has_passed(self, moment: Any) -> bool:
         return bool(moment.query()) if self._on_device else True
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of ascending values that at least `share` (0 to 1] of them do not exceed (nearest rank)."""
-    return ordered[math.ceil(share * len(ordered)) - 1]

@@ -96,8 +96,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first; not verified."""
-        matches = [STEP_NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
-        return sorted(int(match[1]) for match in matches if match)
+        return list(steps_in(self.folder))
 
     def verify(self, path: Path) -> str | None:
         """Check the hashes of a checkpoint's files, which the ranks divide among them. Returns why it is damaged, or
@@ -174,17 +173,11 @@ class Checkpoints:
         if reason is not None:
             raise CheckpointError(f"{path}: damaged: {reason}", agreed=True)
 
-    def supersede(self, source: Path | str, step: int) -> None:
-        """Move those of `step` and later to superseded/: the run resumes from `source`, of `step`."""
-        for other in broadcast(self.steps()):
-            if other > step or (other == step and self.path(other).resolve() != Path(source).resolve()):
-                self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
-
-    def supersede_after(self, step: int, source: Path) -> None:
-        """Like `supersede`, for snapshots of averages, which have no state to resume from: one of `step` stays."""
-        for other in broadcast(self.steps()):
-            if other > step:
-                self._set_aside(self.path(other), "superseded", f"the run was taken back to {source}")
+    def supersede(self, source: Path | str, first: int) -> None:
+        """Move those of step `first` and later to superseded/, unless it is `source`, from which the run resumes."""
+        for step in broadcast(self.steps()):
+            if step > first or (step == first and self.path(step).resolve() != Path(source).resolve()):
+                self._set_aside(self.path(step), "superseded", f"the run was taken back to {source}")
 
     def retire(self, keep: int, keep_forever: Callable[[int], bool]) -> None:
         """Delete checkpoints that are neither among the `keep` newest nor to be kept forever."""
@@ -216,6 +209,12 @@ class Checkpoints:
             reason_file(target).write_text(reason + "\n")
 
         together(f"{path}: cannot be moved to {where}/", move, kind=CheckpointError, only_rank=0)
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The folders named step-..., by step, oldest first; not verified."""
+    found = {int(match[1]): path for path in folder.glob("step-*") if (match := STEP_NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def reason_file(aside: Path) -> Path:

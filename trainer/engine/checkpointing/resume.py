@@ -7,7 +7,7 @@ from typing import Any
 from trainer.engine.checkpointing.checkpoints import Checkpoints, open_verified
 from trainer.engine.checkpointing.lost_checkpoints import check_that_it_is_new
 from trainer.engine.checkpointing.remote.mirror_folder import CopyFolder
-from trainer.engine.checkpointing.remote.restore import is_url, list_copies, restore, restore_url
+from trainer.engine.checkpointing.remote.restore import list_copies, restore, restore_url
 from trainer.engine.processes.collectives import broadcast, together
 from trainer.engine.run_folder import RunFolder, check_identity
 from trainer.engine.state.train_state import TrainState
@@ -54,7 +54,7 @@ def find_checkpoint(
                 agreed=True,
             )
         return None
-    if is_url(resume):
+    if "://" in resume:
         return restore_url(resume, checkpoints, folder, identity, say=say)
     if not broadcast(Path(resume).is_dir()):
         raise CheckpointError(

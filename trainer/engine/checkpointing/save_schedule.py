@@ -75,56 +75,10 @@ class SaveSchedule:
             self.copies.poll(ranks_copying)
         if ranks_writing == 0:
             self._retire()
-            self._finish()
+            self.complete()
 
     def complete(self) -> None:
         """Wait for a pending save: call it before an operation of minutes, during which the run may be killed."""
-        self._finish()
-
-    def save_last(self) -> None:
-        """Wait for a pending save, and save this step unless that was done already.
-
-        Raises CheckpointError on all ranks where its checkpoint does not exist afterwards, whatever
-        `checkpoint.on_failure` is: no later save can make up for it.
-        """
-        self._finish()
-        # The checkpoint is missing: deleted since, or resumed from elsewhere without a step trained. Step 0 needs none.
-        if self.step > self._saved_step or (self.step > 0 and not self.checkpoints.exists(self.step)):
-            self._is_last = True
-            self._save(self.checkpoints)
-            self._finish()
-        if self.step > 0:
-            path = self.checkpoints.path(self.step)
-            together(f"{path}: is not whole", lambda: _check_there(path), kind=CheckpointError, only_rank=0)
-
-    def end(self) -> None:
-        """Save this step unless that was done already, apply retention, and wait for the mirror."""
-        self.save_last()
-        self.retention.begin()  # again: the last step may have been scored after it was saved
-        self._retire()
-        if self.copies is not None and self.copies.is_pending:
-            self.say(f"step {self.step}: saved; waiting for the copy to {self.copies.place.url}")
-            self.copies.end()
-
-    def _save(self, where: Checkpoints) -> None:
-        enter("save")
-        self._finish()
-        if where is self.checkpoints and where.exists(self.step):
-            return
-        together(str(self.folder.path), self.folder.check_that_it_is_there, only_rank=0)
-        check_replicas(self.state, self.step)
-        contents = self.state.contents() if where is self.checkpoints else self.state.snapshot_contents()
-        try:
-            saving = where.begin(contents, step=self.step, identity=self.identity)
-        except CheckpointError as fault:
-            self._failed(fault)
-            return
-        self._saving = where, saving, self.step
-        if not self.config.checkpoint.background:
-            self._finish()
-            self._retire()
-
-    def _finish(self) -> None:
         if self._saving is None:
             return
         enter("save")
@@ -140,6 +94,49 @@ class SaveSchedule:
                 self.copies.want(path)
             self.retention.begin()
         self.folder.event("checkpoint" if where is self.checkpoints else "snapshot", step=step, path=str(path))
+
+    def save_last(self) -> None:
+        """Wait for a pending save, and save this step unless that was done already.
+
+        Raises CheckpointError on all ranks where its checkpoint does not exist afterwards, whatever
+        `checkpoint.on_failure` is: no later save can make up for it.
+        """
+        self.complete()
+        # The checkpoint is missing: deleted since, or resumed from elsewhere without a step trained. Step 0 needs none.
+        if self.step > self._saved_step or (self.step > 0 and not self.checkpoints.exists(self.step)):
+            self._is_last = True
+            self._save(self.checkpoints)
+            self.complete()
+        if self.step > 0:
+            path = self.checkpoints.path(self.step)
+            together(f"{path}: is not whole", lambda: _check_there(path), kind=CheckpointError, only_rank=0)
+
+    def end(self) -> None:
+        """Save this step unless that was done already, apply retention, and wait for the mirror."""
+        self.save_last()
+        self.retention.begin()  # again: the last step may have been scored after it was saved
+        self._retire()
+        if self.copies is not None and self.copies.is_pending:
+            self.say(f"step {self.step}: saved; waiting for the copy to {self.copies.place.url}")
+            self.copies.end()
+
+    def _save(self, where: Checkpoints) -> None:
+        enter("save")
+        self.complete()
+        if where is self.checkpoints and where.exists(self.step):
+            return
+        together(str(self.folder.path), self.folder.check_that_it_is_there, only_rank=0)
+        check_replicas(self.state, self.step)
+        contents = self.state.contents() if where is self.checkpoints else self.state.snapshot_contents()
+        try:
+            saving = where.begin(contents, step=self.step, identity=self.identity)
+        except CheckpointError as fault:
+            self._failed(fault)
+            return
+        self._saving = where, saving, self.step
+        if not self.config.checkpoint.background:
+            self.complete()
+            self._retire()
 
     def _open_copies(self) -> Copies | None:
         config, accelerator = self.config.checkpoint, self.state.strategy.accelerator
@@ -183,7 +180,6 @@ def _check_there(path: Path) -> None:
     """Raise CheckpointError where a checkpoint is incomplete; its bytes were verified when they were written."""
     try:
         for record in sealed.read_manifest(path)["files"]:
-            if (path / record.name).stat().st_size != record.bytes:
-                raise sealed.DamagedError(f"{record.name} has not the size that was written")
+            sealed.verify_size(path, record)
     except (sealed.DamagedError, OSError) as fault:
         raise CheckpointError(f"{path}: is not whole, so the run has not ended well: {fault}") from fault

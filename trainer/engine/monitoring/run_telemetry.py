@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.data.stream.stream import BatchLayout
 from trainer.engine.monitoring.summary import Ending
 from trainer.engine.network.build import build_network
-from trainer.engine.network.cost import training_flops
+from trainer.engine.network.cost import cost_of
 from trainer.engine.processes.activity import enter
 from trainer.engine.processes.collectives import gather_numbers
 from trainer.engine.run_folder import RunFolder, flat_fields
@@ -61,7 +61,7 @@ class Telemetry:
         writes = state.strategy.accelerator.is_main_process
         inputs = partial(example_inputs, config.model)
         # Counting takes a large part of a second, and what is derived from it is written by rank 0 alone.
-        self._flops_per_image = training_flops(lambda: build_network(config), inputs).training if writes else 0
+        self._flops_per_image = cost_of(lambda: build_network(config), inputs).training_flops if writes else 0
         self.progress = Progress(total=self.last_step, done=self.step, unit="step", title="training", visible=writes)
         self.metrics = Metrics(folder.logs, self.step, trackers, say=self.progress.say) if writes else None
         if self.metrics is not None:

@@ -5,7 +5,6 @@ micro-batch fit into `train.memory_budget`, first those that save most memory pe
 """
 
 import bisect
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,21 +25,16 @@ def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
         stage.activation_checkpointing = kind
 
 
-def recomputing(config: Config, kinds: list[ActivationCheckpointing]) -> Callable[[], nn.Module]:
-    """A function that builds the network with this activation checkpointing of its stages."""
+def peak_bytes(config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
+    """An estimate of weights, gradients and activations of a micro-batch, in bytes; see `foretold_peak`."""
 
     def build() -> nn.Module:
         network = build_network(config)
         recompute(network, kinds)
         return network
 
-    return build
-
-
-def peak_bytes(config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
-    """An estimate of weights, gradients and activations of a micro-batch, in bytes; see `foretold_peak`."""
     inputs, is_half = partial(example_inputs, config.model), config.train.precision in ("bf16", "fp16")
-    return foretold_peak(recomputing(config, kinds), inputs, batch=micro_batch, bf16=is_half)
+    return foretold_peak(build, inputs, batch=micro_batch, bf16=is_half)
 
 
 def stage_kinds(config: Config, micro_batch: int) -> list[ActivationCheckpointing]:

@@ -3,7 +3,6 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,29 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """FLOPs count a multiply-add as two. `peak_bytes`: weights, gradients and activations of one micro-batch."""
-
-    parameters: int
-    forward_flops_per_image: int
-    training_flops_per_image: int
-    peak_bytes: int
-
-
 Inputs = Callable[[int], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """For a number of samples, inputs of a network: x, t and conditioning; made by functions of torch."""
 
 
-class Flops(NamedTuple):
-    """FLOPs for one image; a multiply-add is two."""
+class Cost(NamedTuple):
+    """Of a network: FLOPs for one image, a multiply-add being two, and its number of parameters."""
 
-    forward: int
-    training: int
+    forward_flops: int
+    training_flops: int
+    parameters: int
 
 
-def training_flops(build: Callable[[], nn.Module], inputs: Inputs) -> Flops:
+def cost_of(build: Callable[[], nn.Module], inputs: Inputs) -> Cost:
     """FLOPs of one forward, and of a forward and backward pass, over one sample.
 
     Counted on fake tensors, without autocast and activation checkpointing: recomputation is not included.
@@ -49,24 +38,13 @@ def training_flops(build: Callable[[], nn.Module], inputs: Inputs) -> Flops:
             prediction = network(x, t, **cond)
         with FlopCounterMode(display=False) as backward:
             prediction.square().mean().backward()
-    return Flops(forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops())
-
-
-def measure(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> Cost:
-    """Cost of a forward and backward pass over `batch` samples; allocates no tensor data."""
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build().parameters())
-    flops = training_flops(build, inputs)
-    return Cost(
-        parameters=parameters,
-        forward_flops_per_image=flops.forward,
-        training_flops_per_image=flops.training,
-        peak_bytes=foretold_peak(build, inputs, batch=batch, bf16=bf16),
-    )
+    flops = forward.get_total_flops()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Cost(flops, flops + backward.get_total_flops(), parameters)
 
 
 def foretold_peak(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> int:
-    """An estimate of `Cost.peak_bytes` alone."""
+    """An estimate of the bytes of weights, gradients and activations for `batch` samples; allocates no tensor data."""
     with FakeTensorMode():
         network = build()
         precision = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()

@@ -10,8 +10,9 @@ from trainer import world
 from trainer.config import Config, TrainConfig
 from trainer.data.stream.stream import BatchLayout
 from trainer.data.training_data import TrainingData, open_training_data
-from trainer.engine.network.activation_checkpointing import recomputing, stage_kinds
-from trainer.engine.network.cost import measure
+from trainer.engine.network.activation_checkpointing import peak_bytes, stage_kinds
+from trainer.engine.network.build import build_network
+from trainer.engine.network.cost import cost_of
 from trainer.engine.network.precision import cpu_lacks_bf16
 from trainer.engine.planning.estimates import (
     Hardware,
@@ -41,20 +42,20 @@ def describe_run(
     layout = BatchLayout.plan(config.train.global_batch, world_size, config.train.micro_batch)
     data, fault = _open_data(config)
     kinds = stage_kinds(config, layout.micro_batch)
-    inputs, is_half = partial(example_inputs, config.model), config.train.precision in ("bf16", "fp16")
-    cost = measure(recomputing(config, kinds), inputs, batch=layout.micro_batch, bf16=is_half)
+    cost = cost_of(partial(build_network, config), partial(example_inputs, config.model))
     steps = config.train.duration.steps(layout.global_batch)
     images = steps * layout.global_batch
     averages = 1 + len(config.train.ema_sigma_rel)
     checkpoint_bytes = (3 + averages) * 4 * cost.parameters  # weights, Adam's two moments, averages; float32
     snapshots_bytes = snapshots_on_disk(config, cost.parameters)
-    memory = cost.peak_bytes + _state_bytes(config.train, cost.parameters, world_size)
+    peak = peak_bytes(config, kinds, layout.micro_batch)
+    memory = peak + _state_bytes(config.train, cost.parameters, world_size)
     flops = flops_of_run(config, cost, kinds)
     return {
         "parameters": cost.parameters,
-        "forward_flops_per_image": cost.forward_flops_per_image,
-        "training_flops_per_image": cost.training_flops_per_image,
-        "training_flops": cost.training_flops_per_image * images,
+        "forward_flops_per_image": cost.forward_flops,
+        "training_flops_per_image": cost.training_flops,
+        "training_flops": cost.training_flops * images,
         "flops": flops,
         "global_batch": layout.global_batch,
         "world_size": layout.world_size,
@@ -146,7 +147,7 @@ def _remarks(config: Config) -> list[str]:
 
 
 def _state_bytes(train: TrainConfig, parameters: int, world_size: int) -> int:
-    """Bytes of a rank's training state, beyond the unsharded weights and gradients that `Cost.peak_bytes` includes.
+    """Bytes of a rank's training state, beyond the unsharded weights and gradients that `peak_bytes` includes.
 
     What a strategy shards is subtracted, so the result may be negative. `docs/strategies.md` has the table.
     """

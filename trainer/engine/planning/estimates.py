@@ -51,7 +51,7 @@ def flops_of_run(config: Config, cost: Cost, kinds: Sequence[ActivationCheckpoin
     """
     global_batch, log = config.train.global_batch, config.log
     images = config.train.duration.steps(global_batch) * global_batch
-    forward = cost.forward_flops_per_image
+    forward = cost.forward_flops
 
     def times(span_images: int) -> int:
         return images // span_images if span_images else 0
@@ -61,7 +61,7 @@ def flops_of_run(config: Config, cost: Cost, kinds: Sequence[ActivationCheckpoin
     distances = times(log.distance_every.images(global_batch)) * log.distance_samples * log.distance_steps
     validations = times(log.validate_every.images(global_batch)) * log.validate_images * 2  # raw and averaged weights
     return {
-        "training": float(cost.training_flops_per_image * images),
+        "training": float(cost.training_flops * images),
         "recomputing": float(forward * images) * kinds.count("full") / max(len(kinds), 1),
         "drawing": float(forward * grids),
         "measuring": float(forward * (distances + validations)),

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+import psutil
 import torch
 
 from data_prep.cores import available_cores
@@ -58,9 +58,7 @@ def threads_asked_for(
 def _launcher() -> tuple[Mapping[str, str] | None, Sequence[str]]:
     """The parent process's environment (None where it may not be read) and its command line."""
     try:
-        environment = Path(f"/proc/{_LAUNCHER}/environ").read_bytes()
-        command = Path(f"/proc/{_LAUNCHER}/cmdline").read_bytes()
-    except OSError:
+        launcher = psutil.Process(_LAUNCHER)
+        return launcher.environ(), launcher.cmdline()
+    except psutil.Error:
         return None, ()
-    pairs = (entry.decode(errors="replace").partition("=") for entry in environment.split(b"\0"))
-    return {name: value for name, _, value in pairs if name}, command.decode(errors="replace").split("\0")

@@ -10,7 +10,7 @@ from trainer.engine.state.ema import MAIN, Averages, Decay
 from trainer.engine.state.tensor_files import SavedSlice, TensorReader
 from trainer.engine.strategies import DistributedNetwork
 from trainer.engine.strategies.optimizer import MOMENTS
-from trainer.engine.strategies.parameter_slices import ParameterSlice, assemble, fill, owned, row_by_row
+from trainer.engine.strategies.parameter_slices import ParameterSlice, assemble, fill, owned
 from trainer.errors import CheckpointError
 from trainer.telemetry.meters import Meters
 
@@ -133,7 +133,7 @@ class NetworkState:
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Set the weights and every average of a run at step 0 from a state dict."""
         for piece, tensor in self._weights_and_averages():
-            fill(tensor, row_by_row(weights[piece.name])[piece.start : piece.stop])
+            fill(tensor, weights[piece.name].reshape(-1)[piece.start : piece.stop])
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The raw weights as a complete state dict, float32, on every rank's device. Collective."""

@@ -43,11 +43,6 @@ class Verdict:
     writing: int
     copying: int
 
-    @property
-    def finite(self) -> bool:
-        """Whether every network was updated."""
-        return all(each.finite for each in self.networks)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseReport:

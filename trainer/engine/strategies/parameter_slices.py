@@ -54,13 +54,8 @@ def whole_slices(model: nn.Module) -> list[ParameterSlice]:
     ]
 
 
-def row_by_row(values: torch.Tensor) -> torch.Tensor:
-    """Elements in row-major order, whatever the memory format; (numel,), copied only if needed."""
-    return values.reshape(-1)
-
-
 def fill(values: torch.Tensor, elements: torch.Tensor) -> None:
-    """Set a slice's values from (numel,) elements in `row_by_row` order."""
+    """Set a slice's values, in any memory format, from (numel,) elements in row-major order."""
     values.copy_(elements.view(values.shape))
 
 
@@ -93,7 +88,7 @@ def assemble(
     """
     whole = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
     for piece, values in parts:
-        whole[piece.name].view(-1)[piece.start : piece.stop] = row_by_row(values)
+        whole[piece.name].view(-1)[piece.start : piece.stop] = values.reshape(-1)
     if dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in whole.values():
             dist.all_reduce(tensor)

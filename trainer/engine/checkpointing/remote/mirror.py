@@ -92,12 +92,12 @@ class Copies:
             elif self._phase == "prepare":
                 self._begin("parts", self._copy_own_part)
             elif self._phase == "parts":
-                self._begin("seal", self._seal if self.rank == 0 else _nothing)
+                self._begin("seal", self._seal if self.rank == 0 else lambda: None)
             else:
                 self._end_with(None)
         if self._phase == "idle" and self._wanted is not None:
             self._source, self._wanted, self._started = self._wanted, None, time.monotonic()
-            self._begin("prepare", self._prepare if self.rank == 0 else _nothing)
+            self._begin("prepare", self._prepare if self.rank == 0 else lambda: None)
 
     def _begin(self, phase: Literal["prepare", "parts", "seal"], action: Callable[[], str | None]) -> None:
         self._phase = phase
@@ -148,10 +148,6 @@ def check_place(place: CopyFolder, identity: dict[str, Any]) -> None:
         manifest = place.manifest(steps[-1])
         if manifest is not None:
             check_identity(manifest["identity"], identity, place.where(steps[-1]))
-
-
-def _nothing() -> None:
-    pass
 
 
 def _step_of(path: Path) -> int:

@@ -84,7 +84,7 @@ class CopyFolder:
         when it resumed from an earlier checkpoint: their marker is removed.
         """
         known = {MANIFEST_NAME, COMPLETE_NAME, *(record.name for record in records)}
-        for path in self._names(step):
+        for path in list(self._files.ls(self._path(step), detail=False)):
             if posixpath.basename(path) not in known:
                 self._files.rm_file(path)
         complete = self.steps()
@@ -126,9 +126,6 @@ class CopyFolder:
         except FileNotFoundError:
             return []
         return sorted(int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name)))
-
-    def _names(self, step: int) -> list[str]:
-        return list(self._files.ls(self._path(step), detail=False))
 
     def _forget(self) -> None:
         self._files.invalidate_cache()  # listings are cached; another rank or an earlier job has written there

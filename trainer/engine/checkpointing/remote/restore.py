@@ -14,11 +14,6 @@ from trainer.engine.run_folder import RunFolder, check_identity
 from trainer.errors import CheckpointError, DataError
 
 
-def is_url(text: str) -> bool:
-    """Whether `text` is a URL, hence a copy that has to be downloaded first."""
-    return "://" in text
-
-
 def list_copies(place: CopyFolder) -> list[int]:
     """Steps that have a copy, oldest first. Collective; raises CheckpointError where they cannot be listed."""
 
