@@ -395,6 +395,7 @@ def train_upsampler(folder: Path, name: str, *legs: tuple[int, str]) -> None:
         launch(ranks, "--config", str(config), *fields, *until)
 
 
+@pytest.mark.slow
 def test_an_upsampler_that_takes_classes_resumes_to_the_bit(upsampler: Path) -> None:
     train_upsampler(upsampler, "resumed", (1, "ddp"), (1, "ddp"))
     assert_same_state(upsampler / "whole", upsampler / "resumed", 6)

@@ -111,6 +111,7 @@ def give_up() -> Run:
     raise SystemExit(3)
 
 
+@pytest.mark.slow
 def test_contenders_take_turns() -> None:
     turns = take_turns({"a": Contender(make=count_to, arguments=(3,))}, rounds=2)
     assert [turn.images for turn in turns["a"]] == [3, 3]
@@ -139,6 +140,7 @@ def test_contenders_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
         psutil.Process(int(told.read_text())).wait(timeout=30)
 
 
+@pytest.mark.slow
 def test_a_contender_that_ends_is_named() -> None:
     with pytest.raises(RuntimeError, match="b: ended before its turn"):
         take_turns({"b": Contender(make=give_up, arguments=())}, rounds=1)

@@ -128,6 +128,7 @@ def read(config: Path, bucket: Bucket) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_tars_in_a_bucket_are_found_and_read(bucket: Bucket, content: Path, config_path: Path, tmp_path: Path) -> None:
     local = config_for(config_path, str(content / "tars"), tmp_path / "local")
     found = json.loads(read(config_for(config_path, f"{bucket.url}/tars", tmp_path / "cache"), bucket))
@@ -135,6 +136,7 @@ def test_tars_in_a_bucket_are_found_and_read(bucket: Bucket, content: Path, conf
     assert len({image for _, _, image in found}) == 8
 
 
+@pytest.mark.slow
 def test_what_is_not_in_a_bucket_is_one_line(bucket: Bucket, config_path: Path, tmp_path: Path) -> None:
     said = read(config_for(config_path, f"{bucket.url}/nothing", tmp_path / "cache"), bucket)
     assert said.startswith(f"error: {bucket.url}/nothing: ")

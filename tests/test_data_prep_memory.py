@@ -10,6 +10,7 @@ FEW, MANY = 33, 63  # both more than the 32 from which the main process estimate
 PAGES_OF_AN_IMAGE = 1365 * 1024 * 4 // resource.getpagesize()  # as Pillow holds RGB
 
 
+@pytest.mark.slow
 def test_memory_is_not_mapped_anew_for_each_image(tmp_path: Path) -> None:
     """Counted in page faults, for JPEGs of four times the side."""
     photo = tmp_path / "photo.jpg"

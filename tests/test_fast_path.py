@@ -92,6 +92,7 @@ def test_the_optimizer_and_the_exchange_take_the_fast_way(tmp_path: Path) -> Non
     assert (settings.gradient_as_bucket_view, settings.bucket_cap_mb) == (True, 50)
 
 
+@pytest.mark.slow
 def test_a_run_in_many_buckets_is_the_same_run_and_resumes_to_the_bit(tmp_path: Path, dataset: Path) -> None:
     arguments = ("--config", str(write_config(tmp_path, dataset)), *overrides(train__bucket_size="4 kB"))
     launch(2, "--config", str(write_config(tmp_path, dataset, "one bucket")))

@@ -68,10 +68,9 @@ def test_two_ranks_have_the_number_of_one(measured: Path, tmp_path: Path, datase
 def test_its_time_is_bounded_and_the_best_checkpoint_stays(tmp_path: Path, dataset: Path) -> None:
     """In no time at all each rank draws one batch; the learning rate explodes, so that the first step is the best."""
     settings = MEASURED | {
-        "log__distance_samples": 100,
+        "log__distance_samples": 70,
         "log__distance_steps": 2,
         "log__distance_seconds": "0.001 seconds",
-        "train__duration": "6 steps",
         "checkpoint__keep": 1,
         "checkpoint__keep_best": 1,
         "checkpoint__best_metric": DISTANCE,
@@ -83,7 +82,7 @@ def test_its_time_is_bounded_and_the_best_checkpoint_stays(tmp_path: Path, datas
     scores = {step: score for step, score in logged(tmp_path / "run", DISTANCE).items() if math.isfinite(score)}
     best = min(scores, key=lambda step: scores[step])
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
-    assert kept == {f"step-{best:08d}", "step-00000006"}
+    assert kept == {f"step-{best:08d}", "step-00000004"}
 
 
 def test_what_is_kept_by_it_must_be_scored_by_it(tmp_path: Path, dataset: Path) -> None:

@@ -183,6 +183,7 @@ def test_channels_last_flows_through_and_changes_nothing() -> None:
     assert [name for name, kept in formats.items() if not kept] == []
 
 
+@pytest.mark.slow
 def test_the_network_traces_into_one_graph() -> None:
     model, (x, t) = tiny().eval(), batch()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -112,13 +112,14 @@ def test_the_network_is_the_one_diffusers_builds(config: DDPMUNetConfig, dtype: 
     assert 0.3 < scale < 3  # or the tolerance would mean something else
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "side"),
     [
-        pytest.param(CELEBA64, 32, id="celeba64", marks=pytest.mark.slow),
+        pytest.param(CELEBA64, 32, id="celeba64"),
         pytest.param(LSUN256, 64, id="lsun256"),
-        pytest.param(CELEBA64, 64, id="celeba64-own-size", marks=pytest.mark.slow),
-        pytest.param(LSUN256, 256, id="lsun256-own-size", marks=pytest.mark.slow),
+        pytest.param(CELEBA64, 64, id="celeba64-own-size"),
+        pytest.param(LSUN256, 256, id="lsun256-own-size"),
     ],
 )
 def test_the_large_networks_are_too_at_full_width(config: DDPMUNetConfig, side: int) -> None:
