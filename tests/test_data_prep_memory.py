@@ -4,6 +4,8 @@ import resource
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.data_prep_harness import command, file_of, noise
 
 FEW, MANY = 33, 63  # both more than the 32 from which the main process estimates the room
