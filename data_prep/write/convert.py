@@ -60,9 +60,15 @@ def convert(found: bytes | Image.Image, recipe: Recipe) -> EncodedImage:
     width, height = image.size
     square = TRANSFORMS[recipe.transform](to_mode(image, recipe.mode), recipe.image_size)
     square.info = {}  # otherwise encoders would copy profile and comments to every sample
+    data = encode(square, recipe.encoding)
+    return EncodedImage(data=data, extension=recipe.encoding, width=width, height=height, kept=False)
+
+
+def encode(image: Image.Image, encoding: Encoding) -> bytes:
+    """The image encoded as a file; webp and png are lossless."""
     stream = io.BytesIO()
-    square.save(stream, recipe.encoding, **SAVE_OPTIONS[recipe.encoding])
-    return EncodedImage(data=stream.getvalue(), extension=recipe.encoding, width=width, height=height, kept=False)
+    image.save(stream, encoding, **SAVE_OPTIONS[encoding])
+    return stream.getvalue()
 
 
 def _read(data: bytes, recipe: Recipe) -> tuple[Image.Image, str | None]:
