@@ -1,4 +1,4 @@
-"""The classifier of noisy images: its loss and accuracy, a run of it, its optimizer, what it guides, what is refused."""
+"""The classifier of noisy images: its loss and accuracy, its runs and their optimizer, what it guides, refusals."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,8 @@ def objective(timesteps: int = 20) -> ClassifierObjective:
 
 
 def test_the_loss_is_the_cross_entropy_of_the_class_of_x_t() -> None:
-    logits, given = normal(2, 8, 3), []
+    logits = normal(2, 8, 3)
+    given: list[tuple[Tensor, Tensor]] = []
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         given.append((x, t))

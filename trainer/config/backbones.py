@@ -231,7 +231,7 @@ class ADMUNetConfig(ADMConfig, ClassConditionalConfig):
 
 
 class ADMClassifierConfig(ADMConfig):
-    """The classifier of noisy images of Dhariwal and Nichol 2021: the encoder of their UNet, and a pool (docs/adm.md)."""
+    """The classifier of noisy images of Dhariwal and Nichol 2021: their UNet's encoder and a pool (docs/adm.md)."""
 
     kind: Literal["adm-classifier"] = "adm-classifier"
     """The backbone."""

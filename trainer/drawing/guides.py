@@ -61,7 +61,7 @@ def open_classifier(
 
 @dataclass(frozen=True, kw_only=True)
 class _OtherRun:
-    """A run whose network guides. option: as it was asked for, "--guide runs/small"; checkpoint: None for the newest."""
+    """A run whose network guides. option: as it was asked for, "--guide RUN"; checkpoint: None for the newest."""
 
     option: str
     folder: RunFolder

@@ -111,7 +111,7 @@ def export(request: ExportRequest) -> None:
 def _export_to_openai(request: ExportRequest, run: RunFolder, config: Config) -> None:
     for option, value in (("--license", request.license), ("--grid", request.grid), ("--push-to-hub", request.hub)):
         if value is not None:
-            raise ConversionError(f'{option} {value}: is for the model card of a "ddpm-unet", networks of ADM have none')
+            raise ConversionError(f'{option} {value}: is for the model card of a "ddpm-unet", ADM has none')
     network = adm_network(config, str(request.run))
     with new_folder(request.out) as folder:
         checkpoint = Checkpoints(run.checkpoints, make_accelerator()).choose(request.checkpoint)
