@@ -193,9 +193,7 @@ def test_samples_of_a_network_without_classes_move_to_the_class(
     assert np.abs(both[1::2] - bright[1::2]).max() <= 1
 
 
-def test_what_a_classifier_cannot_guide_is_one_line(
-    run: Path, denoiser: Path, shades: Path, tmp_path: Path
-) -> None:
+def test_what_a_classifier_cannot_guide_is_one_line(run: Path, denoiser: Path, shades: Path, tmp_path: Path) -> None:
     other = write_classifier(tmp_path, shades, "other")
     launch(1, "--config", other, *overrides(diffusion__timesteps=10, train__duration="1 steps"))
     for arguments, line in (

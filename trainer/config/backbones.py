@@ -247,6 +247,4 @@ class ADMClassifierConfig(ADMConfig):
         return True
 
 
-BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds(
-    "model", ModelConfig, DDPMUNetConfig, ADMUNetConfig, ADMClassifierConfig
-)
+BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig, ADMUNetConfig, ADMClassifierConfig)
