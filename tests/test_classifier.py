@@ -149,16 +149,15 @@ def run(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_the_classes_and_logs_its_accuracy_by_noise_level(run: Path) -> None:
-    assert logged(run)[1] > 0.3
-    assert logged(run)[60] < logged(run)[1]
+    assert len(logged(run)) == 60
     for name in ("validation/accuracy", "validation/ema_accuracy"):
         assert list(logged(run, name)) == [30, 60]
-        assert logged(run, name)[60] > 0.75
+        assert logged(run, f"{name}_q1")[60] > 0.9  # chance is 0.5; nothing is left to see where there is most noise
         quarters = [logged(run, f"{name}_q{number}") for number in range(1, 5)]
         assert sum(map(len, quarters)) >= 4
         assert all(0 <= value <= 1 for quarter in quarters for value in quarter.values())
     assert logged(run, "validation/loss_class_0").keys() == {30, 60}
-    launch(1, str(run), script="report")
+    assert launch(1, str(run), script="report")
     page = (run / "report.html").read_text()
     assert "Validation accuracy by timestep, averaged weights" in page
 
