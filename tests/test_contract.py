@@ -41,7 +41,8 @@ MODEL = {
     "adm-unet": "base_channels = 8\nchannel_multipliers = [1, 2]\nblocks_per_level = 1\nattention_resolutions = [4]\n"
     "norm_groups = 4\nheads = 2",
     "adm-classifier": "base_channels = 8\nchannel_multipliers = [1, 2]\nblocks_per_level = 1\n"
-    "attention_resolutions = [4]\nnorm_groups = 4\nheads = 2\nclasses = 3",
+    "attention_resolutions = [4]\nnorm_groups = 4\nheads = 2\nclasses = 3\n"
+    'pool = "spatial"',  # in the attention of a pool the bias of keys has no gradient but rounding, which Adam enlarges
 }
 CLASSIFIER = ("classifier", "adm-classifier")
 EXPORTED = {("ddpm", "ddpm-unet"): "model_index.json", ("ddpm", "adm-unet"): "model.pt", CLASSIFIER: "model.pt"}
