@@ -32,6 +32,11 @@ class ModelConfig(Section):
         """Whether the network draws random numbers in training, as dropout does: True where the section cannot say."""
         return True
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the network's output is logits of classes, (B, K), not an image."""
+        return False
+
 
 class ClassConditionalConfig(ModelConfig):
     """What the section of a backbone has that may be given the class of each image."""
@@ -66,7 +71,9 @@ def class_conditional(model: ModelConfig) -> ClassConditionalConfig | None:
 
 
 def classes_of(model: ModelConfig) -> int | None:
-    """Number of classes of a network of this section; None where it takes no labels."""
+    """Number of classes of a network of this section; None where it neither takes labels nor tells them."""
+    if isinstance(model, ADMClassifierConfig):
+        return model.classes
     labelled = class_conditional(model)
     return labelled.classes if labelled is not None else None
 
@@ -204,4 +211,21 @@ class ADMUNetConfig(ADMConfig, ClassConditionalConfig):
         return self
 
 
-BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig, ADMUNetConfig)
+class ADMClassifierConfig(ADMConfig):
+    """The classifier of noisy images of Dhariwal and Nichol 2021: their UNet's encoder and a pool (docs/adm.md)."""
+
+    kind: Literal["adm-classifier"] = "adm-classifier"
+    """The backbone."""
+    classes: int = Field(gt=1, le=2**20)
+    """Number of classes: images have labels from 0 to classes - 1, which data.cond = ["label"] reads."""
+    pool: Literal["attention", "adaptive", "spatial"] = "attention"
+    """How the pixels' features become one: "attention" over them, as in the published classifiers; "adaptive", their
+    mean; "spatial", the means of every block's output, and two dense layers."""
+
+    @property
+    @override
+    def classifies(self) -> bool:
+        return True
+
+
+BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig, ADMUNetConfig, ADMClassifierConfig)

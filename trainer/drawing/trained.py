@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from trainer.config import Config, DDPMConfig
 from trainer.data.images import Pixels
 from trainer.diffusion.contract import Denoiser, Objective
 from trainer.diffusion.ddpm.respacing import count_in_spec
-from trainer.drawing.guides import load_network, open_guide
+from trainer.drawing.guides import load_network, open_classifier, open_guide
 from trainer.engine.build import build_objective
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
@@ -113,10 +114,8 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     if reverse.variance is not None:
         config = _with_variance(config, reverse.variance)
     check_drawable(config.model)
-    try:
+    with _as_config_errors():
         reverse.conditions.check(config.model)
-    except RequestError as error:
-        raise as_config_error(error) from error
     remark = without_effect(os.environ)
     accelerator = make_accelerator(patience=_PATIENCE)
     if remark is not None and accelerator.is_main_process:
@@ -131,6 +130,11 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     guide = None
     if reverse.conditions.guide is not None:
         guide = open_guide(reverse.conditions.guide, request.weights, config, objective, accelerator)
+    classifier = None
+    if reverse.conditions.classifier is not None:
+        classifier = open_classifier(reverse.conditions.classifier, request.weights, config, objective, accelerator)
+        with _as_config_errors():
+            reverse.conditions.check_listed(classifier.classes)
     return Trained(
         config=config,
         folder=folder,
@@ -147,6 +151,7 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
             request=reverse,
             device=accelerator.device,
             guide=guide,
+            classifier=classifier,
         ),
         stop=stop,
     )
@@ -173,6 +178,14 @@ def _timesteps(objective: Objective, respacing: str, accelerator: Accelerator) -
 def as_config_error(error: RequestError) -> ConfigError:
     """A request that cannot be, by the name of its option on a command line."""
     return ConfigError(f"--{error.field.replace('_', '-')} {error.value}: {error.reason}", agreed=True)
+
+
+@contextmanager
+def _as_config_errors() -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        raise as_config_error(error) from error
 
 
 def _with_variance(config: Config, variance: Literal["small", "large"]) -> Config:

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.config.families import DDPMConfig
+from trainer.config.families import DDPMConfig, GaussianConfig
 from trainer.diffusion.ddpm.objective import GaussianObjective
 from trainer.diffusion.ddpm.process import GaussianDiffusion
 from trainer.diffusion.ddpm.reverse import output_channels
@@ -10,7 +10,7 @@ from trainer.diffusion.ddpm.schedules import make_betas
 from trainer.diffusion.ddpm.timesteps import ImportanceSampling
 
 
-def ddpm_diffusion(section: DDPMConfig, device: torch.device) -> GaussianDiffusion:
+def ddpm_diffusion(section: GaussianConfig, device: torch.device) -> GaussianDiffusion:
     """The forward process, its tables on the device."""
     betas = make_betas(section.schedule, section.timesteps, section.betas)
     return GaussianDiffusion(betas).to(device)

@@ -18,7 +18,7 @@ from trainer.engine.processes.activity import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.phase_step import PhaseStep
 from trainer.engine.step.step_report import PendingVerdict
-from trainer.models.backbones import example_inputs
+from trainer.models.backbones import example_cond, example_inputs
 from trainer.signals import StopRequest
 
 
@@ -98,7 +98,8 @@ class TrainStep:
     def rehearse(self, phase: PhaseStep) -> None:
         """One forward and backward pass of a phase over zeros."""
         with self.state.strategy.device:
-            x, _, cond = example_inputs(self.config.model, self.layout.micro_batch)
+            x, *_ = example_inputs(self.config.model, self.layout.micro_batch)
+            cond = example_cond(self.config.model, len(x))
             position = torch.zeros(len(x), dtype=torch.int64)
         phase.rehearse(Batch(x=x.contiguous(memory_format=torch.channels_last), position=position, cond=cond))
 
