@@ -121,9 +121,7 @@ def _gaussian(path: Path, stored: Mapping[str, npt.NDArray[Any]], names: tuple[s
     mean, covariance = (stored[name] for name in names)
     mu, sigma = names
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-        raise DataError(
-            f"{path}: {mu} should be (D,) and {sigma} (D, D); they are {mean.shape} and {covariance.shape}"
-        )
+        raise DataError(f"{path}: {mu} should be (D,) and {sigma} (D, D); they are {mean.shape} and {covariance.shape}")
     if not all(np.issubdtype(values.dtype, np.floating) for values in (mean, covariance)):
         raise DataError(f"{path}: {mu} and {sigma} should be floats; they are {mean.dtype} and {covariance.dtype}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
