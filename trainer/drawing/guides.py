@@ -57,9 +57,9 @@ def load_network(path: Path, kind: str, config: Config, device: torch.device) ->
 
 
 def _check(path: Path, config: Config, guided: Config, theirs: Objective, objective: Objective) -> None:
-    for field in ("image_size", "channels"):
-        own, needed = getattr(config.model, field), getattr(guided.model, field)
-        if own != needed:
+    for field in ("image_size", "channels", "low_res_size", "low_res_noise"):
+        own, needed = (getattr(model, field, None) for model in (config.model, guided.model))
+        if (own or None) != (needed or None):
             raise ConfigError(
                 f"--guide {path}: model.{field} = {own}; should be {needed}, as of the run that it guides"
             )

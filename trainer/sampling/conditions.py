@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config.backbones import ModelConfig, class_conditional, classes_of
+from trainer.config.backbones import ModelConfig, class_conditional, classes_of, upsampler
 from trainer.diffusion.contract import ForwardProcess
 from trainer.diffusion.keyed_noise import Stream, keyed_choice
 from trainer.sampling.guidance import Interval, is_guided
@@ -26,7 +26,8 @@ class Conditions:
     classes as "3,5,7", which the samples take in turn; None: "uniform" where the network takes labels. guidance: the
     scale s of trainer/sampling/guidance.py; 1 is without. guidance_interval: the noise levels (low, high] that it
     applies to; None: all. dynamic_threshold: the quantile of `dynamic_threshold`; None: samplers clamp instead. guide:
-    the run, or the checkpoint of one, whose network guides; None: the null class does.
+    the run, or the checkpoint of one, whose network guides; None: the null class does. low_res_noise: of a network that
+    upsamples, the level to which what it is given is noised.
 
     RequestError where one of them is not possible, or they do not go together.
     """
@@ -36,6 +37,7 @@ class Conditions:
     guidance_interval: Interval | None = None
     dynamic_threshold: float | None = None
     guide: Path | None = None
+    low_res_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.classes is not None and not re.fullmatch(rf"{UNIFORM}|{BALANCED}|\d+(,\d+)*", self.classes):
@@ -50,6 +52,8 @@ class Conditions:
             raise RequestError("guidance_interval", low_high, "should be two noise levels from 0, the lower first")
         if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold < 1:
             raise RequestError("dynamic_threshold", self.dynamic_threshold, "should be a quantile, above 0 and below 1")
+        if not 0 <= self.low_res_noise <= 1:
+            raise RequestError("low_res_noise", self.low_res_noise, "should be a level from 0, without noise, to 1")
 
     def check(self, model: ModelConfig) -> None:
         """Raise RequestError where a network of this section cannot be drawn from in this way."""
@@ -63,6 +67,14 @@ class Conditions:
                 "guidance",
                 self.guidance,
                 "needs a null class, that is a network trained with model.label_drop above 0, or a guide",
+            )
+        upsamples = upsampler(model)
+        most = 0.0 if upsamples is None else upsamples.low_res_noise
+        if self.low_res_noise > most:
+            raise RequestError(
+                "low_res_noise",
+                self.low_res_noise,
+                f"should be from 0 to the model.low_res_noise that the network was trained with, {most:g}",
             )
 
     def labels(self, numbers: Tensor, *, seed: int, classes: int) -> Tensor:
