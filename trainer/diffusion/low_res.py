@@ -9,7 +9,6 @@ from trainer.config.backbones import ModelConfig, upsampler
 from trainer.diffusion.contract import Conditioning
 from trainer.diffusion.keyed_noise import KeyedNoise
 
-
 MADE = ("low_res", "low_res_level")  # what such a network takes that need not be stored
 
 

@@ -19,7 +19,6 @@ from trainer.sampling.conditions import UNIFORM, written
 from trainer.sampling.guidance import Guided, Thresholded, classifier_free
 from trainer.sampling.request import ReverseRequest
 
-
 _NO_LOW_RES: Conditioning = MappingProxyType({})
 
 
