@@ -407,7 +407,7 @@ def test_the_folder_says_the_cascade_and_the_cost_is_told(folder: Path) -> None:
         ("plain:low-res-noise=0.1", "--low-res-noise 0.1: should be from 0 to the model.low_res_noise"),
         ("up:classes=1", "--classes 1: goes with --run, whose classes its samples keep"),
         ("up:samplr=ddim", "unrecognized arguments: --samplr=ddim"),
-        ("up:sampler=ddmi", "--sampler ddmi: unknown; did you mean ddim?"),
+        ("up:sampler=ddimm", "--sampler ddimm: unknown; did you mean ddim?"),
         ("up:respacing=ten", "--respacing: "),
         ("up:guidance=high", "argument --guidance: invalid float value: 'high'"),
     ],
