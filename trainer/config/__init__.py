@@ -14,6 +14,7 @@ from trainer.config.backbones import (
     ADMUNetConfig,
     DDPMUNetConfig,
     ModelConfig,
+    upsampler,
 )
 from trainer.config.families import FAMILY_SECTIONS, ClassifierConfig, DDPMConfig, DiffusionConfig
 from trainer.config.reading import apply_override, explain, read_toml
@@ -69,6 +70,7 @@ class Config(Section):
         validate_every = self.log.validate_every
         if validate_every.count and not self.data.holdout:
             raise ValueError(f'log.validate_every = "{validate_every}": needs images to validate on; set data.holdout')
+        self._check_that_low_res_can_be_made()
         if self.checkpoint.keep_best:
             self._check_that_all_are_scored()
         return self
@@ -84,6 +86,16 @@ class Config(Section):
             every = getattr(self.log, field)
             if model.classifies and every.count:
                 raise ValueError(f'log.{field} = "{every}": a classifier draws no samples; set "0 steps"')
+
+    def _check_that_low_res_can_be_made(self) -> None:
+        model = upsampler(self.model)
+        if model is None or model.low_res_size is None or "low_res" in self.data.cond:
+            return
+        if model.image_size % model.low_res_size:
+            raise ValueError(
+                f"model.low_res_size = {model.low_res_size}: must divide model.image_size = {model.image_size}, since "
+                'low_res is made from the image; or have stored ones read by data.cond = ["low_res"]'
+            )
 
     def _check_that_all_are_scored(self) -> None:
         by_distance = self.checkpoint.best_metric == "validation/feature_distance"

@@ -201,13 +201,18 @@ class ADMUNetConfig(ADMConfig, ClassConditionalConfig):
     kind: Literal["adm-unet"] = "adm-unet"
     """The backbone."""
     low_res_size: int | None = Field(default=None, gt=0, le=16_384)
-    """Side of a smaller image of the same channels that the network upsamples, which data.cond = ["low_res"] reads.
-    Left out: there is none."""
+    """Side of a smaller image of the same channels that the network upsamples: what data.cond = ["low_res"] reads, or
+    else the image itself, averaged over blocks of pixels. Left out: there is none (docs/cascades.md)."""
+    low_res_noise: float = Field(default=0.0, ge=0, le=1)
+    """With low_res_size: in training the smaller image is noised to a level from 0 to this one, drawn for each image,
+    which the network is told (Ho et al. 2022, section 4.2); 0 is without, 1 up to noise alone."""
 
     @model_validator(mode="after")
     def _upsamples(self) -> Self:
         if self.low_res_size is not None and self.low_res_size >= self.image_size:
             raise ValueError(f"low_res_size = {self.low_res_size}: must be less than image_size = {self.image_size}")
+        if self.low_res_noise and self.low_res_size is None:
+            raise ValueError(f"low_res_noise = {self.low_res_noise:g}: goes with low_res_size; set it, or leave it out")
         return self
 
 
@@ -226,6 +231,11 @@ class ADMClassifierConfig(ADMConfig):
     @override
     def classifies(self) -> bool:
         return True
+
+
+def upsampler(model: ModelConfig) -> ADMUNetConfig | None:
+    """The section of a network that upsamples; None for any other."""
+    return model if isinstance(model, ADMUNetConfig) and model.low_res_size is not None else None
 
 
 BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig, ADMUNetConfig, ADMClassifierConfig)

@@ -54,6 +54,14 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--classifier-scale", type=float, default=1.0, metavar="S", help="scale of its gradient (default 1)"
     )
+    group.add_argument(
+        "--low-res-noise",
+        type=float,
+        default=0.0,
+        metavar="LEVEL",
+        help="of a network that upsamples, trained with model.low_res_noise: noise what it is given to this level, at "
+        "most that of the training (default 0)",
+    )
 
 
 def conditions(arguments: argparse.Namespace) -> Conditions:
@@ -67,6 +75,7 @@ def conditions(arguments: argparse.Namespace) -> Conditions:
             guide=arguments.guide,
             classifier=arguments.classifier,
             classifier_scale=arguments.classifier_scale,
+            low_res_noise=arguments.low_res_noise,
         )
     except RequestError as error:
         raise as_config_error(error) from error

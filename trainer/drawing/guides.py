@@ -20,6 +20,9 @@ from trainer.engine.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError
 from trainer.sampling.conditioned import ClassifierNetwork, GuideNetwork
 
+_IMAGES = ("image_size", "channels")
+_GUIDE_IMAGES = (*_IMAGES, "low_res_size", "low_res_noise")  # a guide is given what the network that it guides is
+
 
 def open_guide(
     path: Path, weights: str, guided: Config, objective: Objective, accelerator: Accelerator
@@ -33,7 +36,7 @@ def open_guide(
     if other.config.model.classifies:
         raise ConfigError(f"{other.option}: is a classifier; give it as --classifier")
     theirs = build_objective(other.config, accelerator.device)
-    other.check_images(guided)
+    other.check_images(guided, *_GUIDE_IMAGES)
     other.check_levels(theirs.denoiser(nn.Identity()).diffusion.abar64, objective)
     if classes_of(other.config.model) is not None:  # without labels, it guides away from all classes alike
         other.check_classes(guided)
@@ -45,18 +48,29 @@ def open_classifier(
     path: Path, weights: str, guided: Config, objective: Objective, accelerator: Accelerator
 ) -> ClassifierNetwork:
     """The classifier of a run, or of a checkpoint in it; arguments and errors as `open_guide`. Collective."""
-    other = _OtherRun.located("--classifier", path)
+    other, classes = _located_classifier(path)
     theirs = build_objective(other.config, accelerator.device)
-    classes = classes_of(other.config.model)
-    if not isinstance(theirs, ClassifierObjective) or classes is None:
-        kind = other.config.diffusion.kind
-        raise ConfigError(f'{other.option}: diffusion.kind = "{kind}"; should be the run of a classifier')
-    other.check_images(guided)
+    assert isinstance(theirs, ClassifierObjective)
+    other.check_images(guided, *_IMAGES)
     other.check_levels(theirs.diffusion.abar64, objective)
     if classes_of(guided.model) is not None:
         other.check_classes(guided)
     network, fingerprint = other.network(weights, accelerator)
     return ClassifierNetwork(network=network, classes=classes, fingerprint=fingerprint)
+
+
+def classes_of_classifier(path: Path) -> int:
+    """Number of classes of a classifier's run, or of a checkpoint in it. Raises ConfigError where it is none."""
+    return _located_classifier(path)[1]
+
+
+def _located_classifier(path: Path) -> tuple["_OtherRun", int]:
+    other = _OtherRun.located("--classifier", path)
+    classes = classes_of(other.config.model)
+    if not other.config.model.classifies or classes is None:
+        kind = other.config.diffusion.kind
+        raise ConfigError(f'{other.option}: diffusion.kind = "{kind}"; should be the run of a classifier')
+    return other, classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +91,10 @@ class _OtherRun:
         config = folder.load_config()
         return cls(option=f"{name} {path}", folder=folder, config=config, checkpoint=path if in_run else None)
 
-    def check_images(self, guided: Config) -> None:
-        for field in ("image_size", "channels"):
-            own, needed = getattr(self.config.model, field), getattr(guided.model, field)
-            if own != needed:
+    def check_images(self, guided: Config, *fields: str) -> None:
+        for field in fields:
+            own, needed = (getattr(model, field, None) for model in (self.config.model, guided.model))
+            if (own or None) != (needed or None):
                 raise ConfigError(
                     f"{self.option}: model.{field} = {own}; should be {needed}, as of the run that it guides"
                 )

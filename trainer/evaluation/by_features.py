@@ -6,13 +6,14 @@ OUT/fid-....json            the metric and all conventions that it depends on; l
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from trainer.drawing.trained import Trained, TrainedRequest, open_trained
+from trainer.drawing.cascade import Cascade, StageRequest, open_cascade
+from trainer.drawing.trained import Trained, TrainedRequest
 from trainer.drawing.work import Task, Work
 from trainer.engine.processes.collectives import each_its_own, together
 from trainer.errors import ConfigError, DataError
@@ -49,14 +50,15 @@ class NetworkRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRequest:
-    """What to sample, from which weights, the reference and the features; out: None for RUN/evaluation; per_class:
-    whether to measure each class by itself, too.
+    """What to sample, from which weights, the reference and the features; then: upsamplers that enlarge the samples;
+    out: None for RUN/evaluation; per_class: whether to measure each class by itself, too.
     """
 
     trained: TrainedRequest
     sampling: SamplingRequest
     network: NetworkRequest
     reference: ReferenceRequest
+    then: Sequence[StageRequest] = ()
     out: Path | None
     per_class: bool = False
 
@@ -67,14 +69,15 @@ def evaluate_by_features(request: FeatureRequest, metric: FeatureMetric) -> Path
     After a kill or a stop, the same request resumes. Raises TrainerError where the run, the weights of either network
     or the reference cannot be used.
     """
-    trained = open_trained(request.trained, request.sampling)
-    path = _judge(trained, request, metric)
-    trained.accelerator.end_training()
+    cascade = open_cascade(StageRequest(trained=request.trained, sampling=request.sampling), request.then)
+    path = _judge(cascade, request, metric)
+    cascade.base.trained.accelerator.end_training()
     return path
 
 
-def _judge(trained: Trained, request: FeatureRequest, metric: FeatureMetric) -> Path | None:
-    drawn = classes_of_samples(trained, request.sampling) if request.per_class else None
+def _judge(cascade: Cascade, request: FeatureRequest, metric: FeatureMetric) -> Path | None:
+    trained = cascade.base.trained
+    drawn = classes_of_samples(cascade) if request.per_class else None
     network = _open_network(request.network, trained.device)
     if metric.needs.kind not in network.kinds:
         raise ConfigError(
@@ -82,13 +85,13 @@ def _judge(trained: Trained, request: FeatureRequest, metric: FeatureMetric) -> 
             f"{metric.needs.kind}; take inception",
             agreed=True,
         )
-    opened = _open_reference(request, trained, metric)
+    opened = _open_reference(request, cascade.last, metric)
     metric.check(request.sampling.count, opened.count if isinstance(opened, ReferenceImages) else None)
     out = request.out or trained.folder.path / "evaluation"
     reference = _reference_features(trained, opened, network, metric, out)
     if opened is not None and reference is None:
         return None
-    samples = _sample_features(trained, request, network, metric, out)
+    samples = _sample_features(cascade, request, network, metric, out)
     if samples is None:
         return None
     by_class = None
@@ -98,9 +101,9 @@ def _judge(trained: Trained, request: FeatureRequest, metric: FeatureMetric) -> 
         title=metric.title(network.convention),
         numbers=metric.measure(samples, reference),
         settings=metric.about(),
-        drawn_by=request.sampling.describe(trained.denoiser.diffusion.timesteps) + trained.conditioned.description,
+        drawn_by=cascade.description,
         about={
-            **samples_about(trained, request.sampling),
+            **samples_about(cascade),
             **reference_about(opened),
             **features_about(network.convention),
         },
@@ -195,29 +198,26 @@ def _reference_features(
 
 
 def _sample_features(
-    trained: Trained,
+    cascade: Cascade,
     request: FeatureRequest,
     network: FeatureNetwork,
     metric: FeatureMetric,
     out: Path,
 ) -> FeatureSet | None:
     """Features of the samples; None after a request to stop."""
-    sampling = request.sampling
-    name = "-".join(["samples", *trained.name_parts, *sampling.name_parts, request.network.name])
-    identity = {**trained.identity, **sampling.identity, **trained.conditioned.identity, **_features_of(network)}
-    work = Work(out / name, identity, trained.accelerator)
+    trained, sampling = cascade.base.trained, request.sampling
+    parts = [*trained.name_parts, *sampling.name_parts, *cascade.further_name_parts, request.network.name]
+    work = Work(out / "-".join(["samples", *parts]), {**cascade.identity, **_features_of(network)}, trained.accelerator)
     features = FeatureSet(name="samples", work=work, batches=sampling.batches)
     if metric.needs.statistics is not None and features.has_moments(metric.needs.kind):
         return features
 
-    if (cost := trained.conditioned.cost()) is not None:
-        trained.accelerator.print(cost)
+    cascade.tell_costs()
 
     def images(numbers: range, on_step: Callable[[int], object]) -> torch.Tensor:
-        return torch.from_numpy(trained.draw(sampling, numbers, on_step))
+        return torch.from_numpy(cascade.draw(numbers, on_step))
 
-    steps = trained.denoiser.diffusion.timesteps
-    task = Task(doing="sampling", items=sampling.count, what=features.name, units=steps, kind=DataError)
+    task = Task(doing="sampling", items=sampling.count, what=features.name, units=cascade.steps, kind=DataError)
     return features if features.fill(images, network, task, trained.stop, metric.needs.kind) else None
 
 

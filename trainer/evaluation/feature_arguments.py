@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from trainer.arguments import add_sampler, at_least_one, at_least_two, sampling_request, trained_request
+from trainer.arguments import (
+    add_cascade,
+    add_sampler,
+    at_least_one,
+    at_least_two,
+    sampling_request,
+    stage_requests,
+    trained_request,
+)
 from trainer.evaluation.by_features import FeatureRequest, NetworkRequest
 from trainer.evaluation.references import ReferenceRequest
 from trainer.features.networks import FeatureName
@@ -15,6 +23,7 @@ def add_features(
 ) -> None:
     """Add the arguments for samples, features (by default these) and, if the metric needs one, the reference."""
     add_sampler(parser)
+    add_cascade(parser)
     parser.add_argument("--samples", type=at_least_two, default=50_000, help="images to draw (default 50000)")
     parser.add_argument("--batch", type=at_least_one, default=64, help="images drawn at a time (default 64)")
     parser.add_argument(
@@ -49,9 +58,11 @@ def add_features(
 
 def feature_request(arguments: argparse.Namespace) -> FeatureRequest:
     """The request parsed from the arguments of `add_features` and those common to evaluate.py's commands."""
+    sampling = sampling_request(arguments, count=arguments.samples)
     return FeatureRequest(
         trained=trained_request(arguments),
-        sampling=sampling_request(arguments, count=arguments.samples),
+        sampling=sampling,
+        then=stage_requests(arguments, sampling),
         network=NetworkRequest(
             name=arguments.features,
             weights=arguments.feature_weights,

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.drawing.trained import Trained
+from trainer.drawing.cascade import Cascade, Stage
 from trainer.evaluation.references import ReferenceImages, ReferenceStatistics
 from trainer.features.networks import Convention
-from trainer.sampling.request import SamplingRequest
 from trainer.telemetry.environment import installed_version
 from trainer.telemetry.files import write_whole
 
@@ -65,23 +64,28 @@ class Report:
         )
 
 
-def samples_about(trained: Trained, request: SamplingRequest) -> dict[str, dict[str, Any]]:
-    """The report's entry on the samples."""
-    about = {
-        "number": request.count,
+def samples_about(cascade: Cascade) -> dict[str, dict[str, Any]]:
+    """The report's entry on the samples; of a cascade with one on each upsampler."""
+    then = [_stage_about(stage) for stage in cascade.upsamplers]
+    about = {"number": cascade.base.sampling.count, **_stage_about(cascade.base), **({"then": then} if then else {})}
+    return {"samples": about}
+
+
+def _stage_about(stage: Stage) -> dict[str, Any]:
+    trained, sampling = stage.trained, stage.sampling
+    return {
         "checkpoint": str(trained.checkpoint),
         "step": trained.step,
         "weights": trained.weights,
-        "sampler": request.how,
-        "steps": trained.denoiser.diffusion.timesteps,
-        "respacing": request.respacing,
+        "sampler": sampling.how,
+        "steps": stage.steps,
+        "respacing": sampling.respacing,
         "variance": trained.variance,
-        "seed": request.seed,
+        "seed": sampling.seed,
         "precision": trained.config.train.precision,
         "pixels": "uint8",
         **trained.conditioned.identity,
     }
-    return {"samples": about}
 
 
 def reference_about(reference: ReferenceImages | ReferenceStatistics | None) -> dict[str, dict[str, Any]]:

@@ -3,13 +3,13 @@
 import numpy as np
 import numpy.typing as npt
 
-from trainer.drawing.trained import Trained
+from trainer.drawing.cascade import Cascade
 from trainer.engine.processes.division import map_over_ranks
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.feature_sets import FeatureSet
 from trainer.evaluation.references import ReferenceImages
 from trainer.features.kernel_distance import squared_mmd
-from trainer.sampling.request import SamplingRequest, batches_of
+from trainer.sampling.request import batches_of
 
 _MOST = 5000  # samples, and images, of a class: its kernel has the square of them
 _LABELS = 256  # read at a time
@@ -18,12 +18,12 @@ Classes = npt.NDArray[np.int64]
 """Of each sample or image its class, (N,)."""
 
 
-def classes_of_samples(trained: Trained, sampling: SamplingRequest) -> Classes:
-    """Raises ConfigError where the network takes no labels."""
-    labels = trained.conditioned.labels(range(sampling.count), seed=sampling.seed)
+def classes_of_samples(cascade: Cascade) -> Classes:
+    """Raises ConfigError where samples have no classes."""
+    labels = cascade.labels(range(cascade.base.sampling.count))
     if labels is None:
         raise ConfigError("--per-class: goes with a network that takes labels; this one takes none", agreed=True)
-    return labels.cpu().numpy()
+    return np.array(labels, dtype=np.int64)
 
 
 def classes_of_images(reference: ReferenceImages) -> Classes:

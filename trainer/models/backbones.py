@@ -31,11 +31,15 @@ def label_conditioning(model: ClassConditionalConfig, samples: int) -> dict[str,
 
 
 def adm_conditioning(model: ADMUNetConfig, samples: int) -> dict[str, Tensor]:
-    """What `ADMUNet` takes: `label_conditioning`, and low_res, (B, C, h, h) float32, where it upsamples."""
-    label = label_conditioning(model, samples)
-    if model.low_res_size is None:
-        return label
-    return {**label, "low_res": torch.zeros(samples, model.channels, model.low_res_size, model.low_res_size)}
+    """What `ADMUNet` takes: `label_conditioning`; where it upsamples low_res, (B, C, h, h) float32, and with
+    `low_res_noise` its low_res_level, (B,) float32.
+    """
+    cond = label_conditioning(model, samples)
+    if model.low_res_size is not None:
+        cond["low_res"] = torch.zeros(samples, model.channels, model.low_res_size, model.low_res_size)
+    if model.low_res_noise:
+        cond["low_res_level"] = torch.zeros(samples)
+    return cond
 
 
 def classified(_: ADMClassifierConfig, samples: int) -> dict[str, Tensor]:

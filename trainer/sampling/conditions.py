@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config.backbones import ModelConfig, class_conditional, classes_of
+from trainer.config.backbones import ModelConfig, class_conditional, classes_of, upsampler
 from trainer.diffusion.contract import ForwardProcess
 from trainer.diffusion.keyed_noise import Stream, keyed_choice
 from trainer.sampling.guidance import Interval, is_guided
@@ -27,7 +27,8 @@ class Conditions:
     scale s of trainer/sampling/guidance.py; 1 is without. guidance_interval: the noise levels (low, high] that it
     applies to; None: all. dynamic_threshold: the quantile of `dynamic_threshold`; None: samplers clamp instead. guide:
     the run, or the checkpoint of one, whose network guides; None: the null class does. classifier: the run, or the
-    checkpoint of one, of a classifier whose gradient guides as well, classifier_scale times; None: none.
+    checkpoint of one, of a classifier whose gradient guides as well, classifier_scale times; None: none. low_res_noise:
+    of a network that upsamples, the level to which what it is given is noised.
 
     RequestError where one of them is not possible, or they do not go together.
     """
@@ -39,6 +40,7 @@ class Conditions:
     guide: Path | None = None
     classifier: Path | None = None
     classifier_scale: float = 1.0
+    low_res_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.classes is not None and not re.fullmatch(rf"{UNIFORM}|{BALANCED}|\d+(,\d+)*", self.classes):
@@ -57,6 +59,8 @@ class Conditions:
             raise RequestError("classifier_scale", self.classifier_scale, "should be a number above 0")
         if self.classifier_scale != 1 and self.classifier is None:
             raise RequestError("classifier_scale", written(self.classifier_scale), "goes with a classifier")
+        if not 0 <= self.low_res_noise <= 1:
+            raise RequestError("low_res_noise", self.low_res_noise, "should be a level from 0, without noise, to 1")
 
     def check(self, model: ModelConfig) -> None:
         """Raise RequestError where a network of this section cannot be drawn from in this way."""
@@ -70,6 +74,14 @@ class Conditions:
                 "guidance",
                 self.guidance,
                 "needs a null class, that is a network trained with model.label_drop above 0, or a guide",
+            )
+        upsamples = upsampler(model)
+        most = 0.0 if upsamples is None else upsamples.low_res_noise
+        if self.low_res_noise > most:
+            raise RequestError(
+                "low_res_noise",
+                self.low_res_noise,
+                f"should be from 0 to the model.low_res_noise that the network was trained with, {most:g}",
             )
 
     def check_listed(self, classes: int) -> None:

@@ -13,6 +13,7 @@ from trainer.data.stream.batches import as_tensors, stacked
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.diffusion.low_res import low_res_conditioning
 from trainer.engine.build import build_trained
 from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
@@ -97,8 +98,10 @@ class Validation:
             return Scores([], {}, [])
         device = self.state.strategy.device
         cond = conditioning(as_tensors(stacked(further)), self.config, device)
-        batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device), cond=cond)
-        noise = KeyedNoise.validation(self.config.seed, batch.position)
+        x, position = from_uint8(pixels.to(device)), torch.tensor(kept, device=device)
+        noise = KeyedNoise.validation(self.config.seed, position)
+        cond |= low_res_conditioning(self.config.model, x, cond, noise)
+        batch = Batch(x=x, position=position, cond=cond)
         losses = self.objective.training_losses(network, batch, noise, times=self.objective.validation_times)
         labels = cond["label"].tolist() if "label" in cond else []
         values = {name: value.tolist() for name, value in {"loss": losses.loss, **losses.figures}.items()}
