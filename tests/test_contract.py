@@ -41,8 +41,7 @@ MODEL = {
     "adm-unet": "base_channels = 8\nchannel_multipliers = [1, 2]\nblocks_per_level = 1\nattention_resolutions = [4]\n"
     "norm_groups = 4\nheads = 2",
     "adm-classifier": "base_channels = 8\nchannel_multipliers = [1, 2]\nblocks_per_level = 1\n"
-    "attention_resolutions = [4]\nnorm_groups = 4\nheads = 2\nclasses = 3\n"
-    'pool = "spatial"',  # in the attention of a pool the bias of keys has no gradient but rounding, which Adam enlarges
+    "attention_resolutions = [4]\nnorm_groups = 4\nheads = 2\nclasses = 3",
 }
 CLASSIFIER = ("classifier", "adm-classifier")
 EXPORTED = {("ddpm", "ddpm-unet"): "model_index.json", ("ddpm", "adm-unet"): "model.pt", CLASSIFIER: "model.pt"}
@@ -124,8 +123,17 @@ def test_ranks_strategy_and_accumulation_may_change(
     name = "-".join([*pair, *(strategy for _, strategy, _ in legs), str(legs[0][0])])
     run = moved(folder, dataset, name, pair, legs)
     assert logged(run) == pytest.approx(logged(whole), abs=1e-5)
-    difference = largest_difference(tensors_of(run, STEPS), tensors_of(whole, STEPS))
-    assert difference < 1e-4
+    one, other = (without_bias_of_keys(tensors_of(each, STEPS)) for each in (run, whole))
+    assert largest_difference(one, other) < 1e-4
+
+
+def without_bias_of_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the bias of the keys in the classifier's pool, the second third of [q, k, v]: it adds the same to a
+    query's products with all keys, which softmax takes away. So its gradient is nothing but rounding, of which Adam
+    makes steps of full length, in directions that differ with the micro-batch; the output does not depend on it.
+    """
+    named = {f"{kind}/pool.qkv.bias" for kind in ("model", "ema")}
+    return {n: torch.cat(tensor.chunk(3)[::2]) if n in named else tensor for n, tensor in tensors.items()}
 
 
 def test_the_average_is_that_of_the_weights(whole: Path) -> None:
