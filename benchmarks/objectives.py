@@ -117,7 +117,7 @@ def _mean_off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
 def _features(images: Images) -> torch.Tensor:
     """EfficientNet-Lite0's pooled features of grey images: (N, 1280)."""
     network = EfficientNetLite0(torch.device("cpu"))
-    return extract(network, rearrange(torch.from_numpy(images), "n h w -> n 1 h w"))[0]
+    return extract(network, rearrange(torch.from_numpy(images), "n h w -> n 1 h w"))["features"]
 
 
 def _table(rows: list[dict[str, object]]) -> str:

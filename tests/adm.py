@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config import ADMUNetConfig
-from trainer.config.backbones import ADMConfig
+from trainer.config import ADMClassifierConfig, ADMUNetConfig
 from trainer.interop.openai import to_openai
-from trainer.models.adm_classifier import ADMClassifier, Pool
+from trainer.models.adm_classifier import ADMClassifier
 from trainer.models.adm_unet import ADMUNet
 
 # The network of the golden outputs: computed by guided-diffusion, for weights and inputs by NumPy's random numbers.
@@ -29,9 +28,8 @@ def unet(**fields: object) -> ADMUNet:
     return ADMUNet(ADMUNetConfig.model_validate(fields), OUT_CHANNELS)
 
 
-def classifier(pool: Pool, **fields: object) -> ADMClassifier:
-    section = ADMConfig.model_validate({"kind": "classifier", **GOLDEN} | fields)
-    return ADMClassifier(section, classes=10, pool=pool)
+def classifier(pool: str, **fields: object) -> ADMClassifier:
+    return ADMClassifier(ADMClassifierConfig.model_validate(CONDITIONAL | fields | {"pool": pool}))
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -66,14 +66,18 @@ def unet_section(**changes: Any) -> DDPMUNetConfig:
     return DDPMUNetConfig.model_validate({"image_size": 32, "base_channels": 128, **levels, **changes})
 
 
-def make_dataset(folder: Path, *, images: int = 21, shard_samples: int = 10) -> Path:
-    """8 x 8 colour images, each of its own; by default three shards of 10, 10 and 1."""
+def make_dataset(folder: Path, *, images: int = 21, shard_samples: int = 10, classes: int | None = None) -> Path:
+    """8 x 8 colour images, each of its own; by default three shards of 10, 10 and 1. With classes, image n is of the
+    class n modulo classes.
+    """
     source = folder / "images"
     source.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(images):
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(source / f"{number:03d}.png")
+        of_class = source if classes is None else source / f"class-{number % classes}"
+        of_class.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(of_class / f"{number:03d}.png")
     arguments = [str(source), str(folder / "shards"), "--size", "8", "--workers", "1"]
     assert data_prep([*arguments, "--shard-samples", str(shard_samples)]) == 0
     return folder / "shards"

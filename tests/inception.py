@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.features.inception import _module
+from trainer.features.fidelity import fidelity_module
 
 
 def write_random_inception(path: Path) -> Path:
     """The network as it is initialised, with torch's seed 0."""
-    network_class = _module().FeatureExtractorInceptionV3
+    network_class = fidelity_module("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)

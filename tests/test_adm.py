@@ -23,7 +23,7 @@ from tests.harness import (
     write_config,
 )
 from trainer.config import ADMUNetConfig, Config
-from trainer.config.backbones import ADMConfig
+from trainer.config.backbones import ADMClassifierConfig
 from trainer.engine.build import build_network
 from trainer.errors import ConfigError
 from trainer.interop.openai import from_openai, to_openai
@@ -166,21 +166,33 @@ def test_shipped_networks_have_the_published_sizes(name: str) -> None:
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks", "size"),
-    [
-        ("imagenet64", 4, 65_438_568),
-        ("imagenet128", 2, 42_568_040),
-        ("imagenet256", 2, 54_096_360),
-        ("imagenet512", 2, 54_448_360),
-    ],
-)
-def test_the_published_classifiers_have_their_sizes(name: str, blocks: int, size: int) -> None:
-    like = shipped(name).model.model_dump(include={"image_size", "channel_multipliers", "attention_resolutions"})
-    fields = {"kind": "classifier", "base_channels": 128, "blocks_per_level": blocks, "head_channels": 64}
+# The same of the classifiers; the one of 512 x 512 has no configuration.
+CLASSIFIERS = {
+    "imagenet64_classifier": (65_438_568, 19),
+    "imagenet128_classifier": (42_568_040, 21),
+    "imagenet256_classifier": (54_096_360, 73),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_shipped_classifiers_have_the_published_sizes(name: str) -> None:
+    config = shipped(name)
     with torch.device("meta"):
-        network = ADMClassifier(ADMConfig.model_validate(like | fields), classes=1000, pool="attention")
+        network = build_network(config)
+        x, t, cond = example_inputs(config.model, 1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert network(x, t, **cond).shape == (1, 1000)
+    size, multiply_adds = CLASSIFIERS[name]
     assert parameters(network) == size
+    assert f"{size:,} parameters" in (REPOSITORY / "configs" / f"{name}.toml").read_text()
+    assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.5)
+
+
+def test_the_published_classifier_of_512_has_its_size() -> None:
+    like = shipped("imagenet512").model.model_dump(include={"image_size", "channel_multipliers"})
+    model = shipped("imagenet256_classifier").model.model_dump() | like
+    with torch.device("meta"):
+        assert parameters(ADMClassifier(ADMClassifierConfig.model_validate(model))) == 54_448_360
 
 
 def test_small_networks_have_the_sizes_of_guided_diffusions() -> None:

@@ -116,7 +116,10 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     capsys.readouterr()
     for arguments, line in (
         (("import", weights, *into), "OpenAI's weights do not describe their network; give a configuration"),
-        (("import", weights, "--config", other, *into), 'with model.kind = "adm-unet", not "ddpm-unet"'),
+        (
+            ("import", weights, "--config", other, *into),
+            'with model.kind = "adm-unet" or "adm-classifier", not "ddpm-unet"',
+        ),
         (("import", weights, "--config", wider, *into), "shape (32, 8), the network has (64, 16)"),
         (("import", weights, "--config", wider, "--image-size", 8, *into), "--image-size 8: "),
         (("export", "--run", run, "--license", "mit", *into), '--license mit: is for the model card of a "ddpm-unet"'),

@@ -177,8 +177,8 @@ def test_times_are_read_in_any_unit(config_path: Path) -> None:
     ("override", "line"),
     [
         ("model.kind=ddpm_unet", "model.kind = 'ddpm_unet': unknown kind; did you mean ddpm-unet?"),
-        ("diffusion.kind=wavelets", "diffusion.kind = 'wavelets': unknown kind; known here: ddpm"),
-        ("model.kind=3", "model.kind = 3: unknown kind; known here: ddpm-unet, adm-unet"),
+        ("diffusion.kind=wavelets", "diffusion.kind = 'wavelets': unknown kind; known here: ddpm, classifier"),
+        ("model.kind=3", "model.kind = 3: unknown kind; known here: ddpm-unet, adm-unet, adm-classifier"),
     ],
 )
 def test_an_unknown_kind_is_one_line_that_names_the_nearest(config_path: Path, override: str, line: str) -> None:

@@ -9,10 +9,12 @@ import pytest
 from tests.faults import Fault
 from tests.harness import launch, load_config, overrides, write_config
 from tests.inception import write_random_inception
+from tests.test_classes import LABELLED, prepare
 from tests.test_evaluate import evaluate
 from trainer.errors import DataError
 from trainer.evaluation.references import ReferenceImages, ReferenceRequest, ReferenceStatistics, open_reference
 
+MOMENTS = ("mu", "sigma")
 SMALL = ("--features", "efficientnet-lite0", "--samples", "12", "--batch", "2", "--respacing", "2", "--images", "12")
 
 
@@ -87,7 +89,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(run: Path, whole: Path,
 
 
 @pytest.mark.parametrize(
-    "metric", [("kid", "--subset-size", "8", "--subsets", "5"), ("is", "--splits", "3"), ("prdc",)]
+    "metric", [("kid", "--subset-size", "8", "--subsets", "5"), ("is", "--splits", "3"), ("prdc",), ("cmmd",)]
 )
 def test_other_metrics_use_the_same_samples_on_any_number_of_processes(
     run: Path, whole: Path, metric: tuple[str, ...]
@@ -100,6 +102,53 @@ def test_other_metrics_use_the_same_samples_on_any_number_of_processes(
     evaluate(run, name, *arguments, processes=2)
     assert report(whole, name) == one
     assert files_of(whole) == before
+
+
+def test_sfid_draws_again_only_samples_that_were_kept_without_its_features(run: Path, tmp_path: Path) -> None:
+    """Such as an earlier version kept: with pooled features and logits."""
+    weights, out = write_random_inception(tmp_path / "weights.pth"), tmp_path / "out"
+    asked = (
+        *("--features", "inception", "--feature-weights", str(weights), "--feature-weights-unchecked"),
+        *("--samples", "4", "--batch", "2", "--respacing", "2", "--images", "4", "--out", str(out)),
+    )
+    evaluate(run, "sfid", *asked)
+    one = report(out, "sfid")
+    assert one["metric"] == "spatial Fréchet distance on Inception with unchecked weights features"
+    assert one["layer"] == "mixed_6/conv, its first 7 maps, 2023 values"
+    assert one["frechet_distance"] > 0
+    (samples,) = out.glob("samples-*")
+    first, second = sorted(samples.glob("parts/*.npz"))
+    with np.load(first) as stored:
+        assert set(stored.files) == {"features", "logits", "spatial"}
+        earlier = {name: stored[name] for name in ("features", "logits")}
+    np.savez(first, **earlier)
+    (samples / "moments-spatial-n-4.npz").unlink()
+    before = second.stat().st_mtime_ns
+    evaluate(run, "sfid", *asked, processes=2)
+    assert report(out, "sfid")["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-4)
+    assert second.stat().st_mtime_ns == before
+    with np.load(first) as stored:
+        assert "spatial" in stored.files
+        assert np.allclose(stored["features"], earlier["features"], atol=1e-5)
+
+
+def test_each_class_of_a_conditional_run_is_judged_by_itself_on_any_number_of_processes(tmp_path: Path) -> None:
+    shards = prepare(tmp_path / "data", ["ape", "bee", "cat"])
+    steps = overrides(train__duration="2 steps")
+    launch(1, "--config", str(write_config(tmp_path, shards)), *LABELLED, *steps)
+    asked = (*SMALL[:-2], "--classes", "balanced", "--subset-size", "4", "--subsets", "2", "--per-class")
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"out-{processes}"
+        said = evaluate(tmp_path / "run", "kid", *asked, "--out", str(out), processes=processes)
+        assert "classes balanced" in said
+        assert "kernel distance of 3 classes by themselves from " in said
+        assert "(subsets 2, subset size 4)" in said
+        found.append(report(out, "kid"))
+    one, two = (found["kernel_distance_by_class"] for found in found)
+    assert list(one) == ["0", "1", "2"]
+    assert len(set(one.values())) == 3
+    assert two == pytest.approx(one, rel=1e-6)
 
 
 def test_a_reference_may_be_statistics_images_or_other_shards(run: Path, whole: Path, tmp_path: Path) -> None:
@@ -126,20 +175,20 @@ def test_statistics_of_others_are_taken_for_inception_alone(run: Path, tmp_path:
     images = np.zeros((4, 8, 8, 3), np.uint8)
     np.savez(path, mu=np.arange(6.0), sigma=np.diag(np.arange(6.0)), mu_s=np.zeros(3), sigma_s=np.eye(3), arr_0=images)
     asked = ReferenceRequest(path=path, held_out=False, images=None)
-    statistics = open_reference(asked, config, most=None, statistics=True)
+    statistics = open_reference(asked, config, most=None, statistics=MOMENTS)
     assert isinstance(statistics, ReferenceStatistics)
-    assert statistics.gaussian().mean.tolist() == [0, 1, 2, 3, 4, 5]
-    assert statistics.gaussian().covariance.diagonal().tolist() == [0, 1, 2, 3, 4, 5]
-    others = open_reference(asked, config, most=3, statistics=False)
+    assert statistics.distribution.mean.tolist() == [0, 1, 2, 3, 4, 5]
+    assert statistics.distribution.covariance.diagonal().tolist() == [0, 1, 2, 3, 4, 5]
+    others = open_reference(asked, config, most=3, statistics=None)
     assert isinstance(others, ReferenceImages)
     assert others.count == 3
     assert others.pixels(range(2)).shape == (2, 3, 8, 8)
     np.savez(path, mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
     with pytest.raises(DataError, match="mu or sigma holds a value that is not finite"):
-        open_reference(asked, config, most=None, statistics=True)
+        open_reference(asked, config, most=None, statistics=MOMENTS)
     np.savez(path, mu=np.zeros(6), sigma=np.eye(5))
     with pytest.raises(DataError, match=r"mu should be \(D,\) and sigma \(D, D\); they are \(6,\) and \(5, 5\)"):
-        open_reference(asked, config, most=None, statistics=True)
+        open_reference(asked, config, most=None, statistics=MOMENTS)
 
 
 def test_bad_requests_are_one_line(run: Path, tmp_path: Path, dataset: Path) -> None:
@@ -154,6 +203,8 @@ def test_bad_requests_are_one_line(run: Path, tmp_path: Path, dataset: Path) -> 
         ("fid", ["--reference", str(dataset), "--held-out"], "--held-out: goes with the run's own images"),
         ("fid", ["--images", "22"], "--images 22: there are 21 in"),
         ("kid", ["--subset-size", "13"], "--subset-size 13: should be from 2 to 12"),
+        ("kid", ["--per-class"], "--per-class: goes with a network that takes labels; this one takes none"),
+        ("sfid", [], "efficientnet-lite0: gives features, logits, sfid needs spatial; take inception"),
         ("fid", ["--feature-weights", "f.pth"], "--feature-weights: goes with --features inception"),
         ("fid", ["--features", "inception", "--feature-weights", str(tmp_path / "weights.pth")], "its sha256 is"),
     ):

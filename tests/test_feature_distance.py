@@ -46,7 +46,7 @@ def test_it_is_the_distance_of_what_sample_draws_to_held_out_images(measured: Pa
     network = EfficientNetLite0(torch.device("cpu"))
 
     def features(images: np.ndarray) -> torch.Tensor:
-        return extract(network, torch.from_numpy(images).permute(0, 3, 1, 2))[0]
+        return extract(network, torch.from_numpy(images).permute(0, 3, 1, 2))["features"]
 
     real = np.empty((8, 8, 8, 3), np.uint8)
     for pixels, sample in zip(real, ids.tolist(), strict=True):

@@ -21,7 +21,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.feature_metrics import KernelMetric, ManifoldMetric, ScoreMetric
 from trainer.evaluation.feature_sets import FeatureSet
 from trainer.features.frechet import Moments, frechet_distance
-from trainer.features.inception import WEIGHTS_SHA256, Inception, download_weights, weights_path
+from trainer.features.inception import Inception
 from trainer.features.kernel_distance import squared_mmd
 from trainer.features.networks import EfficientNetLite0, extract
 from trainer.sampling.request import batches_of
@@ -177,7 +177,7 @@ def test_worse_images_are_further_away(digits: list[np.ndarray]) -> None:
     network = EfficientNetLite0(torch.device("cpu"))
 
     def features(images: np.ndarray) -> torch.Tensor:
-        return extract(network, torch.from_numpy(images.copy())[:, None])[0]
+        return extract(network, torch.from_numpy(images.copy())[:, None])["features"]
 
     one = features(digits[0])
 
@@ -206,8 +206,9 @@ def test_inception_is_torch_fidelitys_network(random_weights: Path) -> None:
     device = torch.device("cpu")
     network = Inception(random_weights, device, unchecked=True)
     images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
-    features, logits = extract(network, images)
-    assert (features.shape, logits.shape) == ((2, 2048), (2, 1008))
+    found = extract(network, images)
+    features, logits, spatial = (found[kind] for kind in network.kinds)
+    assert (features.shape, logits.shape, spatial.shape) == ((2, 2048), (2, 1008), (2, 2023))
     assert torch.equal(features, network.network(images.expand(-1, 3, -1, -1))[0])
     assert not network.convention.is_inception
     assert network.convention.network == "Inception with unchecked weights"
@@ -217,8 +218,9 @@ def test_inception_is_torch_fidelitys_network(random_weights: Path) -> None:
 
 
 def test_other_weights_are_refused(random_weights: Path, tmp_path: Path) -> None:
+    published = Inception.published().sha256
     device = torch.device("cpu")
-    with pytest.raises(ConfigError, match=f"weights.pth: its sha256 is .*, the published .* have {WEIGHTS_SHA256}"):
+    with pytest.raises(ConfigError, match=f"weights.pth: its sha256 is .*, the published .* have {published}"):
         Inception(random_weights, device)
     with pytest.raises(ConfigError, match=r"none.pth: cannot be read \(No such file"):
         Inception(tmp_path / "none.pth", device)
@@ -232,9 +234,9 @@ def test_features_are_float32s_whatever_the_run_was_told() -> None:
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before, seen = (matmul.fp32_precision, convolution.fp32_precision), list[str]()
 
-    def network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def network(images: torch.Tensor) -> dict[str, torch.Tensor]:
         seen.extend((matmul.fp32_precision, convolution.fp32_precision))
-        return images.float(), images.float()
+        return {"features": images.float()}
 
     try:
         matmul.fp32_precision = convolution.fp32_precision = "tf32"
@@ -262,10 +264,11 @@ def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_download_that_fails_names_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    published = Inception.published()
 
     def unreachable(url: str, path: str, hash_prefix: str, progress: bool) -> None:
-        assert (url.rpartition("/")[2], Path(path)) == (weights_path().name, weights_path())
-        assert hash_prefix == WEIGHTS_SHA256
+        assert (url.rpartition("/")[2], Path(path)) == (published.path.name, published.path)
+        assert hash_prefix == published.sha256
         assert not progress
         raise OSError("no route to host")
 
@@ -273,7 +276,7 @@ def test_a_download_that_fails_names_another_way(tmp_path: Path, monkeypatch: py
     with pytest.raises(
         ConfigError, match=r"cannot be downloaded \(no route to host\); .* name it with --feature-weights"
     ):
-        download_weights()
+        published.download()
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

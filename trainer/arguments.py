@@ -2,8 +2,13 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
+from typing import NoReturn
 
+from typing_extensions import override
+
+from trainer.drawing.cascade import StageRequest
 from trainer.drawing.condition_arguments import add_conditions, conditions
 from trainer.drawing.trained import TrainedRequest
 from trainer.engine.state.ema import power_name
@@ -134,3 +139,52 @@ def sampling_request(arguments: argparse.Namespace, *, count: int) -> SamplingRe
         is_option = error.field in given
         told = f"--option {error.field}={error.value:g}" if is_option else f"--{error.field} {error.value}"
         raise ConfigError(f"{told}: {error.reason}") from error
+
+
+def add_cascade(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for upsamplers, which may be repeated."""
+    parser.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="enlarge the samples by the network of this run, which upsamples; repeat it to enlarge again. Options "
+        "of its own follow a colon, by the names that they have here: --then runs/up:sampler=ddim,respacing=25",
+    )
+
+
+class _StageParser(argparse.ArgumentParser):
+    """Parses the options of a stage of a cascade: those of --run, by the same names."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        add_trained(self)
+        add_sampler(self)
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def stage_requests(arguments: argparse.Namespace, base: SamplingRequest) -> list[StageRequest]:
+    """The upsamplers, from the argument of `add_cascade`; base: what they enlarge.
+
+    Raises ConfigError where their options cannot be.
+    """
+    requests = []
+    for text in arguments.then:
+        run, *options = re.split(r":(?=[\w-]+=)", text, maxsplit=1)
+        # A value may have commas: respacing=10,15,25.
+        given = [f"--{option}" for part in options for option in re.split(r",(?=[\w-]+=)", part)]
+        try:
+            stage = _StageParser().parse_args(
+                [*given, f"--run={run}"], argparse.Namespace(seed=base.seed, batch=base.batch)
+            )
+            if stage.classes is not None:
+                raise ConfigError(f"--classes {stage.classes}: goes with --run, whose classes its samples keep")
+            requests.append(
+                StageRequest(trained=trained_request(stage), sampling=sampling_request(stage, count=base.count))
+            )
+        except ConfigError as error:
+            raise ConfigError(f"--then {text}: {error}", agreed=error.agreed) from error
+    return requests

@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    out = commands.add_parser("export", help="write a folder for diffusers, or of an adm-unet for guided-diffusion")
+    out = commands.add_parser("export", help="write a folder for diffusers, or, of ADM, for guided-diffusion")
     out.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     out.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest that verifies")
     out.add_argument("--weights", type=weights_name, default="ema", metavar="NAME", help=WEIGHTS_HELP)

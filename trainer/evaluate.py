@@ -1,7 +1,8 @@
 """Judge a trained run: `python trainer/evaluate.py bpd --run runs/demo`.
 
 bpd               variational bound in bits/dim, every term of it, rate and distortion (tables 1 and 4, figure 5)
-fid, kid          distances of features of samples and real images, on Inception as papers have them
+fid, sfid, kid    distances of features of samples and real images, on Inception as papers have them
+cmmd              the same on CLIP
 is                Inception score
 prdc              precision and recall, density and coverage
 progressive       estimates of x_0 along the reverse process (figure 6)
@@ -38,7 +39,14 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluation.bits_per_dim import BoundRequest, evaluate_bound
 from trainer.evaluation.by_features import evaluate_by_features
 from trainer.evaluation.feature_arguments import add_features, feature_request
-from trainer.evaluation.feature_metrics import FrechetMetric, KernelMetric, ManifoldMetric, ScoreMetric
+from trainer.evaluation.feature_metrics import (
+    FrechetMetric,
+    GaussianKernelMetric,
+    KernelMetric,
+    ManifoldMetric,
+    ScoreMetric,
+    SpatialFrechetMetric,
+)
 from trainer.evaluation.figures import (
     FigureImages,
     FigureRequest,
@@ -79,9 +87,12 @@ def parse_arguments() -> argparse.Namespace:
     bound.add_argument("--batch", type=at_least_one, default=64, help="images at a time (default 64)")
 
     add_features(add("fid", fid))
+    add_features(add("sfid", sfid))
     add_features(kernel := add("kid", kid))
     kernel.add_argument("--subsets", type=at_least_one, default=100, help="whose mean it is (default 100)")
     kernel.add_argument("--subset-size", type=at_least_two, default=1000, help="images of each (default 1000)")
+    kernel.add_argument("--per-class", action="store_true", help="and of each class by itself, of all its images")
+    add_features(add("cmmd", cmmd), features="clip")
     add_features(scored := add("is", inception_score), reference=False)
     scored.add_argument("--splits", type=at_least_one, default=10, help="whose mean it is (default 10)")
     add_features(add("prdc", prdc))
@@ -128,10 +139,20 @@ def fid(arguments: argparse.Namespace) -> None:
     evaluate_by_features(feature_request(arguments), FrechetMetric())
 
 
+def sfid(arguments: argparse.Namespace) -> None:
+    """Spatial Fréchet distance of samples and real images: sFID on Inception features, as ADM has it."""
+    evaluate_by_features(feature_request(arguments), SpatialFrechetMetric())
+
+
 def kid(arguments: argparse.Namespace) -> None:
     """Kernel distance of samples and real images: KID on Inception features."""
     metric = KernelMetric(subsets=arguments.subsets, subset_size=arguments.subset_size)
     evaluate_by_features(feature_request(arguments), metric)
+
+
+def cmmd(arguments: argparse.Namespace) -> None:
+    """Gaussian kernel distance of samples and real images: CMMD on CLIP features."""
+    evaluate_by_features(feature_request(arguments), GaussianKernelMetric())
 
 
 def inception_score(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,15 @@ if __name__ == "__main__" and (status := exit_clearly(end_with_launcher)()):  # 
 import argparse
 from typing import get_args
 
-from trainer.arguments import add_sampler, add_trained, at_least_one, sampling_request, trained_request
+from trainer.arguments import (
+    add_cascade,
+    add_sampler,
+    add_trained,
+    at_least_one,
+    sampling_request,
+    stage_requests,
+    trained_request,
+)
 from trainer.drawing.draw import draw
 from trainer.drawing.outputs import OutputFormat
 
@@ -26,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add_trained(parser)
     parser.add_argument("--n", type=at_least_one, default=64, help="number of images (default 64)")
     add_sampler(parser)
+    add_cascade(parser)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images, on any number of processes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: a folder in RUN/samples named by the above")
     parser.add_argument(
@@ -43,7 +52,8 @@ def main() -> int:
     """Parse, wire, run."""
     arguments = parse_arguments()
     sampling = sampling_request(arguments, count=arguments.n)
-    draw(trained_request(arguments), sampling, out=arguments.out, output=arguments.format)
+    then = stage_requests(arguments, sampling)
+    draw(trained_request(arguments), sampling, then=then, out=arguments.out, output=arguments.format)
     return 0
 
 

@@ -8,17 +8,26 @@ from typing import Any, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
-from trainer.config.backbones import BACKBONE_SECTIONS, ADMUNetConfig, DDPMUNetConfig, ModelConfig
-from trainer.config.families import FAMILY_SECTIONS, DDPMConfig, DiffusionConfig
+from trainer.config.backbones import (
+    BACKBONE_SECTIONS,
+    ADMClassifierConfig,
+    ADMUNetConfig,
+    DDPMUNetConfig,
+    ModelConfig,
+    upsampler,
+)
+from trainer.config.families import FAMILY_SECTIONS, ClassifierConfig, DDPMConfig, DiffusionConfig
 from trainer.config.reading import apply_override, explain, read_toml
 from trainer.config.section import Section
 from trainer.config.sections import AdamConfig, CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
 from trainer.errors import ConfigError
 
 __all__ = [
+    "ADMClassifierConfig",
     "ADMUNetConfig",
     "AdamConfig",
     "CheckpointConfig",
+    "ClassifierConfig",
     "Config",
     "DDPMConfig",
     "DDPMUNetConfig",
@@ -57,12 +66,36 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        self._check_classifier()
         validate_every = self.log.validate_every
         if validate_every.count and not self.data.holdout:
             raise ValueError(f'log.validate_every = "{validate_every}": needs images to validate on; set data.holdout')
+        self._check_that_low_res_can_be_made()
         if self.checkpoint.keep_best:
             self._check_that_all_are_scored()
         return self
+
+    def _check_classifier(self) -> None:
+        model, diffusion = self.model, self.diffusion
+        if model.classifies != diffusion.classifies:
+            raise ValueError(
+                f'model.kind = "{model.kind}", diffusion.kind = "{diffusion.kind}": a classifier has '
+                'model.kind = "adm-classifier" and diffusion.kind = "classifier", everything else neither'
+            )
+        for field in ("samples_every", "distance_every"):
+            every = getattr(self.log, field)
+            if model.classifies and every.count:
+                raise ValueError(f'log.{field} = "{every}": a classifier draws no samples; set "0 steps"')
+
+    def _check_that_low_res_can_be_made(self) -> None:
+        model = upsampler(self.model)
+        if model is None or model.low_res_size is None or "low_res" in self.data.cond:
+            return
+        if model.image_size % model.low_res_size:
+            raise ValueError(
+                f"model.low_res_size = {model.low_res_size}: must divide model.image_size = {model.image_size}, since "
+                'low_res is made from the image; or have stored ones read by data.cond = ["low_res"]'
+            )
 
     def _check_that_all_are_scored(self) -> None:
         by_distance = self.checkpoint.best_metric == "validation/feature_distance"

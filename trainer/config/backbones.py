@@ -32,6 +32,11 @@ class ModelConfig(Section):
         """Whether the network draws random numbers in training, as dropout does: True where the section cannot say."""
         return True
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the network's output is logits of classes, (B, K), not an image."""
+        return False
+
 
 class ClassConditionalConfig(ModelConfig):
     """What the section of a backbone has that may be given the class of each image."""
@@ -66,7 +71,9 @@ def class_conditional(model: ModelConfig) -> ClassConditionalConfig | None:
 
 
 def classes_of(model: ModelConfig) -> int | None:
-    """Number of classes of a network of this section; None where it takes no labels."""
+    """Number of classes of a network of this section; None where it neither takes labels nor tells them."""
+    if isinstance(model, ADMClassifierConfig):
+        return model.classes
     labelled = class_conditional(model)
     return labelled.classes if labelled is not None else None
 
@@ -194,14 +201,41 @@ class ADMUNetConfig(ADMConfig, ClassConditionalConfig):
     kind: Literal["adm-unet"] = "adm-unet"
     """The backbone."""
     low_res_size: int | None = Field(default=None, gt=0, le=16_384)
-    """Side of a smaller image of the same channels that the network upsamples, which data.cond = ["low_res"] reads.
-    Left out: there is none."""
+    """Side of a smaller image of the same channels that the network upsamples: what data.cond = ["low_res"] reads, or
+    else the image itself, averaged over blocks of pixels. Left out: there is none (docs/cascades.md)."""
+    low_res_noise: float = Field(default=0.0, ge=0, le=1)
+    """With low_res_size: in training the smaller image is noised to a level from 0 to this one, drawn for each image,
+    which the network is told (Ho et al. 2022, section 4.2); 0 is without, 1 up to noise alone."""
 
     @model_validator(mode="after")
     def _upsamples(self) -> Self:
         if self.low_res_size is not None and self.low_res_size >= self.image_size:
             raise ValueError(f"low_res_size = {self.low_res_size}: must be less than image_size = {self.image_size}")
+        if self.low_res_noise and self.low_res_size is None:
+            raise ValueError(f"low_res_noise = {self.low_res_noise:g}: goes with low_res_size; set it, or leave it out")
         return self
 
 
-BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig, ADMUNetConfig)
+class ADMClassifierConfig(ADMConfig):
+    """The classifier of noisy images of Dhariwal and Nichol 2021: their UNet's encoder and a pool (docs/adm.md)."""
+
+    kind: Literal["adm-classifier"] = "adm-classifier"
+    """The backbone."""
+    classes: int = Field(gt=1, le=2**20)
+    """Number of classes: images have labels from 0 to classes - 1, which data.cond = ["label"] reads."""
+    pool: Literal["attention", "adaptive", "spatial"] = "attention"
+    """How the pixels' features become one: "attention" over them, as in the published classifiers; "adaptive", their
+    mean; "spatial", the means of every block's output, and two dense layers."""
+
+    @property
+    @override
+    def classifies(self) -> bool:
+        return True
+
+
+def upsampler(model: ModelConfig) -> ADMUNetConfig | None:
+    """The section of a network that upsamples; None for any other."""
+    return model if isinstance(model, ADMUNetConfig) and model.low_res_size is not None else None
+
+
+BACKBONE_SECTIONS: Kinds[ModelConfig] = Kinds("model", ModelConfig, DDPMUNetConfig, ADMUNetConfig, ADMClassifierConfig)

@@ -33,12 +33,15 @@ class DiffusionConfig(Section):
         """Names of those fields that weights trained elsewhere leave open."""
         return set()
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the network tells the class of x_t, and draws nothing."""
+        return False
 
-class DDPMConfig(DiffusionConfig):
-    """The forward process, what the network predicts of it, and the loss (Ho et al. 2020, table 2)."""
 
-    kind: Literal["ddpm"] = "ddpm"
-    """The family."""
+class GaussianConfig(DiffusionConfig):
+    """A chain of Gaussian noise (Ho et al. 2020, section 2)."""
+
     timesteps: int = Field(default=1000, gt=1, le=1_000_000)
     """T, the number of noise levels."""
     schedule: ScheduleName = "linear"
@@ -46,6 +49,21 @@ class DDPMConfig(DiffusionConfig):
     "sqrt-linear", "sigmoid", or "table"."""
     betas: list[Annotated[float, Field(gt=0, lt=1)]] | None = None
     """With schedule "table": beta_t for every t."""
+
+    @model_validator(mode="after")
+    def _has_its_table(self) -> Self:
+        if (self.schedule == "table") != (self.betas is not None):
+            raise ValueError('schedule = "table" and betas go together')
+        if self.betas is not None and len(self.betas) != self.timesteps:
+            raise ValueError(f"betas has {len(self.betas)} values, timesteps is {self.timesteps}")
+        return self
+
+
+class DDPMConfig(GaussianConfig):
+    """The forward process, what the network predicts of it, and the loss (Ho et al. 2020, table 2)."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    """The family."""
     prediction: PredictionKind = "eps"
     """What the network predicts: "eps", "x0", "mu" (the posterior's mean) or "v" (Salimans and Ho 2022)."""
     variance: ReverseVariance = "small"
@@ -59,10 +77,6 @@ class DDPMConfig(DiffusionConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if (self.schedule == "table") != (self.betas is not None):
-            raise ValueError('schedule = "table" and betas go together')
-        if self.betas is not None and len(self.betas) != self.timesteps:
-            raise ValueError(f"betas has {len(self.betas)} values, timesteps is {self.timesteps}")
         if self.loss == "mse" and self.variance_is_learned:
             raise ValueError(f'loss = "mse" does not teach variance = "{self.variance}"; take "bound" or "hybrid"')
         if self.loss == "hybrid" and self.variance != "learned-range":
@@ -84,4 +98,16 @@ class DDPMConfig(DiffusionConfig):
         return {"loss"} if self.variance_is_learned else {"loss", "variance"}  # learned: half of the network's output
 
 
-FAMILY_SECTIONS: Kinds[DiffusionConfig] = Kinds("diffusion", DiffusionConfig, DDPMConfig)
+class ClassifierConfig(GaussianConfig):
+    """The class of a noisy image, for classifier guidance (Dhariwal and Nichol 2021, section 4; docs/classes.md)."""
+
+    kind: Literal["classifier"] = "classifier"
+    """The family."""
+
+    @property
+    @override
+    def classifies(self) -> bool:
+        return True
+
+
+FAMILY_SECTIONS: Kinds[DiffusionConfig] = Kinds("diffusion", DiffusionConfig, DDPMConfig, ClassifierConfig)

@@ -79,16 +79,21 @@ class AdamConfig(Section):
     """Learning rate after the warm-up."""
     warmup: SpanField = Span(1000, "steps")
     """Linear warm-up from 0; "0 steps" for none."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up: "linear" falls to 0 over the whole train.duration, "cosine" as
+    half a period of a cosine does."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Decay rates of Adam's two moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of all weights in each step, times the learning rate (AdamW, Loshchilov and Hutter 2019); 0 is Adam."""
     clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     """The gradient's global norm is clipped to this; inf never clips."""
 
 
 class OptimizerConfig(AdamConfig):
-    """Adam, as in appendix B, for every network."""
+    """Adam, as in appendix B, or AdamW, for every network."""
 
     networks: dict[str, AdamConfig] = Field(default={})
     """By name of a network, what differs for it."""

@@ -21,7 +21,7 @@ class Batch:
 
     x: (B, C, H, W) float32 in [-1, 1]; position: (B,) int64, what the randomness of each sample is keyed by: its place
     among all images that a run consumes, or its id in the dataset where it is held out; cond: tensors of B rows that go
-    to the network by these names.
+    to the network by these names, or that its output is compared with.
     """
 
     x: Tensor
@@ -36,7 +36,8 @@ class Losses:
     t: the times that were drawn. level: float32 in [0, 1), the fraction of the noise levels that lie below t; logs
     group losses by it. loss: float32, with its gradient, not weighted. weight: float32, None for 1; the mean of
     weight x loss estimates the mean loss over uniform t. bound: float32 without a gradient, each sample's term of the
-    variational bound in bits per dimension, None where the family has none.
+    variational bound in bits per dimension, None where the family has none. figures: float32 without a gradient, by
+    name what else validation logs the means of.
     """
 
     t: Tensor
@@ -44,6 +45,7 @@ class Losses:
     loss: Tensor
     weight: Tensor | None
     bound: Tensor | None
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
 
     def mean(self) -> Tensor:
         """The weighted mean, (): what is minimised."""
@@ -56,11 +58,13 @@ class Losses:
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
         """Of several batches of one objective, in their order."""
-        values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(cls)}
+        figures = {name: torch.cat([part.figures[name] for part in parts]) for name in parts[0].figures}
+        tensors = (each.name for each in fields(cls) if each.name != "figures")
+        values = {name: [getattr(part, name) for part in parts] for name in tensors}
         joined: dict[str, Any] = {
             name: torch.cat(some) if some[0] is not None else None for name, some in values.items()
         }
-        return cls(**joined)
+        return cls(**joined, figures=figures)
 
 
 class Network(Protocol):

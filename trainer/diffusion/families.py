@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainer.config.families import FAMILY_SECTIONS, DiffusionConfig
+from trainer.diffusion.classifier import ClassifierObjective
 from trainer.diffusion.contract import Objective, Phase, one_phase
 from trainer.diffusion.ddpm.family import ddpm_objective, ddpm_output_channels
 
@@ -32,6 +33,7 @@ class Family(Generic[S]):
 
 FAMILIES: dict[str, Family[Any]] = {
     "ddpm": Family(objective=ddpm_objective, output_channels=ddpm_output_channels),
+    "classifier": Family(objective=ClassifierObjective),
 }
 
 

@@ -53,9 +53,11 @@ class Stream(enum.IntEnum):
     ANCESTRAL = 4  # z_t of a sample by any sampler, with sub = t
     DROPOUT = 5
     LIKELIHOOD = 6  # eps of an image when its bits are counted, with sub = t
-    VALIDATION = 7  # t of a held-out image, with sub = 0, and its eps, with sub = 1
+    VALIDATION = 7  # t of a held-out image, with sub = 0, its eps, with sub = 1; level and eps of its low_res, 2 and 3
     LABEL_DROP = 8  # whether a training image's label is dropped
     CLASS = 9  # the class of a sample that is drawn
+    LOW_RES = 10  # noise of an image to upsample: its level in training, sub = 0, its eps, sub = 1, of a sample sub = 2
+    STAGE = 11  # the seed of each upsampler of a cascade
 
 
 def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
@@ -164,7 +166,7 @@ def keyed_int(seed: int, stream: Stream, index: int) -> int:
     return ((word1 >> 1) << 32) | word0
 
 
-Purpose = Literal["t", "eps", "initial", "step"]
+Purpose = Literal["t", "eps", "initial", "step", "low_res_level", "low_res"]
 
 
 class NoiseKey(NamedTuple):
@@ -174,9 +176,23 @@ class NoiseKey(NamedTuple):
     sub: int = 0
 
 
-_TRAINING: Mapping[Purpose, NoiseKey] = {"t": NoiseKey(Stream.TIMESTEP), "eps": NoiseKey(Stream.EPS)}
-_VALIDATION: Mapping[Purpose, NoiseKey] = {"t": NoiseKey(Stream.VALIDATION, 0), "eps": NoiseKey(Stream.VALIDATION, 1)}
-_SAMPLING: Mapping[Purpose, NoiseKey] = {"initial": NoiseKey(Stream.INITIAL), "step": NoiseKey(Stream.ANCESTRAL)}
+_TRAINING: Mapping[Purpose, NoiseKey] = {
+    "t": NoiseKey(Stream.TIMESTEP),
+    "eps": NoiseKey(Stream.EPS),
+    "low_res_level": NoiseKey(Stream.LOW_RES, 0),
+    "low_res": NoiseKey(Stream.LOW_RES, 1),
+}
+_VALIDATION: Mapping[Purpose, NoiseKey] = {
+    "t": NoiseKey(Stream.VALIDATION, 0),
+    "eps": NoiseKey(Stream.VALIDATION, 1),
+    "low_res_level": NoiseKey(Stream.VALIDATION, 2),
+    "low_res": NoiseKey(Stream.VALIDATION, 3),
+}
+_SAMPLING: Mapping[Purpose, NoiseKey] = {
+    "initial": NoiseKey(Stream.INITIAL),
+    "step": NoiseKey(Stream.ANCESTRAL),
+    "low_res": NoiseKey(Stream.LOW_RES, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,8 @@ class KeyedNoise:
 
     seed: in [0, 2^63); index: (B,) int64, what each sample's numbers are keyed by; keys: the stream of each purpose:
     "t" is for the times of training and "eps" for its noise, "initial" for x_T of a drawn sample and "step" for the
-    noise of each step that draws it. KeyError for a purpose without a stream.
+    noise of each step that draws it; "low_res_level" and "low_res" are for the level and the noise of an image to
+    upsample. KeyError for a purpose without a stream.
     """
 
     seed: int

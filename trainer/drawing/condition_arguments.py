@@ -45,6 +45,23 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="run, or checkpoint in one, whose network guides instead of the null class",
     )
+    group.add_argument(
+        "--classifier",
+        type=Path,
+        metavar="RUN",
+        help="run, or checkpoint in one, of a classifier of noisy images, whose gradient guides",
+    )
+    group.add_argument(
+        "--classifier-scale", type=float, default=1.0, metavar="S", help="scale of its gradient (default 1)"
+    )
+    group.add_argument(
+        "--low-res-noise",
+        type=float,
+        default=0.0,
+        metavar="LEVEL",
+        help="of a network that upsamples, trained with model.low_res_noise: noise what it is given to this level, at "
+        "most that of the training (default 0)",
+    )
 
 
 def conditions(arguments: argparse.Namespace) -> Conditions:
@@ -56,6 +73,9 @@ def conditions(arguments: argparse.Namespace) -> Conditions:
             guidance_interval=arguments.guidance_interval,
             dynamic_threshold=arguments.dynamic_threshold,
             guide=arguments.guide,
+            classifier=arguments.classifier,
+            classifier_scale=arguments.classifier_scale,
+            low_res_noise=arguments.low_res_noise,
         )
     except RequestError as error:
         raise as_config_error(error) from error

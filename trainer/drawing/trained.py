@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from trainer.config import Config, DDPMConfig
 from trainer.data.images import Pixels
 from trainer.diffusion.contract import Denoiser, Objective
 from trainer.diffusion.ddpm.respacing import count_in_spec
-from trainer.drawing.guides import load_network, open_guide
+from trainer.drawing.guides import load_network, open_classifier, open_guide
 from trainer.engine.build import build_objective
 from trainer.engine.checkpointing.checkpoints import Checkpoints
 from trainer.engine.checkpointing.sealed import COMPLETE_NAME
@@ -89,9 +90,20 @@ class Trained:
         """Device of the network and the tables."""
         return self.accelerator.device
 
-    def draw(self, request: SamplingRequest, numbers: range, on_step: Callable[[int], object]) -> Pixels:
-        """A batch of the request that this was opened with, see `SamplingRequest.draw`."""
-        denoiser = self.denoiser_of(numbers, seed=request.seed)
+    def draw(
+        self,
+        request: SamplingRequest,
+        numbers: range,
+        on_step: Callable[[int], object],
+        *,
+        low_res: Pixels | None = None,
+    ) -> Pixels:
+        """A batch of the request that this was opened with, see `SamplingRequest.draw`.
+
+        low_res: (B, C, h, w) uint8, what a network that upsamples enlarges; None for any other.
+        """
+        given = {} if low_res is None else self.conditioned.low_res(low_res, request.noise(numbers, self.device))
+        denoiser = self.conditioned.denoiser_of(numbers, seed=request.seed, low_res=given)
         return request.draw(denoiser, numbers, shape=self.config.model.image_shape, on_step=on_step)
 
     def denoiser_of(self, numbers: Sequence[int], *, seed: int) -> Denoiser:
@@ -108,29 +120,50 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
     end_with_launcher()
     stop = StopRequest()
     stop.install()
-    folder = RunFolder(request.run, writes=False)
-    config = folder.load_config()
-    if reverse.variance is not None:
-        config = _with_variance(config, reverse.variance)
-    check_drawable(config.model)
-    try:
-        reverse.conditions.check(config.model)
-    except RequestError as error:
-        raise as_config_error(error) from error
+    config = drawable_config(request, reverse)
     remark = without_effect(os.environ)
     accelerator = make_accelerator(patience=_PATIENCE)
     if remark is not None and accelerator.is_main_process:
         print(remark, file=sys.stderr, flush=True)
+    return load_trained(request, reverse, config, accelerator, stop)
+
+
+def drawable_config(request: TrainedRequest, reverse: ReverseRequest, *, upsamples: bool = False) -> Config:
+    """The run's configuration, with the variance that is asked for; upsamples: it is an upsampler's, in a cascade.
+
+    Raises ConfigError where samples cannot be drawn of it as requested.
+    """
+    config = RunFolder(request.run, writes=False).load_config()
+    if reverse.variance is not None:
+        config = _with_variance(config, reverse.variance)
+    check_drawable(config.model, upsamples=upsamples)
+    with _as_config_errors():
+        reverse.conditions.check(config.model)
+    return config
+
+
+def load_trained(
+    request: TrainedRequest, reverse: ReverseRequest, config: Config, accelerator: Accelerator, stop: StopRequest
+) -> Trained:
+    """The weights of a run whose configuration is `drawable_config`, and those of what guides it. Collective.
+
+    Errors as `open_trained`.
+    """
     objective = build_objective(config, accelerator.device)
+    folder = RunFolder(request.run, writes=False)
     timesteps = _timesteps(objective, reverse.respacing, accelerator)  # before weights are read, which may take long
-    checkpoints = Checkpoints(folder.checkpoints, accelerator)
-    path = checkpoints.choose(request.checkpoint)
+    path = Checkpoints(folder.checkpoints, accelerator).choose(request.checkpoint)
     network, step = each_its_own(
         f"{path}: cannot be read", lambda: load_network(path, request.weights, config, accelerator.device)
     )
     guide = None
     if reverse.conditions.guide is not None:
         guide = open_guide(reverse.conditions.guide, request.weights, config, objective, accelerator)
+    classifier = None
+    if reverse.conditions.classifier is not None:
+        classifier = open_classifier(reverse.conditions.classifier, request.weights, config, objective, accelerator)
+        with _as_config_errors():
+            reverse.conditions.check_listed(classifier.classes)
     return Trained(
         config=config,
         folder=folder,
@@ -147,6 +180,7 @@ def open_trained(request: TrainedRequest, reverse: ReverseRequest) -> Trained:
             request=reverse,
             device=accelerator.device,
             guide=guide,
+            classifier=classifier,
         ),
         stop=stop,
     )
@@ -173,6 +207,14 @@ def _timesteps(objective: Objective, respacing: str, accelerator: Accelerator) -
 def as_config_error(error: RequestError) -> ConfigError:
     """A request that cannot be, by the name of its option on a command line."""
     return ConfigError(f"--{error.field.replace('_', '-')} {error.value}: {error.reason}", agreed=True)
+
+
+@contextmanager
+def _as_config_errors() -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        raise as_config_error(error) from error
 
 
 def _with_variance(config: Config, variance: Literal["small", "large"]) -> Config:

@@ -125,6 +125,16 @@ class Work:
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{self.part(numbers)}: damaged ({error}); delete it and run this again") from error
 
+    def holds(self, numbers: range, name: str) -> bool:
+        """Whether a batch has a result with an array of this name. One that is damaged counts as such: `load` tells."""
+        try:
+            with np.load(self.part(numbers), allow_pickle=False) as stored:
+                return name in stored.files
+        except FileNotFoundError:
+            return False
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+            return True
+
     def part(self, numbers: range) -> Path:
         """Path of a batch's result."""
         return self._parts / f"{numbers.start:09d}-{numbers.stop:09d}.npz"

@@ -56,12 +56,13 @@ def build_objective(config: Config, device: torch.device) -> Objective:
 
 
 def build_optimizer(config: AdamConfig, network: nn.Module) -> GuardedAdam:
-    """Adam over the network's parameters that are not frozen."""
+    """Adam, or AdamW, over the network's parameters that are not frozen."""
     return GuardedAdam(
         (parameter for parameter in network.parameters() if parameter.requires_grad),
         learning_rate=config.learning_rate,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
+        weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
 

@@ -4,25 +4,37 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from trainer.arguments import add_sampler, at_least_one, at_least_two, sampling_request, trained_request
+from trainer.arguments import (
+    add_cascade,
+    add_sampler,
+    at_least_one,
+    at_least_two,
+    sampling_request,
+    stage_requests,
+    trained_request,
+)
 from trainer.evaluation.by_features import FeatureRequest, NetworkRequest
 from trainer.evaluation.references import ReferenceRequest
 from trainer.features.networks import FeatureName
 
 
-def add_features(parser: argparse.ArgumentParser, *, reference: bool = True) -> None:
-    """Add the arguments for samples, features and, if the metric needs one, the reference."""
+def add_features(
+    parser: argparse.ArgumentParser, *, reference: bool = True, features: FeatureName = "inception"
+) -> None:
+    """Add the arguments for samples, features (by default these) and, if the metric needs one, the reference."""
     add_sampler(parser)
+    add_cascade(parser)
     parser.add_argument("--samples", type=at_least_two, default=50_000, help="images to draw (default 50000)")
     parser.add_argument("--batch", type=at_least_one, default=64, help="images drawn at a time (default 64)")
     parser.add_argument(
         "--features",
         choices=get_args(FeatureName),
-        default="inception",
-        help="inception (default): what papers report; efficientnet-lite0: needs no download, compares with no paper",
+        default=features,
+        help="inception: what papers report; dinov2: as EDM2; clip: as CMMD; efficientnet-lite0: needs no download, "
+        f"compares with no paper (default {features})",
     )
     parser.add_argument(
-        "--feature-weights", type=Path, metavar="FILE", help="Inception's, as published (default: downloaded once)"
+        "--feature-weights", type=Path, metavar="FILE", help="the network's, as published (default: downloaded once)"
     )
     parser.add_argument(
         "--feature-weights-unchecked", action="store_true", help="take weights that are not the published ones"
@@ -32,23 +44,25 @@ def add_features(parser: argparse.ArgumentParser, *, reference: bool = True) -> 
             "--reference",
             type=Path,
             metavar="PATH",
-            help="folder of shards, or .npz with images (arr_0) or, for fid, mu and sigma; default: the images that "
-            "the run was trained on",
+            help="folder of shards, or .npz with images (arr_0) or, for fid, mu and sigma, for sfid, mu_s and sigma_s; "
+            "default: the images that the run was trained on",
         )
         parser.add_argument("--held-out", action="store_true", help="only images that data.holdout kept from training")
         parser.add_argument(
             "--images",
             type=at_least_one,
             metavar="N",
-            help="of the reference, drawn at random (default: all; kid, prdc: at most 50000)",
+            help="of the reference, drawn at random (default: all; kid, cmmd, prdc: at most 50000)",
         )
 
 
 def feature_request(arguments: argparse.Namespace) -> FeatureRequest:
     """The request parsed from the arguments of `add_features` and those common to evaluate.py's commands."""
+    sampling = sampling_request(arguments, count=arguments.samples)
     return FeatureRequest(
         trained=trained_request(arguments),
-        sampling=sampling_request(arguments, count=arguments.samples),
+        sampling=sampling,
+        then=stage_requests(arguments, sampling),
         network=NetworkRequest(
             name=arguments.features,
             weights=arguments.feature_weights,
@@ -60,4 +74,5 @@ def feature_request(arguments: argparse.Namespace) -> FeatureRequest:
             images=getattr(arguments, "images", None),
         ),
         out=arguments.out,
+        per_class=getattr(arguments, "per_class", False),
     )

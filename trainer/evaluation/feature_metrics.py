@@ -1,5 +1,6 @@
-"""Feature metrics: their requirements, and their computation over all ranks."""
+"""Feature metrics: what they need, and their computation over all ranks."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from typing_extensions import override
 
 from trainer.engine.processes.division import map_over_ranks
@@ -14,6 +16,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluation.feature_sets import FeatureSet
 from trainer.evaluation.references import ReferenceStatistics
 from trainer.features.frechet import frechet_distance
+from trainer.features.gaussian_kernel_distance import BANDWIDTH, SCALE, kernel_sum
 from trainer.features.inception_score import score, splits
 from trainer.features.kernel_distance import squared_mmd, subsets
 from trainer.features.manifold import (
@@ -24,7 +27,7 @@ from trainer.features.manifold import (
     radii,
     within_any,
 )
-from trainer.features.networks import Convention
+from trainer.features.networks import Convention, FeatureKind
 from trainer.sampling.request import batches_of
 
 Item = TypeVar("Item")
@@ -36,11 +39,14 @@ _MOST = 50_000  # real images in metrics of pairwise distances
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """The reference that a metric needs: none, `statistics` or single features, and at most how many of those."""
+    """What a metric needs: features of this `kind`; of a reference none, or single features, at most `most`, or mean
+    and covariance, which a file may have by the names of `statistics`.
+    """
 
     reference: bool
-    statistics: bool
+    statistics: tuple[str, str] | None
     most: int | None = None
+    kind: FeatureKind = "features"
 
 
 class FeatureMetric(ABC):
@@ -70,7 +76,7 @@ class FrechetMetric(FeatureMetric):
     """FID (Heusel et al. 2017); see trainer/features/frechet.py."""
 
     name = "fid"
-    needs = Needs(reference=True, statistics=True)
+    needs = Needs(reference=True, statistics=("mu", "sigma"))
 
     @override
     def title(self, convention: Convention) -> str:
@@ -85,14 +91,31 @@ class FrechetMetric(FeatureMetric):
     @override
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
         assert reference is not None
-        drawn, real = samples.gaussian(), reference.gaussian()
+        kind = self.needs.kind
+        drawn = samples.gaussian(kind)
+        real = reference.gaussian(kind) if isinstance(reference, FeatureSet) else reference.distribution
         if drawn.mean.shape != real.mean.shape:
             raise DataError(
-                f"{reference.name}: mu has {len(real.mean)} values, these features {len(drawn.mean)}: they are of "
+                f"{reference.name}: its mean has {len(real.mean)} values, these features {len(drawn.mean)}: it is of "
                 "another network",
                 agreed=True,
             )
         return {"frechet_distance": frechet_distance(drawn, real.to(drawn.mean.device))}
+
+
+class SpatialFrechetMetric(FrechetMetric):
+    """sFID (Nash et al. 2021): the same distance of features that keep where in the image they are."""
+
+    name = "sfid"
+    needs = Needs(reference=True, statistics=("mu_s", "sigma_s"), kind="spatial")
+
+    @override
+    def title(self, convention: Convention) -> str:
+        return "sFID" if convention.is_inception else f"spatial Fréchet distance on {convention.network} features"
+
+    @override
+    def about(self) -> dict[str, Any]:
+        return {"layer": "mixed_6/conv, its first 7 maps, 2023 values"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +125,7 @@ class KernelMetric(FeatureMetric):
     subsets: int
     subset_size: int
     name = "kid"
-    needs = Needs(reference=True, statistics=False, most=_MOST)
+    needs = Needs(reference=True, statistics=None, most=_MOST)
 
     @override
     def title(self, convention: Convention) -> str:
@@ -117,7 +140,7 @@ class KernelMetric(FeatureMetric):
     @override
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
         assert isinstance(reference, FeatureSet)
-        x, y = samples.rows("features"), reference.rows("features")
+        x, y = samples.rows(), reference.rows()
         chosen = subsets((len(x), len(y)), number=self.subsets, size=self.subset_size)
         distances = _each(list(chosen), lambda rows: squared_mmd(x[rows[0]], y[rows[1]]))
         return {"kernel_distance": float(np.mean(distances)), "deviation_of_subsets": float(np.std(distances))}
@@ -129,7 +152,7 @@ class ScoreMetric(FeatureMetric):
 
     splits: int
     name = "is"
-    needs = Needs(reference=False, statistics=False)
+    needs = Needs(reference=False, statistics=None, kind="logits")
 
     @override
     def title(self, convention: Convention) -> str:
@@ -149,11 +172,41 @@ class ScoreMetric(FeatureMetric):
         return {"score": float(np.mean(scores)), "deviation_of_splits": float(np.std(scores))}
 
 
+class GaussianKernelMetric(FeatureMetric):
+    """CMMD (Jayasumana et al. 2024); see trainer/features/gaussian_kernel_distance.py."""
+
+    name = "cmmd"
+    needs = Needs(reference=True, statistics=None, most=_MOST)
+
+    @override
+    def title(self, convention: Convention) -> str:
+        return "CMMD" if convention.is_clip else f"Gaussian kernel distance on {convention.network} features"
+
+    @override
+    def check(self, samples: int, reference: int | None) -> None:
+        pass  # of one image, too, there is a distance
+
+    @override
+    def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
+        assert isinstance(reference, FeatureSet)
+        x, y = (F.normalize(features.rows().double(), dim=1) for features in (samples, reference))
+
+        def mean(one: torch.Tensor, other: torch.Tensor) -> float:
+            sums = _each(batches_of(len(one), _ROWS), lambda k: kernel_sum(one[k.start : k.stop], other))
+            return math.fsum(sums) / (len(one) * len(other))
+
+        return {"gaussian_kernel_distance": SCALE * (mean(x, x) + mean(y, y) - 2 * mean(x, y))}
+
+    @override
+    def about(self) -> dict[str, Any]:
+        return {"bandwidth": BANDWIDTH, "scale": SCALE}
+
+
 class ManifoldMetric(FeatureMetric):
     """Precision, recall, density and coverage; see trainer/features/manifold.py."""
 
     name = "prdc"
-    needs = Needs(reference=True, statistics=False, most=_MOST)
+    needs = Needs(reference=True, statistics=None, most=_MOST)
 
     @override
     def title(self, convention: Convention) -> str:
@@ -168,7 +221,7 @@ class ManifoldMetric(FeatureMetric):
     @override
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
         assert isinstance(reference, FeatureSet)
-        drawn, real = samples.rows("features"), reference.rows("features")
+        drawn, real = samples.rows(), reference.rows()
         centre = real.double().mean(dim=0).float()  # distances in float32 are more accurate near 0
         drawn, real = drawn - centre, real - centre
 
@@ -196,6 +249,7 @@ class ManifoldMetric(FeatureMetric):
         return {
             "neighbours of precision and recall": PRECISION_NEIGHBOURS,
             "neighbours of density and coverage": DENSITY_NEIGHBOURS,
+            "distances": "fp32",
         }
 
 

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.drawing.trained import Trained
+from trainer.drawing.cascade import Cascade, Stage
 from trainer.evaluation.references import ReferenceImages, ReferenceStatistics
 from trainer.features.networks import Convention
-from trainer.sampling.request import SamplingRequest
 from trainer.telemetry.environment import installed_version
 from trainer.telemetry.files import write_whole
 
@@ -16,7 +15,8 @@ from trainer.telemetry.files import write_whole
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """`title`: the metric; `numbers`: its values, the main one first; `settings`: the metric's; `drawn_by`: how the
-    samples were drawn, for people; `about`: samples, features and, if there is one, reference.
+    samples were drawn, for people; `about`: samples, features and, if there is one, reference; `by_class`: the kernel
+    distance of each class, where it was asked for.
     """
 
     title: str
@@ -24,50 +24,68 @@ class Report:
     settings: dict[str, Any]
     drawn_by: str
     about: dict[str, dict[str, Any]]
+    by_class: dict[int, float] | None = None
 
     def write(self, path: Path) -> None:
         """Write the JSON file atomically."""
         versions = {name: installed_version(name) for name in ("ddpm-trainer", "torch", "torch-fidelity")}
-        content = {"metric": self.title, **self.numbers, **self.settings, **self.about, "versions": versions}
+        by_class = {} if self.by_class is None else {"kernel_distance_by_class": self.by_class}
+        numbers = {**self.numbers, **by_class}
+        content = {"metric": self.title, **numbers, **self.settings, **self.about, "versions": versions}
         write_whole(path, json.dumps(content, indent=1) + "\n")
 
     def line(self) -> str:
         """The report as a line of text."""
         samples, features = self.about["samples"], self.about["features"]
+        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.settings.items())
         line = (
-            f"{self.title}: {self._values()}; {samples['number']} samples of step {samples['step']} "
-            f"({samples['weights']} weights, {self.drawn_by}, {samples['precision']}, {samples['pixels']})"
+            f"{self.title}: {self._values()}{settings and f' ({settings})'}; {samples['number']} samples of step "
+            f"{samples['step']} ({samples['weights']} weights, {self.drawn_by}, {samples['precision']}, "
+            f"{samples['pixels']})"
         )
         if "reference" in self.about:
             reference = self.about["reference"]
-            of = f"{reference['number']} images" if "number" in reference else "mu and sigma"
+            of = f"{reference['number']} images" if "number" in reference else "mean and covariance"
             line += f" against {of} of {reference['name']}"
         weights = features["weights_sha256"][:8]
         return f"{line}; {features['network']} (sha256 {weights}), resized {features['resize']}"
 
     def _values(self) -> str:
         if len(self.numbers) <= 2:  # a value, and its deviation if there is one
-            return " +- ".join(f"{value:.6g}" for value in self.numbers.values())
-        return ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
+            values = " +- ".join(f"{value:.6g}" for value in self.numbers.values())
+        else:
+            values = ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
+        if not self.by_class:
+            return values
+        least, most = (choose(self.by_class, key=self.by_class.__getitem__) for choose in (min, max))
+        return (
+            f"{values}; kernel distance of {len(self.by_class)} classes by themselves from {self.by_class[least]:.6g} "
+            f"(class {least}) to {self.by_class[most]:.6g} (class {most})"
+        )
 
 
-def samples_about(trained: Trained, request: SamplingRequest) -> dict[str, dict[str, Any]]:
-    """The report's entry on the samples."""
-    about = {
-        "number": request.count,
+def samples_about(cascade: Cascade) -> dict[str, dict[str, Any]]:
+    """The report's entry on the samples; of a cascade with one on each upsampler."""
+    then = [_stage_about(stage) for stage in cascade.upsamplers]
+    about = {"number": cascade.base.sampling.count, **_stage_about(cascade.base), **({"then": then} if then else {})}
+    return {"samples": about}
+
+
+def _stage_about(stage: Stage) -> dict[str, Any]:
+    trained, sampling = stage.trained, stage.sampling
+    return {
         "checkpoint": str(trained.checkpoint),
         "step": trained.step,
         "weights": trained.weights,
-        "sampler": request.how,
-        "steps": trained.denoiser.diffusion.timesteps,
-        "respacing": request.respacing,
+        "sampler": sampling.how,
+        "steps": stage.steps,
+        "respacing": sampling.respacing,
         "variance": trained.variance,
-        "seed": request.seed,
+        "seed": sampling.seed,
         "precision": trained.config.train.precision,
         "pixels": "uint8",
         **trained.conditioned.identity,
     }
-    return {"samples": about}
 
 
 def reference_about(reference: ReferenceImages | ReferenceStatistics | None) -> dict[str, dict[str, Any]]:

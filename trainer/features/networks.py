@@ -1,4 +1,4 @@
-"""Networks whose features images are compared by: Inception, as papers have it, and a small one that is installed."""
+"""Networks whose features images are compared by: those that papers have, and a small one that is installed."""
 
 import hashlib
 import importlib.util
@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from trainer.errors import ConfigError
 
-FeatureName = Literal["inception", "efficientnet-lite0"]
+FeatureName = Literal["inception", "dinov2", "clip", "efficientnet-lite0"]
+FeatureKind = Literal["features", "logits", "spatial"]
+"""Of a network's outputs for an image: pooled features, (D,); logits, (K,), such as the Inception score is made of; and
+features of an earlier layer that keep where in the image they are, (S,)."""
 _BATCH = 64  # one for every caller: a network's rounding may depend on it
 
 
@@ -34,33 +37,48 @@ class Convention:
         """Whether a distance of these features may be called by Inception's name."""
         return self.features == "inception" and self.checked
 
+    @property
+    def is_clip(self) -> bool:
+        """Whether a distance of these features may be called by CLIP's name."""
+        return self.features == "clip" and self.checked
+
 
 class FeatureNetwork(Protocol):
-    """A network in eval mode on its device."""
+    """A network in eval mode on its device. `kinds`: what it gives, "features" and maybe more."""
 
     convention: Convention
+    kinds: tuple[FeatureKind, ...]
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images: (B, 3, H, W) uint8 on the network's device. Returns pooled features (B, D) and logits (B, K), both
-        float32; the logits are such as the Inception score is made of.
-        """
+    def __call__(self, images: torch.Tensor) -> dict[FeatureKind, torch.Tensor]:
+        """images: (B, 3, H, W) uint8 on the network's device. Returns (B, ...) float32 of each kind."""
 
 
 @torch.no_grad()
-def extract(network: FeatureNetwork, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, D) and logits (N, K), float32, of images (N, C, H, W) uint8, a batch at a time; grey ones in three
-    equal channels.
+def extract(network: FeatureNetwork, images: torch.Tensor) -> dict[FeatureKind, torch.Tensor]:
+    """(N, ...) float32 of each kind that the network gives, of images (N, C, H, W) uint8, a batch at a time; grey ones
+    in three equal channels.
     """
     with _full_precision():
         parts = [network(batch.expand(-1, 3, -1, -1)) for batch in images.split(_BATCH)]
-    features, logits = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(logits)
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+
+
+def standardized(
+    images: torch.Tensor, side: int, *, mean: tuple[float, ...], deviation: tuple[float, ...]
+) -> torch.Tensor:
+    """(B, 3, side, side) float32 of images (B, 3, H, W) uint8: resized by cubics with antialiasing, from [0, 255] to
+    [0, 1], then less the mean of each channel and divided by its deviation.
+    """
+    resized = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True) / 255
+    shift, scale = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, deviation))
+    return (resized - shift) / scale
 
 
 class EfficientNetLite0:
     """EfficientNet-Lite0 (Tan and Le 2019, without squeeze and excitation), trained on ImageNet, from a wheel."""
 
     _SIDE = 224
+    kinds: tuple[FeatureKind, ...] = ("features", "logits")
 
     def __init__(self, device: torch.device) -> None:
         """Raises ConfigError where the packages are missing."""
@@ -86,12 +104,12 @@ class EfficientNetLite0:
             checked=True,
         )
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, images: torch.Tensor) -> dict[FeatureKind, torch.Tensor]:
         """See `FeatureNetwork`."""
         size = (self._SIDE, self._SIDE)
         resized = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
         features = self.network.extract_features(resized / 127.5 - 1).mean(dim=(2, 3))
-        return features, self.network._fc(features)
+        return {"features": features, "logits": self.network._fc(features)}
 
 
 def freeze(network: nn.Module, device: torch.device) -> None:

@@ -1,5 +1,5 @@
 """Exports a run's weights: of a "ddpm-unet" as a folder that diffusers.DDPMPipeline and DDIMPipeline load, of an
-"adm-unet" as the state dict that guided-diffusion loads.
+"adm-unet" or "adm-classifier" as the state dict that guided-diffusion loads.
 """
 
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.config import ADMUNetConfig, Config
+from trainer.config import ADMClassifierConfig, ADMUNetConfig, Config
 from trainer.engine.checkpointing.checkpoints import Checkpoints, read_weights
 from trainer.engine.processes.collectives import make_accelerator
 from trainer.engine.run_folder import RunFolder
@@ -67,7 +67,7 @@ def export(request: ExportRequest) -> None:
         check_name(request.hub)
     run = RunFolder(request.run, writes=False)
     config = run.load_config()
-    if isinstance(config.model, ADMUNetConfig):
+    if isinstance(config.model, ADMUNetConfig | ADMClassifierConfig):
         _export_to_openai(request, run, config)
         return
     model, diffusion = ddpm_sections(config)
@@ -111,7 +111,7 @@ def export(request: ExportRequest) -> None:
 def _export_to_openai(request: ExportRequest, run: RunFolder, config: Config) -> None:
     for option, value in (("--license", request.license), ("--grid", request.grid), ("--push-to-hub", request.hub)):
         if value is not None:
-            raise ConversionError(f'{option} {value}: is for the model card of a "ddpm-unet", "adm-unet" has none')
+            raise ConversionError(f'{option} {value}: is for the model card of a "ddpm-unet", ADM has none')
     network = adm_network(config, str(request.run))
     with new_folder(request.out) as folder:
         checkpoint = Checkpoints(run.checkpoints, make_accelerator()).choose(request.checkpoint)

@@ -2,11 +2,12 @@
 
 import torch
 
-from trainer.config import ADMUNetConfig, Config, DDPMConfig, DDPMUNetConfig
+from trainer.config import ADMClassifierConfig, ADMUNetConfig, Config, DDPMConfig, DDPMUNetConfig
 from trainer.config.families import ReverseVariance
 from trainer.diffusion.ddpm.reverse import output_channels
 from trainer.engine.network.build import build_network
 from trainer.errors import ConversionError
+from trainer.models.adm_classifier import ADMClassifier
 from trainer.models.adm_unet import ADMUNet
 from trainer.models.ddpm_unet import UNet
 
@@ -27,18 +28,22 @@ def network_of(model: DDPMUNetConfig, variance: ReverseVariance) -> UNet:
         return UNet(model, output_channels(model.channels, variance))
 
 
-def adm_network(config: Config | None, source: str) -> ADMUNet:
+def adm_network(config: Config | None, source: str) -> ADMUNet | ADMClassifier:
     """The network that a configuration describes, on the device "meta", for OpenAI's weights.
 
-    Raises ConversionError where there is none, or one of another kind; errors as `build_network`.
+    Raises ConversionError where there is none, or one that guided-diffusion does not have; errors as `build_network`.
     """
-    if config is None or not isinstance(config.model, ADMUNetConfig):
+    if config is None or not isinstance(config.model, ADMUNetConfig | ADMClassifierConfig):
         given = "" if config is None else f', not "{config.model.kind}"'
         raise ConversionError(
             f"{source}: OpenAI's weights do not describe their network; give a configuration of it by --config, such "
-            f'as imagenet256, with model.kind = "adm-unet"{given}'
+            f'as imagenet256, with model.kind = "adm-unet" or "adm-classifier"{given}'
+        )
+    if isinstance(config.model, ADMUNetConfig) and config.model.low_res_noise:
+        raise ConversionError(
+            f"model.low_res_noise = {config.model.low_res_noise:g}: guided-diffusion's upsamplers are told no level"
         )
     with torch.device("meta"):
         network = build_network(config)
-    assert isinstance(network, ADMUNet)
+    assert isinstance(network, ADMUNet | ADMClassifier)
     return network

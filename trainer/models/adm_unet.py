@@ -24,6 +24,8 @@ from trainer.models.adm_layers import (
 )
 from trainer.models.stages import Stage
 
+_LEVELS = 1000  # a level of noise in [0, 1] is embedded as a timestep of 0 to 1000
+
 
 class ADMStage(Stage):
     """Residual blocks, attention and resampling, one after another."""
@@ -113,6 +115,7 @@ class ADMUNet(ADMEncoder):
         if section.classes is not None:
             self.label_embedding = nn.Embedding(section.label_rows, 4 * section.base_channels)
         self.upsamples = upsamples
+        self.low_res_temb = TimeEmbedding(section.base_channels) if section.low_res_noise else None
 
         skip_channels = list(self.feature_channels)
         levels = list(zip(section.level_channels, section.level_resolutions, strict=True))
@@ -129,19 +132,33 @@ class ADMUNet(ADMEncoder):
         self.norm_out = group_norm(section.norm_groups, h_channels)
         self.conv_out = zeroed(nn.Conv2d(h_channels, out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        low_res: Tensor | None = None,
+        low_res_level: Tensor | None = None,
+    ) -> Tensor:
         """x: (B, channels, H, W) floating point; t: (B,) in 0..T-1. Returns (B, out_channels, H, W), as x.
 
         label: (B,) int64, classes from 0, and `ADMUNetConfig.null_label` for none, where the section has classes;
-        low_res: (B, channels, h, w) in [-1, 1] where it has low_res_size. ValueError where one is missing or unasked.
+        low_res: (B, channels, h, w) in [-1, 1] where it has low_res_size; low_res_level: (B,) in [0, 1], the level of
+        noise in it, where it has low_res_noise. ValueError where one is missing or unasked.
         """
-        if (label is None) != (self.label_embedding is None):
-            raise ValueError(f"label: this network {'takes none' if self.label_embedding is None else 'needs it'}")
-        if (low_res is None) == self.upsamples:
-            raise ValueError(f"low_res: this network {'needs it' if self.upsamples else 'takes none'}")
+        for name, given, takes in (
+            ("label", label, self.label_embedding is not None),
+            ("low_res", low_res, self.upsamples),
+            ("low_res_level", low_res_level, self.low_res_temb is not None),
+        ):
+            if (given is not None) != takes:
+                raise ValueError(f"{name}: this network {'needs it' if takes else 'takes none'}")
         temb = self.temb(t, x.dtype)
         if self.label_embedding is not None:
             temb = temb + self.label_embedding(label).to(temb.dtype)
+        if self.low_res_temb is not None and low_res_level is not None:
+            temb = temb + self.low_res_temb(_LEVELS * low_res_level, x.dtype)
         if low_res is not None:
             x = torch.cat((x, F.interpolate(low_res, size=x.shape[2:], mode="bilinear")), dim=1)
         *skips, h = self.features(x, temb)

@@ -51,6 +51,12 @@ PANELS = (
     Panel(title="Training loss by timestep", scalars=_quarters("train/loss"), log=True),
     Panel(title="Validation loss by timestep, averaged weights", scalars=_quarters("validation/ema_loss"), log=True),
     Panel(title="Validation loss by timestep, raw weights", scalars=_quarters("validation/loss"), log=True),
+    Panel(
+        title="Validation accuracy",
+        scalars={"validation/accuracy": "raw weights", "validation/ema_accuracy": "averaged weights"},
+    ),
+    Panel(title="Validation accuracy by timestep, averaged weights", scalars=_quarters("validation/ema_accuracy")),
+    Panel(title="Validation accuracy by timestep, raw weights", scalars=_quarters("validation/accuracy")),
     Panel(title="Variational bound, estimated", scalars={"train/bound_bits_per_dim": "bound"}, unit="bits/dim"),
     Panel(title="Learning rate", scalars={"train/learning_rate": "learning rate"}),
     Panel(

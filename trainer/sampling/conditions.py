@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config.backbones import ModelConfig, class_conditional, classes_of
+from trainer.config.backbones import ModelConfig, class_conditional, classes_of, upsampler
 from trainer.diffusion.contract import ForwardProcess
 from trainer.diffusion.keyed_noise import Stream, keyed_choice
 from trainer.sampling.guidance import Interval, is_guided
@@ -26,7 +26,9 @@ class Conditions:
     classes as "3,5,7", which the samples take in turn; None: "uniform" where the network takes labels. guidance: the
     scale s of trainer/sampling/guidance.py; 1 is without. guidance_interval: the noise levels (low, high] that it
     applies to; None: all. dynamic_threshold: the quantile of `dynamic_threshold`; None: samplers clamp instead. guide:
-    the run, or the checkpoint of one, whose network guides; None: the null class does.
+    the run, or the checkpoint of one, whose network guides; None: the null class does. classifier: the run, or the
+    checkpoint of one, of a classifier whose gradient guides as well, classifier_scale times; None: none. low_res_noise:
+    of a network that upsamples, the level to which what it is given is noised.
 
     RequestError where one of them is not possible, or they do not go together.
     """
@@ -36,6 +38,9 @@ class Conditions:
     guidance_interval: Interval | None = None
     dynamic_threshold: float | None = None
     guide: Path | None = None
+    classifier: Path | None = None
+    classifier_scale: float = 1.0
+    low_res_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.classes is not None and not re.fullmatch(rf"{UNIFORM}|{BALANCED}|\d+(,\d+)*", self.classes):
@@ -50,20 +55,39 @@ class Conditions:
             raise RequestError("guidance_interval", low_high, "should be two noise levels from 0, the lower first")
         if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold < 1:
             raise RequestError("dynamic_threshold", self.dynamic_threshold, "should be a quantile, above 0 and below 1")
+        if not (math.isfinite(self.classifier_scale) and self.classifier_scale > 0):
+            raise RequestError("classifier_scale", self.classifier_scale, "should be a number above 0")
+        if self.classifier_scale != 1 and self.classifier is None:
+            raise RequestError("classifier_scale", written(self.classifier_scale), "goes with a classifier")
+        if not 0 <= self.low_res_noise <= 1:
+            raise RequestError("low_res_noise", self.low_res_noise, "should be a level from 0, without noise, to 1")
 
     def check(self, model: ModelConfig) -> None:
         """Raise RequestError where a network of this section cannot be drawn from in this way."""
         labelled, classes = class_conditional(model), classes_of(model)
-        if classes is None and self.classes is not None:
+        if classes is not None:
+            self.check_listed(classes)
+        elif self.classes is not None and self.classifier is None:
             raise RequestError("classes", self.classes, "goes with a network that takes labels; this one takes none")
-        if classes is not None and self._listed and max(self._listed) >= classes:
-            raise RequestError("classes", self.classes, f"should be from 0 to {classes - 1}")
         if self.guidance != 1 and self.guide is None and (labelled is None or labelled.null_label is None):
             raise RequestError(
                 "guidance",
                 self.guidance,
                 "needs a null class, that is a network trained with model.label_drop above 0, or a guide",
             )
+        upsamples = upsampler(model)
+        most = 0.0 if upsamples is None else upsamples.low_res_noise
+        if self.low_res_noise > most:
+            raise RequestError(
+                "low_res_noise",
+                self.low_res_noise,
+                f"should be from 0 to the model.low_res_noise that the network was trained with, {most:g}",
+            )
+
+    def check_listed(self, classes: int) -> None:
+        """Raise RequestError where a class is asked for that is not among so many."""
+        if self._listed and max(self._listed) >= classes:
+            raise RequestError("classes", self.classes, f"should be from 0 to {classes - 1}")
 
     def labels(self, numbers: Tensor, *, seed: int, classes: int) -> Tensor:
         """The class of each sample, a function of its number and the seed: (B,) int64 -> (B,) int64 below `classes`."""
@@ -79,9 +103,10 @@ class Conditions:
     @property
     def name_parts(self) -> list[str]:
         """For names of files: what is asked for."""
-        asked = {name.replace("_", "-"): written(value) for name, value in self.asked.items() if name != "guide"}
-        guide = [] if self.guide is None else ["by", self.guide.name]
-        return ["-".join([name, value.replace(",", "-")]) for name, value in asked.items()] + guide
+        runs = {"guide": "by", "classifier": "classifier"}
+        asked = {name.replace("_", "-"): written(value) for name, value in self.asked.items() if name not in runs}
+        others = [part for name, word in runs.items() if (run := getattr(self, name)) for part in (word, run.name)]
+        return ["-".join([name, value.replace(",", "-")]) for name, value in asked.items()] + others
 
     @property
     def asked(self) -> dict[str, Any]:

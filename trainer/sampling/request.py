@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.images import Pixels, to_uint8
 from trainer.diffusion.contract import Denoiser, SamplingStep
-from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_int
 from trainer.sampling.conditions import Conditions
 from trainer.sampling.request_error import RequestError
 from trainer.sampling.samplers import SAMPLERS, SamplerEntry, find_sampler
@@ -44,7 +44,8 @@ class ReverseRequest:
 class SamplingRequest(ReverseRequest):
     """`count` samples, keyed by the seed and their numbers 0..count-1, in batches of `batch`.
 
-    sampler: a name in the table of samplers; options: of that sampler, defaults without. RequestError where these do
+    sampler: a name in the table of samplers; options: of that sampler, defaults without; stage: its place in a cascade,
+    each of which has noise of its own, 0 for what draws from noise alone. RequestError where sampler and options do
     not go together, or where the seed is outside [0, 2^63).
     """
 
@@ -53,6 +54,7 @@ class SamplingRequest(ReverseRequest):
     count: int
     seed: int
     batch: int
+    stage: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -76,6 +78,11 @@ class SamplingRequest(ReverseRequest):
         return "-".join([self.sampler, *(f"{name}-{value:g}" for name, value in self._options.items())])
 
     @property
+    def how_parts(self) -> list[str]:
+        """For names of files: the sampler, where it is not the default one, and what is not as configured."""
+        return [*([] if self.how == DEFAULT_SAMPLER else [self.how]), *super().name_parts]
+
+    @property
     def name_parts(self) -> list[str]:
         """For names of files: the sampler, what is not as configured, the seed."""
         return [self.how, *super().name_parts, f"seed-{self.seed}"]
@@ -93,6 +100,12 @@ class SamplingRequest(ReverseRequest):
     def batches(self) -> list[range]:
         """The numbers 0..count-1."""
         return batches_of(self.count, self.batch)
+
+    def noise(self, numbers: Sequence[int], device: torch.device) -> KeyedNoise:
+        """The noise of the samples with these numbers."""
+        # The same numbers for all stages would make an upsampler's x_T begin with that of the base.
+        seed = keyed_int(self.seed, Stream.STAGE, self.stage) if self.stage else self.seed
+        return KeyedNoise.sampling(seed, torch.tensor(list(numbers), device=device))
 
     def chain(self, denoiser: Denoiser, x: Tensor, noise: KeyedNoise) -> Iterator[SamplingStep]:
         """The sampler's steps, with its options, from x_T: (B, C, H, W)."""
@@ -113,7 +126,7 @@ class SamplingRequest(ReverseRequest):
         number of images that advanced. What it raises ends the sampling.
         """
         device = denoiser.diffusion.original_timesteps.device
-        noise = KeyedNoise.sampling(self.seed, torch.tensor(list(numbers), device=device))
+        noise = self.noise(numbers, device)
         chain = self.chain(denoiser, noise.normal("initial", shape), noise)
         return to_uint8(last_of(chain, lambda _: on_step(len(numbers)))).cpu().numpy()
 

@@ -136,4 +136,4 @@ class FeatureDistance:
         """(B, D) float32 features of (B, C, H, W) uint8 pixels, on the host, for collectives of Python objects."""
         if not len(pixels):
             return torch.empty(0, self.network.convention.dimensions)
-        return extract(self.network, pixels.to(self.state.strategy.device))[0].cpu()
+        return extract(self.network, pixels.to(self.state.strategy.device))["features"].cpu()

@@ -76,7 +76,7 @@ def picture_of(images: Pixels, rows: int | None) -> Pixels:
 
 
 def plan_grid(config: Config, objective: Objective, ranks: int) -> tuple[SamplingRequest, int]:
-    """What `log` asks for, in batches for so many ranks, and the steps that drawing an image takes.
+    """What `log` asks for, in batches for so many ranks, and the steps that drawing an image takes (a classifier: 0).
 
     Of a network that takes labels, classes in turn, as many images of each. Raises ConfigError where the sampler, its
     options, its timesteps or the guidance cannot be.
@@ -96,6 +96,8 @@ def plan_grid(config: Config, objective: Objective, ranks: int) -> tuple[Samplin
             seed=config.seed,
             batch=min(-(-count // ranks), _LARGEST_BATCH),
         )
+        if config.model.classifies:  # log.samples_every is 0
+            return request, 0
         return request, objective.denoiser(nn.Identity(), respacing=request.respacing).diffusion.timesteps
     except RequestError as error:
         raise ConfigError(f"log.samples_{error.field} = {error.value!r}: {error.reason}") from error

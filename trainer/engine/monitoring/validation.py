@@ -13,6 +13,7 @@ from trainer.data.stream.batches import as_tensors, stacked
 from trainer.data.training_data import TrainingData
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.keyed_noise import KeyedNoise
+from trainer.diffusion.low_res import low_res_conditioning
 from trainer.engine.build import build_trained
 from trainer.engine.processes.activity import enter
 from trainer.engine.processes.division import map_over_ranks
@@ -27,10 +28,12 @@ _BATCH = 16  # the same for all numbers of ranks: a network's rounding may depen
 
 
 class Scores(NamedTuple):
-    """Of some images, in their order: quartiles of the noise levels, losses, labels where the network takes any."""
+    """Of some images, in their order: quartiles of the noise levels; by name the loss and the figures of the family;
+    labels where they have any.
+    """
 
     quartiles: list[int]
-    losses: list[float]
+    values: dict[str, list[float]]
     labels: list[int]
 
 
@@ -55,14 +58,15 @@ class Validation:
     def measure(self) -> dict[str, float] | None:
         """validation/loss of the raw weights and validation/ema_loss of the averaged ones: unweighted means over the
         images; for both also ..._q1 to ..._q4: means over the images whose t is in each quarter of the noise levels,
-        and, for a network that takes labels, ..._class_0, ...: means over the images of each class.
+        and, where images have labels, ..._class_0, ...: means over the images of each class. The same of every figure
+        of the family (`Losses.figures`): validation/accuracy, validation/ema_accuracy, ...
 
         Collective; the same on all ranks. None after a request to stop, which is checked between batches. Raises
         DataError on all of them where an image cannot be read.
         """
         batches = batches_of(len(self.ids), _BATCH)
         values: dict[str, float] = {}
-        for name, whole in (("loss", self.state.main.weights), ("ema_loss", self.state.main.average)):
+        for prefix, whole in (("", self.state.main.weights), ("ema_", self.state.main.average)):
             network = build_trained(self.config, whole(), self.state.strategy.device)
 
             def score(numbers: range, network: torch.nn.Module = network) -> Scores:
@@ -73,15 +77,17 @@ class Validation:
             parts, stopped = map_over_ranks(batches, score, what=what, kind=DataError, stop=self.stop)
             if stopped:
                 return None
-            values |= self._means(name, parts)
+            values |= self._means(prefix, parts)
         return values
 
     def summary(self, values: dict[str, float]) -> str:
         """What `measure` found, for people."""
-        return (
-            f"on {len(self.ids)} held-out images loss {values['validation/loss']:.4f}, "
-            f"of the average {values['validation/ema_loss']:.4f}"
+        found = (
+            f"{name} {values[f'validation/{name}']:.4f}, of the average {values[f'validation/ema_{name}']:.4f}"
+            for name in ("loss", "accuracy")
+            if f"validation/{name}" in values
         )
+        return f"on {len(self.ids)} held-out images {'; '.join(found)}"
 
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> Scores:
@@ -89,25 +95,32 @@ class Validation:
         skip = self.config.data.on_bad_sample == "skip"
         pixels, further, kept = read_images(self.dataset, ids.tolist(), skip_damaged=skip)
         if not kept:
-            return Scores([], [], [])
+            return Scores([], {}, [])
         device = self.state.strategy.device
         cond = conditioning(as_tensors(stacked(further)), self.config, device)
-        batch = Batch(x=from_uint8(pixels.to(device)), position=torch.tensor(kept, device=device), cond=cond)
-        noise = KeyedNoise.validation(self.config.seed, batch.position)
+        x, position = from_uint8(pixels.to(device)), torch.tensor(kept, device=device)
+        noise = KeyedNoise.validation(self.config.seed, position)
+        cond |= low_res_conditioning(self.config.model, x, cond, noise)
+        batch = Batch(x=x, position=position, cond=cond)
         losses = self.objective.training_losses(network, batch, noise, times=self.objective.validation_times)
         labels = cond["label"].tolist() if "label" in cond else []
-        return Scores(quartile_of(losses.level).tolist(), losses.loss.tolist(), labels)
+        values = {name: value.tolist() for name, value in {"loss": losses.loss, **losses.figures}.items()}
+        return Scores(quartile_of(losses.level).tolist(), values, labels)
 
-    def _means(self, name: str, parts: list[Scores]) -> dict[str, float]:
+    def _means(self, prefix: str, parts: list[Scores]) -> dict[str, float]:
         """Means, summed in float64 in the order of the images, independent of their distribution over ranks."""
-        quartile = np.array([quarter for part in parts for quarter in part.quartiles], dtype=np.int64)
-        losses = np.array([loss for part in parts for loss in part.losses], dtype=np.float64)
-        label = np.array([label for part in parts for label in part.labels], dtype=np.int64)
-        if not len(losses):
+        scored = [part for part in parts if part.quartiles]
+        if not scored:
             raise DataError("the held-out images: all are damaged, none is left to validate on", agreed=True)
-        values = {f"validation/{name}": float(losses.mean())}
-        for number in np.unique(quartile).tolist():
-            values[f"validation/{name}_q{number + 1}"] = float(losses[quartile == number].mean())
-        for number in np.unique(label).tolist():
-            values[f"validation/{name}_class_{number}"] = float(losses[label == number].mean())
+        quartile = np.array([quarter for part in scored for quarter in part.quartiles], dtype=np.int64)
+        label = np.array([label for part in scored for label in part.labels], dtype=np.int64)
+        values: dict[str, float] = {}
+        for each in scored[0].values:
+            name = f"validation/{prefix}{each}"
+            of_images = np.array([value for part in scored for value in part.values[each]], dtype=np.float64)
+            values[name] = float(of_images.mean())
+            for number in np.unique(quartile).tolist():
+                values[f"{name}_q{number + 1}"] = float(of_images[quartile == number].mean())
+            for number in np.unique(label).tolist():
+                values[f"{name}_class_{number}"] = float(of_images[label == number].mean())
         return values

@@ -19,7 +19,7 @@ from trainer.engine.processes.collectives import gather
 from trainer.engine.step.train_step import TrainStep
 from trainer.engine.strategies import DataParallel
 from trainer.errors import ConfigError
-from trainer.models.backbones import example_inputs
+from trainer.models.backbones import example_cond
 from trainer.signals import StopRequest
 from trainer.units import as_size
 
@@ -117,8 +117,7 @@ def _seconds_a_pass(train_step: TrainStep, size: int) -> float:
 
 def _random_batches(model: ModelConfig, size: int) -> Iterator[dict[str, torch.Tensor]]:
     image = torch.randint(0, 256, (size, *model.image_shape), dtype=torch.uint8)
-    *_, cond = example_inputs(model, size)
-    return itertools.repeat({"image": image, "position": torch.arange(size), **cond})
+    return itertools.repeat({"image": image, "position": torch.arange(size), **example_cond(model, size)})
 
 
 def _is_likely_to_fit(config: Config, device: torch.device, micro_batch: int) -> bool:

@@ -1,5 +1,6 @@
 """One phase of a training step: losses, gradients and update of one network, without synchronising with the device."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -64,10 +65,16 @@ class PhaseStep:
         return torch.stack(means).sum()
 
     def learning_rate(self, step: int) -> float:
-        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), hence 0 in step 0 (Ho et al.)."""
+        """The rate of step 0, 1, ...: lr x min(step / warmup, 1), hence 0 in step 0 (Ho et al.), times what the
+        schedule leaves of it.
+        """
         optimizer = self.config.optimizer.of(self.phase.trains)
         warmup = optimizer.warmup.steps(self.layout.global_batch)
-        return optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
+        rate = optimizer.learning_rate * (min(step / warmup, 1.0) if warmup else 1.0)
+        if optimizer.schedule == "constant":
+            return rate
+        done = step / self.config.train.duration.steps(self.layout.global_batch)
+        return rate * (1 - done if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
     def update(self, loss: torch.Tensor, *flags: torch.Tensor, step: int) -> tuple[torch.Tensor, PhaseReport]:
         """Clip and apply the gradients on all ranks; on none if any rank's loss or gradient is not finite.

@@ -12,13 +12,14 @@ from trainer.data.images import from_uint8
 from trainer.data.stream.stream import BatchLayout
 from trainer.diffusion.contract import Batch
 from trainer.diffusion.families import FAMILIES
-from trainer.diffusion.keyed_noise import Stream, keyed_flips, keyed_int
+from trainer.diffusion.keyed_noise import KeyedNoise, Stream, keyed_flips, keyed_int
 from trainer.diffusion.label_drop import drop_labels
+from trainer.diffusion.low_res import low_res_conditioning
 from trainer.engine.processes.activity import enter
 from trainer.engine.state.train_state import TrainState
 from trainer.engine.step.phase_step import PhaseStep
 from trainer.engine.step.step_report import PendingVerdict
-from trainer.models.backbones import example_inputs
+from trainer.models.backbones import example_cond, example_inputs
 from trainer.signals import StopRequest
 
 
@@ -27,12 +28,14 @@ def device_batch(batch: dict[str, torch.Tensor], config: Config, device: torch.d
 
     batch: "image" (B, C, H, W) uint8, "position" (B,) int64, and what `data.cond` names, of which captions stay behind.
     With `data.flip`, whether an image is flipped, its second images with it, is a function of the seed and its
-    position; so is, with `model.label_drop`, whether its label is dropped.
+    position; so is, with `model.label_drop`, whether its label is dropped. What a network that upsamples is given is
+    added, see `low_res_conditioning`.
     """
     position = batch["position"].to(device, non_blocking=True)
     flips = keyed_flips(config.seed, position)[:, None, None, None] if config.data.flip else None
     x = _image(batch["image"], device, flips)
     cond = conditioning(batch, config, device, flips)
+    cond |= low_res_conditioning(config.model, x, cond, KeyedNoise.training(config.seed, position))
     model = class_conditional(config.model)
     if model is not None and model.null_label is not None:
         kept = cond["label"]
@@ -98,7 +101,8 @@ class TrainStep:
     def rehearse(self, phase: PhaseStep) -> None:
         """One forward and backward pass of a phase over zeros."""
         with self.state.strategy.device:
-            x, _, cond = example_inputs(self.config.model, self.layout.micro_batch)
+            x, *_ = example_inputs(self.config.model, self.layout.micro_batch)
+            cond = example_cond(self.config.model, len(x))
             position = torch.zeros(len(x), dtype=torch.int64)
         phase.rehearse(Batch(x=x.contiguous(memory_format=torch.channels_last), position=position, cond=cond))
 

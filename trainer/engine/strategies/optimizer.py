@@ -10,7 +10,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GuardedAdam(torch.optim.Adam):
-    """Fused Adam over the parameters, or parts of parameters, that this rank holds.
+    """Fused Adam, or AdamW with a weight decay, over the parameters, or parts of them, that this rank holds.
 
     `sharded`: ranks hold different parts, so the gradient norm is reduced over them.
     """
@@ -23,9 +23,18 @@ class GuardedAdam(torch.optim.Adam):
         betas: tuple[float, float],
         eps: float,
         clip_norm: float,
+        weight_decay: float = 0.0,
     ) -> None:
         groups = [{"params": list(parameters)}]  # torch takes an empty group, of a frozen network, but no empty list
-        super().__init__(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+        super().__init__(
+            groups,
+            lr=learning_rate,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=weight_decay > 0,
+            fused=True,
+        )
         self.clip_norm = clip_norm
         self._keeps_gradients = False
         self.sharded: dist.ProcessGroup | None = None
