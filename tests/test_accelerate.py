@@ -23,6 +23,7 @@ from trainer.launcher.settle import load_settled, without_effect
         (DEEPSPEED, {"strategy": "zero2"}),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, {"strategy": "ddp"}),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {"strategy": "zero3"}),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3.0"}, {"strategy": "zero3"}),
         (
             {**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
             {"strategy": "zero2", "offload_optimizer": True},

@@ -98,8 +98,9 @@ def _ask_for_stage(told: Told, zero: Mapping[str, Any], path: Path, fallback: Ca
     if is_left_open(stage):
         said = fallback("zero_stage")
         stage, words = said or 2, f"zero_stage = {said}" if said else "use_deepspeed (zero_stage = 2)"
-    if positive_whole(stage) in (1, 2, 3) or number(stage) == 0:
-        told.strategy = Wish("train.strategy", f"zero{int(stage)}" if int(stage) else "ddp", words)
+    level = positive_whole(stage)  # a configuration may have it as text, "2.0" too
+    if level in (1, 2, 3) or number(stage) == 0:
+        told.strategy = Wish("train.strategy", f"zero{level}" if level else "ddp", words)
     else:
         told.refused.append(f"{words}: should be 0, 1, 2 or 3")
     for name, older in (("offload_optimizer", "cpu_offload"), ("offload_param", "cpu_offload_params")):
