@@ -153,6 +153,8 @@ def test_a_run_learns_the_classes_and_logs_its_accuracy_by_noise_level(run: Path
     for name in ("validation/accuracy", "validation/ema_accuracy"):
         assert list(logged(run, name)) == [30, 60]
         assert logged(run, f"{name}_q1")[60] > 0.9  # chance is 0.5; nothing is left to see where there is most noise
+        loss = logged(run, f"{name.replace('accuracy', 'loss')}_q1")
+        assert loss[60] < loss[30] < 0.5 * math.log(2)  # half that of a classifier that knows nothing
         quarters = [logged(run, f"{name}_q{number}") for number in range(1, 5)]
         assert sum(map(len, quarters)) >= 4
         assert all(0 <= value <= 1 for quarter in quarters for value in quarter.values())

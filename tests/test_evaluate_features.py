@@ -9,7 +9,7 @@ import pytest
 from tests.faults import Fault
 from tests.harness import launch, load_config, overrides, write_config
 from tests.inception import write_random_inception
-from tests.test_classes import LABELLED, prepare
+from tests.labelled import LABELLED, prepare
 from tests.test_evaluate import evaluate
 from trainer.errors import DataError
 from trainer.evaluation.references import ReferenceImages, ReferenceRequest, ReferenceStatistics, open_reference
