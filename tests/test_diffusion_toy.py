@@ -30,15 +30,6 @@ COUNT = 10_000
 STEPS = "quadratic100"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors of 10,000 numbers are not worth a second thread, and on a busy machine they wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Independent pixels of a mixture of Gaussians."""

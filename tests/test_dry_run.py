@@ -10,25 +10,34 @@ import pytest
 from torch import nn
 
 from tests.harness import REPOSITORY, checkpoint, launch, load_config, overrides
-from trainer.engine.network.cost import Cost, Inputs, measure
+from trainer.config import Config
+from trainer.engine.network.activation_checkpointing import peak_bytes
+from trainer.engine.network.cost import Cost, Inputs, cost_of
 from trainer.engine.planning import dry_run
 from trainer.engine.planning.dry_run import as_text, describe_run
 from trainer.engine.planning.estimates import Hardware
 from trainer.errors import ConfigError
+from trainer.models.stages import ActivationCheckpointing
 from trainer.train import parse_arguments
 
 
 @pytest.fixture
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests whose plans are all of one network, which takes most of a plan's time."""
-    known: dict[tuple[int, bool], Cost] = {}
+    costs: list[Cost] = []
+    peaks: dict[int, int] = {}
 
-    def once(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> Cost:
-        if (batch, bf16) not in known:
-            known[batch, bf16] = measure(build, inputs, batch=batch, bf16=bf16)
-        return known[batch, bf16]
+    def one_cost(build: Callable[[], nn.Module], inputs: Inputs) -> Cost:
+        costs.extend([] if costs else [cost_of(build, inputs)])
+        return costs[0]
 
-    monkeypatch.setattr(dry_run, "measure", once)
+    def one_peak(config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
+        if micro_batch not in peaks:
+            peaks[micro_batch] = peak_bytes(config, kinds, micro_batch)
+        return peaks[micro_batch]
+
+    monkeypatch.setattr(dry_run, "cost_of", one_cost)
+    monkeypatch.setattr(dry_run, "peak_bytes", one_peak)
 
 
 def plan_of(config: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:

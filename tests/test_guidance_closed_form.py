@@ -32,15 +32,6 @@ BY_DDIM, BY_ANCESTRAL = (partial(mean_and_deviation, each, samples=n) for each, 
 SHAPE = (3, 4, 4)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    """Tensors of a thousand numbers are not worth a second thread, and on a busy machine they wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def chain(spec: str = "all") -> GaussianDiffusion:
     return WHOLE if spec == "all" else WHOLE.respaced(kept_timesteps(1000, spec))
 
