@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?=
 INSTALLED := $(VENV)/.installed
-# Processes that share the tests, file by file. Each test of a launch has one to four more for a while.
-TEST_PROCESSES ?= 2
+# Processes that share the tests, file by file; on two cores a third works while others wait. Each test of a launch has
+# one to four more for a while.
+TEST_PROCESSES ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help

@@ -89,6 +89,7 @@ def config_for(config_path: Path, path: str, cache: Path) -> Path:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [["global:fork:1"], pytest.param(["windowed:spawn:1"], marks=pytest.mark.slow)])
 def test_a_bucket_streams_as_its_folder_does(
     bucket: Bucket, content: Path, config_path: Path, tmp_path: Path, ways: list[str]

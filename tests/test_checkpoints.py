@@ -66,7 +66,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
+@pytest.fixture(scope="module", params=["ddp", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def trained_by(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """Like `trained`, under a strategy."""
     folder = tmp_path_factory.mktemp(request.param)

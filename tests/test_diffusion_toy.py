@@ -256,7 +256,9 @@ def pixels(data: Mixture) -> tuple[Tensor, Tensor]:
     return (values / 127.5 - 1).reshape(16, 1, 16, 16), shares
 
 
-@pytest.mark.parametrize("data", [GAUSSIAN, TWO_MODES], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize(
+    "data", [GAUSSIAN, pytest.param(TWO_MODES, marks=pytest.mark.slow)], ids=["gaussian", "mixture"]
+)
 def test_bits_per_dim_are_the_entropy_of_the_data(data: Mixture) -> None:
     """With the optimal network and variance, and 1000 steps: to 0.002 bits by quadrature, and as measured."""
     masses = data.masses().clamp(min=1e-300)

@@ -85,6 +85,7 @@ def test_the_checkpoint_has_the_size_that_was_foretold(config_path: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing(config_path: Path) -> None:
     """Without activations it is five copies of the weights: weights, gradients, two moments, EMA."""
 

@@ -93,6 +93,7 @@ def test_two_processes_and_a_killed_one_find_the_same(run: Path, whole: Path, tm
     assert all(path.stat().st_mtime_ns == written for path, written in parts.items())  # not done again
 
 
+@pytest.mark.slow
 def test_options_change_what_they_say(run: Path, whole: Path, tmp_path: Path) -> None:
     full = json.loads((whole / "bpd.json").read_text())
     few = bound(run, tmp_path / "few", "--images", "5")

@@ -77,6 +77,7 @@ def test_two_processes_and_a_killed_one_find_the_same(run: Path, whole: Path, tm
     assert np.allclose(moments[0]["sigma"], moments[1]["sigma"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_and_the_same_command_goes_on(run: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     stop = Fault(action="stop", point="work_part", call=2, rank=0)
@@ -104,6 +105,7 @@ def test_other_metrics_use_the_same_samples_on_any_number_of_processes(
     assert files_of(whole) == before
 
 
+@pytest.mark.slow
 def test_sfid_draws_again_only_samples_that_were_kept_without_its_features(run: Path, tmp_path: Path) -> None:
     """Such as an earlier version kept: with pooled features and logits."""
     weights, out = write_random_inception(tmp_path / "weights.pth"), tmp_path / "out"

@@ -65,6 +65,7 @@ def test_two_ranks_have_the_number_of_one(measured: Path, tmp_path: Path, datase
     assert logged(tmp_path / "run", DISTANCE) == pytest.approx(logged(measured, DISTANCE), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_its_time_is_bounded_and_the_best_checkpoint_stays(tmp_path: Path, dataset: Path) -> None:
     """In no time at all each rank draws one batch; the learning rate explodes, so that the first step is the best."""
     settings = MEASURED | {

@@ -19,7 +19,7 @@ def trial(micro_batch: int, images_per_second: float) -> Trial:
     return Trial(micro_batch=micro_batch, images_per_second=images_per_second, memory=1)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_size_that_divides_a_ranks_share_is_tried_and_one_is_named(config_path: Path, processes: int) -> None:
     output = launch(processes, "--config", str(config_path), "--find-batch", *overrides(train__global_batch=12))
     found = re.findall(r"micro_batch +(\d+): +([\d.]+) images/s, ([\d.]+) [MG]iB", output)

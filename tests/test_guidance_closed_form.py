@@ -105,8 +105,8 @@ def test_a_classifier_under_ddim_is_classifier_free_guidance(
     ("scale", "variance", "mean", "deviation"),
     [
         (1, "large", 0.99889383, 0.50118424),
-        (2, "large", 1.24981211, 0.33165986),
-        (4, "large", 1.32819289, 0.21892995),
+        pytest.param(2, "large", 1.24981211, 0.33165986, marks=pytest.mark.slow),
+        pytest.param(4, "large", 1.32819289, 0.21892995, marks=pytest.mark.slow),
         (2, "small", 1.24667909, 0.33324323),
     ],
 )

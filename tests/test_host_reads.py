@@ -123,7 +123,7 @@ def test_a_step_is_read_once(tmp_path: Path, dataset: Path, settings: dict[str, 
 
 @pytest.mark.parametrize(
     "read",
-    ["item", "tolist", *(pytest.param(read, marks=pytest.mark.slow) for read in ("__bool__", "cpu", "__float__"))],
+    ["item", *(pytest.param(read, marks=pytest.mark.slow) for read in ("tolist", "__bool__", "cpu", "__float__"))],
 )
 def test_a_read_more_is_noticed(tmp_path: Path, dataset: Path, read: str) -> None:
     for step in reads_of_steps(tmp_path, dataset, extra=read):

@@ -17,7 +17,7 @@ from trainer.starting.recipe import recipe
 from trainer.starting.source import suitable_size
 from trainer.starting.template import as_toml
 
-SIDES = [8, 16, 28, 48, 64, 100, 160, 256, 512]
+SIDES = [8, 28, 64, 100, 256, 512, *(pytest.param(side, marks=pytest.mark.slow) for side in (16, 48, 160))]
 
 
 def configured(folder: Path, *, side: int, images: int, gpu: bool, channels: int = 3) -> Config:

@@ -50,6 +50,7 @@ class SlowForward:
         UNet.forward = slow  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_run_names_its_slow_rank_once(tmp_path: Path, dataset: Path) -> None:
     settings = overrides(train__duration="10 steps", log__every="2 steps")
     arguments = ["--config", str(write_config(tmp_path, dataset)), *settings]

@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, dataset: Path, run: Path, rank: int) -> None:
     arguments = ("--config", str(write_config(tmp_path, dataset)))
     launch(2, *arguments, fault=Fault(action="stop", point="device_batch", call=3, rank=rank))

@@ -19,6 +19,7 @@ def trace(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_steps_are_traced_on_all_ranks_and_train_the_same(tmp_path: Path, dataset: Path) -> None:
     plain, traced = write_config(tmp_path, dataset, "plain"), write_config(tmp_path, dataset, "traced")
     launch(2, "--config", str(plain))

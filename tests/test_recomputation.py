@@ -61,6 +61,7 @@ def test_narrow_stages_come_first(config_path: Path) -> None:
     assert max(sizes["selective"]) <= min(sizes["none"])
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_how_many(config_path: Path) -> None:
     config = within(config_path, peak(config_path, "none") - 1)
     plan, _ = describe_run(config, world_size=1)

@@ -69,6 +69,7 @@ def test_stopping_and_resuming_changes_no_bit(runs: Path, dataset: Path, uninter
     assert [event["step"] for event in events(run) if event["event"] == "started"] == [0, 1, 4]
 
 
+@pytest.mark.slow
 def test_log_lines_between_checkpoints_survive(runs: Path, dataset: Path, uninterrupted: Path) -> None:
     """Means over four steps, with stops after three and after six: a signal in one step ends the run with the next."""
     rare = overrides(train__micro_batch=2, log__every="4 steps", checkpoint__every="0 steps", train__duration="8 steps")
@@ -197,10 +198,8 @@ def test_when_the_launcher_ends_its_workers_save_and_end(
     assert read_verified(checkpoint(run, stopped["step"]))[1]["step"] == stopped["step"]
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGUSR1, signal.SIGINT))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stop_signal_saves_and_ends(tmp_path: Path, dataset: Path, number: signal.Signals) -> None:
     config = write_config(tmp_path, dataset)
     never = overrides(train__duration="100k steps", checkpoint__every="100k steps")

@@ -87,6 +87,7 @@ def test_a_strategy_trains_like_one_process_and_resumes_to_the_bit(
     assert logged(whole) == logged(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "ranks"),
     [("zero2", 2), *(pytest.param(s, 2, marks=pytest.mark.slow) for s in ("ddp", "zero1", "zero3", "fsdp2"))],

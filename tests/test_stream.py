@@ -159,7 +159,7 @@ def test_a_damaged_sample_is_named_in_one_line(dataset: Path, tmp_path: Path, da
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stream_left_open_does_not_hold_up_the_exit(dataset: Path, tmp_path: Path, damaged: bool) -> None:
     copy, _ = damaged_copy(dataset, tmp_path)
     program = f"""

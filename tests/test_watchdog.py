@@ -43,7 +43,8 @@ def test_an_error_on_one_rank_ends_the_others_with_its_reason(config_path: Path,
         assert (event["rank"], event["reason"]) == (1, "RuntimeError: injected fault")
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [1, 0])
 def test_a_rank_that_was_killed_is_named_by_those_that_lose_it(config_path: Path, killed: int) -> None:
     """With rank 0 the others lose the store, too."""
     fault = Fault(action="kill", point="device_batch", call=3, rank=killed)
