@@ -12,6 +12,7 @@ from trainer.data.training_data import open_training_data
 
 ORDERS = ("global", "windowed", "lanes")
 EVERY_WAY = [f"{order}:{method}:{n}" for order in ORDERS for method in ("fork", "spawn") for n in range(4)]
+SOME_WAYS = ["global:fork:0", "windowed:spawn:1", "lanes:fork:2"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -62,10 +63,10 @@ def test_a_mixture_and_damaged_images_are_the_same_on_two_ranks(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8])
-def test_the_stream_is_the_same_under_torchrun_in_every_way(config_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "ways"), [(1, SOME_WAYS), (2, EVERY_WAY), (3, SOME_WAYS), (4, SOME_WAYS), (8, SOME_WAYS)]
+)
+def test_the_stream_is_the_same_under_torchrun(config_path: Path, processes: int, ways: list[str]) -> None:
     if processes == 3:  # 24 images a batch, more than the 21 of an epoch
         config_path.write_text(config_path.read_text().replace("global_batch = 8", "global_batch = 24"))
-    assert streamed_under_torchrun(processes, config_path, *EVERY_WAY) == [
-        expected(config_path, way) for way in EVERY_WAY
-    ]
+    assert streamed_under_torchrun(processes, config_path, *ways) == [expected(config_path, way) for way in ways]
