@@ -44,7 +44,7 @@ from benchmarks import ours
 from benchmarks.machine import cores, default_device, describe, synchronize
 from benchmarks.scaling_model import Links, modelled
 from trainer.config import Config
-from trainer.engine.strategies import base as strategies_base
+from trainer.engine.strategies import data_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def _bytes_per_step(step: Callable[[], None]) -> int:
         counted += bucket.buffer().nbytes
         return allreduce_hook(group, bucket)
 
-    with mock.patch.object(strategies_base, "allreduce_hook", counting):
+    with mock.patch.object(data_parallel, "allreduce_hook", counting):
         step()
     return counted
 

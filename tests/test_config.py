@@ -1,5 +1,6 @@
 """A wrong configuration is one line that names the field, its value and what would be right."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def test_shipped_configurations_are_valid_and_survive_being_written(path: Path, 
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(config.to_toml())
     assert Config.load(resolved) == config
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301  # its own
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Typed configuration: one TOML file, every field documented, validated once, saved with the run as resolved."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -140,6 +140,10 @@ class Config(Section):
         Raises ConfigError for a kind that is not known.
         """
         return _narrowed(cls, BACKBONE_SECTIONS.of(model_kind), FAMILY_SECTIONS.of(diffusion_kind))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which does not find the classes of `of_kinds` by their name."""
+        return partial(Config.parse, source="a configuration of another process"), (self.model_dump(exclude_none=True),)
 
     def to_toml(self) -> str:
         """The configuration as resolved: every field, defaults included."""
