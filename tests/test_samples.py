@@ -259,3 +259,12 @@ def test_tars_have_images_of_one_channel_or_three(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path), "model.channels=4")
     with pytest.raises(ConfigError, match=r"model.channels = 4: images in .* have 1 or 3"):
         open_training_data(config, index_folder=None)
+
+
+def test_stored_images_of_another_side_are_refused(folder: Path, tmp_path: Path) -> None:
+    """4 x 4 ones, for a network that enlarges others."""
+    config = write_config(tmp_path, folder / "shards")
+    network = ["model.kind=adm-unet", "model.heads=2", 'data.cond=["low_res"]', "data.flip=false"]
+    assert open_training_data(load_config(config, *network, "model.low_res_size=4"), index_folder=None).dataset.cond
+    with pytest.raises(ConfigError, match=r"^model\.low_res_size = 2: the low_res images in .*/shards have 4$"):
+        open_training_data(load_config(config, *network, "model.low_res_size=2"), index_folder=None)

@@ -100,7 +100,7 @@ def _print_classes(dataset: Dataset) -> None:
     counts = Counter(dict(zip(*np.unique(dataset.index["label"], return_counts=True))))
     print(f"classes   {len(classes)}, {counts[UNLABELLED]} images without one")
     for label, name in enumerate(classes[:CLASSES_SHOWN]):
-        print(f"          {counts[label]:>9}  {name}")
+        print(f"{label:>8}  {counts[label]:>9}  {name}")
     if len(classes) > CLASSES_SHOWN:
         print(f"          and {len(classes) - CLASSES_SHOWN} more")
 

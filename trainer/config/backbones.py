@@ -205,7 +205,7 @@ class ADMUNetConfig(ADMConfig, ClassConditionalConfig):
     else the image itself, averaged over blocks of pixels. Left out: there is none (docs/cascades.md)."""
     low_res_noise: float = Field(default=0.0, ge=0, le=1)
     """With low_res_size: in training the smaller image is noised to a level from 0 to this one, drawn for each image,
-    which the network is told (Ho et al. 2022, section 4.2); 0 is without, 1 up to noise alone."""
+    which is an input of the network (Ho et al. 2022, section 4.2); 0 is without, 1 up to noise alone."""
 
     @model_validator(mode="after")
     def _upsamples(self) -> Self:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 from data_prep.format import CHANNELS, INDEX_NAME, MANIFEST_NAME, FormatError, load_manifest
 from data_prep.output import STAGING_NAME
 from trainer.config import Config, DataConfig
-from trainer.config.backbones import classes_of
+from trainer.config.backbones import classes_of, upsampler
 from trainer.data.cache.download import exists, list_tars, remote_size
 from trainer.data.cache.node_cache import NodeCache
-from trainer.data.datasets.dataset import Dataset, InPlace, Shard
+from trainer.data.datasets.dataset import MEMBER_OF, Dataset, InPlace, Shard
 from trainer.data.datasets.indexed import IndexedDataset
 from trainer.data.datasets.joined import JoinedDatasets
 from trainer.data.datasets.labels import check_labels
@@ -158,12 +158,16 @@ class _Opener:
     def open(self, path: str) -> IndexedDataset:
         """Open a dataset of data_prep, or plain tars. Raises DataError or ConfigError."""
         dataset = self._open_remote(path) if "://" in path else self._open_local(path)
-        for field, wanted, found in (
-            ("image_size", self.model.image_size, dataset.image_size),
-            ("channels", self.model.channels, dataset.channels),
-        ):
+        checks = [
+            ("image_size", self.model.image_size, dataset.image_size, "images"),
+            ("channels", self.model.channels, dataset.channels, "images"),
+        ]
+        enlarging, side = upsampler(self.model), dataset.sides.get(MEMBER_OF["low_res"])
+        if enlarging is not None and "low_res" in self.cond and side:  # plain tars do not say what they have
+            checks.append(("low_res_size", enlarging.low_res_size, side, "low_res images"))
+        for field, wanted, found, what in checks:
             if wanted != found:
-                raise ConfigError(f"model.{field} = {wanted}: the images in {path} have {found}")
+                raise ConfigError(f"model.{field} = {wanted}: the {what} in {path} have {found}")
         return dataset
 
     def _open_local(self, path: str) -> IndexedDataset:
