@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settled_configuration(arguments: argparse.Namespace) -> Config:
-    """The configuration with the launcher's word in what it leaves open; rank 0 tells what was decided."""
+    """The configuration, with open fields as the launcher was asked for them; rank 0 prints each decision."""
     config, decisions = load_settled(arguments.config, arguments.set, os.environ, gpus=torch.cuda.is_available())
     if rank() == 0:
         for decision in decisions:

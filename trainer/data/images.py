@@ -1,4 +1,4 @@
-"""Images outside the stream: read by their ids, and their pixels scaled to what networks compute with and back."""
+"""Pixels scaled to [-1, 1] and back, and images read by their ids."""
 
 from collections.abc import Iterable
 from typing import Any

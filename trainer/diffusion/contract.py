@@ -1,4 +1,4 @@
-"""What a family of diffusion models, a network and a sampler know of each other."""
+"""Interfaces between families of diffusion models, networks and samplers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +99,7 @@ class ForwardProcess(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(ABC):
-    """What a denoiser says at x_t; each (B, C, H, W) float32.
+    """A denoiser's output at x_t; each (B, C, H, W) float32.
 
     x0: the estimate of x_0, which a denoiser does not clamp; eps: the noise that goes with it, so that
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; mean, log_variance: of p(x_{t-1} | x_t), whose mean at t = 0 is x_0.
@@ -129,8 +129,8 @@ class Prediction(ABC):
 
     @abstractmethod
     def with_x0(self, x0: Tensor) -> Self:
-        """The prediction that another estimate of x_0 leads to, its variance unchanged: all that guidance needs to know
-        of a family.
+        """The prediction that another estimate of x_0 leads to, its variance unchanged: the only method of a family
+        that guidance calls.
         """
 
     @abstractmethod

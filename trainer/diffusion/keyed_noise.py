@@ -199,7 +199,7 @@ _SAMPLING: Mapping[Purpose, NoiseKey] = {
 class KeyedNoise:
     """The random numbers of some samples that families and samplers take, by what they are for.
 
-    Flips, dropout and the evaluation of the bound have streams of their own.
+    Flips, dropped labels, dropout, classes of samples and the evaluation of the bound have streams of their own.
 
     seed: in [0, 2^63); index: (B,) int64, what each sample's numbers are keyed by; keys: the stream of each purpose:
     "t" is for the times of training and "eps" for its noise, "initial" for x_T of a drawn sample and "step" for the

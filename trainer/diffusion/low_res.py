@@ -21,8 +21,9 @@ def low_res_conditioning(model: ModelConfig, x: Tensor, cond: Conditioning, nois
     """What is added to the conditioning of images x, (B, C, H, W), for a network of this section; {} where it does not
     upsample.
 
-    low_res: that of `cond`, where it was stored, or made from x by `area_downsample`. With `model.low_res_noise`, the
-    level of each image is uniform from 0 to it: a function of the seed and of what `noise` is keyed by.
+    low_res: (B, C, h, h), that of `cond`, where it was stored, or made from x by `area_downsample`. With
+    `model.low_res_noise` it is noised to low_res_level, (B,), uniform from 0 to that: a function of the seed and of
+    what `noise` is keyed by.
     """
     section = upsampler(model)
     if section is None:

@@ -43,7 +43,7 @@ def adm_conditioning(model: ADMUNetConfig, samples: int) -> dict[str, Tensor]:
 
 
 def classified(_: ADMClassifierConfig, samples: int) -> dict[str, Tensor]:
-    """What a classifier is trained to tell: label, (B,) int64."""
+    """What a classifier's logits are compared with: label, (B,) int64."""
     return {"label": torch.zeros(samples, dtype=torch.int64)}
 
 

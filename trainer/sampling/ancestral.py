@@ -22,7 +22,7 @@ def ancestral(
     """Ho et al. 2020, algorithm 2: x_{t-1} ~ N(mean, sigma_t^2) of the reverse process, without noise at t = 0.
 
     x: x_T, which is `noise.normal("initial", (C, H, W))`, or x_start; noise: `KeyedNoise.sampling` of the samples'
-    numbers, on x's device; start: the first timestep of the chain to undo, T-1 without; clip: clamp each x_0 to
+    numbers, on x's device; start: the first timestep of the chain to undo, by default T-1; clip: clamp each x_0 to
     [-1, 1], as the authors do.
     """
     for step, original, t in descending(denoiser.diffusion, noise.index, start):

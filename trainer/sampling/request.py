@@ -44,9 +44,9 @@ class ReverseRequest:
 class SamplingRequest(ReverseRequest):
     """`count` samples, keyed by the seed and their numbers 0..count-1, in batches of `batch`.
 
-    sampler: a name in the table of samplers; options: of that sampler, defaults without; stage: its place in a cascade,
-    each of which has noise of its own, 0 for what draws from noise alone. RequestError where sampler and options do
-    not go together, or where the seed is outside [0, 2^63).
+    sampler: a name in the table of samplers; options: of that sampler, its defaults where they are left out; stage: its
+    place in a cascade, each of which has noise of its own, 0 for what draws from noise alone. RequestError where
+    sampler and options do not go together, or where the seed is outside [0, 2^63).
     """
 
     sampler: str = DEFAULT_SAMPLER

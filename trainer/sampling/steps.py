@@ -20,7 +20,7 @@ def last_of(chain: Iterable[SamplingStep], on_step: Callable[[SamplingStep], obj
 
 
 def descending(diffusion: ForwardProcess, index: Tensor, start: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """t = start, ..., 0 (start: T-1 without) with its original timestep, and t for each sample: (B,) like `index`.
+    """t = start, ..., 0 (start: by default T-1) with its original timestep, and t for each sample: (B,) like `index`.
 
     ValueError for a start that is no timestep of the chain.
     """

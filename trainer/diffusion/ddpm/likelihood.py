@@ -97,7 +97,7 @@ def bound_bits(
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What one timestep says of each image, each (B,) float32.
+    """The terms of one timestep for each image, each (B,) float32.
 
     bits: the term of the bound, bits per dimension; x0_mse, eps_mse: mean squared errors of the network's x_0 and of
     the eps that goes with it.

@@ -30,7 +30,7 @@ class GaussianObjective:
 
     Table 2 is, row by row: mu with bound and learned variance, mu with bound and fixed variance, mu with mse; the same
     three for eps. A fixed variance is "small" or "large"; under mse the choice matters only to the sampler.
-    times: how t is drawn, uniformly without.
+    times: how t is drawn, by default uniformly.
 
     ValueError for names that are not known, for hybrid without a learned-range variance, and for mse with a variance
     that is learned: it would get no gradient.

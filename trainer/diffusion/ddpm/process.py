@@ -22,7 +22,7 @@ class GaussianDiffusion:
     It is no nn.Module on purpose: its tables belong in no state dict and in no average of weights.
 
     betas: (T,) float64 with T >= 2, each in (0, 1). original_timesteps: (T,) int64, the timesteps that the network
-    knows these by, where the chain is a part of a longer one; 0..T-1 without. ValueError otherwise.
+    was trained with, where the chain is a part of a longer one; by default 0..T-1. ValueError otherwise.
     """
 
     def __init__(self, betas: Tensor, original_timesteps: Tensor | None = None) -> None:

@@ -91,7 +91,7 @@ class Validation:
 
     @torch.no_grad()
     def _score(self, network: torch.nn.Module, ids: npt.NDArray[np.int64]) -> Scores:
-        """Damaged images are left out by on_bad_sample = "skip"."""
+        """Of the images with these ids, (B,); damaged ones are left out with on_bad_sample = "skip"."""
         skip = self.config.data.on_bad_sample == "skip"
         pixels, further, kept = read_images(self.dataset, ids.tolist(), skip_damaged=skip)
         if not kept:
