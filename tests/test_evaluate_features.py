@@ -60,6 +60,7 @@ def test_a_number_says_what_it_depends_on_and_is_called_fid_on_inception_alone(w
     assert "224 x 224" in features["resize"]
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_killed_one_find_the_same(run: Path, whole: Path, tmp_path: Path) -> None:
     expected = report(whole, "fid")["frechet_distance"]
     out = tmp_path / "killed"

@@ -59,6 +59,7 @@ def test_it_is_the_distance_of_what_sample_draws_to_held_out_images(measured: Pa
     assert list(logged(measured, "validation/ema_loss")) == [2, 4]
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_number_of_one(measured: Path, tmp_path: Path, dataset: Path) -> None:
     settings = {**MEASURED, "data__holdout": 0.5}
     launch(2, "--config", str(write_config(tmp_path, dataset)), *overrides(**settings))

@@ -71,7 +71,7 @@ CLASSIFIER_FREE = [
 
 
 @pytest.mark.parametrize(("scale", "spec", "interval", "mean", "deviation"), CLASSIFIER_FREE)
-@pytest.mark.parametrize(("kind", "tolerance"), [(Exact, 1e-8), (in_float32, 1e-4)])
+@pytest.mark.parametrize(("kind", "tolerance"), [(Exact, 1e-8), pytest.param(in_float32, 1e-4, marks=pytest.mark.slow)])
 def test_classifier_free_guidance_under_ddim(
     scale: float,
     spec: str,
@@ -110,7 +110,7 @@ def test_a_classifier_under_ddim_is_classifier_free_guidance(
         (2, "small", 1.24667909, 0.33324323),
     ],
 )
-@pytest.mark.parametrize(("kind", "tolerance"), [(Exact, 1e-8), (in_float32, 1e-4)])
+@pytest.mark.parametrize(("kind", "tolerance"), [(Exact, 1e-8), pytest.param(in_float32, 1e-4, marks=pytest.mark.slow)])
 def test_a_classifier_under_ancestral_sampling(
     scale: float, variance: str, mean: float, deviation: float, kind: Callable[..., Denoiser], tolerance: float
 ) -> None:
@@ -177,7 +177,7 @@ def test_two_classes_at_one_point() -> None:
 
 
 @pytest.mark.parametrize(("scale", "drawn"), [(0, -1.23613888), (1, 0.49833787), (2, 0.96104915), (4, 1.38866356)])
-@pytest.mark.parametrize(("kind", "tolerance"), [(Exact, 1e-8), (in_float32, 1e-4)])
+@pytest.mark.parametrize(("kind", "tolerance"), [(Exact, 1e-8), pytest.param(in_float32, 1e-4, marks=pytest.mark.slow)])
 def test_two_classes_under_ddim(scale: float, drawn: float, kind: Callable[..., Denoiser], tolerance: float) -> None:
     guided = Guided(kind(POSITIVE, WHOLE), kind(two_classes_eps, WHOLE), scale=scale)
     x = torch.full((1, 1, 1, 1), -1.0, dtype=torch.float64)

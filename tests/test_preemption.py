@@ -65,7 +65,7 @@ def test_a_signal_during_a_save(tmp_path: Path, dataset: Path, run: Path) -> Non
     assert_same_state(stopped, run, 6)
 
 
-@pytest.mark.parametrize("point", ["save_png", "work_part"])
+@pytest.mark.parametrize("point", ["save_png", pytest.param("work_part", marks=pytest.mark.slow)])
 def test_a_signal_during_sampling(tmp_path: Path, run: Path, point: str) -> None:
     """To one rank of two, in the first of its batches: no rank begins another one, and the same command goes on."""
     output = "folder" if point == "save_png" else "npz"

@@ -97,6 +97,7 @@ def test_what_does_not_go_together_is_refused(config_path: Path, settings: list[
         load_config(config_path, *settings)
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget_learns_what_it_would_have_without(tmp_path: Path, dataset: Path) -> None:
     config = write_config(tmp_path, dataset, "whole")
     budget = (peak(config, "none") + peak(config, "full")) // 2

@@ -107,7 +107,9 @@ def test_a_full_disk_on_one_rank_ends_all_and_keeps_what_was_complete(
     assert "step-00000006" in {path.name for path in (run / "checkpoints").iterdir()}
 
 
-@pytest.mark.parametrize("point", ["write_part", "seal", "make_empty"])
+@pytest.mark.parametrize(
+    "point", ["write_part", *(pytest.param(point, marks=pytest.mark.slow) for point in ("seal", "make_empty"))]
+)
 def test_a_run_may_go_on_without_a_checkpoint_that_cannot_be_written(tmp_path: Path, dataset: Path, point: str) -> None:
     arguments = ("--config", str(write_config(tmp_path, dataset)), *overrides(checkpoint__on_failure="continue"))
     output = launch(2, *arguments, fault=Fault(action="full", point=point, call=2, rank=0))
@@ -143,7 +145,7 @@ def test_a_signal_during_a_save_lets_it_end(tmp_path: Path, dataset: Path) -> No
     assert read_verified(checkpoint(run, stopped))[1]["step"] == stopped
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_saving_in_the_background_saves_the_same(
     tmp_path: Path, dataset: Path, uninterrupted: dict[str, Path], background: str
 ) -> None:

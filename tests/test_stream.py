@@ -219,6 +219,7 @@ def test_other_errors_are_not_taken_for_dead_loaders() -> None:
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
 
 
+@pytest.mark.slow
 def test_spawned_loaders_ignore_stop_signals_from_the_start(opened: ShardedDataset) -> None:
     """They import for seconds before any of our code runs, so the mask must come from the trainer.
 

@@ -28,7 +28,7 @@ class ModelConfig(Section):
         return self.channels, self.image_size, self.image_size
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """Whether the network draws random numbers in training, as dropout does: True where the section cannot say."""
         return True
 
@@ -117,7 +117,7 @@ class LevelsConfig(ModelConfig):
 
     @property
     @override
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         return self.dropout > 0
 
 

@@ -97,7 +97,7 @@ class Cascade:
         enlarged = [f"then {stage.trained.checkpoint}: {stage.description}" for stage in self.upsamplers]
         return "; ".join([self.base.description, *enlarged])
 
-    def tell_costs(self) -> None:
+    def print_costs(self) -> None:
         """Print the calls of networks that guidance takes, a line for each stage that has it."""
         for stage in self.stages:
             if (cost := stage.trained.conditioned.cost()) is not None:

@@ -31,7 +31,7 @@ def draw(
     count = {"count": sampling.count} if output != "folder" else {}
     work = Work(out, {**count, **cascade.identity, "format": output}, trained.accelerator)
     written = OUTPUTS[output](work, _labels(cascade))
-    cascade.tell_costs()
+    cascade.print_costs()
     batches = sampling.batches
     if work.carry_out(
         lambda: written.missing(batches),

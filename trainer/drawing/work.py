@@ -86,7 +86,7 @@ class Work:
         total, visible = task.units * sum(map(len, share)), self.accelerator.is_main_process
         with WorkProgress(total=total, what=task.doing, unit=task.unit, visible=visible) as bar:
             done = together(f"{self.folder}: cannot be written", until_stopped, kind=task.kind)
-        return all(done) or not self._tell_of_stop(stop, missing(), task)
+        return all(done) or not self._report_stop(stop, missing(), task)
 
     def _is_stopping(self, stop: StopRequest) -> bool:
         """Whether any rank has a request to stop. Shared through a file, since ranks do not synchronise between
@@ -96,7 +96,7 @@ class Work:
             self._stopping.touch()
         return self._stopping.exists()
 
-    def _tell_of_stop(self, stop: StopRequest, share: list[range], task: Task) -> bool:
+    def _report_stop(self, stop: StopRequest, share: list[range], task: Task) -> bool:
         """Report the progress and return True where any rank's `share`, which is still missing, is not empty.
 
         Collective.

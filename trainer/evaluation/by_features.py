@@ -212,7 +212,7 @@ def _sample_features(
     if metric.needs.statistics is not None and features.has_moments(metric.needs.kind):
         return features
 
-    cascade.tell_costs()
+    cascade.print_costs()
 
     def images(numbers: range, on_step: Callable[[int], object]) -> torch.Tensor:
         return torch.from_numpy(cascade.draw(numbers, on_step))

@@ -42,7 +42,7 @@ def adm_conditioning(model: ADMUNetConfig, samples: int) -> dict[str, Tensor]:
     return cond
 
 
-def classified(_: ADMClassifierConfig, samples: int) -> dict[str, Tensor]:
+def label_target(_: ADMClassifierConfig, samples: int) -> dict[str, Tensor]:
     """What a classifier's logits are compared with: label, (B,) int64."""
     return {"label": torch.zeros(samples, dtype=torch.int64)}
 
@@ -72,7 +72,7 @@ class Backbone(Generic[S]):
 BACKBONES: dict[str, Backbone[Any]] = {
     "ddpm-unet": Backbone(build=UNet, conditioning=label_conditioning),
     "adm-unet": Backbone(build=ADMUNet, conditioning=adm_conditioning),
-    "adm-classifier": Backbone(build=build_classifier, targets=classified),
+    "adm-classifier": Backbone(build=build_classifier, targets=label_target),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.config.backbones import ModelConfig, class_conditional, classes_of, upsampler
 from trainer.diffusion.contract import ForwardProcess
 from trainer.diffusion.keyed_noise import Stream, keyed_choice
-from trainer.sampling.guidance import Interval, is_guided
+from trainer.sampling.guidance import Interval, guided_timesteps
 from trainer.sampling.request_error import RequestError
 
 UNIFORM, BALANCED = "uniform", "balanced"
@@ -97,7 +97,7 @@ class Conditions:
 
     def calls(self, diffusion: ForwardProcess) -> int:
         """How often the networks predict for one sample, over the timesteps of the process."""
-        twice = 0 if self.guidance in (0, 1) else int(is_guided(diffusion, self.guidance_interval).sum())
+        twice = 0 if self.guidance in (0, 1) else int(guided_timesteps(diffusion, self.guidance_interval).sum())
         return diffusion.timesteps + twice
 
     @property

@@ -23,7 +23,7 @@ Classifier = Callable[[Tensor, Tensor], Tensor]
 """x_t (B, C, H, W) and t (B,) int64 of the whole chain to logits (B, K)."""
 
 
-def is_guided(diffusion: ForwardProcess, interval: Interval | None) -> Tensor:
+def guided_timesteps(diffusion: ForwardProcess, interval: Interval | None) -> Tensor:
     """Which timesteps of the process lie in the interval (None: all do): (T,) bool, on the CPU."""
     if interval is None:
         return torch.ones(diffusion.timesteps, dtype=torch.bool)
@@ -62,7 +62,7 @@ class Guided:
         self.both = both
         self.diffusion = main.diffusion
         self._everywhere = interval is None
-        self._is_guided = is_guided(main.diffusion, interval).to(main.diffusion.original_timesteps.device)
+        self._is_guided = guided_timesteps(main.diffusion, interval).to(main.diffusion.original_timesteps.device)
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
         """See `Denoiser`."""

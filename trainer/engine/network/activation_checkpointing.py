@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.engine.network.build import build_network
-from trainer.engine.network.cost import foretold_peak
+from trainer.engine.network.cost import estimated_peak
 from trainer.errors import ConfigError
 from trainer.models.backbones import example_inputs
 from trainer.models.stages import ActivationCheckpointing, Stage, stages
@@ -26,7 +26,7 @@ def recompute(network: nn.Module, kinds: list[ActivationCheckpointing]) -> None:
 
 
 def peak_bytes(config: Config, kinds: list[ActivationCheckpointing], micro_batch: int) -> int:
-    """An estimate of weights, gradients and activations of a micro-batch, in bytes; see `foretold_peak`."""
+    """An estimate of weights, gradients and activations of a micro-batch, in bytes; see `estimated_peak`."""
 
     def build() -> nn.Module:
         network = build_network(config)
@@ -34,7 +34,7 @@ def peak_bytes(config: Config, kinds: list[ActivationCheckpointing], micro_batch
         return network
 
     inputs, is_half = partial(example_inputs, config.model), config.train.precision in ("bf16", "fp16")
-    return foretold_peak(build, inputs, batch=micro_batch, bf16=is_half)
+    return estimated_peak(build, inputs, batch=micro_batch, bf16=is_half)
 
 
 def stage_kinds(config: Config, micro_batch: int) -> list[ActivationCheckpointing]:

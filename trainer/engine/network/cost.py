@@ -43,7 +43,7 @@ def cost_of(build: Callable[[], nn.Module], inputs: Inputs) -> Cost:
     return Cost(flops, flops + backward.get_total_flops(), parameters)
 
 
-def foretold_peak(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> int:
+def estimated_peak(build: Callable[[], nn.Module], inputs: Inputs, *, batch: int, bf16: bool) -> int:
     """An estimate of the bytes of weights, gradients and activations for `batch` samples; allocates no tensor data."""
     with FakeTensorMode():
         network = build()

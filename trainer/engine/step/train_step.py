@@ -69,7 +69,7 @@ def seed_dropout(position: torch.Tensor, config: Config) -> None:
 
     position: of its samples, (B,) int64, on the host.
     """
-    if config.model.drops:
+    if config.model.has_dropout:
         torch.manual_seed(keyed_int(config.seed, Stream.DROPOUT, int(position[0])))
 
 
