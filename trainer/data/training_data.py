@@ -158,7 +158,7 @@ class _Opener:
     def open(self, path: str) -> IndexedDataset:
         """Open a dataset of data_prep, or plain tars. Raises DataError or ConfigError."""
         dataset = self._open_remote(path) if "://" in path else self._open_local(path)
-        checks = [
+        checks: list[tuple[str, int | None, int, str]] = [
             ("image_size", self.model.image_size, dataset.image_size, "images"),
             ("channels", self.model.channels, dataset.channels, "images"),
         ]
