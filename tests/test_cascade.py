@@ -306,7 +306,7 @@ def test_a_classifier_leads_a_stage_to_the_classes_of_the_base(folder: Path, tmp
 
 
 def test_a_base_without_classes_has_those_of_its_classifier_in_all_stages(folder: Path, tmp_path: Path) -> None:
-    """Told by the distance of each class of the cascade's samples."""
+    """By the distance of each class of the cascade's samples."""
     by = train_classifier(folder, 4)
     bare = overrides(model__image_size=4, train__duration="1 steps")
     launch(1, "--config", str(write_config(folder, folder / "shards4", "bare")), *bare)

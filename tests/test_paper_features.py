@@ -299,7 +299,7 @@ def test_adms_file_gives_each_metric_what_it_is_made_for(adm: SimpleNamespace, t
 
 
 def test_classes_of_a_file_of_samples_go_with_its_images(adm: SimpleNamespace) -> None:
-    classes = adm.arrays["arr_0"][:, 0, 0, 0].astype(np.int64)  # each image tells its class
+    classes = adm.arrays["arr_0"][:, 0, 0, 0].astype(np.int64)  # the first pixel of each image is its class
     np.savez(adm.path, arr_0=adm.arrays["arr_0"], arr_1=classes)
     opened = open_adm(adm, ManifoldMetric().needs, labelled=True)
     assert isinstance(opened, ReferenceImages)

@@ -162,7 +162,7 @@ class _Opener:
             ("image_size", self.model.image_size, dataset.image_size, "images"),
             ("channels", self.model.channels, dataset.channels, "images"),
         ]
-        enlarging, side = upsampler(self.model), dataset.sides.get(MEMBER_OF["low_res"])
+        enlarging, side = upsampler(self.model), dataset.stored.sides.get(MEMBER_OF["low_res"])
         if enlarging is not None and "low_res" in self.cond and side:  # plain tars do not say what they have
             checks.append(("low_res_size", enlarging.low_res_size, side, "low_res images"))
         for field, wanted, found, what in checks:

@@ -126,7 +126,7 @@ class Work:
             raise DataError(f"{self.part(numbers)}: damaged ({error}); delete it and run this again") from error
 
     def holds(self, numbers: range, name: str) -> bool:
-        """Whether a batch has a result with an array of this name. One that is damaged counts as such: `load` tells."""
+        """Whether a batch has a result with an array of this name. A damaged one counts; `load` finds it."""
         try:
             with np.load(self.part(numbers), allow_pickle=False) as stored:
                 return name in stored.files

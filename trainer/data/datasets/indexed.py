@@ -4,6 +4,7 @@ import bisect
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,19 @@ _HOLDOUT = np.uint64(0x686F6C646F7574)  # "holdout": distinguishes these hashes 
 Place = tuple[int, ...]  # of a member in its shard: offset, length, and crc32 where the index has it
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredImages:
+    """How images are stored: side in pixels, mode, and whether they are cropped when they are decoded, see `decode`.
+
+    sides: of second images in pixels, by their members' names; one that is not there has its own.
+    """
+
+    image_size: int
+    mode: str
+    crop: bool
+    sides: Mapping[str, int] = field(default_factory=dict)
+
+
 class IndexedDataset(Dataset):
     """Images by sample id, 0 <= id < len(self): ids are numbered through the shards, in the order of the index.
 
@@ -30,10 +44,8 @@ class IndexedDataset(Dataset):
 
     where: the folder or URL, for messages; index: a .npy file (memory-mapped, so that all processes of a node share its
     pages) or an array; its columns are the image's "offset", "length" and, right behind them, perhaps "crc32"; "label";
-    and for each further member the same by its name; image_size, mode, crop: side of the images in pixels, their mode,
-    and whether they are cropped when they are decoded, see `decode_into`; sides: of second images, by their members'
-    names, their own where they are not there; fingerprint: identifies the samples and their numbering; cond: names of
-    MEMBER_OF, what is read with each image; classes: names of the labels 0, 1, ..., or None.
+    and for each further member the same by its name; fingerprint: identifies the samples and their numbering; cond:
+    names of MEMBER_OF, what is read with each image; classes: names of the labels 0, 1, ..., or None.
     """
 
     def __init__(
@@ -42,10 +54,7 @@ class IndexedDataset(Dataset):
         where: str,
         shards: Sequence[Shard],
         index: Path | npt.NDArray[np.void],
-        image_size: int,
-        mode: str,
-        crop: bool,
-        sides: Mapping[str, int] | None = None,
+        stored: StoredImages,
         fingerprint: str,
         files: ShardFiles,
         cond: Sequence[str],
@@ -53,10 +62,8 @@ class IndexedDataset(Dataset):
     ) -> None:
         self.where = where
         self.shards = list(shards)
-        self.image_size = image_size
-        self.mode = mode
-        self.crop = crop
-        self.sides = sides or {}
+        self.stored = stored
+        self.image_size = stored.image_size
         self.fingerprint = fingerprint
         self.files = files
         self.bounds = np.cumsum([0, *(shard.samples for shard in shards)])
@@ -77,7 +84,7 @@ class IndexedDataset(Dataset):
     @property
     def channels(self) -> int:
         """Number of channels: 3 for RGB, 1 for grey."""
-        return CHANNELS[self.mode]
+        return CHANNELS[self.stored.mode]
 
     @property
     def index(self) -> npt.NDArray[np.void]:
@@ -95,7 +102,7 @@ class IndexedDataset(Dataset):
         """Implements `Dataset.decode_into`."""
         encoded = self.read(sample)
         try:
-            decode_into(out, encoded, self.mode, crop=self.crop)
+            decode_into(out, encoded, self.stored.mode, crop=self.stored.crop)
         except SampleError as error:
             raise SampleError(f"{self.describe(sample)}: {error}") from error
 
@@ -135,7 +142,7 @@ class IndexedDataset(Dataset):
         member = MEMBER_OF[name]
         kind = MEMBERS[member]
         if kind == "image":
-            return decode_square(data, self.mode, self.sides.get(member), crop=self.crop)
+            return decode_square(data, self.stored.mode, self.stored.sides.get(member), crop=self.stored.crop)
         return decode_text(data) if kind == "text" else decode_array(data)
 
     def _verified(self, sample: int, place: Place) -> bytes:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from data_prep.format import INDEX_DTYPE, INDEX_NAME, FormatError, Manifest, check_shards, checked_index, load_manifest
 from trainer.data.datasets.dataset import MEMBER_OF, InPlace, Shard, ShardFiles
-from trainer.data.datasets.indexed import IndexedDataset
+from trainer.data.datasets.indexed import IndexedDataset, StoredImages
 from trainer.errors import ConfigError, DataError
 
 _KEY_AT = list(INDEX_DTYPE.names or ()).index("key")
@@ -52,10 +52,12 @@ class ShardedDataset(IndexedDataset):
                 for record in self.manifest.shards
             ],
             index=folder / INDEX_NAME,
-            image_size=self.manifest.image_size,
-            mode=self.manifest.mode,
-            crop=self.manifest.crops,
-            sides=self.manifest.members,
+            stored=StoredImages(
+                image_size=self.manifest.image_size,
+                mode=self.manifest.mode,
+                crop=self.manifest.crops,
+                sides=self.manifest.members,
+            ),
             fingerprint=self.manifest.fingerprint,
             files=files or InPlace(),
             cond=cond,

@@ -19,7 +19,7 @@ from data_prep.progress import WorkProgress
 from data_prep.sources.rules import IMAGE_SUFFIXES
 from data_prep.tar_headers import Member, TarError, walk
 from trainer.data.datasets.dataset import MEMBER_OF, Shard, ShardFiles
-from trainer.data.datasets.indexed import IndexedDataset
+from trainer.data.datasets.indexed import IndexedDataset, StoredImages
 from trainer.errors import ConfigError, DataError
 
 TAR_DTYPE = np.dtype(
@@ -72,9 +72,7 @@ class TarDataset(IndexedDataset):
             where=where,
             shards=[replace(shard, samples=count) for shard, count in zip(shards, counts)],
             index=source,
-            image_size=image_size,
-            mode=mode,
-            crop=True,
+            stored=StoredImages(image_size=image_size, mode=mode, crop=True),
             fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             files=files,
             cond=cond,
